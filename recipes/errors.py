@@ -1,0 +1,5 @@
+"""What goes wrong through no fault of the code: bad input, a wrong launch, files that do not fit together."""
+
+
+class UserError(Exception):
+    """Its text is one clear line: what was found, where, and what to do. Recipes and tools print it and exit with 1."""

@@ -1,0 +1,105 @@
+"""The arithmetic of PPO on token sequences: rewards, advantages, whitening and the value loss, as pure functions.
+
+Shapes: B responses of at most T tokens, right padded; `mask` is (B, T) with 1 at real response tokens, EOS included.
+All tensors are float32 unless a docstring says otherwise.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+
+def masked_moments(
+    values: torch.Tensor, mask: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased variance over the tokens of `mask`, on all processes when `reduce` sums over them.
+
+    Two passes, because the sum of squares loses the variance of a large mean in float32.
+    """
+    total, count = reduce(torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)]))
+    mean = total / count.clamp(min=1)
+    squares = reduce((((values - mean) * mask) ** 2).sum())
+    return mean, squares / (count - 1).clamp(min=1)
+
+
+def whiten(values, mask, reduce=lambda x: x, shift_mean: bool = True) -> torch.Tensor:
+    """Scale `values` (B, T) to variance 1 over the tokens of `mask`, and to mean 0 unless `shift_mean` is off.
+
+    Rewards keep their mean, advantages lose it (1909.08593, as in TRL's `masked_whiten`). Padding becomes 0.
+    """
+    mean, variance = masked_moments(values, mask, reduce)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    return whitened * mask
+
+
+def token_kl(logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, estimator: str) -> torch.Tensor:
+    """Estimate of KL(policy || reference) in nats at each sampled token, (B, T), from its two log-probabilities.
+
+    `"k1"` = log(p/q) is unbiased and can be negative; `"k3"` = q/p - 1 + log(p/q) is never negative and has less
+    variance (http://joschu.net/blog/kl-approx.html).
+    """
+    log_ratio = (ref_logps - logps) * mask
+    return -log_ratio if estimator == "k1" else torch.expm1(log_ratio) - log_ratio
+
+
+def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
+    """`r_t = -kl_coef * KL_t`, plus the response's score (B,) at its last real token: (B, T)."""
+    rewards = -kl_coef * kl * mask
+    last = (mask.sum(1).long() - 1).clamp(min=0)
+    rewards[torch.arange(len(rewards), device=rewards.device), last] += scores
+    return rewards
+
+
+def generalized_advantages(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> torch.Tensor:
+    """Generalised advantage estimation (1506.02438), (B, T); the value after the last token is 0.
+
+    `values[:, t]` is the critic's value of the state before token t.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    for t in range(rewards.size(1) - 1, -1, -1):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages
+
+
+def value_losses(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange_value: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped squared error at each token, (B, T), and where the clipped one was the larger (bool).
+
+    `0.5 * max((V - R)^2, (clip(V, V_old ± cliprange_value) - R)^2)`, as in 1707.06347's reference code.
+    """
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    plain, cut = (values - returns) ** 2, (clipped - returns) ** 2
+    return 0.5 * torch.max(plain, cut), cut > plain
+
+
+def explained_variance(values, returns, mask, reduce=lambda x: x) -> torch.Tensor:
+    """`1 - Var(R - V) / Var(R)` over the tokens: 1 is a perfect critic, 0 one that knows only the mean."""
+    _, error = masked_moments(returns - values, mask, reduce)
+    _, spread = masked_moments(returns, mask, reduce)
+    return 1 - error / spread.clamp(min=1e-8)
+
+
+class AdaptiveKL:
+    """Ziegler's proportional controller (1909.08593, section 2.2) of the KL coefficient.
+
+    After each rollout `value *= 1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon`: too much KL raises the
+    price, too little lowers it. `kl` is nats a response; `episodes` is what the rollout held on all processes.
+    """
+
+    def __init__(self, kl_coef: float, target: float | None, horizon: int):
+        self.value, self.target, self.horizon = kl_coef, target, horizon
+
+    def update(self, kl: float, episodes: int) -> None:
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * episodes / self.horizon

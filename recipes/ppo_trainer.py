@@ -1,0 +1,595 @@
+"""PPO for language models on TRL's `GRPOTrainer`: the trainer that TRL carried until 1.12, with LoRA roles.
+
+`GRPOTrainer` owns prompts, chat templates, generation, the clipped policy loss, distributed launch and logging. PPO
+adds what needs a value for every token: a critic, per-token rewards with the KL penalty inside, generalised
+advantages and the value loss. `docs/ppo.md` walks through the loop and explains every metric.
+"""
+
+import copy
+import functools
+import math
+import os
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head
+
+from recipes.errors import UserError
+from recipes.modeling import (
+    add_scalar_forward,
+    add_score_roles,
+    copy_adapter,
+    critic_from_policy,
+    is_fresh,
+    recompute_under_role,
+    scalar_scores,
+    use_role,
+)
+from recipes.ppo_math import (
+    AdaptiveKL,
+    explained_variance,
+    generalized_advantages,
+    token_kl,
+    token_rewards,
+    value_losses,
+    whiten,
+)
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """Arguments of [`PPOTrainer`]: TRL's `GRPOConfig` with PPO's own fields.
+
+    One rollout is `per_device_train_batch_size * steps_per_generation * processes` episodes. It is trained on
+    `num_iterations` times, in minibatches of `per_device_train_batch_size * gradient_accumulation_steps * processes`.
+    """
+
+    # GRPOConfig's fields with PPO's defaults
+    num_generations: int | None = field(default=1, metadata={"help": "Responses sampled for each prompt."})
+    num_generations_eval: int | None = field(default=1, metadata={"help": "The same, in evaluation."})
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout (num_ppo_epochs)."})
+    loss_type: str = field(
+        default="dapo",
+        metadata={
+            "help": "How token losses are averaged: `dapo` over all tokens of the batch, which does not depend on how "
+            "it is split; `bnpo` within each micro-batch, as TRL 1.12's PPOTrainer did."
+        },
+    )
+    scale_rewards: str = field(default="none", metadata={"help": "Unused: PPO whitens advantages instead."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Dropout off in every role."})
+
+    # Reward
+    kl_coef: float = field(default=0.05, metadata={"help": "Price of one nat of KL to the reference (beta)."})
+    kl_estimator: str = field(
+        default="k1", metadata={"help": "KL per token: `k1` (unbiased) or `k3` (less variance, never negative)."}
+    )
+    adaptive_kl_target: float | None = field(
+        default=None,
+        metadata={"help": "KL per response, in nats, that kl_coef is steered to. None: kl_coef is fixed."},
+    )
+    adaptive_kl_horizon: int = field(default=10_000, metadata={"help": "Episodes in which kl_coef adapts."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Subtracted from the score of a response without a stop token."}
+    )
+    score_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to ± this value."})
+    score_mean: float = field(default=0.0, metadata={"help": "Subtracted from the reward model's score."})
+    score_std: float = field(default=1.0, metadata={"help": "The reward model's score is divided by it."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1."})
+
+    # Advantages and critic
+    gamma: float = field(default=1.0, metadata={"help": "Discount of one token."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Range the value may move in per rollout."})
+    critic_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
+    critic_warmup_steps: int = field(default=0, metadata={"help": "First steps that train only the critic."})
+
+    # Update
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Stop training on a rollout once policy/approxkl_avg of a minibatch exceeds it."},
+    )
+    total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
+
+    def __post_init__(self):
+        if self.beta != 0.0:
+            raise ValueError(f"PPO has its KL in the reward: set kl_coef instead of beta ({self.beta}).")
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef must be at least 0, got {self.kl_coef}.")
+        if self.kl_estimator not in ("k1", "k3"):
+            raise ValueError(f"kl_estimator must be k1 or k3, got {self.kl_estimator}.")
+        if self.loss_type not in ("dapo", "bnpo"):
+            raise ValueError(f"loss_type must be dapo or bnpo for PPO, got {self.loss_type}.")
+        if self.score_std <= 0:
+            raise ValueError(f"score_std must be above 0, got {self.score_std}.")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        # Policy and critic are two forwards before one backward, which DDP's search for unused parameters and its
+        # buffer broadcast both break.
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            # GRPO compares responses of one prompt and needs two; PPO has a critic and needs one. It is GRPOConfig's
+            # last check but those on vLLM's importance sampling.
+            if self.num_generations != 1 or "at least 2 generations" not in str(error):
+                raise
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): a minibatch may not span rollouts."
+            )
+        if self.total_episodes is not None:
+            rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
+            minibatches = self.steps_per_generation // self.gradient_accumulation_steps
+            self.max_steps = rollouts * self.num_iterations * minibatches
+
+
+class EpochSampler(RepeatSampler):
+    """`RepeatSampler` whose order depends on seed and epoch only, so that a resumed run sees the same prompts."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class PPOTrainer(GRPOTrainer):
+    """Proximal policy optimisation (1707.06347) of a language model with a KL penalty (1909.08593, 2203.02155).
+
+    Args:
+        args: [`PPOConfig`].
+        processing_class: tokenizer of the policy; its padding side does not matter.
+        model: the policy. A `PeftModel` may already hold the adapters `reward` and `critic` (see
+            [`~recipes.modeling.add_score_roles`]); one base then plays all roles.
+        ref_model: the reference, default a frozen copy of the policy as it is now (an adapter where it has one).
+        reward_model: sequence classifier with one label, beside the policy.
+        reward_processing_class: its tokenizer. With the policy's vocabulary it scores the sampled ids, else the
+            decoded text.
+        value_model: sequence classifier with one label to train as the critic. Default: the adapter `critic`; without
+            one, the policy with a head of zeros.
+        reward_funcs: functions of TRL's signature `f(prompts, completions, completion_ids, **kwargs) -> list[float]`,
+            added to the reward model's score with `args.reward_weights` (the reward model's weight comes first).
+        train_dataset, eval_dataset: rows with a `prompt`, as text or messages.
+        callbacks, optimizers, peft_config: as in `GRPOTrainer`.
+
+    Raises:
+        ValueError: there is nothing to score with, or fewer prompts than one rollout.
+        UserError: a score, a reward or the loss is not a finite number.
+    """
+
+    _tag_names = ["trl", "ppo"]
+    _name = "PPO"
+    _paper = {
+        "title": "Fine-Tuning Language Models from Human Preferences",
+        "id": "1909.08593",
+        "citation": textwrap.dedent("""\
+            @article{ziegler2019finetuning,
+                title  = {{Fine-Tuning Language Models from Human Preferences}},
+                author = {Daniel M. Ziegler and Nisan Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and
+                          Dario Amodei and Paul Christiano and Geoffrey Irving},
+                year   = 2019,
+                eprint = {arXiv:1909.08593},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        processing_class: PreTrainedTokenizerBase,
+        model: PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        reward_model: PreTrainedModel | None = None,
+        reward_processing_class: PreTrainedTokenizerBase | None = None,
+        value_model: PreTrainedModel | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        reward_funcs: Callable | list[Callable] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        if peft_config is not None:
+            set_seed(args.seed)  # as GRPOTrainer does, before the adapter draws its initial weights
+            model = get_peft_model(model, peft_config)
+        self._is_peft = isinstance(model, PeftModel)
+        base = model.get_base_model() if self._is_peft else model
+        if len(train_dataset) < args.generation_batch_size:
+            raise ValueError(
+                f"One rollout is {args.generation_batch_size} episodes and the dataset has {len(train_dataset)} prompts: "
+                "lower per_device_train_batch_size or steps_per_generation."
+            )
+
+        # Reference
+        self._ref_role = None
+        if ref_model is None and self._is_peft and not is_fresh(model):
+            self._ref_role = "ref"
+            if "ref" not in model.peft_config:
+                model.add_adapter("ref", model.peft_config["default"])
+                copy_adapter(model, "default", "ref")
+        elif ref_model is None and not self._is_peft:
+            ref_model = copy.deepcopy(model)
+
+        # Critic
+        has_adapter = self._is_peft and "critic" in model.peft_config
+        if value_model is None and self._is_peft and not has_adapter:
+            add_score_roles(model, {"critic": None})
+        elif not has_adapter:
+            base.critic = critic_from_policy(model) if value_model is None else value_model
+            base.critic.requires_grad_(True)
+        self._make_trainable(model)
+
+        # Scores
+        reward_funcs = (
+            [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
+        )
+        self._reward_module = None
+        self._has_reward_model = reward_model is not None or (self._is_peft and "reward" in model.peft_config)
+        text_processing_classes = [None] * (len(reward_funcs) + self._has_reward_model)
+        if reward_model is not None:
+            if reward_model.config.num_labels != 1:
+                raise ValueError(f"reward_model has num_labels={reward_model.config.num_labels}, PPO needs 1.")
+            if reward_processing_class is None or (
+                reward_processing_class.get_vocab() == processing_class.get_vocab()
+            ):
+                self._reward_module = reward_model.requires_grad_(False)
+            else:
+                text_processing_classes[0] = reward_processing_class
+        if self._has_reward_model:
+            reward_funcs.insert(0, reward_model if text_processing_classes[0] else self.reward_model)
+        if not reward_funcs:
+            raise ValueError(
+                "PPO needs a reward: pass reward_model, a policy with the adapter `reward`, or reward_funcs."
+            )
+
+        # Reference and reward model come from the run's inputs; what a checkpoint needs is what training changes.
+        model.save_pretrained = functools.partial(self._save_trained, model)
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=text_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+
+        add_scalar_forward(base)
+        if self._is_peft:
+            self._checkpoint_under_roles(model, base)
+            if has_adapter or value_model is None:
+                # Quantised bases hold adapters in bf16, too coarse for the steps of a scalar head.
+                base.score.modules_to_save["critic"].float()
+        if ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(ref_model.requires_grad_(False), evaluation_mode=True)
+            add_fused_lm_head(self.ref_model, self.temperature, args.cast_lm_head_to_fp32)
+        if self._reward_module is not None:
+            self._reward_module = self.accelerator.prepare_model(self._reward_module, evaluation_mode=True)
+        self.kl_controller = AdaptiveKL(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
+        self._update_stopped = False
+
+    # Roles
+
+    def _make_trainable(self, model: nn.Module) -> None:
+        """Gradients for the policy and the critic, and for nothing else."""
+        if not self._is_peft:
+            return
+        model.set_requires_grad([name for name in model.peft_config if name not in ("default", "critic")], False)
+        model.set_requires_grad("default", True)
+        if "critic" in model.peft_config:
+            model.set_requires_grad("critic", True)
+            model.get_base_model().score.modules_to_save["critic"].requires_grad_(True)
+
+    def _checkpoint_under_roles(self, model: PeftModel, base: PreTrainedModel) -> None:
+        enable = base.activation_checkpointing_enable
+
+        def enable_under_roles(activation_checkpointing_kwargs=None, **kwargs):
+            own = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+            if own["use_reentrant"]:
+                raise ValueError("PPO's roles need activation_checkpointing_kwargs without use_reentrant: true.")
+            enable({**own, "context_fn": recompute_under_role(model)}, **kwargs)
+
+        base.activation_checkpointing_enable = enable_under_roles
+
+    def _save_trained(self, model: nn.Module, save_directory: str, state_dict: dict | None = None, **kwargs) -> None:
+        """Save the policy to `save_directory`, loadable by plain peft or transformers, and the critic to `critic/`."""
+        save = functools.partial(type(model).save_pretrained, model, save_directory, **kwargs)
+        critic = getattr(model.get_base_model() if self._is_peft else model, "critic", None)
+        if self._is_peft:
+            save(selected_adapters=[name for name in ("default", "critic") if name in model.peft_config])
+        else:
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            save(state_dict={name: value for name, value in state_dict.items() if not name.startswith("critic.")})
+        if critic is not None:
+            critic.save_pretrained(os.path.join(save_directory, "critic"), **kwargs)
+
+    # Rollout: generate, score, and turn scores into advantages
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        if not sampler.shuffle:
+            return sampler
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        return EpochSampler(**{name: getattr(sampler, name) for name in names})
+
+    def _generate(self, prompts: list):
+        rollout = super()._generate(prompts)
+        self._prompt_ids, self._completion_ids = rollout[:2]
+        self._is_chat = is_conversational({"prompt": prompts[0]})
+        return rollout
+
+    @functools.cached_property
+    def _turn_end(self) -> list[int]:
+        """What the chat template writes after the EOS of an answer (ChatML: a newline).
+
+        RewardTrainer reads the score after it, so scoring has to put it back after a finished response.
+        """
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        ids = self._tokenizer.apply_chat_template(turns, return_dict=False, **self.chat_template_kwargs)
+        ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
+        return ids[ends[-1] + 1 :] if ends else []
+
+    @torch.no_grad()
+    def reward_model(self, prompts, completions, completion_ids, **kwargs) -> list[float]:
+        """The reward model's raw score of each sampled sequence, read where `RewardTrainer` trains it."""
+        stops = set(self.eos_token_ids) if self._is_chat else set()
+        sequences = [
+            [*prompt, *completion, *(self._turn_end if completion[-1] in stops else [])]
+            for prompt, completion in zip(self._prompt_ids, self._completion_ids, strict=True)
+        ]
+        pad_token_id = self._tokenizer.pad_token_id
+        longest = max(map(len, sequences))
+        device = self.accelerator.device
+        ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in sequences], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in sequences], device=device)
+        scores = self._scalars("reward", ids, mask)
+        # transformers' rule for sequence classifiers: the last token that is not the padding token
+        position = (torch.arange(longest, device=device) * (ids != pad_token_id)).argmax(1, keepdim=True)
+        return scores.gather(1, position).squeeze(1).tolist()
+
+    def _scalars(self, role: str, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Scores (B, T) of a role, in chunks of the train batch size."""
+        model = self.accelerator.unwrap_model(self.model)
+        chunk = self.args.per_device_train_batch_size
+        with use_role(model, role), self.accelerator.autocast():
+            if role == "reward" and self._reward_module is not None:
+                module = self.accelerator.unwrap_model(self._reward_module)
+                forward = functools.partial(scalar_scores, module)
+            else:
+                forward = functools.partial(model, scalar_head=role)
+            pairs = zip(ids.split(chunk), mask.split(chunk), strict=True)
+            return torch.cat([forward(input_ids=i, attention_mask=m) for i, m in pairs])
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        per_process = slice(
+            self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
+        )
+        scores = rewards.clone()
+        if self._has_reward_model:
+            scores[:, 0] = (scores[:, 0] - self.args.score_mean) / self.args.score_std
+        unscored = ~(scores.isfinite() | scores.isnan()).all(1) | scores.isnan().all(1)
+        if unscored.any():
+            names = ", ".join(self.reward_func_names)
+            raise UserError(
+                f"Step {self.state.global_step}: {names} gave no finite score to {int(unscored.sum())} of {len(scores)} "
+                f"responses, the first in row {int(unscored.nonzero()[0])} of the rollout. "
+                f"The last good state is the newest checkpoint in {self.args.output_dir}."
+            )
+        self._scores = (scores * self.reward_weights.to(scores.device)).nansum(1)[per_process]
+        return rewards
+
+    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
+
+    @torch.no_grad()
+    def _generate_and_score_completions(self, inputs):
+        rollout = super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        model = self.accelerator.unwrap_model(self.model)
+        ids, attention_mask, mask = self._sequences(rollout)
+        width = mask.size(1)
+
+        def logps_of(policy):
+            return self._get_per_token_logps_and_entropies(
+                policy, ids, attention_mask, width, batch_size=self.args.per_device_train_batch_size
+            )[0]
+
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps = rollout.get("old_per_token_logps")
+            logps = logps_of(self.model) if logps is None else logps
+            with use_role(model, self._ref_role):
+                ref_logps = logps_of(self.model if self.ref_model is None else self.ref_model)
+            # The value of the state before token t stands at the position that predicts token t.
+            values = self._scalars("critic", ids, attention_mask)[:, -width - 1 : -1] * mask
+
+        scores = self._scores
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * self._is_unfinished()
+        if self.args.score_clip is not None:
+            scores = scores.clamp(-self.args.score_clip, self.args.score_clip)
+        kl = token_kl(logps, ref_logps, mask, self.args.kl_estimator)
+        rewards = token_rewards(scores, kl, mask, self.kl_controller.value)
+        if self.args.whiten_rewards:
+            rewards = whiten(rewards, mask, self._sum_over_processes, shift_mean=False)
+        advantages = generalized_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
+        returns = advantages + values
+        rollout |= {
+            "old_per_token_logps": logps,
+            "old_values": values,
+            "returns": returns,
+            "advantages": whiten(advantages, mask, self._sum_over_processes),
+        }
+        self._log_rollout(mode, rollout, mask, kl, scores)
+        if mode == "train":
+            self._update_stopped = False
+            kl_per_response = self._metrics[mode]["objective/kl"][-1]
+            self.kl_controller.update(kl_per_response, self.args.generation_batch_size)
+        return rollout
+
+    @staticmethod
+    def _sequences(batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids and attention mask of prompt and response, (B, P + T), and the mask of trained tokens, (B, T)."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        mask = batch["completion_mask"].float()
+        return ids, attention_mask, mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+    def _is_unfinished(self) -> torch.Tensor:
+        """1 for each response of this process without a stop token, else 0: (B,)."""
+        stops = set(self.eos_token_ids)
+        unfinished = [float(ids[-1] not in stops) for ids in self._completion_ids]
+        return torch.tensor(unfinished, device=self.accelerator.device)
+
+    def _log_rollout(self, mode: str, rollout: dict, mask, kl, scores) -> None:
+        logps, stops = rollout["old_per_token_logps"], torch.tensor(self.eos_token_ids, device=mask.device)
+        non_score = -self.kl_controller.value * kl.sum(1)
+        per_response = torch.stack([kl.sum(1), -(logps * mask).sum(1), non_score, scores, non_score + scores], 1)
+        names = ("kl", "entropy", "non_score_reward", "scores", "rlhf_reward")
+        means = self.accelerator.gather(per_response).mean(0).tolist()
+        metrics = self._metrics[mode]
+        for name, mean in zip(names, means, strict=True):
+            metrics[f"objective/{name}"].append(mean)
+        metrics["objective/kl_coef"].append(self.kl_controller.value)
+        eos = (torch.isin(rollout["completion_ids"], stops) * mask).sum()
+        metrics["val/num_eos_tokens"].append(self._sum_over_processes(eos).item())
+        metrics["val/explained_variance"].append(
+            explained_variance(rollout["old_values"], rollout["returns"], mask, self._sum_over_processes).item()
+        )
+        if mode == "train":
+            generate_every = self.args.steps_per_generation * self.num_iterations
+            metrics["episode"] = [(self._step // generate_every + 1) * self.args.generation_batch_size]
+        # GRPO's view of the rewards, by groups of one: its spread is always 0 and its sum misses PPO's normalisation.
+        for name in ("reward", "reward_std", "frac_reward_zero_std"):
+            metrics.pop(name, None)
+        table = self._logs["extra"]
+        table["kl"].extend(gather_object(kl.sum(1).tolist()))
+        table["score"].extend(gather_object(scores.tolist()))
+        advantages = gather_object((rollout["advantages"].sum(1) / mask.sum(1).clamp(min=1)).tolist())
+        for _ in advantages:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(advantages)
+
+    # Update: one forward per role, one backward
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._latest_logps = result[0].detach()
+        return result
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        logps = self._latest_logps
+        mode = "train" if self.model.training else "eval"
+        ids, attention_mask, mask = self._sequences(inputs)
+        with use_role(self.accelerator.unwrap_model(model), "critic"), self.accelerator.autocast():
+            values = model(input_ids=ids, attention_mask=attention_mask, scalar_head="critic")
+        values = values[:, -mask.size(1) - 1 : -1] * mask
+        losses, clipped = value_losses(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
+        value_loss = (losses * mask).sum() / self._tokens_per_update(inputs, mask, mode)
+        loss = loss + self.args.vf_coef * value_loss
+        self._log_update(mode, inputs, mask, logps, losses.detach(), clipped)
+        if not loss.isfinite():
+            raise UserError(
+                f"Step {self.state.global_step}: the loss is {loss.item()}. Lower learning_rate, or look for a role in "
+                f"half precision. The last good state is the newest checkpoint in {self.args.output_dir}."
+            )
+        return loss
+
+    def _tokens_per_update(self, inputs: dict, mask: torch.Tensor, mode: str) -> torch.Tensor:
+        """What a micro-batch's token losses are divided by, the same for policy and critic (see `loss_type`)."""
+        if self.loss_type == "bnpo":
+            return mask.sum().clamp(min=1) * (self.current_gradient_accumulation_steps if mode == "train" else 1)
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        if mode == "train":
+            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return tokens
+
+    def _log_update(self, mode: str, inputs: dict, mask, logps, value_loss, value_clipped) -> None:
+        log_ratio = (logps - inputs["old_per_token_logps"]) * mask
+        ratio, advantages = log_ratio.exp(), inputs["advantages"]
+        plain = -advantages * ratio
+        clipped = -advantages * ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+        sums = {
+            "policy/approxkl_avg": 0.5 * log_ratio**2,
+            "policy/clipfrac_avg": (clipped > plain).float(),
+            "loss/policy_avg": torch.max(plain, clipped),
+            "loss/value_avg": value_loss,
+            "val/clipfrac_avg": value_clipped.float(),
+            "val/ratio": ratio,
+        }
+        totals = torch.stack([(value * mask).sum() for value in sums.values()] + [mask.sum()])
+        *totals, count = self._sum_over_processes(totals).tolist()
+        for name, total in zip(sums, totals, strict=True):
+            self._metrics[mode][name].append(total / max(count, 1))
+        if mode == "train" and self.args.target_kl is not None and self.accelerator.sync_gradients:
+            minibatch = self._metrics[mode]["policy/approxkl_avg"][-self.current_gradient_accumulation_steps :]
+            self._update_stopped = sum(minibatch) / len(minibatch) > self.args.target_kl
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        new_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        if self._update_stopped and not new_rollout:
+            # Parameters without a gradient are left alone by the optimizer, its momentum included.
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.state.global_step < self.args.critic_warmup_steps:
+            for name, parameter in self.accelerator.unwrap_model(model).named_parameters():
+                if "critic" not in name:
+                    parameter.grad = None
+        return loss
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        if self.args.critic_learning_rate is not None:
+            critic = {id(p) for name, p in (model or self.model).named_parameters() if "critic" in name}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in critic]
+                group["params"] = [p for p in group["params"] if id(p) not in critic]
+                if own:
+                    optimizer.add_param_group({**group, "params": own, "lr": self.args.critic_learning_rate})
+        return optimizer
+
+    # Resume
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        state = {
+            "step": self._step,
+            "rollout": self._buffered_inputs,
+            "kl_coef": self.kl_controller.value,
+            "update_stopped": self._update_stopped,
+        }
+        torch.save(state, os.path.join(folder, f"ppo_state_{self.accelerator.process_index}.pt"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        critic = getattr(model.get_base_model() if self._is_peft else model, "critic", None)
+        if critic is not None:
+            saved = type(critic).from_pretrained(os.path.join(resume_from_checkpoint, "critic"), dtype=critic.dtype)
+            critic.load_state_dict(saved.state_dict())
+        # Trainer reloads every adapter but the active one as untrainable.
+        self._make_trainable(model)
+        path = os.path.join(resume_from_checkpoint, f"ppo_state_{self.accelerator.process_index}.pt")
+        if not os.path.exists(path):
+            raise UserError(f"{path} is missing: resume with the number of processes the checkpoint was written with.")
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        self._step, self._buffered_inputs = state["step"], state["rollout"]
+        self.kl_controller.value, self._update_stopped = state["kl_coef"], state["update_stopped"]
