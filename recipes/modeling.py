@@ -1,22 +1,12 @@
-"""Base model, tokenizer, chat template, LoRA roles and scalar heads: everything the three steps load.
+"""What the three steps load: base, tokenizer with chat template, policy, reward model, and the models of PPO."""
 
-In PPO one frozen base plays four roles, one LoRA adapter each: the policy (`default`), the reference (`ref`), the
-reward model (`reward`) and the critic (`critic`). A reward model or a critic is the base's last hidden state times a
-`score` head of shape (1, hidden), the layout of `*ForSequenceClassification`, so what `RewardTrainer` saves loads as is.
-"""
-
-import contextlib
 import copy
-import functools
 import json
 import os
-import types
-from contextvars import ContextVar
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 from transformers import (
@@ -29,9 +19,10 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from recipes.errors import UserError
-
+from recipes.roles import add_score_roles, attach, first_line, seq_cls_config
 
 # For bases whose tokenizer has no chat template. It adds no token to the vocabulary, ends each answer with EOS, and
 # marks what the assistant says for TRL's `assistant_only_loss`.
@@ -99,10 +90,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 def _from_pretrained(auto_class, name: str, model_args: ModelConfig, trust_remote_code: bool, **kwargs):
     quantization_config = get_quantization_config(model_args)
     if quantization_config is not None:
@@ -138,18 +125,8 @@ def load_policy(model_args: ModelConfig, trust_remote_code: bool = False) -> Pre
     model = _from_pretrained(AutoModelForCausalLM, base or name, model_args, trust_remote_code)
     if base is None:
         return get_peft_model(model, get_peft_config(model_args)) if model_args.use_peft else model
-    model = _attach(lambda: PeftModel.from_pretrained(model, name, is_trainable=model_args.use_peft), name, base)
+    model = attach(lambda: PeftModel.from_pretrained(model, name, is_trainable=model_args.use_peft), name, base)
     return model if model_args.use_peft else model.merge_and_unload()
-
-
-def _attach(load, adapter: str, base: str):
-    """Run `load`, which puts the weights of `adapter` on `base`, and turn a misfit into one line."""
-    try:
-        return load()
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"The adapter {adapter} does not fit the base {base}; it was trained on another model ({first_line(error)})."
-        ) from error
 
 
 def score_head_names(reward_path: str) -> list[str]:
@@ -166,7 +143,7 @@ def load_reward_trainee(model_args: ModelConfig, trust_remote_code: bool = False
     """
     name = model_args.model_name_or_path
     base = adapter_base(name)
-    with quiet_new_head():
+    with suppress_seqcls_warning():
         model = _from_pretrained(
             AutoModelForSequenceClassification, base or name, model_args, trust_remote_code, num_labels=1
         )
@@ -179,37 +156,12 @@ def load_reward_trainee(model_args: ModelConfig, trust_remote_code: bool = False
             return model
         return get_peft_model(model, seq_cls_config(get_peft_config(model_args)))
     model = get_peft_model(model, seq_cls_config(PeftConfig.from_pretrained(name)))
-    result = _attach(lambda: set_peft_model_state_dict(model, load_peft_weights(name, device="cpu")), name, base)
+    result = attach(lambda: set_peft_model_state_dict(model, load_peft_weights(name, device="cpu")), name, base)
     if result.unexpected_keys:
         raise UserError(
             f"The adapter {name} holds {result.unexpected_keys[0]}, which a reward model has no place for."
         )
     return model if model_args.use_peft else model.merge_and_unload()
-
-
-@contextlib.contextmanager
-def quiet_new_head():
-    """Silence transformers' warning that `score` is newly initialised: here it is meant to be."""
-    import logging
-
-    def about_head(record):
-        return "score.weight" not in record.getMessage()
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(about_head)
-    try:
-        yield
-    finally:
-        logger.removeFilter(about_head)
-
-
-def seq_cls_config(config: LoraConfig) -> LoraConfig:
-    """`config` for a role with a scalar head: task SEQ_CLS, the head trained and saved with the adapter."""
-    config = copy.deepcopy(config)
-    config.task_type = "SEQ_CLS"
-    config.modules_to_save = sorted({*(config.modules_to_save or []), "score"})
-    config.inference_mode = False
-    return config
 
 
 def _has_trained_head(name: str) -> bool:
@@ -265,140 +217,72 @@ def load_reward_model(
         raise UserError(
             f"The reward adapter {reward_path} has no trained score head: train it with recipes/reward.py."
         )
-    with quiet_new_head():
+    with suppress_seqcls_warning():
         model = _from_pretrained(
             AutoModelForSequenceClassification, base or reward_path, own_args, trust_remote_code, num_labels=1
         )
     if base is not None:
-        model = _attach(lambda: PeftModel.from_pretrained(model, reward_path), reward_path, base).merge_and_unload()
+        model = attach(lambda: PeftModel.from_pretrained(model, reward_path), reward_path, base).merge_and_unload()
     tokenizer = load_tokenizer(reward_path, trust_remote_code=trust_remote_code)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.requires_grad_(False).eval(), tokenizer
 
 
-# One base, several roles
+def load_ppo_models(
+    model_args: ModelConfig, reward_path: str | None, separate_reward_model: bool, trust_remote_code: bool = False
+) -> dict:
+    """The policy and what scores it, as keywords of `PPOTrainer`.
 
-_ACTIVE_ROLE: ContextVar[str | None] = ContextVar("active_role", default="default")
-
-
-@contextlib.contextmanager
-def use_role(model: nn.Module, role: str | None):
-    """Make the adapter `role` active (`None`: the bare base) without touching `requires_grad`.
-
-    PEFT's `set_adapter` and `disable_adapter`, and so TRL's `use_adapter`, turn gradients off on the other adapters:
-    a step that trains two adapters with one backward then loses half of them without an error.
+    With LoRA and a reward adapter on the same base, one model with the adapters `default`, `reward` and `critic`.
+    Otherwise the reward model is loaded beside the policy. In full fine-tuning the critic starts from it where it has
+    the policy's architecture and vocabulary.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    token = _ACTIVE_ROLE.set(role)
-    for layer in layers:
-        layer._disable_adapters = role is None
-        if role is not None:
-            layer._active_adapter = [role]
-    try:
-        yield
-    finally:
-        _ACTIVE_ROLE.reset(token)
-        for layer, (active, disabled) in zip(layers, before, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled
+    policy_path = model_args.model_name_or_path
+    policy_base = adapter_base(policy_path) or policy_path
+    on_policy_base = (
+        reward_path is not None and not separate_reward_model and check_reward_adapter(reward_path, policy_base)
+    )
+    model = load_policy(model_args, trust_remote_code)
+    if reward_path is None:
+        return {"model": model}
+    if on_policy_base and model_args.use_peft:
+        add_score_roles(model, {"reward": reward_path, "critic": reward_path})
+        return {"model": model}
+    reward_model, tokenizer = load_reward_model(reward_path, model_args, trust_remote_code)
+    models = {"model": model, "reward_model": reward_model, "reward_processing_class": tokenizer}
+    if not model_args.use_peft and reward_model.config.get_text_config().vocab_size == model.config.vocab_size:
+        if reward_model.config.model_type == model.config.model_type:
+            models["value_model"] = copy.deepcopy(reward_model)
+    return models
 
 
-def recompute_under_role(model: nn.Module):
-    """A `context_fn` for `torch.utils.checkpoint`: recompute each block under the adapter its forward ran with.
-
-    Without it the recomputation in backward runs under whatever adapter is active then, and the gradients of the
-    other roles are wrong without an error. `context_fn` is called in the forward, while the role is active.
-    """
-
-    def context_fn():
-        return contextlib.nullcontext(), use_role(model, _ACTIVE_ROLE.get())
-
-    return context_fn
-
-
-def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
-    """Add roles with a scalar head to a policy, `{role: adapter folder}`, in place.
-
-    A role without a folder starts as a copy of the policy's adapter with a head of zeros, so it values every state
-    at 0. Call it after the policy's adapter exists: `all-linear` would otherwise put a LoRA on the head.
-    """
-    base = model.get_base_model()
-    text_config = base.config.get_text_config()
-    base.score = nn.Linear(text_config.hidden_size, 1, bias=False, dtype=torch.float32, device=base.device)
-    # PEFT keeps this as the wrapper's unused original: trainable, it would break DDP.
-    nn.init.zeros_(base.score.weight)
-    base.score.requires_grad_(False)
-    for role, folder in adapters.items():
-        if folder is None:
-            model.add_adapter(role, seq_cls_config(model.peft_config["default"]))
-            copy_adapter(model, "default", role)
-        else:
-            result = _attach(
-                functools.partial(model.load_adapter, folder, role),
-                folder,
-                model.peft_config["default"].base_model_name_or_path,
-            )
-            if result.unexpected_keys or result.missing_keys:
-                key = (result.unexpected_keys or result.missing_keys)[0]
-                raise UserError(f"The adapter {folder} does not fit the policy's base: {key} has no counterpart.")
-        if role not in base.score.modules_to_save:
-            raise UserError(f"The adapter {folder} has no trained score head.")
+@torch.no_grad()
+def score_conversations(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], batch_size: int
+) -> list[float]:
+    """Scores of whole conversations (message lists) by a reward model, in their order."""
+    ids = tokenizer.apply_chat_template(conversations, return_dict=False)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of equal length waste no padding
+    scores = [0.0] * len(ids)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, padding_side="right", return_tensors="pt")
+        for row, score in zip(rows, model(**batch.to(model.device)).logits.squeeze(-1).tolist(), strict=True):
+            scores[row] = score
+    return scores
 
 
-def copy_adapter(model: PeftModel, source: str, target: str) -> None:
-    """Copy the weights of one adapter to another of the same shape."""
-    for name, parameter in model.named_parameters():
-        if f".{source}." in name:
-            model.get_parameter(name.replace(f".{source}.", f".{target}.")).data.copy_(parameter.data)
-
-
-def is_fresh(model: PeftModel) -> bool:
-    """Whether the policy's LoRA still changes nothing: every B matrix is 0, the initialisation of 2106.09685."""
-    b_matrices = [parameter for name, parameter in model.named_parameters() if ".lora_B.default." in name]
-    return bool(b_matrices) and not any(parameter.any() for parameter in b_matrices)
-
-
-def add_scalar_forward(model: PreTrainedModel) -> None:
-    """Teach a causal LM `model(input_ids, attention_mask, scalar_head=role)`, which returns scores of shape (B, T).
-
-    The scores are float32. They come from the module `model.critic` for the role `"critic"` where there is one (full
-    fine-tuning), else from the last hidden state and the head the role's adapter carries. Both go through the
-    model's own forward, so that DDP sees every pass.
-    """
-    causal_lm_forward = model.forward
-
-    # Keep the original signature: `generate` validates its model kwargs against it.
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, scalar_head=None, **kwargs):
-        if scalar_head is None:
-            return causal_lm_forward(*args, **kwargs)
-        if scalar_head == "critic" and hasattr(self, "critic"):
-            return scalar_scores(self.critic, *args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        head = self.score.modules_to_save[scalar_head]
-        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
-
-    model.forward = types.MethodType(forward, model)
-
-
-def scalar_scores(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Scores of a sequence classifier at every position: (B, T) ids and mask → (B, T) float32."""
-    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    return model.score(hidden.to(model.score.weight.dtype)).squeeze(-1).float()
-
-
-def critic_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
-    """A full critic with the policy's backbone and a head of zeros, so it values every state at 0."""
-    config = copy.deepcopy(policy.config)
-    config.num_labels = 1
-    critic = AutoModelForSequenceClassification.from_config(config).to(policy.dtype)
-    critic.base_model.load_state_dict(policy.base_model.state_dict())
-    critic.score.weight.data.zero_()
-    return critic
+def save_reward_statistics(folder: str, scores: list[float], source: str) -> dict:
+    """Store mean and standard deviation of reference scores with a reward model, for PPO's normalisation."""
+    values = torch.tensor(scores, dtype=torch.float64)
+    statistics = {"mean": values.mean().item(), "std": values.std().item(), "n": len(scores), "source": source}
+    with open(os.path.join(folder, "reward_statistics.json"), "w", encoding="utf-8") as file:
+        json.dump(statistics, file, indent=2)
+    return statistics
 
 
 def read_reward_statistics(reward_path: str) -> dict | None:
-    """Mean and standard deviation of the reference scores that `recipes/reward.py` stored, or `None`."""
+    """What `save_reward_statistics` stored, `{"mean", "std", "n", "source"}`, or `None`."""
     path = os.path.join(reward_path, "reward_statistics.json")
     if not os.path.exists(path):
         return None

@@ -26,16 +26,6 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from recipes.errors import UserError
-from recipes.modeling import (
-    add_scalar_forward,
-    add_score_roles,
-    copy_adapter,
-    critic_from_policy,
-    is_fresh,
-    recompute_under_role,
-    scalar_scores,
-    use_role,
-)
 from recipes.ppo_math import (
     AdaptiveKL,
     explained_variance,
@@ -44,6 +34,16 @@ from recipes.ppo_math import (
     token_rewards,
     value_losses,
     whiten,
+)
+from recipes.roles import (
+    add_scalar_forward,
+    add_score_roles,
+    copy_adapter,
+    critic_from_policy,
+    is_fresh,
+    recompute_under_role,
+    scalar_scores,
+    use_role,
 )
 
 
@@ -154,7 +154,7 @@ class PPOTrainer(GRPOTrainer):
         args: [`PPOConfig`].
         processing_class: tokenizer of the policy; its padding side does not matter.
         model: the policy. A `PeftModel` may already hold the adapters `reward` and `critic` (see
-            [`~recipes.modeling.add_score_roles`]); one base then plays all roles.
+            [`~recipes.roles.add_score_roles`]); one base then plays all roles.
         ref_model: the reference, default a frozen copy of the policy as it is now (an adapter where it has one).
         reward_model: sequence classifier with one label, beside the policy.
         reward_processing_class: its tokenizer. With the policy's vocabulary it scores the sampled ids, else the
@@ -209,8 +209,8 @@ class PPOTrainer(GRPOTrainer):
         base = model.get_base_model() if self._is_peft else model
         if len(train_dataset) < args.generation_batch_size:
             raise ValueError(
-                f"One rollout is {args.generation_batch_size} episodes and the dataset has {len(train_dataset)} prompts: "
-                "lower per_device_train_batch_size or steps_per_generation."
+                f"One rollout is {args.generation_batch_size} episodes and the dataset has {len(train_dataset)} "
+                "prompts: lower per_device_train_batch_size or steps_per_generation."
             )
 
         # Reference
@@ -387,8 +387,8 @@ class PPOTrainer(GRPOTrainer):
         if unscored.any():
             names = ", ".join(self.reward_func_names)
             raise UserError(
-                f"Step {self.state.global_step}: {names} gave no finite score to {int(unscored.sum())} of {len(scores)} "
-                f"responses, the first in row {int(unscored.nonzero()[0])} of the rollout. "
+                f"Step {self.state.global_step}: {names} gave no finite score to {int(unscored.sum())} of "
+                f"{len(scores)} responses, the first in row {int(unscored.nonzero()[0])} of the rollout. "
                 f"The last good state is the newest checkpoint in {self.args.output_dir}."
             )
         self._scores = (scores * self.reward_weights.to(scores.device)).nansum(1)[per_process]
@@ -506,8 +506,8 @@ class PPOTrainer(GRPOTrainer):
         self._log_update(mode, inputs, mask, logps, losses.detach(), clipped)
         if not loss.isfinite():
             raise UserError(
-                f"Step {self.state.global_step}: the loss is {loss.item()}. Lower learning_rate, or look for a role in "
-                f"half precision. The last good state is the newest checkpoint in {self.args.output_dir}."
+                f"Step {self.state.global_step}: the loss is {loss.item()}. Lower learning_rate, or look for a role "
+                f"in half precision. The last good state is the newest checkpoint in {self.args.output_dir}."
             )
         return loss
 

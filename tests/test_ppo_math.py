@@ -16,7 +16,6 @@ from recipes.ppo_math import (
     whiten,
 )
 
-
 MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
 
 

@@ -9,10 +9,9 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from recipes.errors import UserError
-from recipes.modeling import add_score_roles
 from recipes.ppo_trainer import PPOConfig, PPOTrainer
+from recipes.roles import add_score_roles
 from tests import models
-
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
 

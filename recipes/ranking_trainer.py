@@ -1,0 +1,151 @@
+"""Reward training on whole rankings: each response is run once, however many pairs it takes part in.
+
+InstructGPT (2203.02155, section 3.5) puts all pairs of one prompt's K ranked responses into one batch element. That
+costs K forward passes instead of the K(K - 1) of separate pairs, and a response is not repeated in many batches, which
+made their reward model overfit in a single epoch.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from torch import nn
+from trl import RewardTrainer
+from trl.trainer.utils import pad
+
+logger = get_logger(__name__)
+
+
+class RankingCollator:
+    """Flattens rankings into one batch of responses.
+
+    `[{"response_ids": [[int]], "ranks": [float]}]` → `input_ids`, `attention_mask` (N, T), `ranks` (N,) and `group`
+    (N,), the row of each response's prompt, where N is the number of responses of all prompts.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None):
+        self.pad_token_id, self.pad_to_multiple_of = pad_token_id, pad_to_multiple_of
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = [torch.tensor(response) for example in examples for response in example["response_ids"]]
+        padding = {"padding_side": "right", "pad_to_multiple_of": self.pad_to_multiple_of}
+        return {
+            "input_ids": pad(ids, padding_value=self.pad_token_id, **padding),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0, **padding),
+            "ranks": torch.tensor([rank for example in examples for rank in example["ranks"]], dtype=torch.float),
+            "group": torch.tensor([row for row, example in enumerate(examples) for _ in example["ranks"]]),
+        }
+
+
+def strict_pairs(ranks: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (P,), (P,) of the better and the worse response of every pair of one prompt with unequal ranks."""
+    return torch.nonzero((group[:, None] == group[None]) & (ranks[:, None] < ranks[None]), as_tuple=True)
+
+
+def ranking_loss(
+    scores: torch.Tensor, ranks: torch.Tensor, group: torch.Tensor, center_rewards_coefficient: float | None = None
+) -> torch.Tensor:
+    """`-log sigmoid(better - worse)`, averaged over the strict pairs of each prompt, then over prompts.
+
+    Scores, ranks (1 is best, equal is a tie) and group are (N,). `center_rewards_coefficient` adds TRL's
+    `coefficient * (better + worse)^2` to each pair (2312.09244).
+    """
+    better, worse = strict_pairs(ranks, group)
+    losses = -nn.functional.logsigmoid(scores[better] - scores[worse])
+    if center_rewards_coefficient is not None:
+        losses = losses + center_rewards_coefficient * (scores[better] + scores[worse]) ** 2
+    pairs = torch.bincount(group[better], minlength=int(group.max()) + 1).to(losses)
+    return (losses / pairs[group[better]]).sum() / pairs.count_nonzero().clamp(min=1)
+
+
+class RankingRewardTrainer(RewardTrainer):
+    """TRL's `RewardTrainer` on rows `{"prompt": messages, "completions": [messages], "ranks": [number]}`.
+
+    `per_device_train_batch_size` counts prompts. All other arguments are `RewardTrainer`'s. Over strict pairs it logs
+    `accuracy`, `longer_wins` (the accuracy of preferring the longer response, a tie counting one half), `margin`
+    (better minus worse score), and `margin/rank_gap_N` by distance in rank.
+
+    Raises:
+        ValueError: no row has two responses of unequal rank within `max_length`.
+    """
+
+    def __init__(self, *args, data_collator=None, processing_class=None, **kwargs):
+        super().__init__(*args, data_collator=data_collator, processing_class=processing_class, **kwargs)
+        if data_collator is None:
+            self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
+        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name) -> Dataset:
+        def tokenize(row):
+            conversations = [row["prompt"] + completion for completion in row["completions"]]
+            ids = processing_class.apply_chat_template(conversations, return_dict=False)
+            kept = [i for i, response in enumerate(ids) if args.max_length is None or len(response) <= args.max_length]
+            return {"response_ids": [ids[i] for i in kept], "ranks": [row["ranks"][i] for i in kept]}
+
+        if "response_ids" in dataset.column_names:
+            return dataset
+        tokenized = dataset.map(
+            tokenize, remove_columns=dataset.column_names, desc=f"Tokenizing {dataset_name} dataset"
+        )
+        usable = tokenized.filter(lambda row: len(set(row["ranks"])) > 1, desc=f"Filtering {dataset_name} dataset")
+        if len(usable) == 0:
+            raise ValueError(
+                f"No ranking of the {dataset_name} dataset has two responses of unequal rank within "
+                f"max_length={args.max_length} tokens."
+            )
+        if len(usable) < len(dataset):
+            logger.warning(
+                f"{len(dataset) - len(usable)} of {len(dataset)} rankings of the {dataset_name} dataset are not used: "
+                f"fewer than two responses of unequal rank within max_length={args.max_length} tokens."
+            )
+        return usable
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = ["response_ids", "ranks"]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ranks, group = inputs.pop("ranks"), inputs.pop("group")
+        outputs = model(**inputs, use_cache=False)
+        scores = outputs.logits.squeeze(-1).float()
+        loss = ranking_loss(scores, ranks, group, self.args.center_rewards_coefficient)
+        self._log_pairs(scores.detach(), ranks, group, inputs["attention_mask"].sum(1))
+        return (loss, outputs) if return_outputs else loss
+
+    def _log_pairs(self, scores, ranks, group, lengths) -> None:
+        """Add this batch's pairs to the sums that `log` turns into means, so that every pair weighs the same."""
+        mode = "train" if self.model.training else "eval"
+        better, worse = strict_pairs(ranks, group)
+        margin = scores[better] - scores[worse]
+        longer = (lengths[better] > lengths[worse]).float() + 0.5 * (lengths[better] == lengths[worse])
+        gap = (ranks[worse] - ranks[better]).round().clamp(1, 3)
+        counts = [torch.full_like(margin, 1.0), (margin > 0).float(), longer, margin]
+        counts += [(gap == distance) * value for distance in (1, 2, 3) for value in (torch.ones_like(margin), margin)]
+        totals = self.accelerator.reduce(torch.stack([c.sum() for c in counts]), reduction="sum").tolist()
+        names = ["pairs", "accuracy", "longer_wins", "margin"]
+        names += [f"{what}_{distance}" for distance in (1, 2, 3) for what in ("gap_pairs", "gap_margin")]
+        for name, total in zip(names, totals, strict=True):
+            self._sums[mode][name] += total
+        rewards = self.accelerator.reduce(
+            torch.stack([scores.sum(), (scores**2).sum(), torch.ones_like(scores).sum()]), reduction="sum"
+        )
+        for name, total in zip(("reward", "squares", "responses"), rewards.tolist(), strict=True):
+            self._sums[mode][name] += total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        sums, prefix = self._sums[mode], "eval_" if mode == "eval" else ""
+        if sums["pairs"]:
+            for name in ("accuracy", "longer_wins", "margin"):
+                logs[prefix + name] = sums[name] / sums["pairs"]
+            for distance in (1, 2, 3):
+                if sums[f"gap_pairs_{distance}"]:
+                    name = f"margin/rank_gap_{distance}{'_or_more' * (distance == 3)}"
+                    logs[prefix + name] = sums[f"gap_margin_{distance}"] / sums[f"gap_pairs_{distance}"]
+            mean = sums["reward"] / sums["responses"]
+            logs[prefix + "mean_reward"] = mean
+            logs[prefix + "std_reward"] = max(sums["squares"] / sums["responses"] - mean**2, 0.0) ** 0.5
+            sums.clear()
+        super().log(logs, start_time)

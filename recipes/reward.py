@@ -1,0 +1,85 @@
+"""Step 2, reward model: a model learns to score responses as a person ranked them.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/reward.py \\
+        --config recipes/configs/tiny_world/reward.yaml \\
+        --model_name_or_path runs/sft --dataset_name rankings.jsonl --output_dir runs/reward
+
+The loss is `-log sigmoid(score(better) - score(worse))` over all pairs of a prompt with unequal ranks; plain
+chosen/rejected pairs are rankings of two. It starts from the SFT adapter, as in InstructGPT; a base or an older reward
+model works too. Every flag of TRL's `ScriptArguments`, `RewardConfig` and `ModelConfig` works.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import set_seed
+from trl import ModelConfig, RewardConfig, ScriptArguments
+
+from recipes.formatting import FormattingArguments, load_formatted
+from recipes.launch import check_launch
+from recipes.modeling import load_reward_trainee, load_tokenizer, save_reward_statistics, score_conversations
+from recipes.ranking_trainer import RankingRewardTrainer
+from recipes.runs import finish, guard_output_dir, parse, run
+
+
+@dataclass
+class RewardScriptArguments(ScriptArguments):
+    """TRL's script arguments, and what the stored score statistics are taken from."""
+
+    reference_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Demonstrations whose mean score and spread are stored for PPO's normalisation (InstructGPT sets "
+            "their mean to 0). Default: all ranked responses."
+        },
+    )
+
+
+def reference_conversations(script_args, format_args, datasets, tokenizer) -> tuple[list[list[dict]], str]:
+    """The conversations whose scores PPO normalises by, and where they are from."""
+    if script_args.reference_dataset_name is None:
+        rows = [row for split in datasets.values() for row in split]
+        conversations = [row["prompt"] + completion for row in rows for completion in row["completions"]]
+        return conversations, script_args.dataset_name
+    demonstrations = load_formatted(
+        "sft", ScriptArguments(dataset_name=script_args.reference_dataset_name), FormattingArguments(), tokenizer
+    )
+    return list(demonstrations["train"]["messages"]), script_args.reference_dataset_name
+
+
+def main():
+    script_args, training_args, model_args, format_args = parse(
+        (RewardScriptArguments, RewardConfig, ModelConfig, FormattingArguments)
+    )
+    check_launch(training_args)
+    guard_output_dir(training_args)
+
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
+    )
+    evaluate = training_args.eval_strategy != "no"
+    datasets = load_formatted(
+        "ranking", script_args, format_args, tokenizer, evaluate=evaluate, seed=training_args.seed
+    )
+
+    set_seed(training_args.seed)
+    trainer = RankingRewardTrainer(
+        model=load_reward_trainee(model_args, training_args.trust_remote_code),
+        args=training_args,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("eval"),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if evaluate:
+        trainer.save_metrics("eval", trainer.evaluate())
+
+    finish(trainer, "reward", datasets, script_args, training_args, model_args, format_args)
+    if trainer.accelerator.is_main_process:
+        conversations, source = reference_conversations(script_args, format_args, datasets, tokenizer)
+        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        scores = score_conversations(model, tokenizer, conversations, training_args.per_device_eval_batch_size)
+        save_reward_statistics(training_args.output_dir, scores, source)
+
+
+if __name__ == "__main__":
+    run(main)

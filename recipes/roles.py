@@ -1,0 +1,161 @@
+"""One base, several roles: LoRA adapters with scalar heads, and switching between them without losing gradients.
+
+In PPO one frozen base plays four roles, one adapter each: the policy (`default`), the reference (`ref`), the reward
+model (`reward`) and the critic (`critic`). A reward model or a critic is the base's last hidden state times a `score`
+head of shape (1, hidden), the layout of `*ForSequenceClassification`: what `RewardTrainer` saves loads as is.
+"""
+
+import contextlib
+import copy
+import functools
+import types
+from contextvars import ContextVar
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from recipes.errors import UserError
+
+_ACTIVE_ROLE: ContextVar[str | None] = ContextVar("active_role", default="default")
+
+
+@contextlib.contextmanager
+def use_role(model: nn.Module, role: str | None):
+    """Make the adapter `role` active (`None`: the bare base) without touching `requires_grad`.
+
+    PEFT's `set_adapter` and `disable_adapter`, and so TRL's `use_adapter`, turn gradients off on the other adapters:
+    a step that trains two adapters with one backward then loses half of them without an error.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    token = _ACTIVE_ROLE.set(role)
+    for layer in layers:
+        layer._disable_adapters = role is None
+        if role is not None:
+            layer._active_adapter = [role]
+    try:
+        yield
+    finally:
+        _ACTIVE_ROLE.reset(token)
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def recompute_under_role(model: nn.Module):
+    """A `context_fn` for `torch.utils.checkpoint`: recompute each block under the adapter its forward ran with.
+
+    Without it the recomputation in backward runs under whatever adapter is active then, and the gradients of the
+    other roles are wrong without an error. `context_fn` is called in the forward, while the role is active.
+    """
+
+    def context_fn():
+        return contextlib.nullcontext(), use_role(model, _ACTIVE_ROLE.get())
+
+    return context_fn
+
+
+def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
+    """Add roles with a scalar head to a policy, `{role: adapter folder}`, in place.
+
+    A role without a folder starts as a copy of the policy's adapter with a head of zeros, so it values every state
+    at 0. Call it after the policy's adapter exists: `all-linear` would otherwise put a LoRA on the head.
+    """
+    base = model.get_base_model()
+    text_config = base.config.get_text_config()
+    base.score = nn.Linear(text_config.hidden_size, 1, bias=False, dtype=torch.float32, device=base.device)
+    # PEFT keeps this as the wrapper's unused original: trainable, it would break DDP.
+    nn.init.zeros_(base.score.weight)
+    base.score.requires_grad_(False)
+    for role, folder in adapters.items():
+        if folder is None:
+            model.add_adapter(role, seq_cls_config(model.peft_config["default"]))
+            copy_adapter(model, "default", role)
+        else:
+            result = attach(
+                functools.partial(model.load_adapter, folder, role),
+                folder,
+                model.peft_config["default"].base_model_name_or_path,
+            )
+            if result.unexpected_keys or result.missing_keys:
+                key = (result.unexpected_keys or result.missing_keys)[0]
+                raise UserError(f"The adapter {folder} does not fit the policy's base: {key} has no counterpart.")
+        if role not in base.score.modules_to_save:
+            raise UserError(f"The adapter {folder} has no trained score head.")
+
+
+def copy_adapter(model: PeftModel, source: str, target: str) -> None:
+    """Copy the weights of one adapter to another of the same shape."""
+    for name, parameter in model.named_parameters():
+        if f".{source}." in name:
+            model.get_parameter(name.replace(f".{source}.", f".{target}.")).data.copy_(parameter.data)
+
+
+def is_fresh(model: PeftModel) -> bool:
+    """Whether the policy's LoRA still changes nothing: every B matrix is 0, the initialisation of 2106.09685."""
+    b_matrices = [parameter for name, parameter in model.named_parameters() if ".lora_B.default." in name]
+    return bool(b_matrices) and not any(parameter.any() for parameter in b_matrices)
+
+
+def add_scalar_forward(model: PreTrainedModel) -> None:
+    """Teach a causal LM `model(input_ids, attention_mask, scalar_head=role)`, which returns scores of shape (B, T).
+
+    The scores are float32. They come from the module `model.critic` for the role `"critic"` where there is one (full
+    fine-tuning), else from the last hidden state and the head the role's adapter carries. Both go through the
+    model's own forward, so that DDP sees every pass.
+    """
+    causal_lm_forward = model.forward
+
+    # Keep the original signature: `generate` validates its model kwargs against it.
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, scalar_head=None, **kwargs):
+        if scalar_head is None:
+            return causal_lm_forward(*args, **kwargs)
+        if scalar_head == "critic" and hasattr(self, "critic"):
+            return scalar_scores(self.critic, *args, **kwargs)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        head = self.score.modules_to_save[scalar_head]
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+
+    model.forward = types.MethodType(forward, model)
+
+
+def scalar_scores(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Scores of a sequence classifier at every position: (B, T) ids and mask → (B, T) float32."""
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return model.score(hidden.to(model.score.weight.dtype)).squeeze(-1).float()
+
+
+def critic_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
+    """A full critic with the policy's backbone and a head of zeros, so it values every state at 0."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    critic = AutoModelForSequenceClassification.from_config(config).to(policy.dtype)
+    critic.base_model.load_state_dict(policy.base_model.state_dict())
+    critic.score.weight.data.zero_()
+    return critic
+
+
+def seq_cls_config(config: LoraConfig) -> LoraConfig:
+    """`config` for a role with a scalar head: task SEQ_CLS, the head trained and saved with the adapter."""
+    config = copy.deepcopy(config)
+    config.task_type = "SEQ_CLS"
+    config.modules_to_save = sorted({*(config.modules_to_save or []), "score"})
+    config.inference_mode = False
+    return config
+
+
+def attach(load, adapter: str, base: str):
+    """Run `load`, which puts the weights of `adapter` on `base`, and turn a misfit into one line."""
+    try:
+        return load()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The adapter {adapter} does not fit the base {base}: it was trained on another ({first_line(error)})."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
