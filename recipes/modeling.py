@@ -155,12 +155,12 @@ def load_reward_trainee(model_args: ModelConfig, trust_remote_code: bool = False
         if not model_args.use_peft:
             return model
         return get_peft_model(model, seq_cls_config(get_peft_config(model_args)))
+    weights = load_peft_weights(name, device="cpu")
+    weights.setdefault("base_model.model.score.weight", model.score.weight.detach().clone())
     model = get_peft_model(model, seq_cls_config(PeftConfig.from_pretrained(name)))
-    result = attach(lambda: set_peft_model_state_dict(model, load_peft_weights(name, device="cpu")), name, base)
+    result = attach(lambda: set_peft_model_state_dict(model, weights), name, base)
     if result.unexpected_keys:
-        raise UserError(
-            f"The adapter {name} holds {result.unexpected_keys[0]}, which a reward model has no place for."
-        )
+        raise UserError(f"The adapter {name} holds {result.unexpected_keys[0]}, which a reward model has no place for.")
     return model if model_args.use_peft else model.merge_and_unload()
 
 

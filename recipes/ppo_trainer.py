@@ -36,7 +36,7 @@ from recipes.ppo_math import (
     whiten,
 )
 from recipes.roles import (
-    add_scalar_forward,
+    add_role_forward,
     add_score_roles,
     copy_adapter,
     critic_from_policy,
@@ -269,7 +269,7 @@ class PPOTrainer(GRPOTrainer):
             optimizers=optimizers,
         )
 
-        add_scalar_forward(base)
+        add_role_forward(base)
         if self._is_peft:
             self._checkpoint_under_roles(model, base)
             if has_adapter or value_model is None:
@@ -278,6 +278,7 @@ class PPOTrainer(GRPOTrainer):
         if ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(ref_model.requires_grad_(False), evaluation_mode=True)
             add_fused_lm_head(self.ref_model, self.temperature, args.cast_lm_head_to_fp32)
+            add_role_forward(self.ref_model)
         if self._reward_module is not None:
             self._reward_module = self.accelerator.prepare_model(self._reward_module, evaluation_mode=True)
         self.kl_controller = AdaptiveKL(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)

@@ -8,6 +8,7 @@ head of shape (1, hidden), the layout of `*ForSequenceClassification`: what `Rew
 import contextlib
 import copy
 import functools
+import inspect
 import types
 from contextvars import ContextVar
 
@@ -99,22 +100,26 @@ def is_fresh(model: PeftModel) -> bool:
     return bool(b_matrices) and not any(parameter.any() for parameter in b_matrices)
 
 
-def add_scalar_forward(model: PreTrainedModel) -> None:
+def add_role_forward(model: PreTrainedModel) -> None:
     """Teach a causal LM `model(input_ids, attention_mask, scalar_head=role)`, which returns scores of shape (B, T).
 
     The scores are float32. They come from the module `model.critic` for the role `"critic"` where there is one (full
     fine-tuning), else from the last hidden state and the head the role's adapter carries. Both go through the
-    model's own forward, so that DDP sees every pass.
+    model's own forward, so that DDP sees every pass. Every pass of a whole sequence counts positions from the first
+    real token, as `generate` does: models with absolute positions would otherwise see left padding.
     """
     causal_lm_forward = model.forward
+    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
 
     # Keep the original signature: `generate` validates its model kwargs against it.
     @functools.wraps(type(model).forward)
     def forward(self, *args, scalar_head=None, **kwargs):
-        if scalar_head is None:
-            return causal_lm_forward(*args, **kwargs)
         if scalar_head == "critic" and hasattr(self, "critic"):
             return scalar_scores(self.critic, *args, **kwargs)
+        if takes_positions and (scalar_head or kwargs.get("fused_lm_head")):
+            kwargs.setdefault("position_ids", token_positions(kwargs["attention_mask"]))
+        if scalar_head is None:
+            return causal_lm_forward(*args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         head = self.score.modules_to_save[scalar_head]
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
@@ -122,9 +127,17 @@ def add_scalar_forward(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of each token among the real ones, (B, T); padding gets 0."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
 def scalar_scores(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Scores of a sequence classifier at every position: (B, T) ids and mask → (B, T) float32."""
-    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    kwargs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+        kwargs["position_ids"] = token_positions(attention_mask)
+    hidden = model.base_model(**kwargs).last_hidden_state
     return model.score(hidden.to(model.score.weight.dtype)).squeeze(-1).float()
 
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from recipes.errors import UserError
 from recipes.ppo_trainer import PPOConfig, PPOTrainer
@@ -75,10 +81,13 @@ def make_trainer(world, output_dir, model=None, rows=64, trainer_kwargs=None, **
 
 def rollout(trainer, n=4):
     """One scored rollout of n prompts of the train set, outside `train()`."""
+    return rollout_of(trainer, trainer.train_dataset["prompt"][:n])
+
+
+def rollout_of(trainer, prompts):
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    rows = [trainer.train_dataset[i] for i in range(n)]
-    return trainer._generate_and_score_completions(rows)
+    return trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
 
 
 def history(trainer, name) -> list[float]:
@@ -257,12 +266,6 @@ def test_the_update_does_not_depend_on_how_it_is_split(world, tmp_path):
             assert (other[name] - whole).abs().max() < 1e-3 * step + 1e-7, name
 
 
-def train_history(world, folder, **kwargs):
-    trainer = make_trainer(world, folder, **kwargs)
-    trainer.train(resume_from_checkpoint=kwargs.get("resume"))
-    return trainer
-
-
 @pytest.mark.parametrize("step", [2, 4, 5], ids=["mid-rollout", "between-rollouts", "second-epoch"])
 def test_a_resumed_run_ends_on_the_same_numbers(world, tmp_path, step):
     # 16 prompts are one rollout of 4 steps, so that an epoch ends with each rollout.
@@ -293,6 +296,39 @@ def test_a_checkpoint_of_full_fine_tuning_resumes(world, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "whole" / "critic"))
     _, info = AutoModelForCausalLM.from_pretrained(str(tmp_path / "whole"), output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
+
+
+@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+def test_left_padding_changes_nothing_for_absolute_positions(world, tmp_path, peft):
+    """GPT-2 knows positions by number; prompts of one word and of nine share a batch here."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 64}
+    policy = GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+    policy.transformer.wpe.weight.data.mul_(20)
+    rows = [models.prompts(1, length=length, seed=length)[0] for length in (1, 9, 5, 3)]
+    trainer = make_trainer(
+        world,
+        tmp_path,
+        model=policy,
+        trainer_kwargs={
+            "reward_funcs": lucky_word,
+            "peft_config": LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False) if peft else None,
+        },
+    )
+    alone = []
+    together = rollout_of(trainer, rows)
+    for row, ids in enumerate(together["completion_ids"]):
+        real = together["prompt_ids"][row][together["prompt_mask"][row].bool()]
+        trimmed = torch.cat([real, ids])[None]
+        logps = trainer._get_per_token_logps_and_entropies(
+            trainer.model, trimmed, torch.ones_like(trimmed), len(ids), batch_size=1
+        )[0]
+        alone.append(logps[0] * together["completion_mask"][row])
+        values = trainer._scalars("critic", trimmed, torch.ones_like(trimmed))[:, -len(ids) - 1 : -1]
+        mask = together["completion_mask"][row]
+        torch.testing.assert_close(values[0] * mask, together["old_values"][row] * mask, rtol=1e-4, atol=1e-5)
+    mask = together["completion_mask"]
+    torch.testing.assert_close(torch.stack(alone), together["old_per_token_logps"] * mask, rtol=1e-4, atol=1e-5)
 
 
 LUCKY = {f"w{i}" for i in range(8)}
