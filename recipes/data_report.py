@@ -1,0 +1,79 @@
+"""What became of the rows of a dataset: counts, reasons, places."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.loading import DataError, Row
+
+KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # each list of a report, and what its entries say
+KEPT = 10_000  # entries of each list; the counts are always complete
+SHOWN = 5  # errors in the text of a DataError
+
+
+@dataclass
+class Report:
+    """What became of the rows of one source. Each entry names file and line; lists end after 10,000 entries."""
+
+    source: str
+    task: str
+    schema: str | None = None
+    reason: str = ""
+    rows_in: int = 0
+    rows_out: int = 0
+    skipped: list[dict] = field(default_factory=list)
+    flags: list[dict] = field(default_factory=list)
+    errors: list[dict] = field(default_factory=list)
+    counts: dict[str, Counter] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
+    fingerprint: str = ""
+
+    def add(self, kind: str, row: Row, what: str, column: str | None = None) -> None:
+        """`kind` is "skipped", "flags" or "errors"."""
+        entries = getattr(self, kind)
+        self.counts[kind][what] += 1
+        if len(entries) < KEPT:
+            place = {"file": row.file, "line": row.line, **({} if kind == "flags" else {"column": column})}
+            entries.append({**place, KINDS[kind]: what})
+
+    def skip_errors(self) -> None:
+        """Counts the errors as skipped rows, which still have their messages in `errors`."""
+        self.counts["skipped"].update(self.counts["errors"])
+        for error in self.errors:
+            self.skipped.append({"reason" if key == "message" else key: value for key, value in error.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        keys = ("source", "task", "schema", "reason", "rows_in", "rows_out", *KINDS, "fingerprint")
+        counts = {f"{kind}_by_reason": dict(counter.most_common(100)) for kind, counter in self.counts.items()}
+        return {**{key: getattr(self, key) for key in keys}, **counts}
+
+    def save(self, path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        rows = f"{self.rows_in} rows in, {self.rows_out} out"
+        lines = [f"{self.source}: {rows}; task {self.task}, schema {self.schema} ({self.reason})"]
+        for kind in ("skipped", "flags"):
+            for what, count in self.counts[kind].most_common(10):
+                first = next((entry for entry in getattr(self, kind) if what in entry.values()), None)
+                where = f", first at {first['file']}:{first['line']}" if first else ""
+                lines.append(f"  {'skipped' if kind == 'skipped' else 'flagged'} {count}: {what}{where}")
+        return "\n".join(lines)
+
+    def error(self, message: str) -> DataError:
+        error = DataError(message)
+        error.report = self
+        return error
+
+    def errors_text(self) -> str:
+        """The first errors with their places, and how many there are."""
+        total = self.counts["errors"].total()
+        lines = [f"{self.source}: {total} of {self.rows_in} rows cannot be used for task {self.task!r}"]
+        for entry in self.errors[:SHOWN]:
+            column = f":{entry['column']}" if entry["column"] else ""
+            lines.append(f"  {entry['file']}:{entry['line']}{column}: {entry['message']}")
+        if total > SHOWN:
+            lines.append(f"  and {total - SHOWN} more")
+        return "\n".join(lines)

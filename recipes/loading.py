@@ -1,0 +1,381 @@
+"""Reads rows from files, folders and the Hub, and remembers for every row the file and the line it stands on.
+
+`datasets` guesses types (dates become timestamps, "NA" becomes null, 007 becomes 7.0) and its errors do not name a
+line, so text files are read here; Parquet, `save_to_disk` folders and Hub names are read by `datasets`.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipes.errors import UserError
+
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+_SPLIT = re.compile(r"([\w.\-]+)(?:\[(\d*):(\d*)\])?")
+
+
+class DataError(UserError):
+    """Data that cannot be used. `report` is the formatting report where formatting had begun, else None."""
+
+    report: Any = None
+
+
+class RowError(Exception):
+    """One row cannot be used; `message` says what was found, what was expected and what to do."""
+
+    def __init__(self, message: str, column: str | None = None):
+        super().__init__(message)
+        self.message, self.column = message, column
+
+
+class Row(NamedTuple):
+    """`line` is 1-based: the physical line in a text file (a CSV header is line 1), else the number of the row."""
+
+    file: str
+    line: int
+    data: dict | RowError
+
+
+@dataclass
+class Rows:
+    """Rows that can be read again and again without being held in memory: iterating yields `Row`."""
+
+    source: str
+    read: Callable[[], Iterable[Row]]
+    start: int = 0
+    stop: int | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        return islice(self.read(), self.start, self.stop)
+
+
+def load_rows(source, split: str = "train", name: str | None = None, data_files=None) -> Rows:
+    """Opens a dataset; nothing but the listing of a folder is read before the rows are iterated.
+
+    Args:
+        source: an existing .jsonl, .ndjson, .json, .csv or .parquet file, a folder (files named by split, or one
+            written by `save_to_disk`), "json", "csv" or "parquet" together with `data_files`, or a Hub name.
+        split: a split name; `train[10:20]` takes rows 10 to 19. A single file is the split "train".
+        name: the configuration of a Hub dataset, or a subfolder of a local folder.
+        data_files: path, list of paths or mapping from split to paths, relative to the folder or Hub repository.
+    Raises:
+        DataError: nothing is there, or nothing that can be read.
+    """
+    match = _SPLIT.fullmatch(split)
+    if match is None:
+        raise DataError(f"split {split!r} is not a split name; expected e.g. 'train' or 'train[0:1000]'")
+    split, start, stop = match[1], int(match[2] or 0), int(match[3]) if match[3] else None
+    read = _open(str(source), split, name, data_files)
+    return Rows(str(source), read, start, stop)
+
+
+def list_splits(source, name: str | None = None, data_files=None) -> list[str]:
+    """The splits that `load_rows` can open, without reading any row."""
+    path = Path(source).expanduser()
+    if isinstance(data_files, dict):
+        return list(data_files)
+    if data_files is not None or path.is_file():
+        return ["train"]
+    if path.is_dir():
+        folder = _subfolder(path, name)
+        saved = folder / "dataset_dict.json"
+        if saved.exists():
+            return json.loads(saved.read_text(encoding="utf-8"))["splits"]
+        return ["train"] if (folder / "state.json").exists() else list(_files_by_split(folder))
+    _refuse_missing_path(str(source))
+    import datasets
+
+    return _or_data_error(str(source), lambda: datasets.get_dataset_split_names(str(source), name))
+
+
+def _open(source: str, split: str, name: str | None, data_files) -> Callable[[], Iterable[Row]]:
+    path = Path(source).expanduser()
+    if isinstance(data_files, dict):
+        if split not in data_files:
+            raise DataError(f"{source}: no split {split!r} in data_files; it has {_listed(data_files)}")
+        data_files = data_files[split]
+    if data_files is not None and (path.is_dir() or source in ("json", "csv", "parquet")):
+        folder = path if path.is_dir() else Path()
+        chosen = [data_files] if isinstance(data_files, str | Path) else data_files
+        return _read_files([folder / Path(file).expanduser() for file in chosen])
+    if path.is_file():
+        if split != "train":
+            raise DataError(f"{source} is one file, its only split is 'train', but {split!r} was asked for")
+        return _read_files([path])
+    if path.is_dir():
+        return _open_folder(_subfolder(path, name), split)
+    _refuse_missing_path(source)
+    return _open_hub(source, split, name, data_files)
+
+
+def _subfolder(path: Path, name: str | None) -> Path:
+    if name and not (path / name).is_dir():
+        raise DataError(f"{path} has no subfolder {name!r}: a configuration of a local dataset is a subfolder")
+    return path / name if name else path
+
+
+def _open_folder(folder: Path, split: str) -> Callable[[], Iterable[Row]]:
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        import datasets
+
+        dataset = _or_data_error(str(folder), lambda: datasets.load_from_disk(str(folder)))
+        if not isinstance(dataset, datasets.DatasetDict):
+            dataset = {"train": dataset}
+        if split not in dataset:
+            raise DataError(f"{folder} has no split {split!r}; it has {_listed(dataset)}")
+        return lambda: _numbered(str(folder), dataset[split])
+    by_split = _files_by_split(folder)
+    if split not in by_split:
+        raise DataError(f"{folder} has no split {split!r}; its files belong to {_listed(by_split)}")
+    return _read_files([Path(file) for file in by_split[split]])
+
+
+def _files_by_split(folder: Path) -> dict[str, list[str]]:
+    """What `datasets` would put into each split of a folder, by the names of the files."""
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+
+    def files(glob: str) -> list[str]:
+        try:
+            return [file for file in resolve_pattern(glob, str(folder)) if file.lower().endswith(SUFFIXES)]
+        except FileNotFoundError:  # one of several patterns for the same split
+            return []
+
+    try:
+        patterns = get_data_patterns(str(folder))
+    except EmptyDatasetError:
+        patterns = {}
+    found = {str(split): sorted({file for glob in globs for file in files(glob)}) for split, globs in patterns.items()}
+    found = {split: paths for split, paths in found.items() if paths}
+    if not found:
+        raise DataError(f"{folder} holds no {_listed(SUFFIXES)} file and was not written by save_to_disk")
+    return found
+
+
+def _open_hub(source: str, split: str, name: str | None, data_files) -> Callable[[], Iterable[Row]]:
+    import datasets
+
+    dataset = _or_data_error(source, lambda: datasets.load_dataset(source, name, data_files=data_files, split=split))
+    return lambda: _numbered(source, dataset)
+
+
+def _or_data_error(source: str, load: Callable[[], Any]):
+    """Hub and `datasets` failures come in dozens of exception types; the user needs the source and the last line."""
+    try:
+        return load()
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        local = "" if Path(source).expanduser().exists() else f"no file or folder {source!r} is here, and "
+        raise DataError(f"{local}`datasets` could not load {source!r}: {type(error).__name__}: {reason}") from error
+
+
+def _refuse_missing_path(source: str) -> None:
+    """A path that is not there must not become a Hub lookup: Hub names are `name` or `owner/name`."""
+    looks_like_path = source.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.\-]*(/\w[\w.\-]*)?", source)
+    if looks_like_path:
+        raise DataError(f"{source}: no such file or folder")
+
+
+def _listed(names: Iterable) -> str:
+    return ", ".join(map(str, names)) or "none"
+
+
+def _read_files(paths: list[Path]) -> Callable[[], Iterable[Row]]:
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {_listed(SUFFIXES)}")
+    return lambda: (row for path in paths for row in _read_file(path))
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    file, suffix = str(path), path.suffix.lower()
+    if suffix == ".parquet":
+        import datasets
+
+        options = {"data_files": {"train": file}, "split": "train", "streaming": True}
+        yield from _numbered(file, _or_data_error(file, lambda: datasets.load_dataset("parquet", **options)))
+        return
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from error
+    with stream:
+        head = stream.read(64)
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DataError(f"{file}: this is UTF-16; convert it, e.g. iconv -f UTF-16 -t UTF-8 {path.name}")
+        start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
+        stream.seek(start)
+        if suffix == ".csv":
+            yield from _read_csv(file, stream)
+        elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            yield from _read_json_list(file, stream.read())
+        elif suffix == ".json" and not stream.readline().rstrip().endswith(b"}"):
+            yield Row(
+                file, 1, RowError("one JSON object over many lines; expected a list [...] or an object per line")
+            )
+        else:
+            stream.seek(start)
+            yield from _read_jsonl(file, stream)
+
+
+def _numbered(file: str, dataset: Iterable[dict]) -> Iterator[Row]:
+    try:
+        for number, data in enumerate(dataset, 1):
+            yield Row(file, number, data)
+    except (OSError, ValueError) as error:  # Arrow's own errors are among these
+        raise DataError(f"{file}: {type(error).__name__}: {error}") from error
+
+
+def _read_jsonl(file: str, stream: Iterable[bytes]) -> Iterator[Row]:
+    for number, raw in enumerate(stream, 1):
+        if raw.isspace():
+            continue
+        try:
+            text = raw.decode("utf-8")
+            data, end = _decode(text, _skip_space(text, 0))
+            if text[end:].strip():
+                data = RowError(f"text after the JSON object, from character {end + 1} on; one object per line")
+        except UnicodeDecodeError as error:
+            data = RowError(_not_utf8(raw[error.start]))
+        except (json.JSONDecodeError, RecursionError) as error:
+            data = RowError(_not_json(error))
+        yield Row(file, number, data)
+
+
+def _read_json_list(file: str, raw: bytes) -> Iterator[Row]:
+    """The elements of one JSON list, each at the line it starts on. Nothing after the first syntax error is read."""
+    line, counted = 1, 0
+    try:
+        text = raw.decode("utf-8")
+        position = _skip_space(text, text.index("[") + 1)
+        closed = text[position : position + 1] == "]"
+        while not closed:
+            line, counted = line + text.count("\n", counted, position), position
+            data, position = _decode(text, position)
+            yield Row(file, line, data)
+            position = _skip_space(text, position)
+            closed = text[position : position + 1] == "]"
+            if not closed:
+                if text[position : position + 1] != ",":
+                    raise json.JSONDecodeError("expected ',' or ']' after an element", text, position)
+                position = _skip_space(text, position + 1)
+        position = _skip_space(text, position + 1)
+        if position < len(text):
+            raise json.JSONDecodeError("text after the end of the list", text, position)
+    except UnicodeDecodeError as error:
+        yield Row(file, raw.count(b"\n", 0, error.start) + 1, RowError(_not_utf8(raw[error.start])))
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = getattr(error, "lineno", line)
+        yield Row(file, line, RowError(f"{_not_json(error)}; nothing after it was read"))
+
+
+def _skip_space(text: str, position: int) -> int:
+    return json.decoder.WHITESPACE.match(text, position).end()
+
+
+def _decode(text: str, position: int) -> tuple[dict | RowError, int]:
+    """The object that starts at `position`, or what is wrong with it, and where it ends."""
+    try:
+        value, end = _DECODER.raw_decode(text, position)
+        if not isinstance(value, dict):
+            raise RowError(f"found a {type(value).__name__}, expected an object {{...}} with named columns")
+        if text.find("\\ud", position, end) >= 0 or text.find("\\uD", position, end) >= 0:
+            for column, cell in value.items():
+                check_surrogates(cell, column)
+        return value, end
+    except RowError as error:
+        return error, json.JSONDecoder().raw_decode(text, position)[1]
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError(f"the key {twice!r} stands twice in one object; remove one of them", twice)
+    return result
+
+
+def _no_constant(constant: str):
+    raise RowError(f"{constant} is not valid JSON; write a number or null")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+
+
+def check_surrogates(value: Any, column: str) -> None:
+    """Half a UTF-16 pair cannot be stored as UTF-8; `datasets` would fail on it much later."""
+    try:
+        if isinstance(value, str):
+            value.encode("utf-8")
+        elif isinstance(value, list | dict):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(error.object[error.start]):04x}"
+        raise RowError(
+            f"the text holds half a character ({found}, a lone surrogate); remove or repair it", column
+        ) from None
+
+
+def _not_utf8(byte: int) -> str:
+    return f"not UTF-8 (byte 0x{byte:02x}), perhaps Latin-1; convert the file, e.g. iconv -f LATIN1 -t UTF-8"
+
+
+def _not_json(error: json.JSONDecodeError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "the JSON is nested too deeply"
+    return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off or edited by hand?"
+
+
+def _read_csv(file: str, stream: Iterable[bytes]) -> Iterator[Row]:
+    # Bytes that are not UTF-8 pass as surrogates, so that only their own row is refused.
+    reader = csv.reader((raw.decode("utf-8", "surrogateescape") for raw in stream), strict=True)
+    csv.field_size_limit(2**31 - 1)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Row(file, line, RowError(f"not valid CSV: {error}; is a quote left open? Nothing after it was read"))
+            return
+        if not cells:
+            continue
+        if header is None:
+            header = _check_header(file, line, cells)
+        else:
+            yield Row(file, line, _csv_row(header, cells))
+
+
+def _check_header(file: str, line: int, header: list[str]) -> list[str]:
+    problem = None
+    if len(set(header)) < len(header):
+        problem = f"two columns are called {next(name for name in header if header.count(name) > 1)!r}"
+    elif not all(name.strip() for name in header):
+        problem = "a column has no name"
+    elif len(header) == 1 and re.search("[;\t|]", header[0]):
+        problem = f"the only column is {header[0]!r}: columns must be separated by commas"
+    if problem:
+        raise DataError(f"{file}:{line}: CSV header: {problem}")
+    return header
+
+
+def _csv_row(header: list[str], cells: list[str]) -> dict | RowError:
+    if len(cells) != len(header):
+        return RowError(
+            f"found {len(cells)} fields, expected {len(header)} as in the header; quote fields that hold a comma"
+        )
+    for column, cell in zip(header, cells, strict=True):
+        bad = re.search("[\udc80-\udcff]", cell)
+        if bad:
+            return RowError(_not_utf8(ord(bad[0]) - 0xDC00), column)
+    return dict(zip(header, cells, strict=True))
