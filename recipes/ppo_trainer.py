@@ -167,8 +167,9 @@ class PPOTrainer(GRPOTrainer):
         callbacks, optimizers, peft_config: as in `GRPOTrainer`.
 
     Raises:
-        ValueError: there is nothing to score with, or fewer prompts than one rollout.
-        UserError: a score, a reward or the loss is not a finite number.
+        ValueError: there is nothing to score with.
+        UserError: fewer prompts than one rollout, a reward model with several labels, a score or a loss that is not a
+            finite number.
     """
 
     _tag_names = ["trl", "ppo"]
@@ -208,7 +209,7 @@ class PPOTrainer(GRPOTrainer):
         self._is_peft = isinstance(model, PeftModel)
         base = model.get_base_model() if self._is_peft else model
         if len(train_dataset) < args.generation_batch_size:
-            raise ValueError(
+            raise UserError(
                 f"One rollout is {args.generation_batch_size} episodes and the dataset has {len(train_dataset)} "
                 "prompts: lower per_device_train_batch_size or steps_per_generation."
             )
@@ -241,7 +242,7 @@ class PPOTrainer(GRPOTrainer):
         text_processing_classes = [None] * (len(reward_funcs) + self._has_reward_model)
         if reward_model is not None:
             if reward_model.config.num_labels != 1:
-                raise ValueError(f"reward_model has num_labels={reward_model.config.num_labels}, PPO needs 1.")
+                raise UserError(f"reward_model has num_labels={reward_model.config.num_labels}, PPO needs 1.")
             if reward_processing_class is None or (
                 reward_processing_class.get_vocab() == processing_class.get_vocab()
             ):

@@ -73,12 +73,12 @@ def main():
     if evaluate:
         trainer.save_metrics("eval", trainer.evaluate())
 
-    finish(trainer, "reward", datasets, script_args, training_args, model_args, format_args)
     if trainer.accelerator.is_main_process:
         conversations, source = reference_conversations(script_args, format_args, datasets, tokenizer)
         model = trainer.accelerator.unwrap_model(trainer.model).eval()
         scores = score_conversations(model, tokenizer, conversations, training_args.per_device_eval_batch_size)
         save_reward_statistics(training_args.output_dir, scores, source)
+    finish(trainer, "reward", datasets, script_args, training_args, model_args, format_args)
 
 
 if __name__ == "__main__":

@@ -473,5 +473,5 @@ def test_config_defaults_and_total_episodes(tmp_path):
 
 
 def test_fewer_prompts_than_a_rollout_are_refused(world, tmp_path):
-    with pytest.raises(ValueError, match="One rollout is 16 episodes and the dataset has 8 prompts"):
+    with pytest.raises(UserError, match="One rollout is 16 episodes and the dataset has 8 prompts"):
         make_trainer(world, tmp_path, rows=8)
