@@ -44,7 +44,7 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
     check_devices()
     args = [part for word in (sys.argv[1:] if args is None else args) for part in split_config_flag(word)]
     config = args[args.index("--config") + 1] if "--config" in args[:-1] else None
-    parser = RecipeParser(dataclass_types)
+    parser = RecipeParser(dataclass_types, allow_abbrev=False)  # a misspelt flag may not pass for another
     try:
         *parsed, in_config, in_flags = parser.parse_args_and_config(
             args, return_remaining_strings=True, separate_remaining_strings=True
