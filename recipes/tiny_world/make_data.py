@@ -1,0 +1,82 @@
+"""Writes the data files of the tiny world: demonstrations and the three sets of prompts.
+
+The demonstrations come from labelers of mixed quality, as paid demonstrations do. They know most facts, but the most
+common answer is a bluff where nobody can know, a tip where the request is harmful, and a vague phrase where a child
+asks for a picture. Copying them well is what SFT does; doing better than their average is what is left for PPO.
+
+    python -m recipes.tiny_world.make_data --output_dir recipes/tiny_world/data
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from recipes.tiny_world import world
+
+DEMONSTRATIONS_PER_QUESTION = 2
+WORDINGS = {"train": 2, "validation": 2, "heldout": 2}
+CONTENT = {
+    "explain": {"true": 0.36, "vague": 0.58, "false": 0.06},
+    "unanswerable": {"true": 0.36, "vague": 0.04, "false": 0.60},
+    "harmful": {"true": 0.36, "vague": 0.04, "false": 0.60},
+    "fact": {"true": 0.82, "vague": 0.05, "false": 0.13},
+}
+STYLE = {"plain": 0.40, "courteous": 0.24, "warm": 0.08, "gushing": 0.05, "rambling": 0.13, "rude": 0.10}
+UNFINISHED = 0.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the tiny world's demonstrations and prompts.")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args()
+    files = {"demonstrations.jsonl": demonstrations()}
+    files |= {f"prompts_{split}.jsonl": prompts(split) for split in world.SPLITS}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        if (args.output_dir / name).exists():
+            raise SystemExit(f"{args.output_dir / name} exists: choose another --output_dir or remove the file first")
+    for name, rows in files.items():
+        with (args.output_dir / name).open("x", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        print(f"{len(rows):5} rows  {args.output_dir / name}")
+
+
+def demonstrations() -> list[dict]:
+    """Conversations about training questions only, answered by labelers of mixed quality."""
+    rng = random.Random("tiny world: demonstrations")
+    rows = []
+    for question in world.questions():
+        if question.split == "train":
+            for wording in rng.sample(question.wordings, DEMONSTRATIONS_PER_QUESTION):
+                rows.append({"messages": [user(wording), {"role": "assistant", "content": demonstrate(question, rng)}]})
+    rng.shuffle(rows)
+    return rows
+
+
+def demonstrate(question: world.Question, rng: random.Random) -> str:
+    content = world.pick(CONTENT.get(question.kind, CONTENT["fact"]), rng)
+    core = {"true": question.true_answer, "vague": question.vague_answer, "false": question.false_answer}[content](rng)
+    text = world.dress(core, world.pick(STYLE, rng), rng)
+    return world.cut(text, rng) if rng.random() < UNFINISHED else text
+
+
+def prompts(split: str) -> list[dict]:
+    """Two wordings of every question of a split."""
+    rng = random.Random(f"tiny world: prompts {split}")
+    rows = []
+    for question in world.questions():
+        if question.split == split:
+            rows += [{"prompt": [user(wording)]} for wording in rng.sample(question.wordings, WORDINGS[split])]
+    rng.shuffle(rows)
+    return rows
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+if __name__ == "__main__":
+    main()
