@@ -1,0 +1,85 @@
+"""Who may label: names, tokens and login sessions. The database holds hashes only: reading it lets nobody log in."""
+
+import hashlib
+import secrets
+import time
+from dataclasses import dataclass
+
+from recipes.errors import UserError
+from recipes.labelling.database import Database
+
+SESSION_SECONDS = 14 * 24 * 3600
+MAX_NAME = 80
+
+
+@dataclass(frozen=True)
+class Labeler:
+    id: int
+    name: str
+
+
+def _hash(secret):
+    # The secrets are random, 192 bits or more: a slow hash would protect nothing further.
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def add_labeler(database: Database, name: str, new_token: bool = False) -> str:
+    """Adds a labeler, or with `new_token` gives a known one another token and ends their sessions.
+
+    Returns the token to log in with. It is not stored and cannot be shown again.
+    """
+    name = name.strip()
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise UserError(f"a labeler's name has 1 to {MAX_NAME} printable characters, not {name!r}")
+    token = secrets.token_urlsafe(24)
+    with database.transaction(write=True) as db:
+        known = db.execute("SELECT id FROM labeler WHERE name = ?", (name,)).fetchone()
+        if known and not new_token:
+            raise UserError(f"labeler {name!r} exists; --new_token replaces a lost token")
+        if not known:
+            db.execute("INSERT INTO labeler (name) VALUES (?)", (name,))
+        db.execute("UPDATE labeler SET token_hash = ? WHERE name = ?", (_hash(token), name))
+        if known:
+            db.execute("DELETE FROM session WHERE labeler_id = ?", (known["id"],))
+    return token
+
+
+def labelers(database: Database) -> list[Labeler]:
+    with database.transaction() as db:
+        return [Labeler(*row) for row in db.execute("SELECT id, name FROM labeler ORDER BY id")]
+
+
+def named_labeler(database: Database, name: str) -> Labeler:
+    """For the terminal, where having the file is the permission: the labeler of that name, added if new."""
+    known = {labeler.name: labeler for labeler in labelers(database)}
+    if name not in known:
+        add_labeler(database, name)
+        return named_labeler(database, name.strip())
+    return known[name]
+
+
+def log_in(database: Database, token: str) -> str | None:
+    """Returns the secret id of a new session, or None for an unknown token."""
+    with database.transaction(write=True) as db:
+        row = db.execute("SELECT id FROM labeler WHERE token_hash = ?", (_hash(token.strip()),)).fetchone()
+        if row is None:
+            return None
+        session = secrets.token_urlsafe(32)
+        db.execute("DELETE FROM session WHERE expires < ?", (time.time(),))
+        db.execute("INSERT INTO session VALUES (?, ?, ?)", (_hash(session), row["id"], time.time() + SESSION_SECONDS))
+    return session
+
+
+def session_labeler(database: Database, session: str) -> Labeler | None:
+    with database.transaction() as db:
+        row = db.execute(
+            "SELECT l.id, l.name FROM session AS s JOIN labeler AS l ON l.id = s.labeler_id"
+            " WHERE s.id_hash = ? AND s.expires > ?",
+            (_hash(session), time.time()),
+        ).fetchone()
+    return Labeler(*row) if row else None
+
+
+def log_out(database: Database, session: str) -> None:
+    with database.transaction(write=True) as db:
+        db.execute("DELETE FROM session WHERE id_hash = ?", (_hash(session),))

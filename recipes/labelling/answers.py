@@ -1,0 +1,79 @@
+"""What a labeler says about one prompt, and what makes it complete."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+
+from recipes.errors import UserError
+
+ACTIONS = ("draft", "submit", "skip", "flag")
+FLAGS = {"harmful": "harmful", "untruthful": "untruthful", "did_not_answer": "did not answer"}
+JUSTIFICATIONS = ("required", "optional", "off")
+MAX_TEXT = 4000
+
+
+class AnswerError(UserError):
+    """The answer cannot be stored as it is: the text says what is missing or wrong."""
+
+
+@dataclass(frozen=True)
+class Review:
+    """About one response: a sentence of reason, a quality from 1 (worst) to 7, and names from `FLAGS`."""
+
+    justification: str = ""
+    rating: int | None = None
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`tiers`: lists of response ids, best first; ids in one list are tied."""
+
+    tiers: list[list[str]]
+    reviews: dict[str, Review] = field(default_factory=dict)
+    comment: str = ""
+
+    def digest(self, *context) -> str:
+        """Hash of the answer and of what it answers; equal for a request and its repetition."""
+        text = json.dumps([context, asdict(self)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check(answer: Answer, action: str, response_ids: Iterable[str], justifications: str = "required") -> None:
+    """Raises `AnswerError` unless `answer` fits a prompt with these responses and is complete enough for `action`."""
+    expected = sorted(response_ids)
+    if action not in ACTIONS:
+        raise AnswerError(f"unknown action {action!r}: use one of {', '.join(ACTIONS)}")
+    if sorted(id for tier in answer.tiers for id in tier) != expected or not all(answer.tiers):
+        raise AnswerError("the ranking must hold every response of the prompt exactly once")
+    if not set(answer.reviews) <= set(expected):
+        raise AnswerError("a review belongs to no response of this prompt")
+    texts = [answer.comment, *(review.justification for review in answer.reviews.values())]
+    if any(len(text) > MAX_TEXT for text in texts):
+        raise AnswerError(f"a text is longer than {MAX_TEXT} characters")
+    for review in answer.reviews.values():
+        if review.rating is not None and not (type(review.rating) is int and 1 <= review.rating <= 7):
+            raise AnswerError(f"a rating is a whole number from 1 to 7, not {review.rating!r}")
+        if not set(review.flags) <= set(FLAGS):
+            raise AnswerError(f"unknown flag in {review.flags}: use {', '.join(FLAGS)}")
+    if action == "submit" and justifications == "required":
+        missing = [id for id in expected if not answer.reviews.get(id, Review()).justification.strip()]
+        if missing:
+            raise AnswerError(f"{len(missing)} of {len(expected)} responses lack a reason for their rank")
+    if action == "flag" and not answer.comment.strip():
+        raise AnswerError("say what is wrong with the prompt")
+
+
+def ranks_of(tiers: list[list[str]]) -> dict[str, int]:
+    """Competition ranks, 1 = best; tied responses share one: `[[a], [b, c], [d]]` gives 1, 2, 2, 4."""
+    ranks, place = {}, 1
+    for tier in tiers:
+        ranks.update(dict.fromkeys(tier, place))
+        place += len(tier)
+    return ranks
+
+
+def tiers_of(ranks: Mapping[str, float]) -> list[list[str]]:
+    """The inverse of `ranks_of`; any numbers will do as ranks."""
+    return [[id for id in ranks if ranks[id] == rank] for rank in sorted(set(ranks.values()))]

@@ -1,0 +1,90 @@
+"""The SQLite file behind a labelling job: opened safely, written in transactions, copied while in use."""
+
+import os
+import sqlite3
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from recipes.errors import UserError
+from recipes.labelling.schema import TABLES, TRIGGERS, VERSION
+
+BUSY_SECONDS = 10
+
+
+class Database:
+    """A labelling database, made when `create` is set and the file is missing.
+
+    WAL mode and synchronous=FULL: what was committed survives a crash. Every transaction has a connection of its own,
+    so threads and processes may share the file.
+
+    Raises:
+        UserError: no such file, or not a labelling database.
+    """
+
+    def __init__(self, path: str | Path, create: bool = False):
+        self.path = Path(path)
+        try:
+            if not self.path.exists():
+                if not create:
+                    raise UserError(f"{self.path}: no such database; `serve --samples FILE` makes one")
+                self._create()
+            # Held open: the write-ahead log would otherwise be folded in and deleted after every single call.
+            self._anchor = self._connect()
+            version = self._anchor.execute("PRAGMA user_version").fetchone()[0]
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"{self.path}: cannot be opened as a labelling database ({error})") from error
+        if version != VERSION:
+            raise UserError(f"{self.path}: not a labelling database of version {VERSION} (its version is {version})")
+
+    def _create(self):
+        self._claim(self.path)
+        db = self._connect()
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(f"BEGIN; {TABLES} {TRIGGERS} PRAGMA user_version = {VERSION}; COMMIT;")
+        db.close()
+
+    @staticmethod
+    def _claim(path):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+    def _connect(self):
+        uri = f"file:{quote(str(self.path.absolute()))}?mode=rw"  # rw: a file that vanished is never made anew
+        db = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+        return db
+
+    @contextmanager
+    def transaction(self, write: bool = False):
+        """Yields a connection inside BEGIN … COMMIT; whatever is raised rolls back."""
+        db = self._connect()
+        try:
+            db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            yield db
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        finally:
+            db.close()
+
+    def backup(self, output: str | Path) -> None:
+        """Writes a consistent copy, even while people work. Never overwrites."""
+        try:
+            self._claim(output)
+        except FileExistsError as error:
+            raise UserError(f"{output}: exists already; choose another name") from error
+        except OSError as error:
+            raise UserError(f"{output}: {error.strerror}") from error
+        source, copy = self._connect(), sqlite3.connect(output)
+        try:
+            source.backup(copy)
+        finally:
+            copy.close()
+            source.close()
+
+    def close(self) -> None:
+        self._anchor.close()

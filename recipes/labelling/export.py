@@ -1,0 +1,85 @@
+"""Submitted rankings as training data: one JSON object per prompt and labeler."""
+
+import json
+import os
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+from recipes.errors import UserError
+from recipes.labelling.answers import Review, ranks_of
+from recipes.labelling.database import Database
+from recipes.labelling.rankings import Ranking, read_rankings
+
+
+def ranking_row(ranking: Ranking) -> dict:
+    """The row that is exported: equal `rank` is a tie, 1 is best; what was not given is left out."""
+    ranks = ranks_of(ranking.answer.tiers)
+    responses = []
+    for response in sorted(ranking.prompt.responses, key=lambda response: ranks[response.id]):
+        review = ranking.answer.reviews.get(response.id, Review())
+        row = {
+            "id": response.sample_id,
+            "text": response.text,
+            "rank": ranks[response.id],
+            "rating": review.rating,
+            "flags": list(review.flags),
+            "model": response.model,
+            "justification": review.justification.strip(),
+        }
+        responses.append(_without_blanks(row, keep=("id", "text", "rank")))
+    row = {
+        "id": f"{ranking.prompt.sample_id}:{ranking.annotator}",
+        "prompt_id": ranking.prompt.sample_id,
+        "prompt": ranking.prompt.messages,
+        "responses": responses,
+        "annotator": ranking.annotator,
+        "justification": ranking.answer.comment.strip(),
+        "seconds": round(ranking.active_seconds, 1),
+        "guideline_version": ranking.guideline_version,
+    }
+    return _without_blanks(row, keep=("id", "prompt_id", "prompt", "responses", "annotator", "seconds"))
+
+
+def _without_blanks(row, keep):
+    return {key: value for key, value in row.items() if key in keep or value not in (None, "", [])}
+
+
+def export(database: Database, output: str | Path, include_gold: bool = False) -> dict[str, int]:
+    """Writes the rankings that count to a new file; rankings of gold tasks only when asked for.
+
+    Returns counts: `rankings`, `prompts`, `labelers`, `pairs` (strict ones: what a reward model can learn from),
+    `tied_pairs`, `all_tied` (rankings without any pair) and `gold_left_out`.
+
+    Raises:
+        UserError: nothing to export, or `output` exists.
+    """
+    everything = read_rankings(database)
+    rankings = [ranking for ranking in everything if include_gold or ranking.prompt.gold is None]
+    if not rankings:
+        raise UserError(f"{database.path}: no submitted rankings to export; nothing was written")
+    lines = [json.dumps(ranking_row(ranking), ensure_ascii=False) + "\n" for ranking in rankings]
+    try:
+        with open(output, "x", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError as error:
+        raise UserError(f"{output}: exists already and was left as it is; choose another --output") from error
+    except OSError as error:
+        Path(output).unlink(missing_ok=True)  # half a file would train half a reward model
+        raise UserError(f"{output}: {error.strerror}; nothing was written") from error
+
+    counts = Counter(gold_left_out=len(everything) - len(rankings), tied_pairs=0, pairs=0, all_tied=0)
+    for ranking in rankings:
+        ranks = ranks_of(ranking.answer.tiers)
+        ties = sum(ranks[a] == ranks[b] for a, b in combinations(ranks, 2))
+        counts["tied_pairs"] += ties
+        counts["pairs"] += len(ranks) * (len(ranks) - 1) // 2 - ties
+        counts["all_tied"] += len(ranking.answer.tiers) == 1
+    return {
+        "rankings": len(rankings),
+        "prompts": len({ranking.prompt.id for ranking in rankings}),
+        "labelers": len({ranking.annotator for ranking in rankings}),
+        **counts,
+    }

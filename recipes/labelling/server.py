@@ -1,0 +1,219 @@
+"""The ranking page: what a labeler sees in the browser. Plain requests, no third party, nothing from the network."""
+
+import secrets
+import socket
+import sqlite3
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import Depends, FastAPI, Form, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.staticfiles import StaticFiles
+from fastapi.templating import Jinja2Templates
+from pydantic import BaseModel, ConfigDict, Field
+
+from recipes.errors import UserError
+from recipes.labelling import accounts
+from recipes.labelling.answers import FLAGS, MAX_TEXT, Answer, AnswerError, Review, ranks_of
+from recipes.labelling.store import ConflictError, NotAssignedError, Store
+
+HERE = Path(__file__).parent
+MAX_BODY = 1_000_000  # bytes
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    # Not no-referrer: browsers would then send forms with "Origin: null", which is refused below.
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class ReviewBody(_Strict):
+    justification: str = Field("", max_length=MAX_TEXT)
+    rating: int | None = None
+    flags: list[str] = []
+
+
+class AnswerBody(_Strict):
+    prompt_id: str
+    action: str
+    tiers: list[list[str]]
+    reviews: dict[str, ReviewBody] = {}
+    comment: str = Field("", max_length=MAX_TEXT)
+    key: str = Field(min_length=16, max_length=64)
+    revision: int
+    active_seconds: float = Field(0.0, ge=0)
+    client_time: float | None = None
+
+    def answer(self) -> Answer:
+        reviews = {id: Review(r.justification, r.rating, tuple(r.flags)) for id, r in self.reviews.items()}
+        return Answer(self.tiers, reviews, self.comment)
+
+
+class LoginNeeded(Exception):
+    pass
+
+
+def create_app(store: Store) -> FastAPI:
+    """The application over `store`; `serve` runs it."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.mount("/static", StaticFiles(directory=HERE / "static"))
+    templates = Jinja2Templates(directory=HERE / "templates")
+    # Browsers share cookies between ports: two databases served at once must not end each other's sessions.
+    cookie = "labelling_" + sha256(str(store.path.resolve()).encode()).hexdigest()[:8]
+
+    def labeler(request: Request) -> accounts.Labeler:
+        session = request.cookies.get(cookie)
+        found = session and accounts.session_labeler(store, session)
+        if not found:
+            raise LoginNeeded
+        return found
+
+    Me = Annotated[accounts.Labeler, Depends(labeler)]
+
+    def page(request, name, status=200, **context):
+        return templates.TemplateResponse(request, name, context, status_code=status)
+
+    def page_of(request, me, name, **context):
+        return page(request, name, me=me, progress=store.progress(me.id), key=secrets.token_urlsafe(24), **context)
+
+    def failure(request, status, text):
+        """The one place where a request is refused: JSON for the page's script, a page for people."""
+        if request.url.path.startswith("/api/"):
+            return JSONResponse({"error": text}, status)
+        return page(request, "message.html", status, text=text)
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next):
+        if request.method not in ("GET", "HEAD"):
+            too_long = int(request.headers.get("content-length") or MAX_BODY + 1) > MAX_BODY
+            if too_long or not _same_origin(request):
+                text = "the request is too long" if too_long else "the request came from another site"
+                response = failure(request, 413 if too_long else 403, f"NOT saved: {text}")
+                response.headers.update(HEADERS)
+                return response
+        response = await call_next(request)
+        response.headers.update(HEADERS)
+        static = request.url.path.startswith("/static/")
+        response.headers["Cache-Control"] = "no-cache" if static else "no-store"
+        return response
+
+    @app.exception_handler(LoginNeeded)
+    def login_needed(request: Request, _):
+        if request.url.path.startswith("/api/"):
+            return failure(request, 401, "NOT saved: you are logged out. Log in again in another tab")
+        return RedirectResponse("/login", 303)
+
+    @app.exception_handler(RequestValidationError)
+    def malformed(request: Request, error: RequestValidationError):
+        first = error.errors()[0]
+        return failure(request, 422, f"NOT saved: {'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+
+    @app.exception_handler(UserError)
+    def refused(request: Request, error: UserError):
+        status = {AnswerError: 422, ConflictError: 409, NotAssignedError: 404}.get(type(error), 400)
+        return failure(request, status, f"NOT saved: {error}" if request.method == "POST" else f"{error}")
+
+    @app.exception_handler(sqlite3.Error)
+    @app.exception_handler(OSError)
+    def storage(request: Request, error: Exception):
+        return failure(request, 503, f"NOT saved: the server cannot use its database ({error})")
+
+    @app.get("/login")
+    def login_page(request: Request):
+        return page(request, "login.html")
+
+    @app.post("/login")
+    def login(request: Request, token: Annotated[str, Form()]):
+        session = accounts.log_in(store, token)
+        if session is None:
+            return page(request, "login.html", 401, error="That token is not known here.")
+        response = RedirectResponse("/", 303)
+        response.set_cookie(
+            cookie,
+            session,
+            max_age=accounts.SESSION_SECONDS,
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
+        return response
+
+    @app.post("/logout")
+    def logout(request: Request):
+        accounts.log_out(store, request.cookies.get(cookie, ""))
+        response = RedirectResponse("/login", 303)
+        response.delete_cookie(cookie)
+        return response
+
+    def task_page(request, me, task):
+        position = {id: place for place, (id, _) in enumerate(task.responses)}
+        texts = dict(task.responses)
+        ranks = ranks_of(task.answer.tiers)
+        cards = [
+            {
+                "id": id,
+                "letter": chr(ord("A") + position[id]),
+                "text": texts[id],
+                "rank": ranks[id],
+                "tied": place > 0,
+                "review": task.answer.reviews.get(id, Review()),
+            }
+            for tier in task.answer.tiers
+            for place, id in enumerate(tier)
+        ]
+        return page_of(request, me, "rank.html", task=task, cards=cards, store=store, flags=FLAGS, max_text=MAX_TEXT)
+
+    @app.get("/")
+    def next_task(request: Request, me: Me):
+        task = store.next_task(me.id)
+        return task_page(request, me, task) if task else page_of(request, me, "done.html")
+
+    @app.get("/task/{prompt_id}")
+    def task(request: Request, me: Me, prompt_id: str):
+        return task_page(request, me, store.task(me.id, prompt_id))
+
+    @app.get("/answers")
+    def answers(request: Request, me: Me):
+        return page_of(request, me, "answers.html", answers=store.history(me.id))
+
+    @app.post("/api/answer")
+    def answer(me: Me, body: AnswerBody):
+        sent = (body.key, body.revision, body.active_seconds, body.client_time)
+        return {"revision": store.record(me.id, body.prompt_id, body.action, body.answer(), *sent)}
+
+    @app.post("/undo")
+    def undo(me: Me, event: Annotated[int, Form()], key: Annotated[str, Form(min_length=16, max_length=64)]):
+        return RedirectResponse(f"/task/{store.undo(me.id, event, key)}", 303)
+
+    return app
+
+
+def _same_origin(request):
+    """Browsers say where a POST comes from; a page of another site cannot change these headers."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site is not None and site != "same-origin":
+        return False
+    return origin is not None and urlsplit(origin).netloc == request.headers.get("host")
+
+
+def serve(store: Store, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serves the ranking page until interrupted. Port 0 takes any free one; the address is printed."""
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from error
+    shown = f"[{host}]" if ":" in host else host
+    print(f"Ranking page: http://{shown}:{listener.getsockname()[1]}/  (Ctrl+C stops it)", flush=True)
+    config = uvicorn.Config(create_app(store), log_level="warning", access_log=False, server_header=False)
+    uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,169 @@
+"""Lets people rank sampled responses, and turns what they say into training data.
+
+python scripts/rank_responses.py serve --database labels.db --samples samples.jsonl
+python scripts/rank_responses.py export --database labels.db --output rankings.jsonl
+"""
+
+import argparse
+import getpass
+import json
+import sqlite3
+import sys
+from pathlib import Path
+
+from recipes import labelling
+from recipes.errors import UserError
+from recipes.labelling.accounts import add_labeler, labelers, named_labeler
+from recipes.labelling.answers import JUSTIFICATIONS
+from recipes.labelling.database import Database
+from recipes.labelling.store import Store
+from recipes.labelling.tasks import read_tasks
+
+GUIDELINES = Path(labelling.__file__).with_name("guidelines.txt")
+
+
+def count(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(function, name, help):
+        subparser = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        subparser.set_defaults(function=function)
+        subparser.add_argument("--database", required=True, type=Path, help="the SQLite file that holds everything")
+        return subparser
+
+    serve = command(run_serve, "serve", "the ranking page, for a browser")
+    serve.add_argument("--host", default="127.0.0.1", help="another address opens the page to other machines")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    terminal = command(run_terminal, "terminal", "rank in this shell")
+    terminal.add_argument("--labeler", default=getpass.getuser(), help="whose rankings these are")
+    for ranking in (serve, terminal):
+        ranking.add_argument("--samples", nargs="+", default=[], type=Path, help="files of sampled responses to add")
+        ranking.add_argument("--gold", nargs="+", default=[], type=Path, help="rankings to add as gold tasks")
+        ranking.add_argument("--guidelines", default=GUIDELINES, type=Path, help="text file that labelers see first")
+        ranking.add_argument(
+            "--justifications", default="required", choices=JUSTIFICATIONS, help="reason per response"
+        )
+        ranking.add_argument("--overlap", type=count, default=1, help="labelers per prompt")
+        ranking.add_argument("--gold_every", type=int, default=10, help="one gold task in so many; 0 for none")
+
+    labeler = command(run_add_labeler, "add-labeler", "add a person, and print the token to log in with")
+    labeler.add_argument("name")
+    labeler.add_argument("--new_token", action="store_true", help="replace the token of somebody who has one")
+    exports = command(run_export, "export", "write the rankings as training data")
+    exports.add_argument("--output", required=True, type=Path, help="a new .jsonl file")
+    exports.add_argument("--include_gold", action="store_true", help="the rankings of gold tasks too")
+    agreement = command(run_agreement, "agreement", "how far labelers agree, and how they work")
+    agreement.add_argument("--format", default="text", choices=("text", "json", "html"))
+    agreement.add_argument("--output", type=Path, help="a new file instead of the screen")
+    backup = command(run_backup, "backup", "copy the database, also while it is in use")
+    backup.add_argument("--output", required=True, type=Path, help="a new .db file")
+    return parser.parse_args(argv)
+
+
+def open_store(args):
+    """The store of `args.database` with every file of samples in it; made where it is missing."""
+    try:
+        guidelines = args.guidelines.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{args.guidelines}: cannot be read ({error})") from error
+    files = [(path, False) for path in args.samples] + [(path, True) for path in args.gold]
+    read = [(path, *read_tasks(path, gold)) for path, gold in files]  # all of them before anything is made or changed
+    options = {name: getattr(args, name) for name in ("overlap", "gold_every", "justifications")}
+    store = Store(args.database, create=bool(files), guidelines=guidelines, **options)
+    for path, tasks, left_out in read:
+        added = store.add_tasks(tasks, source=path.name)
+        notes = [f"{number} {reason.replace('_', ' ')} left out" for reason, number in left_out.items() if number]
+        print(", ".join([f"{path}: {added} prompts added, {len(tasks) - added} already there", *notes]))
+    size = store.size()
+    if not size["prompt"]:
+        raise UserError(f"{args.database}: no prompts yet; add some with --samples FILE")
+    print(f"{args.database}: {size['prompt']} prompts, {size['gold']} of them gold; {size['labeler']} labelers")
+    return store
+
+
+def run_serve(args):
+    from recipes.labelling.server import serve
+
+    store = open_store(args)
+    if not labelers(store):
+        name = getpass.getuser()
+        print(f"First labeler {name!r}, log in with this token (shown only now): {add_labeler(store, name)}")
+    if args.host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            f"Warning: {args.host} is open to other machines and plain HTTP can be read on the way; use a tunnel or a"
+        )
+        print("reverse proxy with TLS unless you trust the network (docs/labelling.md).")
+    serve(store, args.host, args.port)
+
+
+def run_terminal(args):
+    from recipes.labelling.terminal import rank_in_terminal
+
+    store = open_store(args)
+    print(f"{rank_in_terminal(store, named_labeler(store, args.labeler).id)} rankings submitted.")
+
+
+def run_add_labeler(args):
+    database = Database(args.database, create=True)
+    print(f"Token of {args.name!r} (shown only now): {add_labeler(database, args.name, args.new_token)}")
+
+
+def run_export(args):
+    from recipes.labelling.export import export
+
+    found = export(Database(args.database), args.output, args.include_gold)
+    print(f"{args.output}: {found['rankings']} rankings of {found['prompts']} prompts by {found['labelers']} labelers")
+    print(f"{found['pairs']} pairs to learn from; {found['tied_pairs']} tied pairs give none", end="")
+    print(f"; {found['all_tied']} rankings are all ties" if found["all_tied"] else "")
+    if found["gold_left_out"]:
+        print(f"{found['gold_left_out']} rankings of gold tasks left out (--include_gold)")
+
+
+def run_agreement(args):
+    from recipes.labelling.agreement import agreement_report
+    from recipes.labelling.report import as_html, as_text
+
+    report = agreement_report(Database(args.database))
+    text = {
+        "text": lambda: as_text(report),
+        "json": lambda: json.dumps(report, indent=2, ensure_ascii=False) + "\n",
+        "html": lambda: as_html(report, f"Agreement in {args.database.name}"),
+    }[args.format]()
+    if args.output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        with open(args.output, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise UserError(f"{args.output}: exists already and was left as it is; choose another --output") from error
+    except OSError as error:
+        raise UserError(f"{args.output}: {error.strerror}") from error
+
+
+def run_backup(args):
+    Database(args.database).backup(args.output)
+    print(f"{args.output}: copy of {args.database}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        args.function(args)
+    except (UserError, sqlite3.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
