@@ -37,11 +37,19 @@ class Report:
             place = {"file": row.file, "line": row.line, **({} if kind == "flags" else {"column": column})}
             entries.append({**place, KINDS[kind]: what})
 
-    def skip_errors(self) -> None:
-        """Counts the errors as skipped rows, which still have their messages in `errors`."""
+    def finish(self) -> None:
+        """Turns the errors, which were accepted, into skipped rows; refuses a source that gives nothing."""
         self.counts["skipped"].update(self.counts["errors"])
+        self.counts["errors"].clear()
         for error in self.errors:
-            self.skipped.append({"reason" if key == "message" else key: value for key, value in error.items()})
+            self.skipped.append({KINDS["skipped"] if key == KINDS["errors"] else key: error[key] for key in error})
+        self.errors.clear()
+        self.skipped.sort(key=lambda entry: (entry["file"], entry["line"]))
+        if self.rows_in == 0:
+            raise self.error(f"{self.source}: no rows: the file or split is empty")
+        if self.rows_out == 0:
+            reasons = ", ".join(f"{what} ({count})" for what, count in self.counts["skipped"].most_common(SHOWN))
+            raise self.error(f"{self.source}: none of {self.rows_in} rows is of use for {self.task!r}: {reasons}")
 
     def to_dict(self) -> dict[str, Any]:
         keys = ("source", "task", "schema", "reason", "rows_in", "rows_out", *KINDS, "fingerprint")

@@ -55,8 +55,8 @@ class Rows:
         return islice(self.read(), self.start, self.stop)
 
 
-def load_rows(source, split: str = "train", name: str | None = None, data_files=None) -> Rows:
-    """Opens a dataset; nothing but the listing of a folder is read before the rows are iterated.
+def load_rows(source, split: str = "train", name: str | None = None, data_files=None, streaming: bool = False) -> Rows:
+    """Opens a dataset; of local sources, no row is read before the rows are iterated.
 
     Args:
         source: an existing .jsonl, .ndjson, .json, .csv or .parquet file, a folder (files named by split, or one
@@ -64,6 +64,7 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
         split: a split name; `train[10:20]` takes rows 10 to 19. A single file is the split "train".
         name: the configuration of a Hub dataset, or a subfolder of a local folder.
         data_files: path, list of paths or mapping from split to paths, relative to the folder or Hub repository.
+        streaming: read a Hub dataset while it is iterated instead of downloading it first.
     Raises:
         DataError: nothing is there, or nothing that can be read.
     """
@@ -71,7 +72,7 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
     if match is None:
         raise DataError(f"split {split!r} is not a split name; expected e.g. 'train' or 'train[0:1000]'")
     split, start, stop = match[1], int(match[2] or 0), int(match[3]) if match[3] else None
-    read = _open(str(source), split, name, data_files)
+    read = _open(str(source), split, name, data_files, streaming)
     return Rows(str(source), read, start, stop)
 
 
@@ -94,7 +95,7 @@ def list_splits(source, name: str | None = None, data_files=None) -> list[str]:
     return _or_data_error(str(source), lambda: datasets.get_dataset_split_names(str(source), name))
 
 
-def _open(source: str, split: str, name: str | None, data_files) -> Callable[[], Iterable[Row]]:
+def _open(source: str, split: str, name: str | None, data_files, streaming: bool) -> Callable[[], Iterable[Row]]:
     path = Path(source).expanduser()
     if isinstance(data_files, dict):
         if split not in data_files:
@@ -111,7 +112,11 @@ def _open(source: str, split: str, name: str | None, data_files) -> Callable[[],
     if path.is_dir():
         return _open_folder(_subfolder(path, name), split)
     _refuse_missing_path(source)
-    return _open_hub(source, split, name, data_files)
+    import datasets
+
+    options = {"data_files": data_files, "split": split, "streaming": streaming}
+    dataset = _or_data_error(source, lambda: datasets.load_dataset(source, name, **options))
+    return lambda: _numbered(source, dataset)
 
 
 def _subfolder(path: Path, name: str | None) -> Path:
@@ -155,13 +160,6 @@ def _files_by_split(folder: Path) -> dict[str, list[str]]:
     if not found:
         raise DataError(f"{folder} holds no {_listed(SUFFIXES)} file and was not written by save_to_disk")
     return found
-
-
-def _open_hub(source: str, split: str, name: str | None, data_files) -> Callable[[], Iterable[Row]]:
-    import datasets
-
-    dataset = _or_data_error(source, lambda: datasets.load_dataset(source, name, data_files=data_files, split=split))
-    return lambda: _numbered(source, dataset)
 
 
 def _or_data_error(source: str, load: Callable[[], Any]):
@@ -228,9 +226,19 @@ def _read_file(path: Path) -> Iterator[Row]:
 def _numbered(file: str, dataset: Iterable[dict]) -> Iterator[Row]:
     try:
         for number, data in enumerate(dataset, 1):
-            yield Row(file, number, data)
+            yield Row(file, number, _without_filled_nulls(data))
     except (OSError, ValueError) as error:  # Arrow's own errors are among these
         raise DataError(f"{file}: {type(error).__name__}: {error}") from error
+
+
+def _without_filled_nulls(value: Any, in_tools: bool = False) -> Any:
+    """Arrow gives every tool call the keys of all others, with nulls, which would be rendered."""
+    if isinstance(value, list):
+        return [_without_filled_nulls(item, in_tools) for item in value]
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if item is not None or not in_tools}
+        return {key: _without_filled_nulls(kept[key], in_tools or key in ("tools", "tool_calls")) for key in kept}
+    return value
 
 
 def _read_jsonl(file: str, stream: Iterable[bytes]) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from recipes.data_report import Report
 from recipes.errors import UserError
-from recipes.formatting import FormattingArguments, format_rows, load_rows
+from recipes.formatting import Formatter, FormattingArguments, load_rows
 
 SHOWN = 3
 
@@ -48,7 +48,7 @@ def formatted_lines(args: argparse.Namespace, report: Report) -> Iterator[dict]:
         dedup=args.dedup,
     )
     rows = load_rows(args.source, args.split, args.dataset_config)
-    for row, output in format_rows(rows, args.task, report, **format_args.options()):
+    for row, output in Formatter(args.task, **format_args.options())(rows, report):
         output.pop("group_id", None)
         yield {"file": row.file, "line": row.line, **output}
 

@@ -259,6 +259,7 @@ def test_split_by_group_keeps_all_rows_of_a_prompt_together():
 
 
 class Script:
+    dataset_streaming = False
     dataset_config, dataset_train_split, dataset_test_split = None, "train", "test"
 
     def __init__(self, dataset_name):

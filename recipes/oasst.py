@@ -1,0 +1,73 @@
+"""Joins flat message tables (OpenAssistant's OASST1 and OASST2) into conversations and rankings."""
+
+from collections.abc import Iterable, Iterator
+
+from recipes.loading import Row, RowError
+from recipes.messages import describe
+
+
+def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:
+    """Rows of the schemas "messages" and "ranking" out of rows with message_id, parent_id, role, text and rank.
+
+    sft: one conversation per tree, which follows the best ranked reply (rank 0) at each step and ends with an
+    assistant. prompt: the first message of each tree. preference and ranking: the ranked replies to each message of a
+    user. Messages that are deleted or failed review are left out with all replies to them. The whole table is held in
+    memory. A result carries the line of its first message or, for rankings, of the message that was replied to.
+    """
+    roots: list[Row] = []
+    replies: dict[str, list[Row]] = {}
+    for row in rows:
+        problem = row.data if isinstance(row.data, RowError) else _problem(row.data)
+        if problem:
+            yield row._replace(data=problem)
+        elif row.data.get("deleted") is not True and row.data.get("review_result") is not False:
+            parent = row.data["parent_id"]
+            (replies.setdefault(parent, []) if parent else roots).append(row)
+    for root in roots:
+        if task in ("preference", "ranking"):
+            yield from _rankings(root, replies)
+        else:
+            path = [root] if task == "prompt" else _best_path(root, replies)
+            yield root._replace(data={"messages": [_turn(row) for row in path]})
+
+
+def _problem(data: dict) -> RowError | None:
+    for column in ("message_id", "parent_id", "role", "text"):
+        if column not in data:
+            return RowError("missing; OASST rows have message_id, parent_id, role and text", column)
+        if not isinstance(data[column], str) and not (column == "parent_id" and data[column] is None):
+            return RowError(f"found {describe(data[column])}, expected text", column)
+    rank = data.get("rank")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | float)):
+        return RowError(f"found {describe(rank)}, expected a number or null", "rank")
+    return None
+
+
+def _turn(row: Row) -> dict:
+    return {"role": row.data["role"], "content": row.data["text"]}
+
+
+def _best_path(root: Row, replies: dict[str, list[Row]]) -> list[Row]:
+    path = [root]
+    while following := replies.get(path[-1].data["message_id"]):
+        path.append(min(following, key=_rank))
+    while len(path) > 1 and path[-1].data["role"] == "prompter":
+        path.pop()
+    return path
+
+
+def _rank(row: Row) -> float:
+    rank = row.data.get("rank")
+    return float("inf") if rank is None else rank
+
+
+def _rankings(root: Row, replies: dict[str, list[Row]]) -> Iterator[Row]:
+    open_paths = [[root]]
+    while open_paths:
+        path = open_paths.pop(0)
+        following = replies.get(path[-1].data["message_id"], [])
+        ranked = [row for row in following if row.data.get("rank") is not None]
+        if path[-1].data["role"] == "prompter" and len(ranked) > 1:
+            responses = [{"text": row.data["text"], "rank": row.data["rank"] + 1} for row in ranked]
+            yield path[-1]._replace(data={"prompt": [_turn(row) for row in path], "responses": responses})
+        open_paths += [[*path, row] for row in following]
