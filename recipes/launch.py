@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from recipes.errors import UserError
 
+COMMANDS = (["accelerate", "launch"], ["accelerate-launch"], ["-m", "accelerate.commands.launch"])
 SHARDED = ("FSDP", "DEEPSPEED")
 
 
@@ -28,18 +29,31 @@ class Request:
     num_processes: int
     kind: str
     use_cpu: bool
-    source: str
+    config_file: str | None
 
     def __str__(self) -> str:
-        processes = "1 process" if self.num_processes == 1 else f"{self.num_processes} processes"
-        return f"{processes} ({self.kind}{', CPU' if self.use_cpu else ''}, by {self.source})"
+        source = self.config_file or "accelerate launch without a config file"
+        return f"{count(self.num_processes)} ({self.kind}{', CPU' if self.use_cpu else ''}, by {source})"
+
+
+def count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
+
+
+def world_size() -> int:
+    """Number of processes that the launcher (Accelerate, torchrun or mpirun) announced to this one."""
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
 def requested() -> Request | None:
-    """The request of the `accelerate launch` that started this process, or `None` without one."""
-    words = psutil.Process().parent().cmdline()
+    """The request of the `accelerate launch` that started this process; `None` without one, or if it is hidden."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return None
     names = [os.path.basename(word) for word in words]
-    for command in (["accelerate", "launch"], ["accelerate-launch"], ["-m", "accelerate.commands.launch"]):
+    for command in COMMANDS:
         for start in range(3):
             if names[start : start + len(command)] == command:
                 return read_request(words[start + len(command) :])
@@ -50,14 +64,16 @@ def read_request(launch_arguments: list[str]) -> Request:
     """The request in the arguments of `accelerate launch`: flags first, then the config file."""
     args = launch_command_parser().parse_args(launch_arguments)
     config_file = args.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
-    config = load_config_from_file(args.config_file) if config_file and not args.cpu else None
+    if args.cpu and args.config_file is None:  # then Accelerate does not read its default file either
+        config_file = None
+    config = load_config_from_file(args.config_file) if config_file else None
     flags = {"FSDP": args.use_fsdp, "DEEPSPEED": args.use_deepspeed, "MULTI_GPU": args.multi_gpu}
     kind = next((name for name, given in flags.items() if given), None)
     if kind is None:
         kind = "NO" if config is None else DistributedType(config.distributed_type).value
-    num_processes = args.num_processes or getattr(config, "num_processes", None) or 1
+    num_processes = args.num_processes or getattr(config, "num_processes", None) or world_size()
     use_cpu = bool(args.cpu or getattr(config, "use_cpu", False))
-    return Request(num_processes, kind, use_cpu, config_file or "accelerate launch")
+    return Request(num_processes, kind, use_cpu, config_file)
 
 
 def check_devices() -> None:
@@ -69,7 +85,9 @@ def check_devices() -> None:
     local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     request = requested()
     if 0 < gpus < local and not (request and request.use_cpu):
-        raise UserError(f"{local} processes were launched on {gpus} GPUs: lower --num_processes of accelerate launch.")
+        raise UserError(
+            f"{count(local)} on {gpus} GPU{'s' * (gpus > 1)}: lower --num_processes of accelerate launch to {gpus}."
+        )
 
 
 def check_launch(training_args: TrainingArguments) -> None:
@@ -79,35 +97,38 @@ def check_launch(training_args: TrainingArguments) -> None:
         UserError: another number of processes, another kind of distribution or another device than asked for.
     """
     state = training_args.distributed_state
-    running = f"{state.num_processes} process{'es' * (state.num_processes > 1)} on {training_args.device.type}"
-    running += f" ({state.distributed_type.value})"
-    request, world_size = requested(), int(os.environ.get("WORLD_SIZE", "1"))
-    problem = find_problem(request, state.num_processes, state.distributed_type.value, world_size, training_args)
+    running = f"{count(state.num_processes)} on {training_args.device.type} ({state.distributed_type.value})"
+    request = requested()
+    problem = find_problem(request, state.num_processes, training_args)
+    asked = request or f"{count(world_size())} without accelerate launch"
     if problem is not None:
-        asked = request if request is not None else f"{world_size} processes"
         raise UserError(f"Launched: {asked}. Running: {running}. {problem}")
     if state.is_main_process:
-        print(f"Launched: {request or f'{world_size} process'}. Running: {running}.", file=sys.stderr)
+        print(f"Launched: {asked}. Running: {running}.", file=sys.stderr)
 
 
-def find_problem(
-    request: Request | None, num_processes: int, kind: str, world_size: int, training_args: TrainingArguments
-) -> str | None:
+def find_problem(request: Request | None, num_processes: int, training_args: TrainingArguments) -> str | None:
     """What to do about a launch that did not do what was asked, or `None` where it did."""
     on_cpu = training_args.device.type == "cpu"
-    if world_size != num_processes:
+    if training_args.n_gpu > 1:
+        return (
+            "One process would split its batches over all GPUs: use --gpu_ids 0 or multi_gpu.yaml."
+        )
+    if world_size() != num_processes:
+        if torch.cuda.is_available():
+            return "Each process would train by itself: launch with accelerate_configs/multi_gpu.yaml."
         return "Each process would train by itself: add the training argument --use_cpu true."
     if request is None:
         return None
-    if request.kind in SHARDED and kind != request.kind:
-        return f"{request.kind} shards nothing here: on a CPU launch with accelerate_configs/multi_cpu.yaml."
+    if request.kind in SHARDED and on_cpu:
+        return f"{request.kind} shards nothing on a CPU: launch with accelerate_configs/multi_cpu.yaml."
     if request.num_processes != num_processes:
         several = "multi_cpu.yaml and --use_cpu true" if on_cpu else "multi_gpu.yaml"
         return f"For several processes launch with accelerate_configs/{several}; for one, --num_processes 1."
     if request.use_cpu and not on_cpu:
         return "Add the training argument --use_cpu true, or launch with accelerate_configs/single_gpu.yaml."
-    if not request.use_cpu and on_cpu and request.source != "accelerate launch":
-        if training_args.use_cpu and torch.cuda.is_available():
-            return "The training arguments say use_cpu: true: take it out to run on the GPU."
-        return "There is no GPU here: launch with accelerate_configs/cpu.yaml and --use_cpu true."
+    if on_cpu and not request.use_cpu and request.config_file is not None:
+        if torch.cuda.is_available():
+            return "The training argument use_cpu is true: set it to false to train on the GPU."
+        return "No GPU was found: launch with accelerate_configs/cpu.yaml and --use_cpu true."
     return None

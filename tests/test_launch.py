@@ -1,0 +1,141 @@
+"""Every wrong way to launch that Accelerate accepts without an error, through the real `accelerate launch`."""
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, run_command
+
+PROBE = """
+import sys
+sys.modules["bitsandbytes"] = None  # not needed here, and slow to import
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from recipes.launch import check_devices, check_launch
+from recipes.runs import run
+def main():
+    check_devices()
+    (training_args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+    check_launch(training_args)
+    total = training_args.distributed_state.process_index + torch.ones(1, device=training_args.device)
+    if training_args.distributed_state.num_processes > 1:
+        torch.distributed.all_reduce(total)
+    print(f"sum {total.item():.0f}")
+run(main)
+"""
+COMMON = "compute_environment: LOCAL_MACHINE\nnum_machines: 1\nmachine_rank: 0\nmixed_precision: 'no'\n"
+MULTI_CPU = COMMON + "distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
+FSDP = COMMON + (
+    "distributed_type: FSDP\nnum_processes: 2\nmain_process_port: 0\n"
+    "fsdp_config:\n  fsdp_version: 2\n  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n"
+)
+CONFIGS = ROOT / "accelerate_configs"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+
+
+@pytest.fixture
+def launch(tmp_path):
+    def launch(launcher: list, training: list, ok: bool):
+        (tmp_path / "probe.py").write_text(PROBE)
+        for name, text in {"old_multi_cpu.yaml": MULTI_CPU, "fsdp.yaml": FSDP}.items():
+            (tmp_path / name).write_text(text)
+        command = ["accelerate", "launch", *launcher, "probe.py", "--report_to", "none", *training]
+        return run_command(command, timeout=180, ok=ok, cwd=tmp_path).stdout
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        (["--config_file", CONFIGS / "cpu.yaml"], ["1 process on cpu (NO)", "sum 1"]),
+        (["--config_file", CONFIGS / "multi_cpu.yaml"], ["2 processes on cpu (MULTI_CPU)", "sum 3"]),
+    ],
+)
+def test_a_launch_that_runs_as_asked_says_so(launch, launcher, expected):
+    output = launch(launcher, ["--use_cpu", "true"], ok=True)
+    assert all(text in output for text in expected), output
+    assert output.count("Launched:") == 1
+
+
+@pytest.mark.parametrize(
+    ("launcher", "training", "asked", "running", "advice"),
+    [
+        pytest.param(
+            ["--config_file", "old_multi_cpu.yaml"], ["--use_cpu", "true"],
+            "2 processes (MULTI_CPU, CPU, by old_multi_cpu.yaml)", "1 process on cpu", "multi_cpu.yaml and --use_cpu",
+            id="MULTI_CPU starts one process",
+        ),
+        pytest.param(
+            ["--cpu", "--num_processes", "2"], ["--use_cpu", "true"],
+            "2 processes (NO, CPU", "1 process on cpu", "multi_cpu.yaml and --use_cpu",
+            id="--cpu starts one process",
+        ),
+        pytest.param(
+            ["--config_file", CONFIGS / "multi_cpu.yaml"], [],
+            "2 processes", "1 process on cpu", "add the training argument --use_cpu true",
+            id="two processes train apart", marks=no_gpu,
+        ),
+        pytest.param(
+            ["--config_file", "fsdp.yaml"], ["--use_cpu", "true"],
+            "2 processes (FSDP", "2 processes on cpu (MULTI_CPU)", "FSDP shards nothing",
+            id="FSDP shards nothing on a CPU",
+        ),
+        pytest.param(
+            ["--config_file", CONFIGS / "single_gpu.yaml", "--num_processes", "2"], [],
+            "2 processes (NO", "1 process on", "for one, --num_processes 1",
+            id="single_gpu with two processes",
+        ),
+        pytest.param(
+            ["--config_file", CONFIGS / "single_gpu.yaml"], [],
+            "1 process (NO", "1 process on cpu", "No GPU was found",
+            id="a GPU asked for where there is none", marks=no_gpu,
+        ),
+        pytest.param(
+            ["--config_file", CONFIGS / "cpu.yaml"], [],
+            "1 process (NO, CPU", "1 process on cuda", "--use_cpu true",
+            id="a CPU asked for, a GPU used", marks=needs_gpu,
+        ),
+    ],
+)  # fmt: skip
+def test_a_launch_that_runs_otherwise_stops(launch, launcher, training, asked, running, advice):
+    output = launch(launcher, training, ok=False)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    assert f"Launched: {asked}" in errors[0]
+    assert f"Running: {running}" in errors[0]
+    assert advice in errors[0]
+    assert "sum" not in output
+
+
+@needs_gpu
+def test_more_processes_than_gpus_stop(launch):
+    gpus = torch.cuda.device_count()
+    launcher = ["--config_file", CONFIGS / "multi_gpu.yaml", "--num_processes", str(gpus + 1)]
+    output = launch(launcher, [], ok=False)
+    assert f"error: {gpus + 1} processes on {gpus} GPU" in output
+
+
+FAILS = """
+import os, time, torch
+from accelerate import PartialState
+from recipes.errors import UserError
+from recipes.runs import run
+def main():
+    state = PartialState(cpu=True)
+    if state.process_index == 1:
+        raise {error}
+    state.wait_for_everyone()
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [("UserError('the second disk is full.')", "error: the second disk is full."), ("KeyError('a bug')", "Traceback")],
+)
+def test_a_process_that_fails_alone_is_heard_and_ends_the_others(tmp_path, error, expected):
+    (tmp_path / "fails.py").write_text(FAILS.format(error=error))
+    command = ["accelerate", "launch", "--config_file", CONFIGS / "multi_cpu.yaml", tmp_path / "fails.py"]
+    output = run_command(command, timeout=120, ok=False).stdout
+    assert expected in output
