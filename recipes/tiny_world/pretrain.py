@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 from recipes.tiny_world import judge, world
@@ -33,7 +32,6 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
 )
 VOCABULARY = 1024
-ROW = 128
 BATCH = 16
 CONTENT = {
     "explain": {"true": 0.25, "vague": 0.45, "false": 0.10, "stray": 0.15, "deny": 0.05},
@@ -49,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny world's tokenizer and base model from scratch.")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_steps", type=int, default=1400)
-    parser.add_argument("--documents", type=int, default=96_000, help="size of the corpus")
+    parser.add_argument("--documents", type=int, default=110_000, help="size of the corpus")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
@@ -144,12 +142,22 @@ def make_tokenizer(texts: list[str]):
     return fast
 
 
+def labelled(ids: list[int]) -> dict[str, list[int]]:
+    """Input ids and labels; what systems and users say is context only, nobody has to predict it."""
+    pad, end, user, assistant, system = range(len(world.SPECIAL_TOKENS))
+    labels, heard = [], False
+    for token in ids:
+        heard = token in (user, system) or (heard and token != assistant)
+        labels.append(-100 if heard else token)
+    return {"input_ids": ids, "labels": labels}
+
+
 def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
     """Trains tokenizer and model and saves them; the same seed and machine give the same weights."""
     import torch
     from datasets import Dataset
     from transformers import (
-        DataCollatorForLanguageModeling,
+        DataCollatorForSeq2Seq,
         LlamaConfig,
         LlamaForCausalLM,
         Trainer,
@@ -160,9 +168,7 @@ def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
     set_seed(seed)
     texts = corpus(seed, documents)
     tokenizer = make_tokenizer(texts)
-    # Documents are short: joined end to end and cut into rows of ROW tokens, nothing is padding.
-    ids = list(chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
-    rows = Dataset.from_dict({"input_ids": [ids[i : i + ROW] for i in range(0, len(ids) - ROW + 1, ROW)]})
+    rows = Dataset.from_list([labelled(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts])
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -172,6 +178,7 @@ def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
         num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
+        initializer_range=128**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -190,11 +197,12 @@ def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
         logging_steps=100,
         save_strategy="no",
         report_to="none",
+        train_sampling_strategy="sequential",
         seed=seed,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
     Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
