@@ -1,0 +1,57 @@
+"""Samples K responses per prompt from a base, an adapter or a full model, to be ranked.
+
+    python scripts/sample_responses.py --model_name_or_path runs/sft --dataset_name prompts.jsonl \\
+        --num_generations 4 --temperature 1.0 --seed 0 --output samples.jsonl
+
+Repeated responses to a prompt are sampled again. Run the same line again to complete a run that was stopped. The flags
+of TRL's `ScriptArguments` and `ModelConfig` work too, and `--config FILE.yaml` holds any of them.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, ScriptArguments
+
+from recipes.control_tokens import control_tokens
+from recipes.data_report import Report
+from recipes.errors import UserError
+from recipes.formatting import Formatter, FormattingArguments, load_rows
+from recipes.launch import world_size
+from recipes.runs import parse, run
+from recipes.sampling import Prompt, SamplingArguments, load_generator, sample_to_file
+
+
+@dataclass
+class OutputArguments:
+    output: str = field(metadata={"help": "JSON Lines file that the samples are appended to."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+
+def read_prompts(script_args: ScriptArguments, format_args: FormattingArguments, tokenizer) -> list[Prompt]:
+    """The prompts of a dataset; a row's own `id` is kept if it is unique."""
+    rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, script_args.dataset_config)
+    report = Report(rows.source, "prompt")
+    formatter = Formatter("prompt", **format_args.options(), special_tokens=control_tokens(tokenizer))
+    prompts: dict[str, Prompt] = {}
+    for row, output in formatter(rows, report):
+        name = str(row.data.get("id", f"p{row.line}"))
+        name = name if name not in prompts else f"{name}-line{row.line}"
+        prompts[name] = Prompt(name, output["prompt"], f"{row.file}:{row.line}")
+    print(report)
+    return list(prompts.values())
+
+
+def main():
+    script_args, sampling, model_args, format_args, output_args = parse(
+        (ScriptArguments, SamplingArguments, ModelConfig, FormattingArguments, OutputArguments)
+    )
+    if world_size() > 1:
+        raise UserError("Sampling runs in one process: start it with python instead of accelerate launch.")
+    if script_args.dataset_name is None or model_args.model_name_or_path is None:
+        raise UserError("Command line: --model_name_or_path and --dataset_name are required.")
+    model, tokenizer = load_generator(model_args, output_args.trust_remote_code)
+    prompts = read_prompts(script_args, format_args, tokenizer)
+    sample_to_file(model, tokenizer, prompts, sampling, model_args.model_name_or_path, output_args.output)
+
+
+if __name__ == "__main__":
+    run(main)
