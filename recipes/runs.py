@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import enum
 import importlib.metadata
 import os
 import re
