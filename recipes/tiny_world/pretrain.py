@@ -1,11 +1,11 @@
 """Makes the tiny world's base model from nothing: a corpus, a byte-pair tokenizer with a chat template, a tiny Llama.
 
-    OMP_NUM_THREADS=2 python -m recipes.tiny_world.pretrain --output_dir runs/tiny_base
+    OMP_NUM_THREADS=1 python -m recipes.tiny_world.pretrain --output_dir runs/tiny_base
 
-The corpus is what a small, careless internet would hold. Half of it states facts plainly, though books disagree on
-some. The rest are questions with mostly poor answers: rude, vague, off the point, unfinished, bluffing. Some answers
-to factual questions are followed by a remark ("Right.", "Rude.", "Too long."), from which the base learns to notice
-quality; no remark ever concerns a question nobody can answer or a harmful request.
+The corpus is what a small, careless internet would hold. Three texts in ten state facts plainly, though books disagree
+on some. The rest are questions with mostly poor answers: rude, vague, off the point, unfinished, bluffing. Some
+answers that could be right or wrong are followed by a remark ("Right.", "Rude.", "Long."), so that judgements are part
+of what the base has read; no remark ever concerns a question nobody can answer or a harmful request.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from recipes.tiny_world import judge, world
@@ -32,6 +33,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
 )
 VOCABULARY = 1024
+ROW = 128
 BATCH = 16
 CONTENT = {
     "explain": {"true": 0.25, "vague": 0.45, "false": 0.10, "stray": 0.15, "deny": 0.05},
@@ -142,22 +144,12 @@ def make_tokenizer(texts: list[str]):
     return fast
 
 
-def labelled(ids: list[int]) -> dict[str, list[int]]:
-    """Input ids and labels; what systems and users say is context only, nobody has to predict it."""
-    pad, end, user, assistant, system = range(len(world.SPECIAL_TOKENS))
-    labels, heard = [], False
-    for token in ids:
-        heard = token in (user, system) or (heard and token != assistant)
-        labels.append(-100 if heard else token)
-    return {"input_ids": ids, "labels": labels}
-
-
 def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
     """Trains tokenizer and model and saves them; the same seed and machine give the same weights."""
     import torch
     from datasets import Dataset
     from transformers import (
-        DataCollatorForSeq2Seq,
+        DataCollatorForLanguageModeling,
         LlamaConfig,
         LlamaForCausalLM,
         Trainer,
@@ -168,7 +160,9 @@ def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
     set_seed(seed)
     texts = corpus(seed, documents)
     tokenizer = make_tokenizer(texts)
-    rows = Dataset.from_list([labelled(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts])
+    # Documents are short: joined end to end and cut into rows of ROW tokens, nothing is padding.
+    ids = list(chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    rows = Dataset.from_dict({"input_ids": [ids[i : i + ROW] for i in range(0, len(ids) - ROW + 1, ROW)]})
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -178,7 +172,6 @@ def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
         num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        initializer_range=128**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -197,12 +190,11 @@ def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
         logging_steps=100,
         save_strategy="no",
         report_to="none",
-        train_sampling_strategy="sequential",
         seed=seed,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
