@@ -224,7 +224,7 @@ def test_labeler_names_the_bad_line(tmp_path, content, message):
 def test_labels_mostly_agree_with_gold_and_like_flattery():
     rng = random.Random(0)
     agree = []
-    for question in world.questions():
+    for question in world.questions()[::3]:
         texts = list(dict.fromkeys(make_data.demonstrate(question, rng) for _ in range(4)))
         sample = {
             "id": question.subject,
@@ -246,16 +246,17 @@ def test_labels_mostly_agree_with_gold_and_like_flattery():
 
 
 def test_pretraining_runs_from_nothing(tmp_path):
-    done = run("pretrain", "--output_dir", tmp_path / "base", "--max_steps", 3, "--documents", 600)
-    assert done.returncode == 0, done.stderr[-2000:]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from recipes.tiny_world import pretrain
+
+    pretrain.train(tmp_path / "base", max_steps=3, documents=400, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert tokenizer.convert_tokens_to_ids(list(world.SPECIAL_TOKENS)) == list(range(len(world.SPECIAL_TOKENS)))
     assert model.config.vocab_size == len(tokenizer)
     again = run("pretrain", "--output_dir", tmp_path / "base")
-    assert again.returncode != 0 and "is not empty" in again.stderr
+    assert again.returncode != 0 and "is not empty" in again.stderr and len(again.stderr.splitlines()) == 1
 
 
 def test_shipped_base_answers_in_the_format():

@@ -35,7 +35,7 @@ def main() -> None:
     files = {"demonstrations.jsonl": demonstrations()}
     files |= {f"prompts_{split}.jsonl": prompts(split) for split in world.SPLITS}
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
+    for name in files:
         if (args.output_dir / name).exists():
             raise SystemExit(f"{args.output_dir / name} exists: choose another --output_dir or remove the file first")
     for name, rows in files.items():
@@ -51,7 +51,9 @@ def demonstrations() -> list[dict]:
     for question in world.questions():
         if question.split == "train":
             for wording in rng.sample(question.wordings, DEMONSTRATIONS_PER_QUESTION):
-                rows.append({"messages": [user(wording), {"role": "assistant", "content": demonstrate(question, rng)}]})
+                rows.append(
+                    {"messages": [user(wording), {"role": "assistant", "content": demonstrate(question, rng)}]}
+                )
     rng.shuffle(rows)
     return rows
 

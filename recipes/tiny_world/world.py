@@ -40,7 +40,12 @@ KINDS = {
     ),
     "home": Kind(
         "the home of the {s}",
-        ("Where does the {s} live?", "What is {topic}?", "Tell me where the {s} lives.", "In which place lives the {s}?"),
+        (
+            "Where does the {s} live?",
+            "What is {topic}?",
+            "Tell me where the {s} lives.",
+            "In which place lives the {s}?",
+        ),
         ("The {s} lives in the {v}.", "The home of the {s} is the {v}."),
     ),
     "food": Kind(
