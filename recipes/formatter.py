@@ -145,7 +145,7 @@ class Formatter:
         for turn in row_messages(output):
             found = self._special.search(turn["content"])
             if found:
-                return f"special token {found[0]!r} in a {turn['role']} message"
+                return f"special token {found[0]!r} in the {turn['role']} turn"
         return None
 
     def _too_long(self, output: dict) -> str | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from recipes.control_tokens import control_tokens
 from recipes.data_report import Report
 from recipes.formatter import Formatter, as_rows
 from recipes.loading import DataError, Row, Rows, list_splits, load_rows
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 __all__ = [
-    "DataError", "FormattedDatasets", "Formatter", "FormattingArguments", "Report", "check_leakage", "control_tokens",
-    "detect", "format_dataset", "list_splits", "load_formatted", "load_rows", "split_by_group",
+    "DataError", "FormattedDatasets", "Formatter", "FormattingArguments", "Report", "check_leakage", "detect",
+    "format_dataset", "list_splits", "load_formatted", "load_rows", "split_by_group",
 ]  # fmt: skip
 
 
@@ -231,7 +232,7 @@ def load_formatted(
     Raises:
         DataError: no or unusable data; nothing can be trained.
     """
-    options = {**format_args.options(), "special_tokens": control_tokens(tokenizer), **options}
+    options = {**format_args.options(), "special_tokens": control_tokens(tokenizer) if tokenizer else (), **options}
     options["streaming"] = streaming = script_args.dataset_streaming
     sources = [Source.parse(each) for each in format_args.datasets or ()]
     if not sources and script_args.dataset_name is None:
@@ -260,12 +261,3 @@ def load_formatted(
     if os.environ.get("RANK", "0") == "0" and not streaming:
         print(*datasets.reports.values(), sep="\n", file=sys.stderr)
     return datasets
-
-
-def control_tokens(tokenizer) -> list[str]:
-    """The special tokens of a tokenizer, and the added tokens that its chat template writes."""
-    if tokenizer is None:
-        return []
-    template = str(tokenizer.chat_template or "")
-    tokens = tokenizer.added_tokens_decoder.values()
-    return [each.content for each in tokens if each.special or (each.content.strip() and each.content in template)]

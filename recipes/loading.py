@@ -72,6 +72,8 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
     if match is None:
         raise DataError(f"split {split!r} is not a split name; expected e.g. 'train' or 'train[0:1000]'")
     split, start, stop = match[1], int(match[2] or 0), int(match[3]) if match[3] else None
+    if not str(source):
+        raise DataError("the name of the dataset is empty: no such file or folder")
     read = _open(str(source), split, name, data_files, streaming)
     return Rows(str(source), read, start, stop)
 

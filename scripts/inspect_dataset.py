@@ -1,8 +1,10 @@
 """Shows what a dataset becomes before any model is loaded: the rows that TRL would train on, and what was left out.
 
     python scripts/inspect_dataset.py rankings.jsonl --task preference --output rows.jsonl --report report.json
+    python scripts/inspect_dataset.py demonstrations.jsonl --task sft --tokenizer runs/sft --max_length 512
 
-Exits with 0, or with 1 and the errors; the report is written either way.
+Exits with 0, or with 1 and the errors; the report is written either way. With a tokenizer, the first rows are shown as
+the model will see them; ⟦…⟧ is the part that is trained on (sft: the last turn) or scored (preference).
 """
 
 import argparse
@@ -13,32 +15,43 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from recipes.control_tokens import control_tokens
 from recipes.data_report import Report
 from recipes.errors import UserError
 from recipes.formatting import Formatter, FormattingArguments, load_rows
+from recipes.preview import render
+from recipes.schemas import SCHEMAS
 
 SHOWN = 3
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     defaults = FormattingArguments()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("source", help="file (.jsonl, .json, .csv, .parquet), folder or Hub name")
     parser.add_argument("--task", required=True, choices=("sft", "preference", "prompt"))
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", default="train", help="default: train; rows 10 to 19 of it are train[10:20]")
     parser.add_argument("--dataset_config", help="configuration of a Hub dataset")
-    parser.add_argument("--dataset_schema", default=defaults.dataset_schema)
+    parser.add_argument("--dataset_schema", default=defaults.dataset_schema, metavar="NAME", help=", ".join(SCHEMAS))
     parser.add_argument("--dataset_mapping", nargs="+", metavar="KEY=COLUMN")
     parser.add_argument("--on_error", default=defaults.on_error, choices=("raise", "skip"))
     parser.add_argument("--max_error_rate", type=float, default=defaults.max_error_rate)
     parser.add_argument("--on_special", default=defaults.on_special, choices=("flag", "drop", "fail"))
     parser.add_argument("--dedup", default=defaults.dedup, choices=("flag", "drop"))
+    parser.add_argument("--tokenizer", metavar="MODEL", help="show rows as this model will see them")
+    parser.add_argument("--max_length", type=int, help="with --tokenizer, report rows of more tokens")
     parser.add_argument("--output", type=Path, help="write the formatted rows here, as JSON Lines")
     parser.add_argument("--report", type=Path, help="write the report here, as JSON")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.max_length is not None and not args.tokenizer:
+        parser.error("--max_length counts tokens: it needs --tokenizer")
+    for path in filter(None, (args.output, args.report)):
+        if path.resolve() == Path(args.source).resolve():
+            parser.error(f"{path} is the dataset itself; choose another file to write to")
+    return args
 
 
-def formatted_lines(args: argparse.Namespace, report: Report) -> Iterator[dict]:
+def formatted(args: argparse.Namespace, report: Report, tokenizer) -> Iterator[dict]:
     format_args = FormattingArguments(
         dataset_schema=args.dataset_schema,
         dataset_mapping=args.dataset_mapping,
@@ -47,40 +60,55 @@ def formatted_lines(args: argparse.Namespace, report: Report) -> Iterator[dict]:
         on_special=args.on_special,
         dedup=args.dedup,
     )
-    rows = load_rows(args.source, args.split, args.dataset_config)
-    for row, output in Formatter(args.task, **format_args.options())(rows, report):
+    limit = {"tokenizer": tokenizer, "max_length": args.max_length} if tokenizer else {}
+    special = control_tokens(tokenizer) if tokenizer else ()
+    formatter = Formatter(args.task, special_tokens=special, **limit, **format_args.options())
+    for row, output in formatter(load_rows(args.source, args.split, args.dataset_config), report):
         output.pop("group_id", None)
         yield {"file": row.file, "line": row.line, **output}
 
 
-def write(args: argparse.Namespace, report: Report) -> list[str]:
-    """Writes `--output`, which appears only once it is complete, and returns its first lines."""
+def write(args: argparse.Namespace, report: Report, tokenizer) -> list[dict]:
+    """Writes `--output`, which appears only once it is complete, and returns the first rows."""
     first = []
     folder = args.output.parent if args.output else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, delete=False) as file:
         try:
-            for output in formatted_lines(args, report):
-                line = json.dumps(output, ensure_ascii=False)
-                first += [line] if len(first) < SHOWN else []
+            for output in formatted(args, report, tokenizer):
+                first += [output] if len(first) < SHOWN else []
                 if args.output:
-                    file.write(line + "\n")
+                    file.write(json.dumps(output, ensure_ascii=False) + "\n")
+            file.close()
             if args.output:
-                file.close()
                 os.replace(file.name, args.output)
         finally:
             Path(file.name).unlink(missing_ok=True)
     return first
 
 
+def show(rows: list[dict], tokenizer) -> None:
+    for row in rows:
+        print(f"{row['file']}:{row['line']}")
+        if tokenizer:
+            print(*render(row, tokenizer), sep="\n")
+        else:
+            print(json.dumps({key: row[key] for key in row if key not in ("file", "line")}, ensure_ascii=False))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    for path in filter(None, (args.output, args.report)):
-        if path.resolve() == Path(args.source).resolve() or not path.parent.is_dir():
-            print(f"error: {path}: this is the dataset itself, or its folder is missing", file=sys.stderr)
-            return 1
-    report, failed = Report(args.source, args.task), False
+    report = Report(args.source, args.task)
+    failed = False
     try:
-        print(*write(args, report), report, sep="\n")
+        tokenizer = None
+        if args.tokenizer:
+            from recipes.modeling import load_tokenizer  # brings torch, seconds that nobody else should wait for
+
+            tokenizer = load_tokenizer(args.tokenizer)
+        show(write(args, report, tokenizer), tokenizer)
+        print(report)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if not report.errors:

@@ -189,7 +189,7 @@ def test_special_token_text_is_flagged_dropped_or_refused():
     assert len(dataset) == 3 and [flag["line"] for flag in report.flags] == [2, 3]
     dataset, report = format_dataset(rows, "prompt", special_tokens=["<|mine|>"], on_special="drop")
     assert len(dataset) == 1 and [skip["line"] for skip in report.skipped] == [2, 3]
-    with pytest.raises(DataError, match=r"rows:2: found special token '<\|im_end\|>' in a user message"):
+    with pytest.raises(DataError, match=r"rows:2: found special token '<\|im_end\|>' in the user turn"):
         format_dataset(rows, "prompt", on_special="fail")
 
 

@@ -1,0 +1,51 @@
+"""Control tokens in the text of a dataset: finding them, and keeping them text.
+
+A message that says `<|im_end|>` would end its own turn: tokenizers look for their control tokens in the whole rendered
+chat and do not know who wrote them. transformers can tell the template's own from those in messages
+(`sanitize_control_tokens`), but has to be asked in each call.
+"""
+
+from typing import Any
+
+
+def control_tokens(tokenizer) -> list[str]:
+    """The special tokens of a tokenizer, and the added tokens that its chat template writes."""
+    template = str(tokenizer.chat_template or "")
+    tokens = tokenizer.added_tokens_decoder.values()
+    return [each.content for each in tokens if each.special or (each.content.strip() and each.content in template)]
+
+
+def keep_control_tokens_text(tokenizer):
+    """Makes `tokenizer.apply_chat_template` encode the control tokens that stand in messages as ordinary text.
+
+    Everything that tokenizes chats with this tokenizer is safe then, TRL's trainers included; other chats get the same
+    ids as before. Two uses cannot be covered, and keep what transformers does: `tokenize=False`, whose text does not
+    tell who wrote a token, and `return_assistant_tokens_mask=True` (`assistant_only_loss`). Leave such rows out there,
+    with `on_special=drop`.
+
+    Returns:
+        The tokenizer, which was changed in place; the change is not saved with it.
+    """
+    tokenizer.apply_chat_template = _SafeChatTemplate(tokenizer)
+    return tokenizer
+
+
+class _SafeChatTemplate:
+    """Holds the tokenizer instead of closing over it, so that copies and pickles of both belong together."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, conversation, tools=None, **options):
+        covered = options.get("tokenize", True) and not options.get("return_assistant_tokens_mask")
+        if covered and _mentions([conversation, tools], control_tokens(self.tokenizer)):
+            options.setdefault("sanitize_control_tokens", True)
+        return type(self.tokenizer).apply_chat_template(self.tokenizer, conversation, tools, **options)
+
+
+def _mentions(value: Any, tokens: list[str]) -> bool:
+    if isinstance(value, str):
+        return any(token in value for token in tokens)
+    if isinstance(value, dict):
+        return any(_mentions(item, tokens) for item in value.values())
+    return isinstance(value, list | tuple) and any(_mentions(item, tokens) for item in value)
