@@ -16,16 +16,28 @@ from recipes.errors import UserError
 from recipes.labelling.accounts import add_labeler, labelers, named_labeler
 from recipes.labelling.answers import JUSTIFICATIONS
 from recipes.labelling.database import Database
+from recipes.labelling.export import export, write_new
 from recipes.labelling.store import Store
 from recipes.labelling.tasks import read_tasks
+from recipes.labelling.terminal import rank_in_terminal
 
 GUIDELINES = Path(labelling.__file__).with_name("guidelines.txt")
 
 
-def count(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def at_least(minimum):
+    def parse(text):
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        return int(text)
+
+    return parse
+
+
+def user_name():
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container, this user may have a number and no name
+        return "labeler"
 
 
 def parse_args(argv):
@@ -33,25 +45,27 @@ def parse_args(argv):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(function, name, help):
-        subparser = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        subparser = commands.add_parser(name, help=help)
         subparser.set_defaults(function=function)
         subparser.add_argument("--database", required=True, type=Path, help="the SQLite file that holds everything")
         return subparser
 
     serve = command(run_serve, "serve", "the ranking page, for a browser")
-    serve.add_argument("--host", default="127.0.0.1", help="another address opens the page to other machines")
-    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    serve.add_argument("--host", default="127.0.0.1", help="%(default)s unless other machines may come in")
+    serve.add_argument("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
     terminal = command(run_terminal, "terminal", "rank in this shell")
-    terminal.add_argument("--labeler", default=getpass.getuser(), help="whose rankings these are")
+    terminal.add_argument("--labeler", default=user_name(), help="whose rankings these are; default %(default)s")
     for ranking in (serve, terminal):
         ranking.add_argument("--samples", nargs="+", default=[], type=Path, help="files of sampled responses to add")
         ranking.add_argument("--gold", nargs="+", default=[], type=Path, help="rankings to add as gold tasks")
-        ranking.add_argument("--guidelines", default=GUIDELINES, type=Path, help="text file that labelers see first")
+        ranking.add_argument("--guidelines", default=GUIDELINES, type=Path, help="text that labelers see first")
         ranking.add_argument(
-            "--justifications", default="required", choices=JUSTIFICATIONS, help="reason per response"
+            "--justifications", default="required", choices=JUSTIFICATIONS, help="of ranks; default %(default)s"
         )
-        ranking.add_argument("--overlap", type=count, default=1, help="labelers per prompt")
-        ranking.add_argument("--gold_every", type=int, default=10, help="one gold task in so many; 0 for none")
+        ranking.add_argument("--overlap", type=at_least(1), default=1, help="labelers per prompt; default %(default)s")
+        ranking.add_argument(
+            "--gold_every", type=at_least(0), default=10, help="one gold task in so many, 0: none; default 10"
+        )
 
     labeler = command(run_add_labeler, "add-labeler", "add a person, and print the token to log in with")
     labeler.add_argument("name")
@@ -93,19 +107,15 @@ def run_serve(args):
 
     store = open_store(args)
     if not labelers(store):
-        name = getpass.getuser()
+        name = user_name()
         print(f"First labeler {name!r}, log in with this token (shown only now): {add_labeler(store, name)}")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
-        print(
-            f"Warning: {args.host} is open to other machines and plain HTTP can be read on the way; use a tunnel or a"
-        )
-        print("reverse proxy with TLS unless you trust the network (docs/labelling.md).")
+        print(f"Warning: {args.host} is open to other machines, and plain HTTP can be read on the way: see")
+        print("docs/labelling.md for a tunnel or a proxy with TLS.")
     serve(store, args.host, args.port)
 
 
 def run_terminal(args):
-    from recipes.labelling.terminal import rank_in_terminal
-
     store = open_store(args)
     print(f"{rank_in_terminal(store, named_labeler(store, args.labeler).id)} rankings submitted.")
 
@@ -116,8 +126,6 @@ def run_add_labeler(args):
 
 
 def run_export(args):
-    from recipes.labelling.export import export
-
     found = export(Database(args.database), args.output, args.include_gold)
     print(f"{args.output}: {found['rankings']} rankings of {found['prompts']} prompts by {found['labelers']} labelers")
     print(f"{found['pairs']} pairs to learn from; {found['tied_pairs']} tied pairs give none", end="")
@@ -138,14 +146,8 @@ def run_agreement(args):
     }[args.format]()
     if args.output is None:
         sys.stdout.write(text)
-        return
-    try:
-        with open(args.output, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise UserError(f"{args.output}: exists already and was left as it is; choose another --output") from error
-    except OSError as error:
-        raise UserError(f"{args.output}: {error.strerror}") from error
+    else:
+        write_new(args.output, text)
 
 
 def run_backup(args):
@@ -157,8 +159,11 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         args.function(args)
-    except (UserError, sqlite3.Error) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except sqlite3.Error as error:
+        print(f"error: {args.database}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -96,6 +96,7 @@ def test_repeated_responses_are_left_out_and_counted(tmp_path):
         ('{"prompt": "q", "responses": ["a", "b"]}', "line 2: 'responses' must be a list of objects"),
         ('{"prompt": "q", "responses": [{"text": 1}]}', "line 2: the 'text' of response 1"),
         ('{"prompt": "q", "responses": [{"text": "\\ud800"}, {"text": "b"}]}', "line 2: 'utf-8' codec"),
+        ('{"prompt": "q", "model": {}, "responses": [{"text": "a"}]}', "line 2: the 'model' of response 1"),
         (json.dumps({"prompt": "q", "responses": [{"text": str(n)} for n in range(27)]}), "line 2: 27 responses"),
     ],
 )

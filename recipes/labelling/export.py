@@ -45,6 +45,28 @@ def _without_blanks(row, keep):
     return {key: value for key, value in row.items() if key in keep or value not in (None, "", [])}
 
 
+def write_new(path: str | Path, text: str) -> None:
+    """Writes a file that does not exist yet, whole or not at all.
+
+    Raises:
+        UserError: `path` exists, or cannot be written.
+    """
+    try:
+        file = open(path, "x", encoding="utf-8")
+    except FileExistsError as error:
+        raise UserError(f"{path}: exists already and was left as it is; choose another --output") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    try:
+        with file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        Path(path).unlink()
+        raise UserError(f"{path}: {error.strerror}; nothing was written") from error
+
+
 def export(database: Database, output: str | Path, include_gold: bool = False) -> dict[str, int]:
     """Writes the rankings that count to a new file; rankings of gold tasks only when asked for.
 
@@ -59,16 +81,7 @@ def export(database: Database, output: str | Path, include_gold: bool = False) -
     if not rankings:
         raise UserError(f"{database.path}: no submitted rankings to export; nothing was written")
     lines = [json.dumps(ranking_row(ranking), ensure_ascii=False) + "\n" for ranking in rankings]
-    try:
-        with open(output, "x", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError as error:
-        raise UserError(f"{output}: exists already and was left as it is; choose another --output") from error
-    except OSError as error:
-        Path(output).unlink(missing_ok=True)  # half a file would train half a reward model
-        raise UserError(f"{output}: {error.strerror}; nothing was written") from error
+    write_new(output, "".join(lines))
 
     counts = Counter(gold_left_out=len(everything) - len(rankings), tied_pairs=0, pairs=0, all_tied=0)
     for ranking in rankings:

@@ -164,7 +164,7 @@ class Store(Database):
         rows = db.execute("SELECT shown FROM assignment WHERE prompt_id = ?", (prompt_id,))
         used = [json.loads(row["shown"]) for row in rows]
         order = [row["id"] for row in db.execute("SELECT id FROM response WHERE prompt_id = ?", (prompt_id,))]
-        for _ in range(20):
+        for _ in range(200):
             random.SystemRandom().shuffle(order)
             if order not in used:
                 break

@@ -92,12 +92,15 @@ def _task(row, gold, default_id):
     responses, ranks = [], {}
     for text, (index, response) in distinct.items():
         response_id = _hash(prompt_id, text)
+        model = response.get("model", row.get("model"))
+        if model is not None and not isinstance(model, str):
+            raise TypeError(f"the 'model' of response {index + 1} must be a string")
         responses.append(
             Response(
                 id=response_id,
                 sample_id=str(response.get("id", index)),
                 text=text,
-                model=response.get("model", row.get("model")),
+                model=model,
                 sampling=response.get("sampling", row.get("sampling")),
             )
         )

@@ -11,11 +11,13 @@ const KEEPALIVE_MAX = 60000; // browsers let 64 kB outlive a closed tab
 
 const task = document.getElementById("task");
 let revision = Number(task.dataset.revision);
-let dirty = false, stopped = false, draftTimer = null, queue = Promise.resolve();
+let dirty = false; // changed since the last snapshot
+let underWay = false; // a snapshot has been sent and not acknowledged
+let stopped = false, draftTimer = null, queue = Promise.resolve();
 
 const status = (text) => { document.getElementById("status").textContent = text; };
 export const complain = (text) => { document.getElementById("alert").textContent = text; };
-export const isUnsaved = () => dirty && !stopped;
+export const isUnsaved = () => (dirty || underWay) && !stopped;
 
 function snapshot(action) {
   const reviews = {};
@@ -66,8 +68,10 @@ export function saveOnLeaving() {
 }
 
 async function deliver(body, isFinal) {
+  underWay = true;
   for (;;) {
     const { ok, reply, retry } = await post(body);
+    underWay = retry;
     if (ok) {
       revision = reply.revision;
       stopped = isFinal;
@@ -75,10 +79,12 @@ async function deliver(body, isFinal) {
       if (!dirty) status(`Saved at ${new Date().toLocaleTimeString()}`);
       return true;
     }
-    dirty = true;
     status("");
     complain(retry ? `${reply.error}. Trying again; keep this page open.` : reply.error);
-    if (!retry) return false;
+    if (!retry) {
+      dirty = true;
+      return false;
+    }
     await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
   }
 }
