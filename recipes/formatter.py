@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from recipes.data_report import Report
-from recipes.loading import DataError, Row, RowError, Rows
+from recipes.loading import DataError, Row, RowError, Rows, check_row
 from recipes.messages import ROLES, Skip, listed
 from recipes.preview import render
 from recipes.schemas import SCHEMAS, TASKS, detect
@@ -97,7 +97,7 @@ class Formatter:
         fingerprint = hashlib.sha256()
         for row in gathered or _counted(rows, report):
             try:
-                if isinstance(row.data, RowError):
+                if isinstance(row.data, RowError | Skip):
                     raise row.data
                 example = schema.convert(row.data if gathered else self._mapped(row.data), self._roles)
                 for output in outputs(example, self.task, self.prompt_completion, self.margin):
@@ -201,10 +201,18 @@ class Formatter:
 
 
 def as_rows(rows: Rows | Iterable[dict]) -> Rows:
+    """Rows of a dataset or of a list in memory, numbered from 1 and of the file "rows"."""
     if isinstance(rows, Rows):
         return rows
-    held = rows if hasattr(rows, "features") else list(rows)
+    held = rows if hasattr(rows, "features") else [_checked(data) for data in rows]
     return Rows("rows", lambda: (Row("rows", number, data) for number, data in enumerate(held, 1)))
+
+
+def _checked(data: Any) -> dict | RowError:
+    try:
+        return check_row(data)
+    except RowError as error:
+        return error
 
 
 def _counted(rows: Rows, report: Report) -> Iterator[Row]:

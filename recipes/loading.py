@@ -254,7 +254,7 @@ def _read_jsonl(file: str, stream: Iterable[bytes]) -> Iterator[Row]:
                 data = RowError(f"text after the JSON object, from character {end + 1} on; one object per line")
         except UnicodeDecodeError as error:
             data = RowError(_not_utf8(raw[error.start]))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             data = RowError(_not_json(error))
         yield Row(file, number, data)
 
@@ -281,7 +281,7 @@ def _read_json_list(file: str, raw: bytes) -> Iterator[Row]:
             raise json.JSONDecodeError("text after the end of the list", text, position)
     except UnicodeDecodeError as error:
         yield Row(file, raw.count(b"\n", 0, error.start) + 1, RowError(_not_utf8(raw[error.start])))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", line)
         yield Row(file, line, RowError(f"{_not_json(error)}; nothing after it was read"))
 
@@ -294,12 +294,8 @@ def _decode(text: str, position: int) -> tuple[dict | RowError, int]:
     """The object that starts at `position`, or what is wrong with it, and where it ends."""
     try:
         value, end = _DECODER.raw_decode(text, position)
-        if not isinstance(value, dict):
-            raise RowError(f"found a {type(value).__name__}, expected an object {{...}} with named columns")
-        if text.find("\\ud", position, end) >= 0 or text.find("\\uD", position, end) >= 0:
-            for column, cell in value.items():
-                check_surrogates(cell, column)
-        return value, end
+        escapes = text.find("\\ud", position, end) >= 0 or text.find("\\uD", position, end) >= 0
+        return value if isinstance(value, dict) and not escapes else check_row(value), end
     except RowError as error:
         return error, json.JSONDecoder().raw_decode(text, position)[1]
 
@@ -320,28 +316,36 @@ def _no_constant(constant: str):
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
 
 
+def check_row(value: Any) -> dict:
+    """The row itself, if it is an object whose text can be stored; raises RowError."""
+    if not isinstance(value, dict):
+        raise RowError(f"found a {type(value).__name__}, expected an object {{...}} with named columns")
+    for column, cell in value.items():
+        check_surrogates(cell, column)
+    return value
+
+
 def check_surrogates(value: Any, column: str) -> None:
     """Half a UTF-16 pair cannot be stored as UTF-8; `datasets` would fail on it much later."""
-    try:
-        if isinstance(value, str):
+    if isinstance(value, str):
+        try:
             value.encode("utf-8")
-        elif isinstance(value, list | dict):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        found = f"\\u{ord(error.object[error.start]):04x}"
-        raise RowError(
-            f"the text holds half a character ({found}, a lone surrogate); remove or repair it", column
-        ) from None
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):04x}"
+            raise RowError(f"the text holds half a character ({half}, a lone surrogate); repair it", column) from None
+    elif isinstance(value, list | dict):
+        for item in value if isinstance(value, list) else (*value, *value.values()):
+            check_surrogates(item, column)
 
 
 def _not_utf8(byte: int) -> str:
     return f"not UTF-8 (byte 0x{byte:02x}), perhaps Latin-1; convert the file, e.g. iconv -f LATIN1 -t UTF-8"
 
 
-def _not_json(error: json.JSONDecodeError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "the JSON is nested too deeply"
-    return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off or edited by hand?"
+def _not_json(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off or edited by hand?"
+    return "the JSON is nested too deeply" if isinstance(error, RecursionError) else f"not usable as JSON: {error}"
 
 
 def _read_csv(file: str, stream: Iterable[bytes]) -> Iterator[Row]:

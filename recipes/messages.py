@@ -21,7 +21,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
-MESSAGE_EXTRAS = ("tool_calls", "tool_call_id", "reasoning_content")
+MESSAGE_EXTRAS = {"tool_calls": list, "tool_call_id": str, "reasoning_content": str}
 MESSAGE = "expected a message {role, content} or {from, value}"
 
 HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -80,7 +80,7 @@ def items(row: dict, column: str) -> list:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise RowError(f"found {describe(value)}, expected a list (as JSON)", column) from None
         check_surrogates(value, column)
     if value is None or value == [] or value == "":
@@ -110,9 +110,12 @@ def inner(value: Any, where: str) -> dict:
 
 
 def number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError(f"found {describe(value)}, expected a number", where)
-    return value
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return value
+    except OverflowError:  # an integer beyond all floats
+        pass
+    raise RowError(f"found {describe(value)}, expected a number", where)
 
 
 def number_cell(row: dict, column: str) -> float:
@@ -149,8 +152,8 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
             raise RowError(f"found {describe(turn)}, {MESSAGE}", where)
         role = _role(turn[role_key], f"{where}.{role_key}", roles)
         content = _content(turn.get(content_key), f"{where}.{content_key}")
-        extras = {key: turn[key] for key in MESSAGE_EXTRAS if turn.get(key)}
-        if role == "tool" and turn.get("name"):
+        extras = {key: turn[key] for key, kind in MESSAGE_EXTRAS.items() if _present(turn, key, kind, where)}
+        if role == "tool" and _present(turn, "name", str, where):
             extras["name"] = turn["name"]
         if turn[role_key] == "function_call":
             content, extras = "", {"tool_calls": _tool_calls(content, f"{where}.{content_key}")}
@@ -159,6 +162,16 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
         elif role != "system":
             raise Skip(f"empty {role} message", f"{where}.{content_key}")
     return result
+
+
+def _present(turn: dict, key: str, kind: type, where: str) -> bool:
+    value = turn.get(key)
+    if value in (None, "", []):
+        return False
+    if not isinstance(value, kind) or (kind is list and not all(isinstance(call, dict) for call in value)):
+        wanted = "a list of objects" if kind is list else "text"
+        raise RowError(f"found {describe(value)}, expected {wanted}", f"{where}.{key}")
+    return True
 
 
 def _role(role: Any, where: str, roles: Roles) -> str:
@@ -181,10 +194,10 @@ def _content(content: Any, where: str) -> str:
 def _tool_calls(content: str, where: str) -> list[dict]:
     try:
         calls = json.loads(content)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and "name" in call for call in calls):
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise RowError(f"found {describe(content)}, expected a function call as JSON {{name, arguments}}", where)
     return [{"type": "function", "function": call} for call in calls]
 
@@ -261,4 +274,6 @@ def split_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages
         shared += 1
     if shared == 0 or chosen[shared - 1]["role"] in ("assistant", "system"):
         raise Skip("the prompts of chosen and rejected differ", "rejected")
+    if shared == min(len(chosen), len(rejected)):
+        raise Skip("one conversation is only the beginning of the other", "rejected")
     return chosen[:shared], chosen[shared:], rejected[shared:]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from recipes.loading import Row, RowError
-from recipes.messages import describe
+from recipes.messages import Skip, describe
 
 
 def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:
@@ -20,18 +20,23 @@ def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:
         problem = row.data if isinstance(row.data, RowError) else _problem(row.data)
         if problem:
             yield row._replace(data=problem)
-        elif row.data.get("deleted") is not True and row.data.get("review_result") is not False:
-            parent = row.data["parent_id"]
-            (replies.setdefault(parent, []) if parent else roots).append(row)
+        elif row.data["parent_id"]:
+            replies.setdefault(row.data["parent_id"], []).append(row)
+        else:
+            roots.append(row)
     for root in roots:
         if task in ("preference", "ranking"):
-            yield from _rankings(root, replies)
+            found = list(_rankings(root, replies))
+            yield from found or [root._replace(data=Skip("no message with two ranked replies"))]
         else:
             path = [root] if task == "prompt" else _best_path(root, replies)
             yield root._replace(data={"messages": [_turn(row) for row in path]})
+    reached = {row.line for root in roots for path in _paths(root, replies) for row in path[-1:]}
+    lost = (row for following in replies.values() for row in following if row.line not in reached)
+    yield from (row._replace(data=Skip("a reply to a message that is not there", "parent_id")) for row in lost)
 
 
-def _problem(data: dict) -> RowError | None:
+def _problem(data: dict) -> RowError | Skip | None:
     for column in ("message_id", "parent_id", "role", "text"):
         if column not in data:
             return RowError("missing; OASST rows have message_id, parent_id, role and text", column)
@@ -40,7 +45,9 @@ def _problem(data: dict) -> RowError | None:
     rank = data.get("rank")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | float)):
         return RowError(f"found {describe(rank)}, expected a number or null", "rank")
-    return None
+    if data.get("deleted") is True:
+        return Skip("deleted", "deleted")
+    return Skip("failed review", "review_result") if data.get("review_result") is False else None
 
 
 def _turn(row: Row) -> dict:
@@ -61,13 +68,19 @@ def _rank(row: Row) -> float:
     return float("inf") if rank is None else rank
 
 
+def _paths(root: Row, replies: dict[str, list[Row]]) -> Iterator[list[Row]]:
+    """The path from the root to each message of its tree."""
+    ahead = [[root]]
+    while ahead:
+        path = ahead.pop(0)
+        yield path
+        ahead += [[*path, row] for row in replies.get(path[-1].data["message_id"], [])]
+
+
 def _rankings(root: Row, replies: dict[str, list[Row]]) -> Iterator[Row]:
-    open_paths = [[root]]
-    while open_paths:
-        path = open_paths.pop(0)
+    for path in _paths(root, replies):
         following = replies.get(path[-1].data["message_id"], [])
         ranked = [row for row in following if row.data.get("rank") is not None]
         if path[-1].data["role"] == "prompter" and len(ranked) > 1:
             responses = [{"text": row.data["text"], "rank": row.data["rank"] + 1} for row in ranked]
             yield path[-1]._replace(data={"prompt": [_turn(row) for row in path], "responses": responses})
-        open_paths += [[*path, row] for row in following]

@@ -97,7 +97,7 @@ def _list(value: Any) -> list:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return []
     return value if isinstance(value, list) else []
 

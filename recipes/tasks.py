@@ -84,11 +84,9 @@ def _sft(example: Dialogue, prompt_completion: bool) -> dict:
 
 def _prompt(example: Dialogue | Ranking) -> Messages:
     messages = example.prompt if isinstance(example, Ranking) else example.messages
-    if messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
     check_order(messages)
     _refuse_tools(messages)
-    return messages
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def _ranking(example: Ranking) -> dict:

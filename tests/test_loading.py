@@ -37,6 +37,10 @@ def read(path, **options):
         (b'{"messages": [{"content": "\\uDC00"}]}\n', [(1, "the text holds half a character (\\udc00")]),
         (b'{"prompt": "caf\xe9"}\n' + GOOD, [(1, "not UTF-8 (byte 0xe9), perhaps Latin-1"), (2, {"prompt": "q"})]),
         (b'{"rank": NaN}\n', [(1, "NaN is not valid JSON")]),
+        (
+            b'{"a": ' + b"1" * 5000 + b"}\n" + GOOD,
+            [(1, "not usable as JSON: Exceeds the limit"), (2, {"prompt": "q"})],
+        ),
         (b"7\n", [(1, "found a int, expected an object")]),
         (b"[" * 100_000, [(1, "the JSON is nested too deeply")]),
         (b'{"a":' * 100_000 + b"\n" + GOOD, [(1, "the JSON is nested too deeply"), (2, {"prompt": "q"})]),
