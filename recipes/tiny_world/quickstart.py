@@ -11,9 +11,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +25,7 @@ from recipes.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = "recipes/configs/tiny_world"
 LAUNCH = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml"]
-NO_KL_STEPS = 120  # longer than PPO with KL, so that the gold curve has time to turn
+NO_KL_STEPS = 100  # longer than PPO with KL, so that the gold curve has time to turn
 PROGRESS = re.compile(r"(\d+)/(\d+) \[")
 REAL_MODEL = (
     "accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/sft.py "
@@ -43,8 +45,8 @@ class Stage:
     metrics: dict[str, str]
 
 
-def stages(folder: str, seed: int) -> list[Stage]:
-    """The pipeline; `folder` as it is written in the commands."""
+def stages(folder: str, seed: int) -> list[list[Stage]]:
+    """The pipeline, each entry the stages that run at the same time; `folder` as it is written in the commands."""
 
     def recipe(name: str, output: str, *arguments: str) -> list[str]:
         line = [*LAUNCH, f"recipes/{name}.py", "--config", f"{CONFIGS}/{name}.yaml", *arguments]
@@ -64,47 +66,40 @@ def stages(folder: str, seed: int) -> list[Stage]:
     reward = ["--model_name_or_path", f"{folder}/sft", "--dataset_name", f"{folder}/rankings.jsonl"]
     evaluate = ["python", "-m", "recipes.tiny_world.evaluate", "--output_dir", folder, "--seed", str(seed)]
     curves = {"objective/scores": "reward", "objective/kl": "KL", "rewards/gold/mean": "gold"}
+    accuracy = {"eval_accuracy": "accuracy", "eval_longer_wins": "longer wins"}
+    no_kl = ppo("ppo_no_kl", "--kl_coef", "0", "--max_steps", str(NO_KL_STEPS))
     return [
-        Stage("sft", "Step 1: learn from demonstrations", recipe("sft", "sft"), "sft", {"loss": "loss"}),
-        Stage("sample", "Step 2a: sample 4 responses a prompt", sample, "samples.jsonl", {}),
-        Stage("rank", "Step 2b: rank them (a SIMULATED labeler, a program)", rank, "rankings.jsonl", {}),
-        Stage(
-            "reward",
-            "Step 2c: learn a reward model from the rankings",
-            recipe("reward", "reward", *reward),
-            "reward",
-            {"eval_accuracy": "accuracy", "eval_longer_wins": "longer wins"},
-        ),
-        Stage("ppo", "Step 3: PPO with a KL penalty", ppo("ppo"), "ppo", curves),
-        Stage(
-            "ppo_no_kl",
-            "Control: PPO with nothing that holds it near SFT",
-            ppo("ppo_no_kl", "--kl_coef", "0", "--max_steps", str(NO_KL_STEPS)),
-            "ppo_no_kl",
-            curves,
-        ),
-        Stage("evaluate", "Evaluation on held-out prompts", evaluate, "evaluation.json", {}),
+        [Stage("sft", "Step 1: learn from demonstrations", recipe("sft", "sft"), "sft", {"loss": "loss"})],
+        [Stage("sample", "Step 2a: sample 4 responses a prompt", sample, "samples.jsonl", {})],
+        [Stage("rank", "Step 2b: rank them (a SIMULATED labeler, a program)", rank, "rankings.jsonl", {})],
+        [Stage("reward", "Step 2c: learn a reward model", recipe("reward", "reward", *reward), "reward", accuracy)],
+        [
+            Stage("ppo", "Step 3: PPO with a KL penalty", ppo("ppo"), "ppo", curves),
+            Stage("ppo_no_kl", "Control: PPO with nothing that holds it near SFT", no_kl, "ppo_no_kl", curves),
+        ],
+        [Stage("evaluate", "Evaluation on held-out prompts", evaluate, "evaluation.json", {})],
     ]
 
 
 class Progress:
-    """The state of a running stage in one line: rewritten on a terminal, else printed now and then."""
+    """The state of a running stage in one line: rewritten on a terminal where it runs alone, else now and then."""
 
-    def __init__(self, interval: float = 30.0):
-        self.start = self.shown = time.monotonic()
-        self.live = sys.stdout.isatty()
-        self.interval = 0.2 if self.live else interval
+    def __init__(self, name: str, alone: bool):
+        self.name, self.start = name, time.monotonic()
+        self.shown = self.start
+        self.live = alone and sys.stdout.isatty()
+        self.interval = 0.2 if self.live else 30.0
 
     def update(self, text: str) -> None:
         now = time.monotonic()
         if now - self.shown >= self.interval:
             self.shown = now
-            line = f"  {now - self.start:4.0f} s  {text}"
+            line = f"  {now - self.start:4.0f} s  {self.name}: {text}"
             print(f"\r{line:<78}" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def finish(self, text: str) -> float:
         seconds = time.monotonic() - self.start
-        print(f"{chr(13) if self.live else ''}{f'  done in {seconds:.0f} s  {text}':<78}", flush=True)
+        print(f"{chr(13) if self.live else ''}{f'  {self.name}: done in {seconds:.0f} s  {text}':<78}", flush=True)
         return seconds
 
 
@@ -133,14 +128,19 @@ class Quickstart:
         partial.write_text(json.dumps({"seed": self.seed, "seconds": self.seconds}, indent=2), encoding="utf-8")
         partial.replace(self.state_file)
 
-    def run(self, stage: Stage) -> None:
+    def run_together(self, group: list[Stage]) -> None:
+        with ThreadPoolExecutor(len(group)) as pool:
+            for done in [pool.submit(self.run, stage, len(group) == 1) for stage in group]:
+                done.result()
+
+    def run(self, stage: Stage, alone: bool) -> None:
         print(f"\n{stage.title}")
         if stage.name in self.seconds and (self.folder / stage.output).exists():
             print(f"  finished before, in {self.seconds[stage.name]:.0f} s: {self.folder / stage.output}")
             return
         command = stage.command + self.continuation(stage)
         print(f"$ {shlex.join(command)}", flush=True)
-        log, progress = self.folder / "logs" / f"{stage.name}.log", Progress()
+        log, progress = self.folder / "logs" / f"{stage.name}.log", Progress(stage.name, alone)
         if execute(command, log, progress) != 0:
             tail = "\n".join(re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").strip())[-15:])
             raise UserError(f"{stage.title} failed; the end of {log}:\n{tail}")
@@ -166,6 +166,8 @@ def execute(command: list[str], log: Path, progress: Progress) -> int:
     """Run a command with its output in `log` and its progress on the terminal; return its exit code."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # So small a model gains nothing from a second thread, and loses much where another program wants the core.
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -173,16 +175,22 @@ def execute(command: list[str], log: Path, progress: Progress) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     text = "starting"
-    with log.open("wb") as file:
-        while chunk := os.read(process.stdout.fileno(), 65536):
-            file.write(chunk)
-            file.flush()
-            if steps := PROGRESS.findall(chunk.decode(errors="replace")):
-                text = f"{steps[-1][0]} of {steps[-1][1]}"
-            progress.update(text)
-    return process.wait()
+    try:
+        with log.open("wb") as file:
+            while chunk := os.read(process.stdout.fileno(), 65536):
+                file.write(chunk)
+                file.flush()
+                if steps := PROGRESS.findall(chunk.decode(errors="replace")):
+                    text = f"{steps[-1][0]} of {steps[-1][1]}"
+                progress.update(text)
+        return process.wait()
+    except BaseException:  # end the launcher together with what it launched
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
 
 
 def headline(output: Path, metrics: dict[str, str]) -> str:
@@ -205,13 +213,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "quickstart")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C, together with the running stage
     folder = args.output_dir.resolve()
     written = os.path.relpath(folder, ROOT) if folder.is_relative_to(ROOT) else str(folder)
     try:
         quickstart = Quickstart(folder, args.seed)
         print(f"The whole pipeline on a CPU, seed {args.seed}, into {written} (commands run in {ROOT})")
-        for stage in stages(written, args.seed):
-            quickstart.run(stage)
+        for group in stages(written, args.seed):
+            quickstart.run_together(group)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
