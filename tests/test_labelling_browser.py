@@ -123,19 +123,38 @@ def stored_letters(page, event):
 
 
 def drag(page, letter, onto, below=False):
+    """Drags a card to where another one is, and drops it once the page has made room there."""
+
+    def places():
+        return letters(page).replace("=", "")
+
+    wanted = places().index(onto)
     box = card(page, letter).locator(".handle").bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.mouse.down()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for _ in range(3):  # on a busy machine the first press in a new browser is now and then not taken for a drag
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 8, y, steps=2)
+        page.wait_for_timeout(50)
+        if page.locator(".sortable-ghost").count():
+            break
+        page.mouse.up()
     target = card(page, onto).bounding_box()
     y = target["y"] + target["height"] * (0.9 if below else 0.1)
     page.mouse.move(target["x"] + 60, y, steps=8)
-    page.wait_for_timeout(200)  # the library's animation
+    for step in range(50):
+        if places().index(letter) == wanted:
+            break
+        page.wait_for_timeout(50)  # the library's animation
+        page.mouse.move(target["x"] + 60 + step % 2, y)
     page.mouse.up()
+    page.locator(".sortable-chosen").wait_for(state="detached")
 
 
 def test_drag_tie_and_submit(job, open_page):
     page = open_page(job, viewport={"width": 1000, "height": 1300})
     page.locator(".guidelines summary").click()
+    page.locator(".guidelines:not([open])").wait_for()
     drag(page, "D", onto="A")
     assert letters(page) == "DABC" and ranks(page) == ["1", "2", "3", "4"]
     drag(page, "A", onto="C", below=True)

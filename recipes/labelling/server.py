@@ -211,8 +211,9 @@ def serve(store: Store, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serves the ranking page until interrupted. Port 0 takes any free one; the address is printed."""
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from error
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host} port {port}: {reason}; choose another --port or --host") from error
     shown = f"[{host}]" if ":" in host else host
     print(f"Ranking page: http://{shown}:{listener.getsockname()[1]}/  (Ctrl+C stops it)", flush=True)
     config = uvicorn.Config(create_app(store), log_level="warning", access_log=False, server_header=False)
