@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 
 from recipes.errors import UserError
 
@@ -104,12 +105,15 @@ class Progress:
 
 
 class Quickstart:
-    """The stages in one output folder, and in `quickstart.json` which of them are finished."""
+    """The stages in one output folder, and in `quickstart.json` their commands and which are finished."""
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed = folder, seed
         self.state_file = folder / "quickstart.json"
         self.seconds: dict[str, float] = {}
+        self.commands: dict[str, list[str]] = {}
+        self.lock = Lock()
+        self.running: list[subprocess.Popen] = []
         if self.state_file.exists():
             state = json.loads(self.state_file.read_text(encoding="utf-8"))
             if state["seed"] != seed:
@@ -117,7 +121,7 @@ class Quickstart:
                     f"{folder} holds a quickstart with seed {state['seed']}: choose another --output_dir for seed "
                     f"{seed}, or --seed {state['seed']} to go on with this one."
                 )
-            self.seconds = state["seconds"]
+            self.seconds, self.commands = state["seconds"], state.get("commands", {})
         elif folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no quickstart: choose another --output_dir.")
         (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -125,23 +129,37 @@ class Quickstart:
 
     def save(self) -> None:
         partial = self.state_file.with_suffix(".partial")
-        partial.write_text(json.dumps({"seed": self.seed, "seconds": self.seconds}, indent=2), encoding="utf-8")
-        partial.replace(self.state_file)
+        state = {"seed": self.seed, "seconds": self.seconds, "commands": self.commands}
+        with self.lock:
+            partial.write_text(json.dumps(state, indent=2), encoding="utf-8")
+            partial.replace(self.state_file)
 
     def run_together(self, group: list[Stage]) -> None:
-        with ThreadPoolExecutor(len(group)) as pool:
+        pool = ThreadPoolExecutor(len(group))
+        try:
             for done in [pool.submit(self.run, stage, len(group) == 1) for stage in group]:
                 done.result()
+        finally:  # Ctrl-C reaches this thread alone, and the pool waits for its commands
+            for process in self.running:
+                if process.poll() is None:  # the launcher together with what it launched
+                    os.killpg(process.pid, signal.SIGTERM)
+            pool.shutdown()
 
     def run(self, stage: Stage, alone: bool) -> None:
-        print(f"\n{stage.title}")
+        if self.commands.setdefault(stage.name, stage.command) != stage.command:
+            raise UserError(
+                f"{self.folder}: the stage {stage.name} was made by another command "
+                f"({shlex.join(self.commands[stage.name])}): choose another --output_dir."
+            )
         if stage.name in self.seconds and (self.folder / stage.output).exists():
-            print(f"  finished before, in {self.seconds[stage.name]:.0f} s: {self.folder / stage.output}")
+            seconds = self.seconds[stage.name]
+            print(f"\n{stage.title}\n  finished before, in {seconds:.0f} s: {self.folder / stage.output}", flush=True)
             return
+        self.save()
         command = stage.command + self.continuation(stage)
-        print(f"$ {shlex.join(command)}", flush=True)
+        print(f"\n{stage.title}\n$ {shlex.join(command)}", flush=True)
         log, progress = self.folder / "logs" / f"{stage.name}.log", Progress(stage.name, alone)
-        if execute(command, log, progress) != 0:
+        if execute(command, log, progress, self.running) != 0:
             tail = "\n".join(re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").strip())[-15:])
             raise UserError(f"{stage.title} failed; the end of {log}:\n{tail}")
         self.seconds[stage.name] = progress.finish(headline(self.folder / stage.output, stage.metrics))
@@ -158,12 +176,15 @@ class Quickstart:
             path for n in range(1, 1000) if not (path := output.with_name(f"{output.name}.stopped{n}")).exists()
         )
         output.rename(aside)
-        print(f"  put aside what a stopped run left: {aside}")
+        print(f"\nPut aside what a stopped run left: {aside}", flush=True)
         return []
 
 
-def execute(command: list[str], log: Path, progress: Progress) -> int:
-    """Run a command with its output in `log` and its progress on the terminal; return its exit code."""
+def execute(command: list[str], log: Path, progress: Progress, running: list[subprocess.Popen]) -> int:
+    """Run a command with its output in `log` and its progress on the terminal; return its exit code.
+
+    The process is added to `running`, so that another thread can end it.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # So small a model gains nothing from a second thread, and loses much where another program wants the core.
@@ -177,20 +198,16 @@ def execute(command: list[str], log: Path, progress: Progress) -> int:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    running.append(process)
     text = "starting"
-    try:
-        with log.open("wb") as file:
-            while chunk := os.read(process.stdout.fileno(), 65536):
-                file.write(chunk)
-                file.flush()
-                if steps := PROGRESS.findall(chunk.decode(errors="replace")):
-                    text = f"{steps[-1][0]} of {steps[-1][1]}"
-                progress.update(text)
-        return process.wait()
-    except BaseException:  # end the launcher together with what it launched
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        raise
+    with log.open("wb") as file:
+        while chunk := os.read(process.stdout.fileno(), 65536):
+            file.write(chunk)
+            file.flush()
+            if steps := PROGRESS.findall(chunk.decode(errors="replace")):
+                text = f"{steps[-1][0]} of {steps[-1][1]}"
+            progress.update(text)
+    return process.wait()
 
 
 def headline(output: Path, metrics: dict[str, str]) -> str:
