@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.generation import BaseStreamer
 from trl import ModelConfig
 
 from recipes.errors import UserError
@@ -89,8 +90,9 @@ def generate(
     conversations: list[list[dict]],
     sampling: SamplingArguments,
     seed: int,
+    streamer: BaseStreamer | None = None,
 ) -> list[Response]:
-    """One response for each conversation, all in one batch."""
+    """One response for each conversation, all in one batch; a `streamer` sees the tokens of a single one at once."""
     ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     if sampling.temperature == 0:
@@ -99,7 +101,7 @@ def generate(
         options = {"do_sample": True, "temperature": sampling.temperature}
         options |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
     set_seed(seed)
-    output = model.generate(**batch, **options, max_new_tokens=sampling.max_completion_length)
+    output = model.generate(**batch, **options, max_new_tokens=sampling.max_completion_length, streamer=streamer)
     ends = set(model.generation_config.eos_token_id)
     responses = []
     for tokens in output[:, batch["input_ids"].size(1) :].tolist():

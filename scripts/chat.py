@@ -1,0 +1,74 @@
+"""Talks with a policy in the terminal, or with two side by side.
+
+    python scripts/chat.py --model_name_or_path runs/ppo --compare runs/sft
+
+`/reset` starts a new conversation, `/quit` or Ctrl-D ends. The flags of scripts/sample_responses.py that say how to
+sample work here too.
+"""
+
+import copy
+import sys
+from dataclasses import dataclass, field
+
+from transformers import TextStreamer
+from trl import ModelConfig
+
+from recipes.errors import UserError
+from recipes.runs import parse, run
+from recipes.sampling import SamplingArguments, derived_seed, generate, load_generator
+
+
+@dataclass
+class ChatArguments:
+    compare: str | None = field(default=None, metadata={"help": "A second model that answers the same."})
+    system: str | None = field(default=None, metadata={"help": "System message."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the models."})
+
+
+class SafeStreamer(TextStreamer):
+    """Prints text as it comes, without the control characters by which a model could drive the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        shown = "".join(char for char in text if char.isprintable() or char in "\n\t")
+        print(shown, end="\n" if stream_end else "", flush=True)
+
+
+def turns():
+    """The user's messages; `None` for a new conversation."""
+    while True:
+        try:
+            text = input("you: " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if text == "/quit":
+            return
+        if text:
+            yield None if text == "/reset" else text
+
+
+def main():
+    sampling, model_args, chat_args = parse((SamplingArguments, ModelConfig, ChatArguments))
+    if model_args.model_name_or_path is None:
+        raise UserError("Command line: --model_name_or_path is required.")
+    policies = {}
+    for name in filter(None, (model_args.model_name_or_path, chat_args.compare)):
+        own_args = copy.copy(model_args)
+        own_args.model_name_or_path = name
+        policies[name] = load_generator(own_args, chat_args.trust_remote_code)
+    opening = [{"role": "system", "content": chat_args.system}] if chat_args.system else []
+    conversations = {name: list(opening) for name in policies}
+    for number, text in enumerate(turns()):
+        if text is None:
+            conversations = {name: list(opening) for name in policies}
+            continue
+        for name, (model, tokenizer) in policies.items():
+            conversations[name].append({"role": "user", "content": text})
+            print(f"{name}: ", end="", flush=True)
+            streamer = SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            seed = derived_seed(sampling.seed, number)
+            (answer,) = generate(model, tokenizer, [conversations[name]], sampling, seed, streamer=streamer)
+            conversations[name].append({"role": "assistant", "content": answer.text})
+
+
+if __name__ == "__main__":
+    run(main)
