@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 
 import torch
 from accelerate import PartialState
@@ -44,18 +45,24 @@ def adapter_base(model_name_or_path: str) -> str | None:
     Raises:
         UserError: an adapter's local base folder is gone.
     """
+    if not os.path.isdir(model_name_or_path) and not is_hub_name(model_name_or_path):
+        raise UserError(f"There is no folder {model_name_or_path}, and it is not the name of a Hub model.")
     if not find_adapter_config_file(model_name_or_path):
         return None
     base = PeftConfig.from_pretrained(model_name_or_path).base_model_name_or_path
     if not base:
         raise UserError(f"{model_name_or_path}/adapter_config.json names no base model (base_model_name_or_path).")
-    looks_local = base.startswith((".", "/", "~")) or base.count("/") != 1
-    if looks_local and not os.path.isdir(base) and os.sep in base:
+    if not os.path.isdir(base) and not is_hub_name(base):
         raise UserError(
             f"{model_name_or_path} is an adapter on the base {base}, and there is no such folder here: "
             f"run from where that path is valid, or correct base_model_name_or_path in its adapter_config.json."
         )
     return base
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form of a Hub repository, `model` or `owner/model`."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
 
 
 def same_base(a: str, b: str) -> bool:
@@ -160,7 +167,9 @@ def load_reward_trainee(model_args: ModelConfig, trust_remote_code: bool = False
     model = get_peft_model(model, seq_cls_config(PeftConfig.from_pretrained(name)))
     result = attach(lambda: set_peft_model_state_dict(model, weights), name, base)
     if result.unexpected_keys:
-        raise UserError(f"The adapter {name} holds {result.unexpected_keys[0]}, which a reward model has no place for.")
+        raise UserError(
+            f"The adapter {name} holds {result.unexpected_keys[0]}, which a reward model has no place for."
+        )
     return model if model_args.use_peft else model.merge_and_unload()
 
 

@@ -56,7 +56,7 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
     try:
         if config is not None:
             check_config(config, parser)
-        *parsed, in_config, in_flags = parser.parse_args_and_config(
+        *parsed, _, in_flags = parser.parse_args_and_config(
             args, return_remaining_strings=True, separate_remaining_strings=True
         )
     except OSError as error:
@@ -65,8 +65,6 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
         raise UserError(f"--config {config} is not valid YAML: {' '.join(str(error).split())}.") from error
     except (ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    if in_config:
-        raise parser.unknown(in_config[0].removeprefix("--"), f"--config {config}")
     if in_flags:
         raise parser.unknown(in_flags[0].removeprefix("--"), "Command line")
     return tuple(parsed)
@@ -90,12 +88,16 @@ def check_config(config: str, parser: RecipeParser) -> None:
         raise UserError(f"--config {config}: expected lines of the form argument: value.")
     actions = {action.dest: action for action in parser._actions}
     for name, value in values.items():
+        if name not in actions and name != "env":
+            raise parser.unknown(name, f"--config {config}")
         action = actions.get(name)
         if action is None or value is None or isinstance(value, str):
             continue
-        one_value = action.nargs in (None, "?") and isinstance(value, list)
-        whole = action.type is int and value != int(value) if isinstance(value, float) else False
-        if one_value or whole or (action.type in (int, float) and isinstance(value, bool | list | dict)):
+        many = action.nargs not in (None, "?")
+        items = value if many and isinstance(value, list) else [value]
+        whole = action.type is int and any(isinstance(item, float) and item != int(item) for item in items)
+        wrong = action.type in (int, float) and any(isinstance(item, bool | list | dict) for item in items)
+        if whole or wrong or (not many and isinstance(value, list)):
             kind = {int: "a whole number", float: "a number"}.get(action.type, "one value")
             raise UserError(f"--config {config}: {name} takes {kind}, not {value}.")
 

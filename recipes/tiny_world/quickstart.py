@@ -26,7 +26,7 @@ from recipes.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = "recipes/configs/tiny_world"
 LAUNCH = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml"]
-NO_KL_STEPS = 100  # longer than PPO with KL, so that the gold curve has time to turn
+NO_KL_STEPS = 90  # longer than PPO with KL, so that the gold curve has time to turn
 PROGRESS = re.compile(r"(\d+)/(\d+) \[")
 REAL_MODEL = (
     "accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/sft.py "
