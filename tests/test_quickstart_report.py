@@ -4,10 +4,14 @@ import importlib
 import json
 import re
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -180,3 +184,37 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     assert quickstart.main(["--output_dir", str(tmp_path)]) == 1
     assert "is not empty and holds no quickstart" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_ctrl_c_ends_the_running_commands(tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recipes.tiny_world.quickstart", "--output_dir", str(folder)],
+        cwd=quickstart.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+    def commands() -> list[psutil.Process]:
+        found = []
+        for other in psutil.process_iter(["cmdline"]):
+            words = other.info["cmdline"] or []
+            if f"{folder}/sft" in words and other.status() != psutil.STATUS_ZOMBIE:
+                found.append(other)
+        return found
+
+    try:
+        deadline = time.monotonic() + 60
+        while not commands() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert commands()
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        psutil.wait_procs(commands(), timeout=20)
+        assert process.returncode == 130 and "Run the same command to go on" in output
+        assert not commands()
+    finally:
+        process.kill()
+        for other in commands():
+            other.kill()
