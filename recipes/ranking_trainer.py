@@ -5,6 +5,8 @@ costs K forward passes instead of the K(K - 1) of separate pairs, and a response
 made their reward model overfit in a single epoch.
 """
 
+import itertools
+import json
 from collections import defaultdict
 from typing import Any
 
@@ -16,6 +18,7 @@ from trl import RewardTrainer
 from trl.trainer.utils import pad
 
 logger = get_logger(__name__)
+CALIBRATION_BINS = 10
 
 
 class RankingCollator:
@@ -60,12 +63,37 @@ def ranking_loss(
     return (losses / pairs[group[better]]).sum() / pairs.count_nonzero().clamp(min=1)
 
 
+def majority_rankings(dataset: Dataset) -> Dataset:
+    """One ranking a prompt out of several labelers': a response's place is its pairwise majorities won minus lost.
+
+    That is Copeland's rule; equal counts are ties. Rankings of one prompt count together where they rank the same
+    responses; a response that only some labelers saw is compared by those.
+    """
+    rankings: dict[str, list[dict]] = {}
+    for row in dataset:
+        rankings.setdefault(row["group_id"], []).append(row)
+    rows = []
+    for group in rankings.values():
+        texts = {json.dumps(completion): completion for row in group for completion in row["completions"]}
+        votes = defaultdict(int)  # how many prefer the first of a pair to the second, minus the others
+        for row in group:
+            keys = [json.dumps(completion) for completion in row["completions"]]
+            for (a, rank_a), (b, rank_b) in itertools.permutations(zip(keys, row["ranks"], strict=True), 2):
+                votes[a, b] += (rank_a < rank_b) - (rank_a > rank_b)
+        won = {a: sum((votes[a, b] > 0) - (votes[a, b] < 0) for b in texts if b != a) for a in texts}
+        order = sorted(texts, key=won.get, reverse=True)
+        ranks = [float(1 + sum(won[other] > won[key] for other in order)) for key in order]
+        rows.append({**group[0], "completions": [texts[key] for key in order], "ranks": ranks})
+    return Dataset.from_list(rows, features=dataset.features)
+
+
 class RankingRewardTrainer(RewardTrainer):
     """TRL's `RewardTrainer` on rows `{"prompt": messages, "completions": [messages], "ranks": [number]}`.
 
     `per_device_train_batch_size` counts prompts. All other arguments are `RewardTrainer`'s. Over strict pairs it logs
     `accuracy`, `longer_wins` (the accuracy of preferring the longer response, a tie counting one half), `margin`
-    (better minus worse score), and `margin/rank_gap_N` by distance in rank.
+    (better minus worse score), `margin/rank_gap_N` by distance in rank, and `calibration_error`, how far the
+    confidence `sigmoid(|margin|)` is from the accuracy, in ten bins (expected calibration error, 1706.04599).
 
     Raises:
         ValueError: no row has two responses of unequal rank within `max_length`.
@@ -119,19 +147,22 @@ class RankingRewardTrainer(RewardTrainer):
         mode = "train" if self.model.training else "eval"
         better, worse = strict_pairs(ranks, group)
         margin = scores[better] - scores[worse]
+        right, one = (margin > 0).float(), torch.ones_like(margin)
         longer = (lengths[better] > lengths[worse]).float() + 0.5 * (lengths[better] == lengths[worse])
+        sums = {"pairs": one, "accuracy": right, "longer_wins": longer, "margin": margin}
         gap = (ranks[worse] - ranks[better]).round().clamp(1, 3)
-        counts = [torch.full_like(margin, 1.0), (margin > 0).float(), longer, margin]
-        counts += [(gap == distance) * value for distance in (1, 2, 3) for value in (torch.ones_like(margin), margin)]
-        totals = self.accelerator.reduce(torch.stack([c.sum() for c in counts]), reduction="sum").tolist()
-        names = ["pairs", "accuracy", "longer_wins", "margin"]
-        names += [f"{what}_{distance}" for distance in (1, 2, 3) for what in ("gap_pairs", "gap_margin")]
-        for name, total in zip(names, totals, strict=True):
-            self._sums[mode][name] += total
-        rewards = self.accelerator.reduce(
-            torch.stack([scores.sum(), (scores**2).sum(), torch.ones_like(scores).sum()]), reduction="sum"
-        )
-        for name, total in zip(("reward", "squares", "responses"), rewards.tolist(), strict=True):
+        for distance in (1, 2, 3):
+            sums |= {
+                f"gap_pairs_{distance}": one * (gap == distance),
+                f"gap_margin_{distance}": margin * (gap == distance),
+            }
+        confidence = margin.abs().sigmoid()
+        deciles = (confidence * 2 * CALIBRATION_BINS - CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+        for decile in range(CALIBRATION_BINS):
+            sums[f"overconfidence_{decile}"] = (confidence - right) * (deciles == decile)
+        sums |= {"reward": scores, "squares": scores**2, "responses": torch.ones_like(scores)}
+        totals = self.accelerator.reduce(torch.stack([value.sum() for value in sums.values()]), reduction="sum")
+        for name, total in zip(sums, totals.tolist(), strict=True):
             self._sums[mode][name] += total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -140,6 +171,8 @@ class RankingRewardTrainer(RewardTrainer):
         if sums["pairs"]:
             for name in ("accuracy", "longer_wins", "margin"):
                 logs[prefix + name] = sums[name] / sums["pairs"]
+            bins = (sums[f"overconfidence_{decile}"] for decile in range(CALIBRATION_BINS))
+            logs[prefix + "calibration_error"] = sum(map(abs, bins)) / sums["pairs"]
             for distance in (1, 2, 3):
                 if sums[f"gap_pairs_{distance}"]:
                     name = f"margin/rank_gap_{distance}{'_or_more' * (distance == 3)}"

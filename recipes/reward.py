@@ -17,14 +17,21 @@ from trl import ModelConfig, RewardConfig, ScriptArguments
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.launch import check_launch
 from recipes.modeling import load_reward_trainee, load_tokenizer, save_reward_statistics, score_conversations
-from recipes.ranking_trainer import RankingRewardTrainer
+from recipes.ranking_trainer import RankingRewardTrainer, majority_rankings
 from recipes.runs import finish, guard_output_dir, parse, run
 
 
 @dataclass
 class RewardScriptArguments(ScriptArguments):
-    """TRL's script arguments, and what the stored score statistics are taken from."""
+    """TRL's script arguments, and what is done with several labelers and with the stored score statistics."""
 
+    aggregation: str = field(
+        default="keep",
+        metadata={
+            "help": "Rankings of one prompt by several labelers: `keep` all, or one by `majority` of each pair.",
+            "choices": ["keep", "majority"],
+        },
+    )
     reference_dataset_name: str | None = field(
         default=None,
         metadata={
@@ -60,6 +67,9 @@ def main():
     datasets = load_formatted(
         "ranking", script_args, format_args, tokenizer, evaluate=evaluate, seed=training_args.seed
     )
+
+    if script_args.aggregation == "majority":
+        datasets["train"] = majority_rankings(datasets["train"])
 
     set_seed(training_args.seed)
     trainer = RankingRewardTrainer(

@@ -9,7 +9,13 @@ from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from trl import RewardConfig, RewardTrainer
 
-from recipes.ranking_trainer import RankingCollator, RankingRewardTrainer, ranking_loss, strict_pairs
+from recipes.ranking_trainer import (
+    RankingCollator,
+    RankingRewardTrainer,
+    majority_rankings,
+    ranking_loss,
+    strict_pairs,
+)
 from tests import models
 
 RANKS = [[1, 2, 3, 4], [1, 1, 2, 2], [2, 1, 1, 1]]
@@ -135,6 +141,32 @@ def test_accuracy_weighs_every_pair_the_same(tmp_path):
         right, total = right + (better > worse), total + 1
         assert math.isfinite(logsigmoid(torch.tensor(better - worse)))
     assert accuracy == pytest.approx(right / total)
+
+
+def test_calibration_error_by_hand(tmp_path):
+    trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings())
+    trainer.model.eval()
+    scores, ranks = torch.tensor([2.0, 0.0, 0.0, 2.0, 0.1, 0.0]), torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 2.0])
+    trainer._log_pairs(scores, ranks, torch.tensor([0, 0, 1, 1, 2, 2]), torch.ones(6))
+    logs = {}
+    trainer.log(logs)
+    sure, unsure = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-0.1))
+    assert logs["eval_calibration_error"] == pytest.approx((abs(2 * sure - 1) + abs(unsure - 1)) / 3, abs=1e-6)
+
+
+def test_majority_of_labelers():
+    words = [[{"role": "assistant", "content": f"w{i}"}] for i in range(3)]
+    prompt = models.prompts(1)[0]
+    ranks = [[1.0, 2.0, 3.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]]
+    rows = [{"prompt": prompt, "completions": words, "ranks": r, "group_id": "g"} for r in ranks]
+    rows.append({"prompt": models.prompts(2)[1], "completions": words[:2], "ranks": [2.0, 1.0], "group_id": "h"})
+    merged = majority_rankings(Dataset.from_list(rows))
+    assert [(r["ranks"], [c[0]["content"] for c in r["completions"]]) for r in merged] == [
+        ([1.0, 2.0, 3.0], ["w0", "w1", "w2"]),
+        ([1.0, 2.0], ["w1", "w0"]),
+    ]
+    cycle = [{**rows[0], "ranks": r} for r in ([1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [2.0, 3.0, 1.0])]
+    assert majority_rankings(Dataset.from_list(cycle))[0]["ranks"] == [1.0, 1.0, 1.0]
 
 
 def test_overlong_responses_leave_their_ranking_and_are_counted(tmp_path, caplog):
