@@ -56,13 +56,13 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(finished) -> dict:
-    write_report(finished, 3, {"sft": 1.26, "ppo": 2.0})
+    write_report(finished, 3, {"sft": 1.26, "ppo": 2.0, "ppo_no_kl": 3.0, "total": 4.26})
     return json.loads((finished / "report.json").read_text(encoding="utf-8"))
 
 
 def test_the_report_keeps_its_contract(report):
     assert set(report) == {"seed", "seconds", "policies", "sft_low_temperature", "reward_model", "samples"}
-    assert report["seed"] == 3 and report["seconds"] == {"sft": 1.3, "ppo": 2.0, "total": 3.3}
+    assert report["seed"] == 3 and report["seconds"] == {"sft": 1.3, "ppo": 2.0, "ppo_no_kl": 3.0, "total": 4.3}
     assert tuple(report["policies"]) == POLICIES
     parts = set(judge.WEIGHTS)
     for values in report["policies"].values():
@@ -139,7 +139,7 @@ def test_the_page_stands_alone_and_escapes_what_models_say(finished, report, tmp
     attack = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     samples = [report["samples"][0] | {"ppo": attack}]
     (tmp_path / "evaluation.json").write_text(json.dumps(report | {"samples": samples}))
-    write_report(tmp_path, 3, {})
+    write_report(tmp_path, 3, {"total": 1.0})
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     tags = Tags(page)
     assert tags.tags.count("svg") == 4
@@ -167,6 +167,8 @@ def test_a_finished_quickstart_only_reports_again(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     assert quickstart.main(["--output_dir", str(finished), "--seed", "3"]) == 0
     output = capsys.readouterr().out
+    seconds = json.loads((finished / "report.json").read_text(encoding="utf-8"))["seconds"]
+    assert seconds["total"] == len(names) - 1  # the two PPO runs share their time
     assert output.count("finished before") == len(names) and "$ " not in output
     assert output.splitlines()[-1] == quickstart.REAL_MODEL
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before

@@ -236,7 +236,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         quickstart = Quickstart(folder, args.seed)
         print(f"The whole pipeline on a CPU, seed {args.seed}, into {written} (commands run in {ROOT})")
-        for group in stages(written, args.seed):
+        plan = stages(written, args.seed)
+        for group in plan:
             quickstart.run_together(group)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -247,8 +248,10 @@ def main(argv: list[str] | None = None) -> int:
 
     from recipes.tiny_world.report import table, write_report
 
-    report = write_report(folder, args.seed, quickstart.seconds)
-    print(f"\nOn {report['policies']['ppo']['n']} samples for held-out prompts (gold: how good answers really are):\n")
+    total = sum(max(quickstart.seconds[stage.name] for stage in group) for group in plan)
+    report = write_report(folder, args.seed, quickstart.seconds | {"total": total})
+    samples = report["policies"]["ppo"]["n"]
+    print(f"\nIn {total / 60:.1f} minutes. On {samples} samples for held-out prompts (gold: true quality):\n")
     print(table(report))
     print(f"\nPlots and samples: {folder / 'report.html'}    Numbers: {folder / 'report.json'}")
     print("\nThe labeler above is a program. To rank the same answers yourself:")

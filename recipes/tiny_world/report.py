@@ -20,10 +20,13 @@ SMOOTHING = 5  # rollouts in the moving average of the curves
 
 
 def write_report(folder: Path, seed: int, seconds: dict[str, float]) -> dict:
-    """Write report.json and report.html into the folder of a finished quickstart and return the report."""
+    """Write report.json and report.html into the folder of a finished quickstart and return the report.
+
+    `seconds` of each stage, and their `total`: less than their sum, since some run at the same time.
+    """
     measured = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     seconds = {stage: round(value, 1) for stage, value in seconds.items()}
-    report = {"seed": seed, "seconds": seconds | {"total": round(sum(seconds.values()), 1)}, **measured}
+    report = {"seed": seed, "seconds": seconds, **measured}
     (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     history = {name: read_history(folder / name) for name in RUNS}
     plots = {
