@@ -65,14 +65,15 @@ def _stream(formatter: Formatter, rows: Rows) -> tuple["IterableDataset", Report
     from datasets import IterableDataset
 
     report = Report(rows.source, formatter.task)
-
-    def generate() -> Iterator[dict]:
-        report.__init__(rows.source, formatter.task)  # each epoch reads all rows again
-        for _, output in formatter(rows, report):
-            yield output
-
     known = None if formatter.task == "sft" else features(formatter.task, margin=formatter.margin)
-    return IterableDataset.from_generator(generate, features=known), report
+    parts = {"formatter": formatter, "rows": rows, "report": report}
+    return IterableDataset.from_generator(_stream_rows, features=known, gen_kwargs=parts), report
+
+
+def _stream_rows(formatter: Formatter, rows: Rows, report: Report) -> Iterator[dict]:
+    report.__init__(report.source, report.task)  # each epoch reads all rows again
+    for _, output in formatter(rows, report):
+        yield output
 
 
 class _HasTools(Exception):

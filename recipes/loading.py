@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Rows:
-    """Rows that can be read again and again without being held in memory: iterating yields `Row`."""
+    """Rows that can be read again and again without being held in memory: iterating yields `Row`. Can be pickled."""
 
     source: str
     read: Callable[[], Iterable[Row]]
@@ -118,7 +119,7 @@ def _open(source: str, split: str, name: str | None, data_files, streaming: bool
 
     options = {"data_files": data_files, "split": split, "streaming": streaming}
     dataset = _or_data_error(source, lambda: datasets.load_dataset(source, name, **options))
-    return lambda: _numbered(source, dataset)
+    return partial(_numbered, source, dataset)
 
 
 def _subfolder(path: Path, name: str | None) -> Path:
@@ -136,7 +137,7 @@ def _open_folder(folder: Path, split: str) -> Callable[[], Iterable[Row]]:
             dataset = {"train": dataset}
         if split not in dataset:
             raise DataError(f"{folder} has no split {split!r}; it has {_listed(dataset)}")
-        return lambda: _numbered(str(folder), dataset[split])
+        return partial(_numbered, str(folder), dataset[split])
     by_split = _files_by_split(folder)
     if split not in by_split:
         raise DataError(f"{folder} has no split {split!r}; its files belong to {_listed(by_split)}")
@@ -191,7 +192,12 @@ def _read_files(paths: list[Path]) -> Callable[[], Iterable[Row]]:
             raise DataError(f"{path}: no such file")
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {_listed(SUFFIXES)}")
-    return lambda: (row for path in paths for row in _read_file(path))
+    return partial(_rows_of, paths)
+
+
+def _rows_of(paths: list[Path]) -> Iterator[Row]:
+    for path in paths:
+        yield from _read_file(path)
 
 
 def _read_file(path: Path) -> Iterator[Row]:

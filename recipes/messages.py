@@ -21,7 +21,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
-MESSAGE_EXTRAS = {"tool_calls": list, "tool_call_id": str, "reasoning_content": str}
+EXTRAS = {"tool_calls": list, "tool_call_id": str, "name": str, "reasoning_content": str}
 MESSAGE = "expected a message {role, content} or {from, value}"
 
 HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -152,9 +152,7 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
             raise RowError(f"found {describe(turn)}, {MESSAGE}", where)
         role = _role(turn[role_key], f"{where}.{role_key}", roles)
         content = _content(turn.get(content_key), f"{where}.{content_key}")
-        extras = {key: turn[key] for key, kind in MESSAGE_EXTRAS.items() if _present(turn, key, kind, where)}
-        if role == "tool" and _present(turn, "name", str, where):
-            extras["name"] = turn["name"]
+        extras = _extras(turn, role, where) if len(turn) > 2 else {}
         if turn[role_key] == "function_call":
             content, extras = "", {"tool_calls": _tool_calls(content, f"{where}.{content_key}")}
         if content.strip() or "tool_calls" in extras or role == "tool":
@@ -164,14 +162,18 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
     return result
 
 
-def _present(turn: dict, key: str, kind: type, where: str) -> bool:
-    value = turn.get(key)
-    if value in (None, "", []):
-        return False
-    if not isinstance(value, kind) or (kind is list and not all(isinstance(call, dict) for call in value)):
-        wanted = "a list of objects" if kind is list else "text"
-        raise RowError(f"found {describe(value)}, expected {wanted}", f"{where}.{key}")
-    return True
+def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
+    """What chat templates know beside role and content, where it is not empty."""
+    result = {}
+    for key, kind in EXTRAS.items():
+        value = turn.get(key)
+        if value in (None, "", []) or (key == "name" and role != "tool"):
+            continue
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(call, dict) for call in value)):
+            wanted = "a list of objects" if kind is list else "text"
+            raise RowError(f"found {describe(value)}, expected {wanted}", f"{where}.{key}")
+        result[key] = value
+    return result
 
 
 def _role(role: Any, where: str, roles: Roles) -> str:
