@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
+from recipes.launch import find_problem, read_request
 from tests.conftest import ROOT, run_command
 
 PROBE = """
@@ -45,17 +47,11 @@ def launch(tmp_path):
     return launch
 
 
-@pytest.mark.parametrize(
-    ("launcher", "expected"),
-    [
-        (["--config_file", CONFIGS / "cpu.yaml"], ["1 process on cpu (NO)", "sum 1"]),
-        (["--config_file", CONFIGS / "multi_cpu.yaml"], ["2 processes on cpu (MULTI_CPU)", "sum 3"]),
-    ],
-)
-def test_a_launch_that_runs_as_asked_says_so(launch, launcher, expected):
-    output = launch(launcher, ["--use_cpu", "true"], ok=True)
-    assert all(text in output for text in expected), output
-    assert output.count("Launched:") == 1
+def test_a_launch_that_runs_as_asked_says_so(launch):
+    output = launch(["--config_file", CONFIGS / "multi_cpu.yaml"], ["--use_cpu", "true"], ok=True)
+    assert output.count("Launched: 2 processes") == 1
+    assert "Running: 2 processes on cpu (MULTI_CPU)" in output
+    assert output.count("sum 3") == 2
 
 
 @pytest.mark.parametrize(
@@ -87,11 +83,6 @@ def test_a_launch_that_runs_as_asked_says_so(launch, launcher, expected):
             id="single_gpu with two processes",
         ),
         pytest.param(
-            ["--config_file", CONFIGS / "single_gpu.yaml"], [],
-            "1 process (NO", "1 process on cpu", "No GPU was found",
-            id="a GPU asked for where there is none", marks=no_gpu,
-        ),
-        pytest.param(
             ["--config_file", CONFIGS / "cpu.yaml"], [],
             "1 process (NO, CPU", "1 process on cuda", "--use_cpu true",
             id="a CPU asked for, a GPU used", marks=needs_gpu,
@@ -116,8 +107,27 @@ def test_more_processes_than_gpus_stop(launch):
     assert f"error: {gpus + 1} processes on {gpus} GPU" in output
 
 
+@no_gpu
+@pytest.mark.parametrize(
+    ("launcher", "use_cpu", "problem"),
+    [
+        (["--config_file", f"{CONFIGS}/cpu.yaml"], True, None),
+        (["--config_file", f"{CONFIGS}/single_gpu.yaml"], False, "No GPU was found"),
+        (["--config_file", f"{CONFIGS}/single_gpu.yaml"], True, "No GPU was found"),
+        (["--config_file", f"{CONFIGS}/cpu.yaml", "--num_processes", "3"], True, "for one, --num_processes 1"),
+        (["--multi_gpu", "--num_processes", "2"], True, "multi_cpu.yaml and --use_cpu true"),
+        (["--cpu", "--num_processes", "1"], True, None),
+    ],
+)
+def test_what_is_wrong_with_one_process_on_a_cpu(tmp_path, launcher, use_cpu, problem):
+    training_args = TrainingArguments(str(tmp_path), use_cpu=use_cpu, report_to="none")
+    found = find_problem(read_request([*launcher, "train.py"]), 1, training_args)
+    assert found is problem or problem in found
+
+
 FAILS = """
-import os, time, torch
+import sys
+sys.modules["bitsandbytes"] = None  # not needed here, and slow to import
 from accelerate import PartialState
 from recipes.errors import UserError
 from recipes.runs import run
