@@ -1,10 +1,13 @@
 """Every wrong way to launch that Accelerate accepts without an error, through the real `accelerate launch`."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import TrainingArguments
 
-from recipes.launch import find_problem, read_request
+from recipes.errors import UserError
+from recipes.launch import check_devices, find_problem, read_request
 from tests.conftest import ROOT, run_command
 
 PROBE = """
@@ -123,6 +126,34 @@ def test_what_is_wrong_with_one_process_on_a_cpu(tmp_path, launcher, use_cpu, pr
     training_args = TrainingArguments(str(tmp_path), use_cpu=use_cpu, report_to="none")
     found = find_problem(read_request([*launcher, "train.py"]), 1, training_args)
     assert found is problem or problem in found
+
+
+@pytest.mark.parametrize(
+    ("launcher", "num_processes", "n_gpu", "problem"),
+    [
+        (["--config_file", f"{CONFIGS}/single_gpu.yaml"], 1, 1, None),
+        (["--config_file", f"{CONFIGS}/single_gpu.yaml"], 1, 4, "split its batches over all GPUs"),
+        (["--config_file", f"{CONFIGS}/multi_gpu.yaml"], 2, 1, None),
+        (["--use_fsdp", "--num_processes", "2"], 2, 1, None),
+        (["--config_file", f"{CONFIGS}/cpu.yaml"], 1, 1, "--use_cpu true"),
+        ([], 2, 1, None),
+    ],
+)
+def test_what_is_wrong_on_gpus(monkeypatch, launcher, num_processes, n_gpu, problem):
+    """The decision alone, with what transformers reports on a GPU, so that it is also tested without one."""
+    monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), n_gpu=n_gpu)
+    found = find_problem(read_request([*launcher, "train.py"]), num_processes, on_gpu)
+    assert found is problem or problem in found
+
+
+def test_more_processes_than_gpus_are_counted(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="3 processes on 2 GPUs: lower --num_processes .* to 2"):
+        check_devices()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    check_devices()
 
 
 FAILS = """
