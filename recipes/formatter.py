@@ -94,19 +94,21 @@ class Formatter:
         rows = as_rows(rows)
         report.schema, report.reason = self._choose_schema(rows, report)
         schema = SCHEMAS.get(report.schema)
-        gathered = schema.gather(_counted(rows, report), self.task) if schema and schema.gather else None
+        source = self._read(rows, report)
         seen = _Digests()
         fingerprint = hashlib.sha256()
-        for row in gathered or _counted(rows, report):
+        for row in schema.gather(source, self.task) if schema and schema.gather else source:
             try:
                 if isinstance(row.data, RowError | Skip):
                     raise row.data
-                example = schema.convert(row.data if gathered else self._mapped(row.data), self._roles)
+                example = schema.convert(row.data, self._roles)
                 for output in outputs(example, self.task, self.prompt_completion, self.margin):
                     digest = self._accept(output, row, seen, report)
                     if digest:
                         fingerprint.update(digest)
                         report.rows_out += 1
+                        if report.schema == "prompt" and len(output["prompt"]) < len(example.messages):
+                            report.add("flags", row, "the answer at the end of the prompt was left out")
                         yield row, output
             except Skip as skip:
                 report.add("skipped", row, skip.reason, self._source_column(skip.column))
@@ -118,12 +120,21 @@ class Formatter:
         self._check_errors(report)
         report.finish()
 
+    def _read(self, rows: Rows, report: Report) -> Iterator[Row]:
+        for row in rows:
+            report.rows_in += 1
+            if self._columns and isinstance(row.data, dict):
+                try:
+                    row = row._replace(data=self._mapped(row.data))
+                except RowError as error:
+                    row = row._replace(data=error)
+            yield row
+
     def _accept(self, output: dict | Skip, row: Row, seen: "_Digests", report: Report) -> bytes | None:
         """The digest of an output row, or None if it is left out; what is said against it goes into the report."""
         try:
             if isinstance(output, Skip):
                 raise output
-            flags = []
             special = self._special_token(output)
             if special and self.on_special == "fail":
                 raise RowError(f"found {special}; remove it, or pass --on_special flag or drop")
@@ -145,7 +156,7 @@ class Formatter:
 
     def _special_token(self, output: dict) -> str | None:
         for turn in row_messages(output):
-            found = self._special.search(turn["content"])
+            found = self._special.search(turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False))
             if found:
                 return f"special token {found[0]!r} in the {turn['role']} turn"
         return None
@@ -159,7 +170,7 @@ class Formatter:
     def _choose_schema(self, rows: Rows, report: Report) -> tuple[str | None, str]:
         if self.schema != "auto":
             return self.schema, "as asked"
-        sample = [row.data for row in islice(rows, SAMPLE) if isinstance(row.data, dict)]
+        sample = list(islice((row.data for row in rows if isinstance(row.data, dict)), SAMPLE))
         if not sample:  # nothing readable: the errors of the rows will tell
             return None, "no readable row"
         if self._columns:
@@ -172,8 +183,6 @@ class Formatter:
 
     def _mapped(self, data: dict, lenient: bool = False) -> dict:
         """The row as it would look if its columns had the names that a schema wants."""
-        if not self._columns:
-            return data
         result = {} if self.schema == "auto" else dict(data)
         for target, path in self._columns.items():
             value: Any = data
@@ -247,9 +256,3 @@ def _checked(data: Any) -> dict | RowError:
         return check_row(data)
     except RowError as error:
         return error
-
-
-def _counted(rows: Rows, report: Report) -> Iterator[Row]:
-    for row in rows:
-        report.rows_in += 1
-        yield row

@@ -63,12 +63,14 @@ def combine(parts: list, sources: list[Source], task: str, options: Mapping[str,
         return interleave_datasets(parts, shares, seed) if shares else concatenate_datasets(parts)
     if any("tools" in part.column_names for part in parts):
         columns = features(task, options.get("prompt_completion", False), tools=True)
-        parts = [part if "tools" in part.column_names else part.map(_no_tools, features=columns) for part in parts]
+        parts = [
+            part if "tools" in part.column_names else part.map(_without_tools, features=columns) for part in parts
+        ]
     if shares:
         total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
         parts = [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]
     return concatenate_datasets(parts)
 
 
-def _no_tools(row: dict) -> dict:
-    return {"tools": None}
+def _without_tools(row: dict) -> dict:
+    return {**row, "tools": None}  # all columns, or `datasets` cannot cast the messages

@@ -20,7 +20,7 @@ from recipes.data_report import Report
 from recipes.errors import UserError
 from recipes.formatting import Formatter, FormattingArguments, load_rows
 from recipes.preview import render
-from recipes.schemas import SCHEMAS
+from recipes.schemas import SCHEMAS, TASKS
 
 SHOWN = 3
 
@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     defaults = FormattingArguments()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("source", help="file (.jsonl, .json, .csv, .parquet), folder or Hub name")
-    parser.add_argument("--task", required=True, choices=("sft", "preference", "prompt"))
+    parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--split", default="train", help="default: train; rows 10 to 19 of it are train[10:20]")
     parser.add_argument("--dataset_config", help="configuration of a Hub dataset")
     parser.add_argument("--dataset_schema", default=defaults.dataset_schema, metavar="NAME", help=", ".join(SCHEMAS))

@@ -31,6 +31,8 @@ def formatted(rows, task, **options):
 
 
 DIALOGUE = [user("q"), assistant("a"), user("q2"), assistant(" a2\n")]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+TOOL_TALK = [user("q"), CALL, {"role": "tool", "content": "3", "name": "f"}, assistant("4")]
 RANKED = {"prompt": "q", "responses": [{"text": t, "rank": r} for t, r in (("c", 3), ("a", 1), ("b", 1.0), ("d", 7))]}
 
 
@@ -233,12 +235,10 @@ def test_schema_can_be_named():
 
 
 def test_tool_conversations_survive_for_sft_and_are_skipped_elsewhere():
-    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
-    turns = [user("q"), call, {"role": "tool", "content": "3", "name": "f"}, assistant("4")]
-    rows = [{"messages": DIALOGUE, "tools": None}, {"messages": turns, "tools": '[{"type": "function"}]'}]
+    rows = [{"messages": DIALOGUE, "tools": None}, {"messages": TOOL_TALK, "tools": '[{"type": "function"}]'}]
     assert formatted(rows, "sft") == [
         {"messages": DIALOGUE, "tools": None},
-        {"messages": turns, "tools": '[{"type": "function"}]'},
+        {"messages": TOOL_TALK, "tools": '[{"type": "function"}]'},
     ]
     dataset, report = format_dataset(rows, "prompt")
     assert len(dataset) == 1 and report.skipped[0]["reason"] == "tool calls are supported for task 'sft' only"
@@ -263,7 +263,7 @@ class Script:
     dataset_config, dataset_train_split, dataset_test_split = None, "train", "test"
 
     def __init__(self, dataset_name):
-        self.dataset_name = str(dataset_name)
+        self.dataset_name = dataset_name and str(dataset_name)
 
 
 def write_jsonl(path, rows):
@@ -284,6 +284,96 @@ def test_recipes_get_train_and_eval_splits(tmp_path, capsys):
     assert (len(datasets["train"]), len(datasets["eval"])) == (40, 2)
     assert "the prompt is also in train, first at test:2" in capsys.readouterr().err
     assert list(load_formatted("prompt", Script(tmp_path), FormattingArguments())) == ["train"]
+
+
+def prompts(tmp_path, name, count, **more):
+    return str(write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}", **more} for i in range(count)]))
+
+
+def mixed(tmp_path, *sources, task="prompt", **options):
+    return load_formatted(task, Script(None), FormattingArguments(datasets=list(sources)), **options)
+
+
+def test_mixtures_take_shares_without_repeating_rows(tmp_path, capsys):
+    a, b = prompts(tmp_path, "a", 10), prompts(tmp_path, "b", 90)
+    assert len(mixed(tmp_path, a, b)["train"]) == 100
+    train = mixed(tmp_path, f"{a}=1", {"path": b, "fraction": 3})["train"]
+    assert [row["prompt"][0]["content"][0] for row in train] == ["a"] * 10 + ["b"] * 30
+    datasets = mixed(tmp_path, f"{a}=0.5", f"{b}=0.5", evaluate=True)
+    assert len(datasets["train"]) + len(datasets["eval"]) == 20
+    assert list(datasets.reports) == ["train 1", "train 2"]
+    assert f"{b}: 90 rows in, 90 out" in capsys.readouterr().err
+
+
+def test_mixed_sources_have_their_own_schema_and_mapping(tmp_path):
+    write_jsonl(tmp_path / "own.jsonl", [{"ask": "q", "reply": "a", "messages": 5}])
+    write_jsonl(tmp_path / "tools.jsonl", [{"messages": TOOL_TALK, "tools": [{"type": "function"}]}])
+    own = {"path": str(tmp_path / "own.jsonl"), "mapping": {"prompt": "ask", "completion": "reply"}}
+    train = mixed(tmp_path, own, str(tmp_path / "tools.jsonl"), task="sft")["train"]
+    assert train.to_list() == [
+        {"messages": [user("q"), assistant("a")], "tools": None},
+        {"messages": TOOL_TALK, "tools": '[{"type": "function"}]'},
+    ]
+
+
+@pytest.mark.parametrize(
+    "sources, message",
+    [
+        (["a.jsonl=0.5", "b.jsonl"], "give every source a fraction, or none"),
+        (["a.jsonl=much"], "the fraction of a.jsonl is 'much', not a number"),
+        ([{"path": "a.jsonl", "fraction": -1}], "the fraction of a.jsonl is -1.0; expected more than 0"),
+        ([{"path": "a.jsonl", "weight": 1}], "found path, weight"),
+        ([{"name": "a.jsonl"}], "a source has path"),
+        (["missing.jsonl"], "missing.jsonl: no such file or folder"),
+    ],
+)
+def test_wrong_mixtures_are_refused(tmp_path, sources, message):
+    with pytest.raises(DataError, match=message):
+        mixed(tmp_path, *sources)
+
+
+def test_no_dataset_is_refused():
+    with pytest.raises(DataError, match="set --dataset_name"):
+        load_formatted("sft", Script(None), FormattingArguments())
+
+
+def test_streams_cannot_be_split_but_can_be_mixed(tmp_path):
+    a, b = prompts(tmp_path, "a", 10), prompts(tmp_path, "b", 10)
+    script = Script(a)
+    script.dataset_streaming = True
+    with pytest.raises(DataError, match="a stream cannot be split"):
+        load_formatted("prompt", script, FormattingArguments(), evaluate=True)
+    both = load_formatted("prompt", script, FormattingArguments(datasets=[a, b]))["train"]
+    assert len(list(both)) == 20
+    mixed_stream = load_formatted("prompt", script, FormattingArguments(datasets=[f"{a}=1", f"{b}=1"]))["train"]
+    assert {row["prompt"][0]["content"][0] for row in mixed_stream} == {"a", "b"}
+
+
+def test_many_duplicates_are_all_found():
+    rows = [{"prompt": str(number % 3000)} for number in range(9000)]
+    dataset, report = format_dataset(rows, "prompt", dedup="drop")
+    assert len(dataset) == 3000 and report.counts["skipped"] == {"duplicate": 6000}
+    assert [row["prompt"][0]["content"] for row in dataset] == [str(number) for number in range(3000)]
+
+
+def test_a_late_first_readable_row_is_still_detected(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("broken\n" * 150 + '{"prompt": "q"}\n')
+    with pytest.raises(DataError, match="150 of 151 rows cannot be used") as caught:
+        format_dataset(load_rows(path), "prompt")
+    assert caught.value.report.rows_out == 1
+
+
+def test_prompts_lose_a_trailing_answer_and_say_so():
+    _, report = format_dataset([{"prompt": [user("q"), assistant("a")]}], "prompt")
+    assert [flag["flag"] for flag in report.flags] == ["the answer at the end of the prompt was left out"]
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path):
+    one = format_dataset([RANKED], "preference")
+    two = format_dataset([{**RANKED, "id": 5}], "preference")
+    other = format_dataset([RANKED], "ranking")
+    assert one[0]._fingerprint == one[1].fingerprint == two[1].fingerprint != other[1].fingerprint
 
 
 def test_saved_and_parquet_datasets_are_read_back(tmp_path):
