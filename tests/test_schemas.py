@@ -1,12 +1,13 @@
 """Every dataset shape in docs/datasets.md: the exact rows that each task gets, and what is skipped and why."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from recipes.formatting import DataError, format_dataset, load_rows
-from recipes.schemas import SCHEMAS, TASKS, Schema, detect
+from recipes.schemas import SCHEMAS, TASKS, detect
 
 FIXTURES = {
     path.stem: json.loads(path.read_text("utf-8")) for path in Path(__file__).parent.glob("fixtures/formatting/*.json")
@@ -128,14 +129,26 @@ def test_near_misses_are_named():
         format_dataset([{"data": [{"messages": []}]}], "sft")
 
 
-def test_a_schema_is_added_by_one_entry(monkeypatch):
-    from recipes.converters import Dialogue
-    from recipes.messages import message, text
-    from recipes.schemas import TEXT
+DOCS = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text("utf-8")
 
-    def riddle(row, roles):
-        return Dialogue([message("user", text(row, "riddle")), message("assistant", text(row, "solution"))])
 
-    monkeypatch.setitem(SCHEMAS, "riddle", Schema(("sft", "prompt"), {"riddle": TEXT, "solution": TEXT}, riddle))
+def test_docs_show_a_working_row_of_every_schema():
+    shown = re.findall(r"^#### `(\w+)`\n.*?```json\n(.*?)```", DOCS, re.MULTILINE | re.DOTALL)
+    assert sorted(name for name, _ in shown) == sorted(SCHEMAS)
+    for name, block in shown:
+        rows = [json.loads(line) for line in block.splitlines()]
+        schema = "auto" if SCHEMAS[name].order is not None else name
+        dataset, report = format_dataset(rows, SCHEMAS[name].tasks[0], schema=schema)
+        assert (report.schema, len(report.skipped)) == (name, 0)
+        if "preference" in SCHEMAS[name].tasks:
+            for pair in format_dataset(rows, "preference", schema=schema)[0]:
+                assert pair["chosen"][0]["content"] in ("A crow.", "Bird seen.", "Bird.")
+                assert pair["rejected"][0]["content"] in ("No.", "Bird.")
+
+
+def test_docs_code_adds_a_schema(monkeypatch):
+    code = re.search(r"```python\n(.*?)```", DOCS, re.DOTALL)[1]
+    monkeypatch.setitem(SCHEMAS, "riddle", None)  # what the code adds is taken back after the test
+    exec(code, {})
     dataset, report = format_dataset([{"riddle": "q", "solution": "a"}], "sft")
     assert report.schema == "riddle" and brief(dataset[0]) == {"messages": ["user: q", "assistant: a"]}
