@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,29 @@ def test_ppo_trains_on_two_processes(data, runs, tmp_path):
     run_command(arguments)
     assert history(tmp_path / "ppo", "episode")[-1] == 32
     assert history(tmp_path / "ppo", "val/ratio")[0] == pytest.approx(1.0, abs=0.2)
+
+
+def test_the_loop_goes_round(data, runs, tmp_path):
+    """Sample from the PPO policy, rank, train the reward model on from the old one, PPO again."""
+    samples = ["scripts/sample_responses.py", "--model_name_or_path", str(runs / "ppo"), "--num_generations", "3"]
+    samples += ["--dataset_name", data["prompts"], "--max_completion_length", "8"]
+    run_command([sys.executable, *samples, "--output", str(tmp_path / "samples.jsonl")])
+    rankings = []
+    for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        texts = sorted((r["text"] for r in sample["responses"]), key=lambda text: -text.split().count("w2"))
+        responses = [{"text": text, "rank": rank} for rank, text in enumerate(texts, start=1)]
+        rankings.append({"id": sample["id"], "prompt": sample["prompt"], "responses": responses, "annotator": "a"})
+    reward = {"model_name_or_path": runs / "reward", "dataset_name": write_jsonl(tmp_path / "r.jsonl", rankings)}
+    run_command(launch("reward", **reward, output_dir=tmp_path / "reward", test_split_size=0.2))
+    again = {"model_name_or_path": runs / "ppo", "reward_model_name_or_path": tmp_path / "reward"}
+    run_command(ppo_arguments(data, runs, tmp_path / "ppo", **again, max_steps=4))
+    heads = [load_file(folder / "adapter_model.safetensors") for folder in (runs / "reward", tmp_path / "reward")]
+    key = "base_model.model.score.weight"
+    moved = (heads[1][key] - heads[0][key]).norm() / heads[0][key].norm()
+    assert 0 < moved < 0.9, "the new reward model goes on from the old head"
+    # The reference is the policy it started from, so the first rollout has no KL to it.
+    assert history(tmp_path / "ppo", "objective/kl")[0] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_full_fine_tuning_through_the_commands(data, tmp_path):
