@@ -85,6 +85,8 @@ def conversation_pairs(row: dict, roles: Roles) -> Dialogue:
 
 
 def prompt_completion(row: dict, roles: Roles) -> Dialogue:
+    if row.get("label") in (False, "False"):  # TRL's unpaired preferences: a completion not to be learned
+        raise Skip("labelled as a bad completion", "label")
     return Dialogue(asked(row, "prompt", roles) + turns(row, "completion", roles, "assistant"))
 
 
@@ -92,13 +94,13 @@ def prompt(row: dict, roles: Roles) -> Dialogue:
     return Dialogue(asked(row, "prompt", roles))
 
 
-def instructions(question: str, extra: str, answer: str, system: str = "system") -> Converter:
-    """For one question column, an optional column that is added to it, and one answer column."""
+def instructions(question: str, answer: str) -> Converter:
+    """For a question and an answer; `input` or `context` follows the question after a blank line."""
 
     def convert(row: dict, roles: Roles) -> Dialogue:
-        user = "\n\n".join(filter(None, (text(row, question), optional_text(row, extra))))
-        said = [message("user", user), message("assistant", text(row, answer))]
-        return Dialogue(in_context({**row, "system": row.get(system)}, said))
+        parts = (text(row, question), optional_text(row, "input"), optional_text(row, "context"))
+        said = [message("user", "\n\n".join(filter(None, parts))), message("assistant", text(row, answer))]
+        return Dialogue(in_context(row, said))
 
     return convert
 

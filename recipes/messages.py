@@ -242,8 +242,8 @@ def asked(row: dict, column: str, roles: Roles) -> Messages:
 
 
 def in_context(row: dict, said: Messages) -> Messages:
-    """Messages after the row's optional `system` text and `history` of [user, assistant] texts."""
-    system = optional_text(row, "system")
+    """Messages after the row's optional `system` (or `system_prompt`) and `history` of [user, assistant] texts."""
+    system = optional_text(row, "system") or optional_text(row, "system_prompt")
     history = []
     for index, pair in enumerate(items(row, "history") if row.get("history") else []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:

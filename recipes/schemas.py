@@ -229,17 +229,17 @@ SCHEMAS: dict[str, Schema] = {
     "open_orca": Schema(
         SPOKEN,
         {"system_prompt": ANY, "question": TEXT, "response": TEXT},
-        convert.instructions("question", "input", "response", system="system_prompt"),
+        convert.instructions("question", "response"),
         54,
     ),
     "instruction_output": Schema(
-        SPOKEN, {"instruction": TEXT, "output": TEXT}, convert.instructions("instruction", "input", "output"), 55
+        SPOKEN, {"instruction": TEXT, "output": TEXT}, convert.instructions("instruction", "output"), 55
     ),
     "instruction_response": Schema(
-        SPOKEN, {"instruction": TEXT, "response": TEXT}, convert.instructions("instruction", "context", "response"), 55
+        SPOKEN, {"instruction": TEXT, "response": TEXT}, convert.instructions("instruction", "response"), 55
     ),
     "question_answer": Schema(
-        SPOKEN, {"question": TEXT, "answer": TEXT}, convert.instructions("question", "context", "answer"), 56
+        SPOKEN, {"question": TEXT, "answer": TEXT}, convert.instructions("question", "answer"), 56
     ),
     # prompts
     "prompt": Schema(("prompt",), {"prompt": PROMPT}, convert.prompt, 57),

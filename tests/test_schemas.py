@@ -114,6 +114,15 @@ def test_wrong_cells_are_refused_by_place(schema, change, message):
             format_dataset([good, {**good, **change}], task, schema=schema)
 
 
+def test_nothing_that_matters_is_dropped_in_silence():
+    row = {"instruction": "q", "input": "i", "response": "a", "system_prompt": "s"}
+    (dialogue,) = brief(format_dataset([row], "sft")[0].to_list())
+    assert dialogue == {"messages": ["system: s", "user: q\n\ni", "assistant: a"]}
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in (True, False)]
+    _, report = format_dataset(rows, "sft")
+    assert [(entry["line"], entry["reason"]) for entry in report.skipped] == [(2, "labelled as a bad completion")]
+
+
 def test_two_schemas_that_fit_are_an_error():
     row = {"prompt": "q", "question": "q", "chosen": "a", "rejected": "b"}
     with pytest.raises(DataError, match="fit 'preference' as well as 'question_preference'; choose one with"):
