@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Its text is one clear line: what was found, where, and what to do. Recipes and tools print it and exit with 1."""
+    """One clear line: what was found, where, and what to do. Recipes and tools print it and exit with 1."""
