@@ -1,7 +1,7 @@
 """Datasets for the recipes: any source becomes the columns that TRL trains on, or an error says why not.
 
-The columns of each task are listed in `recipes.tasks`, the schemas in `recipes.schemas` and docs/datasets.md. Nothing
-here knows a model; a tokenizer is passed in where one is needed.
+The columns of each task are listed in `recipes.formats.tasks`, the schemas in `recipes.schemas` and docs/datasets.md.
+Nothing here knows a model; a tokenizer is passed in where one is needed.
 """
 
 import hashlib
@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from recipes.control_tokens import control_tokens
-from recipes.data_report import Report
-from recipes.formatter import Formatter, as_rows
-from recipes.loading import DataError, Row, Rows, list_splits, load_rows
-from recipes.mixtures import Source, check_fractions, combine
+from recipes.formats.control_tokens import control_tokens
+from recipes.formats.formatter import Formatter, as_rows
+from recipes.formats.loading import DataError, Row, Rows, list_splits, load_rows
+from recipes.formats.mixtures import Source, check_fractions, combine
+from recipes.formats.report import Report
+from recipes.formats.tasks import features, group_id, has_tools
 from recipes.schemas import detect
-from recipes.tasks import features, group_id, has_tools
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -111,9 +111,7 @@ def find_problem(request: Request | None, num_processes: int, training_args: Tra
     """What to do about a launch that did not do what was asked, or `None` where it did."""
     on_cpu = training_args.device.type == "cpu"
     if training_args.n_gpu > 1:
-        return (
-            "One process would split its batches over all GPUs: use --gpu_ids 0 or multi_gpu.yaml."
-        )
+        return "One process would split its batches over all GPUs: use --gpu_ids 0 or multi_gpu.yaml."
     if world_size() != num_processes:
         if torch.cuda.is_available():
             return "Each process would train by itself: launch with accelerate_configs/multi_gpu.yaml."

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recipes import converters as convert
-from recipes.converters import Converter
-from recipes.loading import DataError
-from recipes.messages import ROLES, describe, listed
-from recipes.oasst import conversation_trees
+from recipes.formats import converters as convert
+from recipes.formats.converters import Converter
+from recipes.formats.loading import DataError
+from recipes.formats.messages import ROLES, describe, listed
+from recipes.formats.oasst import conversation_trees
 
 TASKS = ("sft", "preference", "ranking", "prompt")
 SPOKEN = ("sft", "prompt")

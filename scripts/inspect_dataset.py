@@ -15,11 +15,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipes.control_tokens import control_tokens
-from recipes.data_report import Report
 from recipes.errors import UserError
+from recipes.formats.control_tokens import control_tokens
+from recipes.formats.preview import render
+from recipes.formats.report import Report
 from recipes.formatting import Formatter, FormattingArguments, load_rows
-from recipes.preview import render
 from recipes.schemas import SCHEMAS, TASKS
 
 SHOWN = 3

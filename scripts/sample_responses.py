@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig, ScriptArguments
 
-from recipes.control_tokens import control_tokens
-from recipes.data_report import Report
 from recipes.errors import UserError
+from recipes.formats.control_tokens import control_tokens
+from recipes.formats.report import Report
 from recipes.formatting import Formatter, FormattingArguments, load_rows
 from recipes.launch import world_size
 from recipes.runs import parse, run

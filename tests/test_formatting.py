@@ -225,6 +225,33 @@ def test_mapping_adds_system_history_and_roles():
     assert formatted([{"talk": turns}], "sft", mapping=mapping) == [{"messages": [user("q"), assistant("a")]}]
 
 
+@pytest.mark.parametrize(
+    "mapping, message",
+    [
+        ({"prompt": 5}, "mapping prompt: found 5 .int., expected the name of a column"),
+        ({"roles.bot": "robot"}, "mapping roles.bot=robot: expected assistant, system, tool, user"),
+        ({"promt": "q"}, "fits the columns promt"),
+    ],
+)
+def test_wrong_mappings_are_refused(mapping, message):
+    with pytest.raises(DataError, match=message):
+        format_dataset([{"q": "x"}], "prompt", mapping=mapping)
+
+
+def test_roles_may_be_nested():
+    turns = [{"from": "teacher", "value": "q"}, {"from": "gpt", "value": "a"}]
+    mapping = {"conversations": "talk", "roles": {"teacher": "user"}}
+    assert formatted([{"talk": turns}], "sft", mapping=mapping) == [{"messages": [user("q"), assistant("a")]}]
+
+
+def test_a_break_in_the_file_cannot_be_skipped(tmp_path):
+    (tmp_path / "cut.json").write_text('[{"prompt": "a"},\n{"prompt": "b"},\n{"prom')
+    (tmp_path / "open.csv").write_text('prompt\na\n"b\nc\n')
+    for path in tmp_path.iterdir():
+        with pytest.raises(DataError, match="mend the file"):
+            format_dataset(load_rows(path), "prompt", on_error="skip")
+
+
 def test_schema_can_be_named():
     row = {"messages": DIALOGUE, "prompt": "p", "completion": "c"}
     assert formatted([row], "sft", schema="prompt_completion") == [{"messages": [user("p"), assistant("c")]}]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recipes.data_report import Report
+from recipes.formats.report import Report
+from recipes.formats.tasks import row_messages
 from recipes.formatting import DataError, Formatter, load_rows
 from recipes.schemas import SCHEMAS
-from recipes.tasks import row_messages
 
 FIXTURES = [json.loads(path.read_text("utf-8")) for path in Path(__file__).parent.glob("fixtures/formatting/*.json")]
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -15,9 +15,7 @@ from tests.conftest import ROOT
 
 ACCELERATE = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
-PINS = dict(
-    line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"
-)
+PINS = dict(line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)

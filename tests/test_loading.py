@@ -6,8 +6,8 @@ import os
 
 import pytest
 
+from recipes.formats.loading import RowError
 from recipes.formatting import DataError, format_dataset, list_splits, load_rows
-from recipes.loading import RowError
 
 GOOD = b'{"prompt": "q"}\n'
 

@@ -8,8 +8,8 @@ import yaml
 from transformers import TrainingArguments
 
 from recipes import runs
-from recipes.data_report import Report
 from recipes.errors import UserError
+from recipes.formats.report import Report
 from recipes.formatting import FormattedDatasets
 
 

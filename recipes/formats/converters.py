@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from recipes.loading import RowError
-from recipes.messages import (
+from recipes.formats.loading import RowError
+from recipes.formats.messages import (
     HUMAN_ASSISTANT,
     Messages,
     Roles,

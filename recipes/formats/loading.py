@@ -35,6 +35,10 @@ class RowError(Exception):
         self.message, self.column = message, column
 
 
+class LostRows(RowError):
+    """What follows in the file cannot be read either, so that leaving out one row would leave out an unknown many."""
+
+
 class Row(NamedTuple):
     """`line` is 1-based: the physical line in a text file (a CSV header is line 1), else the number of the row."""
 
@@ -286,10 +290,10 @@ def _read_json_list(file: str, raw: bytes) -> Iterator[Row]:
         if position < len(text):
             raise json.JSONDecodeError("text after the end of the list", text, position)
     except UnicodeDecodeError as error:
-        yield Row(file, raw.count(b"\n", 0, error.start) + 1, RowError(_not_utf8(raw[error.start])))
+        yield Row(file, raw.count(b"\n", 0, error.start) + 1, LostRows(_not_utf8(raw[error.start])))
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", line)
-        yield Row(file, line, RowError(f"{_not_json(error)}; nothing after it was read"))
+        yield Row(file, line, LostRows(f"{_not_json(error)}; nothing after it was read"))
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -366,7 +370,7 @@ def _read_csv(file: str, stream: Iterable[bytes]) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Row(file, line, RowError(f"not valid CSV: {error}; is a quote left open? Nothing after it was read"))
+            yield Row(file, line, LostRows(f"not valid CSV: {error}; is a quote left open? Nothing after it was read"))
             return
         if not cells:
             continue

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 
-from recipes.loading import Row, RowError
-from recipes.messages import Skip, describe
+from recipes.formats.loading import Row, RowError
+from recipes.formats.messages import Skip, describe
 
 
 def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:

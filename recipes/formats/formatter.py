@@ -10,12 +10,12 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from recipes.data_report import Report
-from recipes.loading import DataError, Row, RowError, Rows, check_row
-from recipes.messages import ROLES, Skip, listed
-from recipes.preview import render
+from recipes.formats.loading import DataError, LostRows, Row, RowError, Rows, check_row
+from recipes.formats.messages import ROLES, Skip, describe, listed
+from recipes.formats.preview import render
+from recipes.formats.report import Report
+from recipes.formats.tasks import outputs, row_messages
 from recipes.schemas import SCHEMAS, TASKS, detect
-from recipes.tasks import outputs, row_messages
 
 SAMPLE = 100  # rows that detection looks at
 TEMPLATE_MARKS = (
@@ -36,7 +36,7 @@ class Formatter:
     """Turns rows into the output rows of a task and fills in a report.
 
     Args:
-        task: "sft", "preference", "ranking" or "prompt"; `recipes.tasks` says what each gives.
+        task: "sft", "preference", "ranking" or "prompt"; `recipes.formats.tasks` says what each gives.
         schema: a name in `recipes.schemas.SCHEMAS`, or "auto" to detect it from columns and values.
         mapping: for each column of the schema, `system` and `history`, the column of the source (dots reach into
             objects); and `roles.NAME` for further roles. With "auto", columns that are not mapped do not exist.
@@ -75,13 +75,16 @@ class Formatter:
         if self.schema != "auto" and self.task not in SCHEMAS[self.schema].tasks:
             serves = listed(SCHEMAS[self.schema].tasks)
             raise DataError(f"schema {self.schema!r} serves {serves}, not task {self.task!r}")
-        mapping = self.mapping or {}
-        self._columns = {name: path for name, path in mapping.items() if not name.startswith("roles.")}
-        self._roles = dict(ROLES)
-        for name in mapping.keys() - self._columns.keys():
-            if mapping[name] not in ROLES.values():
-                raise DataError(f"mapping {name}={mapping[name]}: expected {listed(sorted(set(ROLES.values())))}")
-            self._roles[name.removeprefix("roles.").lower()] = mapping[name]
+        self._columns, self._roles = {}, dict(ROLES)
+        for name, target in _flat(self.mapping or {}).items():
+            if not isinstance(target, str) or not target:
+                raise DataError(f"mapping {name}: found {describe(target)}, expected the name of a column")
+            if not name.startswith("roles."):
+                self._columns[name] = target
+            elif target in ROLES.values():
+                self._roles[name.removeprefix("roles.").lower()] = target
+            else:
+                raise DataError(f"mapping {name}={target}: expected {listed(sorted(set(ROLES.values())))}")
         marks = sorted({*TEMPLATE_MARKS, *self.special_tokens}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, marks)))
 
@@ -95,7 +98,7 @@ class Formatter:
         report.schema, report.reason = self._choose_schema(rows, report)
         schema = SCHEMAS.get(report.schema)
         source = self._read(rows, report)
-        seen = _Digests()
+        seen, lost = _Digests(), False
         fingerprint = hashlib.sha256()
         for row in schema.gather(source, self.task) if schema and schema.gather else source:
             try:
@@ -114,10 +117,11 @@ class Formatter:
                 report.add("skipped", row, skip.reason, self._source_column(skip.column))
             except RowError as error:
                 report.add("errors", row, error.message, self._source_column(error.column))
+                lost = lost or isinstance(error, LostRows)
                 if self.fail_fast:
-                    self._check_errors(report)
+                    self._check_errors(report, lost)
         report.fingerprint = fingerprint.hexdigest()[:16]
-        self._check_errors(report)
+        self._check_errors(report, lost)
         report.finish()
 
     def _read(self, rows: Rows, report: Report) -> Iterator[Row]:
@@ -201,14 +205,28 @@ class Formatter:
         name, rest = re.fullmatch(r"([^.\[]*)(.*)", column).groups() if column else ("", "")
         return self._columns[name] + rest if name in self._columns else column
 
-    def _check_errors(self, report: Report) -> None:
+    def _check_errors(self, report: Report, lost: bool) -> None:
         errors = report.counts["errors"].total()
+        if lost:
+            raise report.error(
+                f"{report.errors_text()}\nmend the file: rows after the break cannot be skipped one by one"
+            )
         if errors and self.on_error == "raise":
             raise report.error(f"{report.errors_text()}\nfix them, or leave bad rows out with --on_error skip")
         rows = max(report.rows_in, 1000) if self.fail_fast else report.rows_in
         if errors > max(1, self.max_error_rate * rows):
             too_many = f"more than --max_error_rate {self.max_error_rate} allows to skip"
             raise report.error(f"{report.errors_text()}\n{too_many}")
+
+
+def _flat(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with `roles: {NAME: user}` written as `roles.NAME: user`."""
+    roles = mapping.get("roles")
+    if not isinstance(roles, Mapping):
+        return dict(mapping)
+    return {name: mapping[name] for name in mapping if name != "roles"} | {
+        f"roles.{each}": roles[each] for each in roles
+    }
 
 
 class _Digests:

@@ -13,9 +13,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 
-from recipes.converters import Dialogue, Ranking
-from recipes.loading import RowError
-from recipes.messages import Messages, Skip, check_order
+from recipes.formats.converters import Dialogue, Ranking
+from recipes.formats.loading import RowError
+from recipes.formats.messages import Messages, Skip, check_order
 
 
 def outputs(
