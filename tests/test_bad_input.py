@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from recipes import ppo, reward, sft
 from recipes.runs import run
 from tests import models
-from tests.commands import ROOT
+from tests.conftest import ROOT
 
 CONFIGS = ROOT / "recipes" / "configs" / "tiny_world"
 

@@ -13,9 +13,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests import models
-from tests.commands import launch, run_command
+from tests.conftest import run_command
 
 WORDS = 59
+
+
+def launch(recipe: str, config_file: str = "cpu", **arguments) -> list[str]:
+    """The `accelerate launch` line of a recipe with the tiny world's YAML and flags that override it."""
+    line = ["accelerate", "launch", "--config_file", f"accelerate_configs/{config_file}.yaml", f"recipes/{recipe}.py"]
+    line += ["--config", f"recipes/configs/tiny_world/{recipe}.yaml"]
+    return line + [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+
+
+def run(line: list[str], **kwargs):
+    return run_command(line, timeout=400, **kwargs)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:
@@ -84,10 +95,10 @@ def runs(data, tmp_path_factory) -> Path:
     """SFT, reward model and PPO, each by its launch line, each with another tracker."""
     folder = tmp_path_factory.mktemp("runs")
     trackers = {"TRACKIO_DIR": str(folder / "trackio"), "WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
-    run_command(sft_arguments(data, folder / "sft", report_to="tensorboard"), env=trackers)
+    run(sft_arguments(data, folder / "sft", report_to="tensorboard"), env=trackers)
     reward = {"model_name_or_path": folder / "sft", "dataset_name": data["rankings"], "output_dir": folder / "reward"}
-    run_command(launch("reward", **reward, test_split_size=0.2, report_to="trackio"), env=trackers)
-    run_command(ppo_arguments(data, folder, folder / "ppo", save_steps=3, report_to="wandb"), env=trackers)
+    run(launch("reward", **reward, test_split_size=0.2, report_to="trackio"), env=trackers)
+    run(ppo_arguments(data, folder, folder / "ppo", save_steps=3, report_to="wandb"), env=trackers)
     return folder
 
 
@@ -164,7 +175,7 @@ def test_trackers_got_the_runs(runs):
 def test_ppo_resumed_from_a_checkpoint_ends_on_the_same_numbers(data, runs, tmp_path):
     """Cut after the third of four steps of a rollout, by command."""
     checkpoint = runs / "ppo" / "checkpoint-3"
-    run_command(ppo_arguments(data, runs, tmp_path / "resumed", resume_from_checkpoint=checkpoint, save_steps=3))
+    run(ppo_arguments(data, runs, tmp_path / "resumed", resume_from_checkpoint=checkpoint, save_steps=3))
     whole, resumed = (load_file(f / "adapter_model.safetensors") for f in (runs / "ppo", tmp_path / "resumed"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     for name in ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "grad_norm"):
@@ -173,11 +184,11 @@ def test_ppo_resumed_from_a_checkpoint_ends_on_the_same_numbers(data, runs, tmp_
 
 def test_two_processes_train_what_one_does_at_the_same_global_batch(data, tmp_path):
     options = {"lr_scheduler_type": "constant", "save_strategy": "no", "gradient_accumulation_steps": 1}
-    run_command(sft_arguments(data, tmp_path / "one", **options))
+    run(sft_arguments(data, tmp_path / "one", **options))
     two = sft_arguments(data, tmp_path / "two", config_file="multi_cpu", **options)
     two[two.index("--per_device_train_batch_size") + 1] = "4"
-    result = run_command(two)
-    assert "2 processes on cpu" in result.stderr
+    result = run(two)
+    assert "2 processes on cpu" in result.stdout
     assert history(tmp_path / "two", "loss") == pytest.approx(history(tmp_path / "one", "loss"), rel=1e-3)
     one, both = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for key in one:
@@ -186,7 +197,7 @@ def test_two_processes_train_what_one_does_at_the_same_global_batch(data, tmp_pa
 
 def test_ppo_trains_on_two_processes(data, runs, tmp_path):
     arguments = ppo_arguments(data, runs, tmp_path / "ppo", config_file="multi_cpu", per_device_train_batch_size=4)
-    run_command(arguments)
+    run(arguments)
     assert history(tmp_path / "ppo", "episode")[-1] == 32
     assert history(tmp_path / "ppo", "val/ratio")[0] == pytest.approx(1.0, abs=0.2)
 
@@ -195,7 +206,7 @@ def test_the_loop_goes_round(data, runs, tmp_path):
     """Sample from the PPO policy, rank, train the reward model on from the old one, PPO again."""
     samples = ["scripts/sample_responses.py", "--model_name_or_path", str(runs / "ppo"), "--num_generations", "3"]
     samples += ["--dataset_name", data["prompts"], "--max_completion_length", "8"]
-    run_command([sys.executable, *samples, "--output", str(tmp_path / "samples.jsonl")])
+    run([sys.executable, *samples, "--output", str(tmp_path / "samples.jsonl")])
     rankings = []
     for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines():
         sample = json.loads(line)
@@ -203,9 +214,9 @@ def test_the_loop_goes_round(data, runs, tmp_path):
         responses = [{"text": text, "rank": rank} for rank, text in enumerate(texts, start=1)]
         rankings.append({"id": sample["id"], "prompt": sample["prompt"], "responses": responses, "annotator": "a"})
     reward = {"model_name_or_path": runs / "reward", "dataset_name": write_jsonl(tmp_path / "r.jsonl", rankings)}
-    run_command(launch("reward", **reward, output_dir=tmp_path / "reward", test_split_size=0.2))
+    run(launch("reward", **reward, output_dir=tmp_path / "reward", test_split_size=0.2))
     again = {"model_name_or_path": runs / "ppo", "reward_model_name_or_path": tmp_path / "reward"}
-    run_command(ppo_arguments(data, runs, tmp_path / "ppo", **again, max_steps=4))
+    run(ppo_arguments(data, runs, tmp_path / "ppo", **again, max_steps=4))
     heads = [load_file(folder / "adapter_model.safetensors") for folder in (runs / "reward", tmp_path / "reward")]
     key = "base_model.model.score.weight"
     moved = (heads[1][key] - heads[0][key]).norm() / heads[0][key].norm()
@@ -215,11 +226,11 @@ def test_the_loop_goes_round(data, runs, tmp_path):
 
 
 def test_full_fine_tuning_through_the_commands(data, tmp_path):
-    run_command(sft_arguments(data, tmp_path / "sft", use_peft="false", learning_rate=1e-3))
+    run(sft_arguments(data, tmp_path / "sft", use_peft="false", learning_rate=1e-3))
     reward = {"model_name_or_path": tmp_path / "sft", "dataset_name": data["rankings"], "use_peft": "false"}
-    run_command(launch("reward", **reward, output_dir=tmp_path / "reward", test_split_size=0.2))
+    run(launch("reward", **reward, output_dir=tmp_path / "reward", test_split_size=0.2))
     arguments = ppo_arguments(data, tmp_path, tmp_path / "ppo", use_peft="false", max_steps=4, learning_rate=1e-4)
-    run_command(arguments)
+    run(arguments)
     for name in ("model.safetensors", "critic/model.safetensors"):
         assert (tmp_path / "ppo" / name).exists()
     assert history(tmp_path / "ppo", "objective/kl")[0] == pytest.approx(0.0, abs=1e-3)
@@ -227,7 +238,7 @@ def test_full_fine_tuning_through_the_commands(data, tmp_path):
 
 def test_a_second_run_into_the_same_folder_is_refused(data, runs):
     before = {path: path.stat().st_mtime_ns for path in (runs / "sft").rglob("*") if path.is_file()}
-    result = run_command(sft_arguments(data, runs / "sft"), fails=True)
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    result = run(sft_arguments(data, runs / "sft"), ok=False)
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
     assert f"The output folder {runs / 'sft'} is not empty" in line
     assert before == {path: path.stat().st_mtime_ns for path in (runs / "sft").rglob("*") if path.is_file()}

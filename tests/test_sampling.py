@@ -14,7 +14,7 @@ from trl import ModelConfig
 from recipes.errors import UserError
 from recipes.sampling import Prompt, SamplingArguments, load_generator, sample, sample_to_file
 from tests import models
-from tests.commands import run_command
+from tests.conftest import run_command
 
 SAMPLING = SamplingArguments(
     num_generations=3, top_k=0, top_p=1.0, max_completion_length=6, seed=7, generation_batch_size=9
@@ -179,8 +179,8 @@ def test_command_line(folders, tmp_path):
     assert samples[0]["model"] == folders["adapter"]
     assert all(len(row["responses"]) == 2 for row in samples)
     before = output.read_bytes()
-    result = run_command([*line, "--temperature", "0.7"], fails=True)
-    errors = [text for text in result.stderr.splitlines() if "error" in text.lower()]
+    result = run_command([*line, "--temperature", "0.7"], ok=False)
+    errors = [text for text in result.stdout.splitlines() if "error" in text.lower()]
     assert len(errors) == 1 and "choose another --output" in errors[0]
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in result.stdout
     assert output.read_bytes() == before
