@@ -208,7 +208,7 @@ class PPOTrainer(GRPOTrainer):
             model = get_peft_model(model, peft_config)
         self._is_peft = isinstance(model, PeftModel)
         base = model.get_base_model() if self._is_peft else model
-        if len(train_dataset) < args.generation_batch_size:
+        if isinstance(train_dataset, Dataset) and len(train_dataset) < args.generation_batch_size:
             raise UserError(
                 f"One rollout is {args.generation_batch_size} episodes and the dataset has {len(train_dataset)} "
                 "prompts: lower per_device_train_batch_size or steps_per_generation."
@@ -313,7 +313,8 @@ class PPOTrainer(GRPOTrainer):
         save = functools.partial(type(model).save_pretrained, model, save_directory, **kwargs)
         critic = getattr(model.get_base_model() if self._is_peft else model, "critic", None)
         if self._is_peft:
-            save(selected_adapters=[name for name in ("default", "critic") if name in model.peft_config])
+            adapters = [name for name in ("default", "critic") if name in model.peft_config]
+            save(selected_adapters=adapters, **({} if state_dict is None else {"state_dict": state_dict}))
         else:
             state_dict = model.state_dict() if state_dict is None else state_dict
             save(state_dict={name: value for name, value in state_dict.items() if not name.startswith("critic.")})

@@ -115,7 +115,8 @@ def add_role_forward(model: PreTrainedModel) -> None:
     @functools.wraps(type(model).forward)
     def forward(self, *args, scalar_head=None, **kwargs):
         if scalar_head == "critic" and hasattr(self, "critic"):
-            return scalar_scores(self.critic, *args, **kwargs)
+            # PEFT adds arguments of its own, all None.
+            return scalar_scores(self.critic, kwargs["input_ids"], kwargs["attention_mask"])
         if takes_positions and (scalar_head or kwargs.get("fused_lm_head")):
             kwargs.setdefault("position_ids", token_positions(kwargs["attention_mask"]))
         if scalar_head is None:

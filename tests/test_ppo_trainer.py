@@ -439,6 +439,30 @@ def test_a_reward_model_with_another_vocabulary_scores_text(world, tmp_path):
     assert trainer._scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_models_of_trls_ppo_trainer_are_taken_as_they_are(world, tmp_path):
+    """A LoRA policy with a whole reward and value model, as TRL 1.12's script passes them."""
+    value_model = models.reward_model(seed=4)
+    start = {name: parameter.detach().clone() for name, parameter in value_model.named_parameters()}
+    trainer = make_trainer(
+        world,
+        tmp_path,
+        model=models.causal_lm(),
+        trainer_kwargs={
+            "ref_model": models.causal_lm(),
+            "reward_model": models.reward_model(seed=4),
+            "value_model": value_model,
+            "peft_config": LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+        },
+    )
+    trainer.train()
+    trainer.save_model()
+    assert history(trainer, "objective/kl")[0] == pytest.approx(0.0, abs=1e-4)
+    critic = AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "critic"))
+    moved = [name for name, parameter in critic.named_parameters() if not torch.equal(parameter, start[name])]
+    assert "score.weight" in moved and len(moved) == len(start)
+    AutoPeftModelForCausalLM.from_pretrained(str(tmp_path))
+
+
 def test_a_bad_score_stops_with_the_row(world, tmp_path):
     def broken(prompts, completions, **kwargs):
         return [math.inf if i == 2 else 0.0 for i in range(len(prompts))]
