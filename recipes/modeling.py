@@ -23,6 +23,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from recipes.errors import UserError
+from recipes.formats.control_tokens import keep_control_tokens_text
 from recipes.roles import add_score_roles, attach, first_line, seq_cls_config
 
 # For bases whose tokenizer has no chat template. It adds no token to the vocabulary, ends each answer with EOS, and
@@ -75,7 +76,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Tokenizer with a chat template and, where the vocabulary allows, a padding token that is not EOS.
 
-    With pad = EOS the end of a response and padding look alike, and a model never learns to stop.
+    With pad = EOS the end of a response and padding look alike, and a model never learns to stop. Control tokens that
+    stand in messages are encoded as ordinary text.
     """
     name = model_name_or_path
     base = adapter_base(name)
@@ -94,7 +96,7 @@ def load_tokenizer(
         tokenizer.pad_token = next(spare, tokenizer.eos_token)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-    return tokenizer
+    return keep_control_tokens_text(tokenizer)
 
 
 def _from_pretrained(auto_class, name: str, model_args: ModelConfig, trust_remote_code: bool, **kwargs):

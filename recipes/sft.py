@@ -23,6 +23,9 @@ def main():
     check_launch(training_args)
     guard_output_dir(training_args)
 
+    if training_args.assistant_only_loss and format_args.on_special == "flag":
+        # Here transformers cannot tell a template's control tokens from those that stand in a message.
+        format_args.on_special = "drop"
     tokenizer = load_tokenizer(
         model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
     )
