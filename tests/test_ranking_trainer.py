@@ -99,7 +99,7 @@ def test_loss_and_gradients_equal_trls_on_the_same_pairs(tmp_path, row, center):
         gradients.append([p.grad for p in trainer.model.parameters() if p.grad is not None])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_each_response_runs_once(tmp_path):
