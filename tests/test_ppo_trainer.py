@@ -404,6 +404,32 @@ def test_target_kl_stops_the_update_not_the_run(world, tmp_path):
     assert held.state.global_step == 8
 
 
+def test_evaluation_during_training_changes_nothing_but_the_log(world, tmp_path):
+    runs = []
+    for name, strategy in (("plain", "no"), ("evaluated", "steps")):
+        prompts = Dataset.from_dict({"prompt": models.prompts(8, seed=9)})
+        trainer = make_trainer(
+            world,
+            tmp_path / name,
+            trainer_kwargs={"eval_dataset": prompts},
+            eval_strategy=strategy,
+            eval_steps=4,
+            per_device_eval_batch_size=4,
+            max_steps=4,
+        )
+        trainer.train()
+        runs.append(trainer)
+    for metric in (
+        "eval_objective/scores",
+        "eval_objective/kl",
+        "eval_loss/value_avg",
+        "eval_rewards/reward_model/mean",
+    ):
+        assert len(history(runs[1], metric)) == 1 and not history(runs[0], metric), metric
+    for name, parameter in runs[0].model.named_parameters():
+        assert torch.equal(parameter, runs[1].model.get_parameter(name)), name
+
+
 def test_adaptive_kl_raises_the_price(world, tmp_path):
     trainer = make_trainer(
         world, tmp_path, adaptive_kl_target=1e-4, adaptive_kl_horizon=64, learning_rate=5e-2, max_steps=16
