@@ -95,7 +95,7 @@ def main():
     args = parser.parse_args()
     results = {}
     for responses in args.responses:
-        dataset = rankings(prompts=72 // responses, responses=responses)
+        dataset = rankings(prompts=288 // responses, responses=responses)  # enough to hide the start of a loop
         expanded = pairs(dataset)
         ours_batch = max(1, 24 // responses)
         runs = {RankingRewardTrainer: [], RewardTrainer: []}
