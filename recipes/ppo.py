@@ -104,6 +104,11 @@ def main():
         reward_funcs=[import_reward_func(path) for path in script_args.reward_funcs or []],
         **load_ppo_models(model_args, reward_path, script_args.separate_reward_model, training_args.trust_remote_code),
     )
+    prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
+    if prompts % rollout:
+        trainer.accelerator.print(
+            f"Each epoch leaves out {prompts % rollout} of {prompts} prompts, other ones each time."
+        )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     finish(trainer, "ppo", datasets, script_args, training_args, model_args, format_args)
 

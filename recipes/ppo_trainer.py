@@ -208,10 +208,11 @@ class PPOTrainer(GRPOTrainer):
             model = get_peft_model(model, peft_config)
         self._is_peft = isinstance(model, PeftModel)
         base = model.get_base_model() if self._is_peft else model
-        if isinstance(train_dataset, Dataset) and len(train_dataset) < args.generation_batch_size:
+        prompts = args.generation_batch_size // args.num_generations
+        if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts:
             raise UserError(
-                f"One rollout is {args.generation_batch_size} episodes and the dataset has {len(train_dataset)} "
-                "prompts: lower per_device_train_batch_size or steps_per_generation."
+                f"One rollout is {prompts} prompts and the dataset has {len(train_dataset)}: "
+                "lower per_device_train_batch_size or steps_per_generation."
             )
 
         # Reference
@@ -252,9 +253,7 @@ class PPOTrainer(GRPOTrainer):
         if self._has_reward_model:
             reward_funcs.insert(0, reward_model if text_processing_classes[0] else self.reward_model)
         if not reward_funcs:
-            raise ValueError(
-                "PPO needs a reward: pass reward_model, a policy with the adapter `reward`, or reward_funcs."
-            )
+            raise ValueError("PPO needs a reward: reward_model, a policy with the adapter `reward`, or reward_funcs.")
 
         # Reference and reward model come from the run's inputs; what a checkpoint needs is what training changes.
         model.save_pretrained = functools.partial(self._save_trained, model)
@@ -386,7 +385,9 @@ class PPOTrainer(GRPOTrainer):
         scores = rewards.clone()
         if self._has_reward_model:
             scores[:, 0] = (scores[:, 0] - self.args.score_mean) / self.args.score_std
-        unscored = ~(scores.isfinite() | scores.isnan()).all(1) | scores.isnan().all(1)
+        # A function may pass over a response with None; the reward model may not.
+        passed = scores.isnan() & (torch.arange(scores.size(1), device=scores.device) >= self._has_reward_model)
+        unscored = ~(scores.isfinite() | passed).all(1) | passed.all(1)
         if unscored.any():
             names = ", ".join(self.reward_func_names)
             raise UserError(

@@ -498,6 +498,21 @@ def test_a_bad_score_stops_with_the_row(world, tmp_path):
         trainer.train()
 
 
+def test_a_reward_model_that_gives_nan_stops_even_beside_a_function(world, tmp_path):
+    model = shared_base_policy(world)
+    model.get_base_model().score.modules_to_save["reward"].weight.data.fill_(math.nan)
+    trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_funcs": lucky_word})
+    with pytest.raises(UserError, match="gave no finite score to 16 of 16"):
+        trainer.train()
+
+
+def test_a_function_may_pass_over_a_response(world, tmp_path):
+    def some(prompts, completions, **kwargs):
+        return [None if i % 2 else 1.0 for i in range(len(prompts))]
+
+    make_trainer(world, tmp_path, trainer_kwargs={"reward_funcs": some}, max_steps=1).train()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -523,5 +538,5 @@ def test_config_defaults_and_total_episodes(tmp_path):
 
 
 def test_fewer_prompts_than_a_rollout_are_refused(world, tmp_path):
-    with pytest.raises(UserError, match="One rollout is 16 episodes and the dataset has 8 prompts"):
+    with pytest.raises(UserError, match="One rollout is 16 prompts and the dataset has 8"):
         make_trainer(world, tmp_path, rows=8)
