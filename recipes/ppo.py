@@ -19,9 +19,10 @@ from trl import ModelConfig, ScriptArguments
 from recipes.errors import UserError
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.launch import check_launch
-from recipes.modeling import load_ppo_models, load_tokenizer, read_reward_statistics
+from recipes.modeling import load_ppo_models, read_reward_statistics
 from recipes.ppo_trainer import PPOConfig, PPOTrainer
 from recipes.runs import finish, guard_output_dir, parse, run
+from recipes.tokenization import load_tokenizer
 
 
 @dataclass

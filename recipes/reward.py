@@ -16,9 +16,10 @@ from trl import ModelConfig, RewardConfig, ScriptArguments
 
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.launch import check_launch
-from recipes.modeling import load_reward_trainee, load_tokenizer, save_reward_statistics, score_conversations
+from recipes.modeling import load_reward_trainee, save_reward_statistics, score_conversations
 from recipes.ranking_trainer import RankingRewardTrainer, majority_rankings
 from recipes.runs import finish, guard_output_dir, parse, run
+from recipes.tokenization import load_tokenizer
 
 
 @dataclass

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from recipes.errors import UserError
+from recipes.errors import UserError, first_line
 
 _ACTIVE_ROLE: ContextVar[str | None] = ContextVar("active_role", default="default")
 
@@ -169,7 +169,3 @@ def attach(load, adapter: str, base: str):
         raise UserError(
             f"The adapter {adapter} does not fit the base {base}: it was trained on another ({first_line(error)})."
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

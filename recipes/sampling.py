@@ -14,7 +14,8 @@ from transformers.generation import BaseStreamer
 from trl import ModelConfig
 
 from recipes.errors import UserError
-from recipes.modeling import adapter_base, load_policy, load_tokenizer
+from recipes.modeling import load_policy
+from recipes.tokenization import adapter_base, load_tokenizer
 
 ROUNDS = 5  # how often a prompt is tried again for a response it does not have yet
 

@@ -12,8 +12,9 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.launch import check_launch
-from recipes.modeling import load_policy, load_tokenizer
+from recipes.modeling import load_policy
 from recipes.runs import finish, guard_output_dir, parse, run
+from recipes.tokenization import load_tokenizer
 
 
 def main():

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         tokenizer = None
         if args.tokenizer:
-            from recipes.modeling import load_tokenizer  # brings torch, seconds that nobody else should wait for
+            from recipes.tokenization import load_tokenizer  # brings torch, seconds that nobody else should wait for
 
             tokenizer = load_tokenizer(args.tokenizer)
         show(write(args, report, tokenizer), tokenizer)

@@ -16,8 +16,9 @@ from transformers import AutoConfig
 from trl import ModelConfig
 
 from recipes.errors import UserError
-from recipes.modeling import adapter_base, load_policy, load_reward_model, load_tokenizer
+from recipes.modeling import load_policy, load_reward_model
 from recipes.runs import parse, run
+from recipes.tokenization import adapter_base, load_tokenizer
 
 
 @dataclass

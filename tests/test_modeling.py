@@ -4,7 +4,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from recipes.errors import UserError
-from recipes.modeling import PLAIN_CHAT_TEMPLATE, adapter_base, is_hub_name, load_tokenizer, same_base
+from recipes.modeling import same_base
+from recipes.tokenization import PLAIN_CHAT_TEMPLATE, adapter_base, is_hub_name, load_tokenizer
 from tests import models
 
 TURNS = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
