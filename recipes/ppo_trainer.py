@@ -7,11 +7,9 @@ advantages and the value loss. `docs/ppo.md` walks through the loop and explains
 
 import copy
 import functools
-import math
 import os
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import gather_object, set_seed
@@ -20,12 +18,15 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from recipes.errors import UserError
+from recipes.fast.live_rows import LiveRowSampling
+from recipes.fast.packing import at_responses, in_chunks, sort_by_length
+from recipes.ppo_config import PPOConfig
 from recipes.ppo_math import (
     AdaptiveKL,
     explained_variance,
@@ -45,99 +46,6 @@ from recipes.roles import (
     scalar_scores,
     use_role,
 )
-
-
-@dataclass
-class PPOConfig(GRPOConfig):
-    """Arguments of [`PPOTrainer`]: TRL's `GRPOConfig` with PPO's own fields.
-
-    One rollout is `per_device_train_batch_size * steps_per_generation * processes` episodes. It is trained on
-    `num_iterations` times, in minibatches of `per_device_train_batch_size * gradient_accumulation_steps * processes`.
-    """
-
-    # GRPOConfig's fields with PPO's defaults
-    num_generations: int | None = field(default=1, metadata={"help": "Responses sampled for each prompt."})
-    num_generations_eval: int | None = field(default=1, metadata={"help": "The same, in evaluation."})
-    num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout (num_ppo_epochs)."})
-    loss_type: str = field(
-        default="dapo",
-        metadata={
-            "help": "How token losses are averaged: `dapo` over all tokens of the batch, which does not depend on how "
-            "it is split; `bnpo` within each micro-batch, as TRL 1.12's PPOTrainer did."
-        },
-    )
-    scale_rewards: str = field(default="none", metadata={"help": "Unused: PPO whitens advantages instead."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Dropout off in every role."})
-
-    # Reward
-    kl_coef: float = field(default=0.05, metadata={"help": "Price of one nat of KL to the reference (beta)."})
-    kl_estimator: str = field(
-        default="k1", metadata={"help": "KL per token: `k1` (unbiased) or `k3` (less variance, never negative)."}
-    )
-    adaptive_kl_target: float | None = field(
-        default=None,
-        metadata={"help": "KL per response, in nats, that kl_coef is steered to. None: kl_coef is fixed."},
-    )
-    adaptive_kl_horizon: int = field(default=10_000, metadata={"help": "Episodes in which kl_coef adapts."})
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the score of a response without a stop token."}
-    )
-    score_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to ± this value."})
-    score_mean: float = field(default=0.0, metadata={"help": "Subtracted from the reward model's score."})
-    score_std: float = field(default=1.0, metadata={"help": "The reward model's score is divided by it."})
-    whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1."})
-
-    # Advantages and critic
-    gamma: float = field(default=1.0, metadata={"help": "Discount of one token."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "Range the value may move in per rollout."})
-    critic_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
-    critic_warmup_steps: int = field(default=0, metadata={"help": "First steps that train only the critic."})
-
-    # Update
-    target_kl: float | None = field(
-        default=None,
-        metadata={"help": "Stop training on a rollout once policy/approxkl_avg of a minibatch exceeds it."},
-    )
-    total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
-
-    def __post_init__(self):
-        if self.beta != 0.0:
-            raise ValueError(f"PPO has its KL in the reward: set kl_coef instead of beta ({self.beta}).")
-        if self.kl_coef < 0:
-            raise ValueError(f"kl_coef must be at least 0, got {self.kl_coef}.")
-        if self.kl_estimator not in ("k1", "k3"):
-            raise ValueError(f"kl_estimator must be k1 or k3, got {self.kl_estimator}.")
-        if self.loss_type not in ("dapo", "bnpo"):
-            raise ValueError(f"loss_type must be dapo or bnpo for PPO, got {self.loss_type}.")
-        if self.score_std <= 0:
-            raise ValueError(f"score_std must be above 0, got {self.score_std}.")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        # Policy and critic are two forwards before one backward, which DDP's search for unused parameters and its
-        # buffer broadcast both break.
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False
-        if self.ddp_broadcast_buffers is None:
-            self.ddp_broadcast_buffers = False
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            # GRPO compares responses of one prompt and needs two; PPO has a critic and needs one. It is GRPOConfig's
-            # last check but those on vLLM's importance sampling.
-            if self.num_generations != 1 or "at least 2 generations" not in str(error):
-                raise
-        if self.steps_per_generation % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
-                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): a minibatch may not span rollouts."
-            )
-        if self.total_episodes is not None:
-            rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
-            minibatches = self.steps_per_generation // self.gradient_accumulation_steps
-            self.max_steps = rollouts * self.num_iterations * minibatches
 
 
 class EpochSampler(RepeatSampler):
@@ -269,7 +177,9 @@ class PPOTrainer(GRPOTrainer):
             optimizers=optimizers,
         )
 
-        add_role_forward(base)
+        # The entropy bonus needs gradients that only TRL's head has.
+        response_logps = "response_logps" in args.fast_paths and not self._entropy_bonus_enabled
+        add_role_forward(base, self.temperature, response_logps)
         if self._is_peft:
             self._checkpoint_under_roles(model, base)
             if has_adapter or value_model is None:
@@ -278,11 +188,24 @@ class PPOTrainer(GRPOTrainer):
         if ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(ref_model.requires_grad_(False), evaluation_mode=True)
             add_fused_lm_head(self.ref_model, self.temperature, args.cast_lm_head_to_fp32)
-            add_role_forward(self.ref_model)
+            add_role_forward(self.ref_model, self.temperature, response_logps)
         if self._reward_module is not None:
             self._reward_module = self.accelerator.prepare_model(self._reward_module, evaluation_mode=True)
         self.kl_controller = AdaptiveKL(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
         self._update_stopped = False
+        self._update_sums = 0
+        self._sampled_logps = None
+        # What a decoding step computes in half precision is not what training would for the same token.
+        self._keeps_sampled_logps = (
+            "sampling_logps" in args.fast_paths
+            and self.accelerator.mixed_precision == "no"
+            and base.dtype == torch.float32
+            and not getattr(base, "is_quantized", False)
+            and not self.tools
+        )
+        self._live_rows = None
+        if "live_rows" in args.fast_paths and self.accelerator.distributed_type in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            self._live_rows = LiveRowSampling()
 
     # Roles
 
@@ -329,6 +252,37 @@ class PPOTrainer(GRPOTrainer):
         names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
         return EpochSampler(**{name: getattr(sampler, name) for name in names})
 
+    def _prepare_inputs(self, generation_batch):
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        is_new = self.model.training and (self._step % generate_every == 0 or self._buffered_inputs is None)
+        inputs = super()._prepare_inputs(generation_batch)
+        # A mean within each micro-batch, or images counted by micro-batch, would depend on who shares one.
+        sortable = self.loss_type == "dapo" and "pixel_values" not in inputs
+        if not (is_new and sortable and "length_sorting" in self.args.fast_paths):
+            return inputs
+        batches, window = self._buffered_inputs, self.args.gradient_accumulation_steps
+        self._buffered_inputs = [
+            batch
+            for start in range(0, len(batches), window)
+            for batch in sort_by_length(batches[start : start + window])
+        ]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _generate_single_turn(self, *args, **kwargs):
+        if self._live_rows is None:
+            return super()._generate_single_turn(*args, **kwargs)
+        self._live_rows.logps = None  # generation elsewhere, as in vLLM, does not call it
+        base = self.accelerator.unwrap_model(self.model)
+        with self._live_rows.installed(base.get_base_model() if self._is_peft else base):
+            completion_ids, logps = super()._generate_single_turn(*args, **kwargs)
+        kept = self._live_rows.logps
+        if self._keeps_sampled_logps and kept is not None:
+            width = max(map(len, completion_ids))
+            if self.pad_to_multiple_of is not None:
+                width += -width % self.pad_to_multiple_of
+            self._sampled_logps = nn.functional.pad(kept, (0, width - kept.size(1)))
+        return completion_ids, logps
+
     def _generate(self, prompts: list):
         rollout = super()._generate(prompts)
         self._prompt_ids, self._completion_ids = rollout[:2]
@@ -358,24 +312,33 @@ class PPOTrainer(GRPOTrainer):
         longest = max(map(len, sequences))
         device = self.accelerator.device
         ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in sequences], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in sequences], device=device)
-        scores = self._scalars("reward", ids, mask)
         # transformers' rule for sequence classifiers: the last token that is not the padding token
-        position = (torch.arange(longest, device=device) * (ids != pad_token_id)).argmax(1, keepdim=True)
-        return scores.gather(1, position).squeeze(1).tolist()
+        last = (torch.arange(longest, device=device) * (ids != pad_token_id)).argmax(1)
+        module, model = self._reward_module, self.accelerator.unwrap_model(self.model)
 
-    def _scalars(self, role: str, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Scores (B, T) of a role, in chunks of the train batch size."""
-        model = self.accelerator.unwrap_model(self.model)
-        chunk = self.args.per_device_train_batch_size
-        with use_role(model, role), self.accelerator.autocast():
-            if role == "reward" and self._reward_module is not None:
-                module = self.accelerator.unwrap_model(self._reward_module)
-                forward = functools.partial(scalar_scores, module)
-            else:
-                forward = functools.partial(model, scalar_head=role)
-            pairs = zip(ids.split(chunk), mask.split(chunk), strict=True)
-            return torch.cat([forward(input_ids=i, attention_mask=m) for i, m in pairs])
+        def score(rows):
+            states = torch.arange(len(rows), device=device), last[rows]
+            inputs = ids[rows, : last[rows].max() + 1]
+            if module is not None:
+                return scalar_scores(self.accelerator.unwrap_model(module), inputs, states)
+            return model(input_ids=inputs, states=states, scalar_head="reward")
+
+        with use_role(model, "reward"), self.accelerator.autocast():
+            return self._in_chunks(score, last).tolist()
+
+    def _in_chunks(self, run: Callable[[torch.Tensor], torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
+        """`run(rows)` for all rows without gradients, in chunks of the train batch size."""
+        by_length = "length_sorting" in self.args.fast_paths
+        return in_chunks(run, lengths, self.args.per_device_train_batch_size, by_length)
+
+    def _values(self, model: nn.Module, ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> torch.Tensor:
+        """The critic's value of the state before each of the last `width` tokens, (B, width), 0 at padding."""
+
+        def forward(ids, states, targets):
+            return (model(input_ids=ids, states=states, scalar_head="critic"),)
+
+        with use_role(self.accelerator.unwrap_model(model), "critic"), self.accelerator.autocast():
+            return at_responses(forward, ids, attention_mask, width)[0]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -407,20 +370,20 @@ class PPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         model = self.accelerator.unwrap_model(self.model)
         ids, attention_mask, mask = self._sequences(rollout)
-        width = mask.size(1)
+        width, lengths = mask.size(1), attention_mask.sum(1)
 
         def logps_of(policy):
-            return self._get_per_token_logps_and_entropies(
-                policy, ids, attention_mask, width, batch_size=self.args.per_device_train_batch_size
-            )[0]
+            return self._get_per_token_logps_and_entropies(policy, ids, attention_mask, width)[0]
 
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps = rollout.get("old_per_token_logps")
             logps = logps_of(self.model) if logps is None else logps
             with use_role(model, self._ref_role):
                 ref_logps = logps_of(self.model if self.ref_model is None else self.ref_model)
-            # The value of the state before token t stands at the position that predicts token t.
-            values = self._scalars("critic", ids, attention_mask)[:, -width - 1 : -1] * mask
+            values = self._in_chunks(
+                lambda rows: self._values(self.model, ids[rows], attention_mask[rows], width), lengths
+            )
+            values = values * mask
 
         scores = self._scores
         if self.args.missing_eos_penalty is not None:
@@ -491,8 +454,41 @@ class PPOTrainer(GRPOTrainer):
 
     # Update: one forward per role, one backward
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **images,
+    ):
+        in_training = torch.is_grad_enabled() or compute_entropy
+        if not in_training and self._sampled_logps is not None:
+            # TRL asks for the policy's log-probabilities of a rollout first.
+            logps, self._sampled_logps = self._sampled_logps, None
+            return logps, None, None
+        if compute_aux_loss or any(value is not None for value in images.values()):
+            batch_size = None if in_training else self.args.per_device_train_batch_size
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
+                **images,
+            )  # fmt: skip
+        else:
+
+            def forward(ids, states, targets):
+                return model(input_ids=ids, states=states, targets=targets, compute_entropy=compute_entropy)
+
+            def run(rows):
+                return at_responses(forward, input_ids[rows], attention_mask[rows], logits_to_keep)
+
+            with self.accelerator.autocast():
+                if in_training:
+                    result = (*run(slice(None)), None)
+                else:
+                    result = self._in_chunks(lambda rows: run(rows)[0], attention_mask.sum(1)), None, None
         self._latest_logps = result[0].detach()
         return result
 
@@ -501,9 +497,7 @@ class PPOTrainer(GRPOTrainer):
         logps = self._latest_logps
         mode = "train" if self.model.training else "eval"
         ids, attention_mask, mask = self._sequences(inputs)
-        with use_role(self.accelerator.unwrap_model(model), "critic"), self.accelerator.autocast():
-            values = model(input_ids=ids, attention_mask=attention_mask, scalar_head="critic")
-        values = values[:, -mask.size(1) - 1 : -1] * mask
+        values = self._values(model, ids, attention_mask, mask.size(1)) * mask
         losses, clipped = value_losses(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         value_loss = (losses * mask).sum() / self._tokens_per_update(inputs, mask, mode)
         loss = loss + self.args.vf_coef * value_loss
@@ -537,13 +531,16 @@ class PPOTrainer(GRPOTrainer):
             "val/clipfrac_avg": value_clipped.float(),
             "val/ratio": ratio,
         }
-        totals = torch.stack([(value * mask).sum() for value in sums.values()] + [mask.sum()])
-        *totals, count = self._sum_over_processes(totals).tolist()
+        # Means over the tokens of the whole minibatch, however it is split.
+        self._update_sums += torch.stack([(value * mask).sum() for value in sums.values()] + [mask.sum()])
+        if mode == "train" and not self.accelerator.sync_gradients:
+            return
+        *totals, count = self._sum_over_processes(self._update_sums).tolist()
+        self._update_sums = 0
         for name, total in zip(sums, totals, strict=True):
             self._metrics[mode][name].append(total / max(count, 1))
-        if mode == "train" and self.args.target_kl is not None and self.accelerator.sync_gradients:
-            minibatch = self._metrics[mode]["policy/approxkl_avg"][-self.current_gradient_accumulation_steps :]
-            self._update_stopped = sum(minibatch) / len(minibatch) > self.args.target_kl
+        if mode == "train" and self.args.target_kl is not None:
+            self._update_stopped = self._metrics[mode]["policy/approxkl_avg"][-1] > self.args.target_kl
 
     def training_step(self, model, inputs, num_items_in_batch):
         new_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) == 0

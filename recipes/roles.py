@@ -19,6 +19,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from recipes.errors import UserError, first_line
+from recipes.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
+from recipes.fast.packing import States
 
 _ACTIVE_ROLE: ContextVar[str | None] = ContextVar("active_role", default="default")
 
@@ -100,28 +102,46 @@ def is_fresh(model: PeftModel) -> bool:
     return bool(b_matrices) and not any(parameter.any() for parameter in b_matrices)
 
 
-def add_role_forward(model: PreTrainedModel) -> None:
-    """Teach a causal LM `model(input_ids, attention_mask, scalar_head=role)`, which returns scores of shape (B, T).
+def add_role_forward(model: PreTrainedModel, temperature: float = 1.0, response_logps: bool = True) -> None:
+    """Teach a causal LM with TRL's fused head to answer at chosen states of right-aligned rows only.
 
-    The scores are float32. They come from the module `model.critic` for the role `"critic"` where there is one (full
-    fine-tuning), else from the last hidden state and the head the role's adapter carries. Both go through the
-    model's own forward, so that DDP sees every pass. Every pass of a whole sequence counts positions from the first
-    real token, as `generate` does: models with absolute positions would otherwise see left padding.
+    - `model(input_ids=ids, states=(rows, columns), targets=tokens, compute_entropy=bool)` gives log p of each target
+      at `temperature` and the entropy (None where it was not asked for), both (N,) float32;
+    - `model(input_ids=ids, states=(rows, columns), scalar_head=role)` gives scores, (N,) float32: from the module
+      `model.critic` for the role `"critic"` where there is one (full fine-tuning), else from the last hidden state and
+      the head the role's adapter carries.
+
+    All go through the model's own forward, so that DDP sees every pass. TRL's fused calls keep their form, and count
+    positions from the first real token, as `generate` does: absolute positions would otherwise see left padding.
     """
     causal_lm_forward = model.forward
     takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+    # On a GPU TRL's fused head has kernels of its own.
+    frozen_head = response_logps and model.device.type != "cuda" and has_frozen_linear_head(model)
+
+    def logps_and_entropies(ids, states, targets, compute_entropy):
+        if frozen_head:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]
+            weight = model.get_output_embeddings().weight
+            return FrozenHeadLogProbs.apply(hidden, weight, targets, temperature, compute_entropy)
+        rows, columns = states
+        labels = torch.full_like(ids, -100).index_put_((rows, columns + 1), targets)
+        outputs = causal_lm_forward(input_ids=ids, labels=labels, fused_lm_head=True)
+        return outputs.log_probs[states], None if outputs.entropy is None else outputs.entropy[states]
 
     # Keep the original signature: `generate` validates its model kwargs against it.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, scalar_head=None, **kwargs):
-        if scalar_head == "critic" and hasattr(self, "critic"):
-            # PEFT adds arguments of its own, all None.
-            return scalar_scores(self.critic, kwargs["input_ids"], kwargs["attention_mask"])
-        if takes_positions and (scalar_head or kwargs.get("fused_lm_head")):
-            kwargs.setdefault("position_ids", token_positions(kwargs["attention_mask"]))
-        if scalar_head is None:
+    def forward(self, *args, states=None, targets=None, compute_entropy=False, scalar_head=None, **kwargs):
+        if states is None:
+            if takes_positions and kwargs.get("fused_lm_head"):
+                kwargs.setdefault("position_ids", token_positions(kwargs["attention_mask"]))
             return causal_lm_forward(*args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        ids = kwargs["input_ids"]
+        if scalar_head is None:
+            return logps_and_entropies(ids, states, targets, compute_entropy)
+        if scalar_head == "critic" and hasattr(self, "critic"):
+            return scalar_scores(self.critic, ids, states)
+        hidden = self.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]
         head = self.score.modules_to_save[scalar_head]
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
@@ -133,12 +153,9 @@ def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def scalar_scores(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Scores of a sequence classifier at every position: (B, T) ids and mask → (B, T) float32."""
-    kwargs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
-        kwargs["position_ids"] = token_positions(attention_mask)
-    hidden = model.base_model(**kwargs).last_hidden_state
+def scalar_scores(model: PreTrainedModel, input_ids: torch.Tensor, states: States) -> torch.Tensor:
+    """Scores of a sequence classifier at chosen states of right-aligned rows: (N,) float32."""
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[states]
     return model.score(hidden.to(model.score.weight.dtype)).squeeze(-1).float()
 
 

@@ -1,0 +1,102 @@
+"""Sampling without idle rows: finished responses leave the batch, and the samples' log-probabilities are kept."""
+
+import contextlib
+import functools
+
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
+
+
+class LiveRowSampling:
+    """A decoding loop for `generate(custom_generate=…)`; everything around the loop stays transformers' own.
+
+    After a call `logps` holds log p of each sampled token, (B, new tokens), float32 and 0 after the end, under the
+    whole distribution at the temperature, whatever top-k, top-p or penalties sampled from. It is None where the loop
+    left the work to transformers': beams, greedy decoding, caches whose rows cannot be selected.
+    """
+
+    # Selecting rows copies the cache, so it waits until this share of the batch has finished.
+    IDLE_SHARE = 1 / 8
+
+    def __init__(self):
+        self.logps: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def installed(self, model: PreTrainedModel):
+        """Let `model.generate` sample with this loop."""
+        model.generate = functools.partial(model.generate, custom_generate=self)
+        try:
+            yield
+        finally:
+            del model.generate
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config,
+        **model_kwargs,
+    ) -> torch.Tensor:
+        """Prompts and samples, (B, P + new tokens), padded at the end; arguments as in `GenerationMixin._sample`."""
+        self.logps = None
+        cache = model_kwargs.get("past_key_values")
+        plain = generation_config.do_sample and generation_config.num_beams == 1 and type(cache) is DynamicCache
+        if not plain or not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+            return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+        filtered = any(not isinstance(processor, TemperatureLogitsWarper) for processor in logits_processor)
+        temperature, pad_token_id = generation_config.temperature or 1.0, generation_config._pad_token_tensor.item()
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        live = torch.ones_like(rows, dtype=torch.bool)
+        prompts, samples, logps = input_ids, [], []
+        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        with model._optimize_model_for_decode():
+            while True:
+                model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+                logits = outputs.logits[:, -1].float()
+                all_logps = torch.log_softmax(logits / temperature, -1)
+                probabilities = (
+                    logits_processor(input_ids, logits).softmax(-1) if filtered else all_logps.exp()
+                )  # the warper's own temperature is in both
+                tokens = draw(probabilities)
+                self._append(samples, tokens, rows[live], live, len(prompts), pad_token_id)
+                self._append(logps, all_logps.gather(1, tokens[:, None])[:, 0], rows[live], live, len(prompts), 0.0)
+                input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+                live = live & ~stopping_criteria(input_ids, None)
+                if not live.any():
+                    break
+                if (~live).sum() >= self.IDLE_SHARE * len(live):
+                    model_kwargs["past_key_values"].batch_select_indices(live.nonzero()[:, 0])
+                    model_kwargs = {k: v[live] if by_row(v, live) else v for k, v in model_kwargs.items()}
+                    input_ids, rows, live = input_ids[live], rows[live], live[live]
+                inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+                outputs = model(**inputs, return_dict=True)
+        self.logps = torch.stack(logps, 1)
+        return torch.cat([prompts, torch.stack(samples, 1)], 1)
+
+    @staticmethod
+    def _append(columns: list, values: torch.Tensor, rows: torch.Tensor, live: torch.Tensor, count: int, fill) -> None:
+        column = values.new_full((count,), fill)
+        column[rows] = values[live]
+        columns.append(column)
+
+
+def draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """One sample a row from (B, V) probabilities, by inverting their sum: a single random number instead of V.
+
+    The random number is above 0, so a token of probability 0 is never drawn.
+    """
+    cumulated = probabilities.cumsum(-1)
+    chance = 1 - torch.rand(len(cumulated), 1, device=cumulated.device)
+    return torch.searchsorted(cumulated, chance * cumulated[:, -1:]).squeeze(1)
+
+
+def by_row(value, live: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == len(live)

@@ -1,0 +1,83 @@
+"""Rows without padding waste: right-aligned, sorted by length, and cut at the longest of their micro-batch.
+
+A rollout is `prompt_ids` (B, P), left padded, and `completion_ids` (B, T), right padded. Right-aligned rows need no
+attention mask in a causal model and no positions of their own: padding follows what any real token sees.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+States = tuple[torch.Tensor, torch.Tensor]
+
+
+def right_align(ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Move all padding of `ids` (B, L) to the right and cut it at the longest row: (B, longest)."""
+    order = torch.argsort((attention_mask == 0).int(), dim=1, stable=True)
+    return ids.gather(1, order)[:, : int(attention_mask.sum(1).max())]
+
+
+def response_states(attention_mask: torch.Tensor, width: int) -> States:
+    """Rows and columns, (N,) each, of the states that predict the real tokens among the last `width`, right-aligned.
+
+    They come row by row, the order in which `tensor[mask]` reads a (B, width) tensor.
+    """
+    response = attention_mask[:, -width:].bool()
+    # Token number n of a row stands in column n - 1, and the state in the column before predicts it.
+    columns = attention_mask.cumsum(1)[:, -width:][response] - 2
+    return response.nonzero()[:, 0], columns
+
+
+def at_responses(
+    forward: Callable[[torch.Tensor, States, torch.Tensor], tuple[torch.Tensor | None, ...]],
+    ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    width: int,
+) -> tuple[torch.Tensor | None, ...]:
+    """Run `forward(ids, states, targets)`, whose results are (N,), and lay each out as (B, width), 0 at padding."""
+    mask = attention_mask[:, -width:].bool()
+    flat = forward(right_align(ids, attention_mask), response_states(attention_mask, width), ids[:, -width:][mask])
+    return tuple(None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)
+
+
+def in_chunks(
+    run: Callable[[torch.Tensor], torch.Tensor], lengths: torch.Tensor, chunk: int, by_length: bool
+) -> torch.Tensor:
+    """`run(rows)` on chunks of row numbers, of similar length where `by_length`, put back in order."""
+    order = lengths.argsort(stable=True) if by_length else torch.arange(len(lengths), device=lengths.device)
+    results = torch.cat([run(rows) for rows in order.split(chunk)])
+    return results[order.argsort()]
+
+
+def sort_by_length(batches: list[dict]) -> list[dict]:
+    """Deal the rows of several micro-batches to as many of similar length, each without columns of padding only.
+
+    The micro-batches belong to one optimizer step whose loss is a mean over all its tokens, so the update is the same.
+    """
+    merged = {
+        name: torch.cat([batch[name] for batch in batches]) if is_rows(value) else value
+        for name, value in batches[0].items()
+    }
+    lengths = merged["prompt_mask"].sum(1) + merged["completion_mask"].sum(1)
+    return [
+        trim({name: value[rows] if is_rows(value) else value for name, value in merged.items()})
+        for rows in lengths.argsort(stable=True).chunk(len(batches))
+    ]
+
+
+def is_rows(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def trim(batch: dict) -> dict:
+    """Cut the columns in which no row of `batch` has a real token."""
+    prompt = int(batch["prompt_mask"].sum(1).max())
+    width, kept = batch["completion_mask"].size(1), max(1, int(batch["completion_mask"].sum(1).max()))
+
+    def cut(name, value):
+        if name in ("prompt_ids", "prompt_mask"):
+            return value[:, value.size(1) - prompt :]
+        by_token = is_rows(value) and value.dim() == 2 and value.size(1) == width
+        return value[:, :kept] if by_token else value
+
+    return {name: cut(name, value) for name, value in batch.items()}

@@ -1,0 +1,207 @@
+"""The savings of `recipes.fast` leave the numbers as they are."""
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from recipes.fast import FAST_PATHS
+from recipes.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
+from recipes.fast.live_rows import LiveRowSampling, draw
+from recipes.fast.packing import in_chunks, response_states, right_align, sort_by_length
+from tests import models
+from tests.test_ppo_trainer import make_trainer, world  # noqa: F401
+
+PAD = 0
+
+
+def rows_of(lengths: list[tuple[int, int]]) -> dict:
+    """Prompts (left padded) and completions (right padded) of given lengths, every token another number."""
+    width, span = max(p for p, _ in lengths), max(c for _, c in lengths)
+    numbers = iter(range(1, 10_000))
+    batch = {name: [] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")}
+    for prompt, completion in lengths:
+        batch["prompt_ids"].append([PAD] * (width - prompt) + [next(numbers) for _ in range(prompt)])
+        batch["prompt_mask"].append([0] * (width - prompt) + [1] * prompt)
+        batch["completion_ids"].append([next(numbers) for _ in range(completion)] + [PAD] * (span - completion))
+        batch["completion_mask"].append([1] * completion + [0] * (span - completion))
+        batch["advantages"].append([float(x) for x in batch["completion_ids"][-1]])
+    return {name: torch.tensor(value) for name, value in batch.items()} | {"num_items_in_batch": torch.tensor(7)}
+
+
+def test_states_predict_the_response_tokens_of_right_aligned_rows():
+    batch = rows_of([(3, 2), (1, 4), (5, 1)])
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    aligned = right_align(ids, attention)
+    assert aligned.shape == (3, 6)
+    assert [row[row != PAD].tolist() for row in aligned] == [row[row != PAD].tolist() for row in ids]
+    rows, columns = response_states(attention, 4)
+    following = aligned[rows, columns + 1]
+    assert following.tolist() == batch["completion_ids"][batch["completion_mask"].bool()].tolist()
+
+
+def test_sorted_micro_batches_hold_the_same_rows_and_no_empty_column():
+    batch = rows_of([(3, 2), (1, 9), (5, 1), (2, 2), (8, 7), (1, 1)])
+    halves = [
+        {name: value[i : i + 3] if value.dim() else value for name, value in batch.items()} for i in range(0, 6, 3)
+    ]
+    ordered = sort_by_length(halves)
+    assert [part["prompt_ids"].shape for part in ordered] == [(3, 3), (3, 8)]
+    assert [part["completion_ids"].shape for part in ordered] == [(3, 2), (3, 9)]
+
+    def content(parts):
+        return sorted(
+            (p[pm.bool()].tolist(), c[cm.bool()].tolist(), a[cm.bool()].tolist())
+            for part in parts
+            for p, pm, c, cm, a in zip(
+                *(part[name] for name in batch if name != "num_items_in_batch"),
+                strict=True,
+            )
+        )
+
+    assert content(ordered) == content(halves)
+    assert all(part["num_items_in_batch"] == 7 for part in ordered)
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+def test_chunks_come_back_in_order(by_length):
+    lengths = torch.tensor([5, 1, 4, 2, 3])
+    seen = []
+    result = in_chunks(lambda rows: seen.append(lengths[rows].tolist()) or rows * 10, lengths, 2, by_length)
+    assert result.tolist() == [0, 10, 20, 30, 40]
+    assert seen == ([[1, 2], [3, 4], [5]] if by_length else [[5, 1], [4, 2], [3]])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_frozen_head_equals_autograd(monkeypatch, temperature):
+    monkeypatch.setattr("recipes.fast.frozen_head.LOGITS_PER_CHUNK", 50 * 3)  # chunks of 3 rows, the last of 1
+    torch.manual_seed(0)
+    weight, targets = torch.randn(50, 8), torch.randint(50, (10,))
+    ours = torch.randn(10, 8, requires_grad=True)
+    plain = ours.detach().clone().requires_grad_()
+    logps, entropies = FrozenHeadLogProbs.apply(ours, weight, targets, temperature, True)
+    table = (plain @ weight.T / temperature).log_softmax(-1)
+    expected = table.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logps, expected)
+    torch.testing.assert_close(entropies, -(table.exp() * table).sum(1))
+    direction = torch.randn(10)
+    (logps * direction).sum().backward()
+    (expected * direction).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert FrozenHeadLogProbs.apply(ours, weight, targets, temperature, False)[1] is None
+
+
+def test_only_a_plain_frozen_head_takes_the_short_way():
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    llama = models.causal_lm()
+    assert not has_frozen_linear_head(llama)  # it would be trained
+    assert has_frozen_linear_head(llama.requires_grad_(False))
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40, bos_token_id=1, eos_token_id=1))
+    assert has_frozen_linear_head(gpt2.requires_grad_(False))
+    soft_capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **tokens, head_dim=16, final_logit_softcapping=0.1))
+    soft_capped.lm_head.weight.data.normal_()
+    assert not has_frozen_linear_head(soft_capped.requires_grad_(False))
+    scaled = CohereForCausalLM(CohereConfig(**sizes, **heads, **tokens, logit_scale=4.0))
+    scaled.lm_head.weight.data.normal_()
+    assert not has_frozen_linear_head(scaled.requires_grad_(False))
+
+
+def test_draws_follow_the_probabilities_and_never_leave_their_support():
+    torch.manual_seed(0)
+    probabilities = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
+    counts = draw(probabilities.repeat(20_000, 1)).bincount(minlength=6)
+    assert counts[[0, 2, 5]].sum() == 0
+    torch.testing.assert_close(counts / 20_000, probabilities, atol=0.015, rtol=0)
+
+
+def generate(model, loop, prompts, mask, **kwargs):
+    config = GenerationConfig(
+        max_new_tokens=12, do_sample=True, pad_token_id=0, eos_token_id=list(range(1, 12)), **kwargs
+    )
+    with loop.installed(model):
+        return model.generate(input_ids=prompts, attention_mask=mask, generation_config=config)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.5, "top_k": 10}], ids=["whole", "filtered"])
+def test_live_rows_keep_the_log_probabilities_of_what_they_sample(kwargs):
+    torch.manual_seed(0)
+    model, loop, temperature = models.causal_lm(sharpness=4.0), LiveRowSampling(), kwargs.get("temperature", 1.0)
+    prompts = torch.randint(12, 40, (16, 6))
+    mask = torch.ones_like(prompts)
+    mask[::2, :4] = 0
+    samples = generate(model, loop, prompts, mask, **({"top_k": 0} | kwargs))
+    assert torch.equal(samples[:, :6], prompts)
+    assert loop.logps.shape == samples[:, 6:].shape
+    ends = torch.isin(samples[:, 6:], torch.arange(1, 12)).int()
+    lengths = torch.where(ends.any(1), ends.argmax(1) + 1, ends.size(1))
+    assert len(set(lengths.tolist())) > 3, "the case needs rows that end at different times"
+    for row, length in enumerate(lengths.tolist()):
+        assert (samples[row, 6 + length :] == 0).all() and (loop.logps[row, length:] == 0).all()
+        ids = torch.cat([prompts[row][mask[row].bool()], samples[row, 6 : 6 + length]])[None]
+        with torch.no_grad():
+            table = (model(input_ids=ids).logits[0, -length - 1 : -1] / temperature).log_softmax(-1)
+        expected = table.gather(1, ids[0, -length:, None])[:, 0]
+        torch.testing.assert_close(loop.logps[row, :length], expected, rtol=1e-4, atol=1e-5)
+        if "top_k" in kwargs:
+            assert (table > expected[:, None]).sum(1).max() < 10
+
+
+def test_what_is_not_sampling_is_left_to_transformers():
+    model, loop = models.causal_lm(), LiveRowSampling()
+    prompts = torch.randint(12, 40, (2, 6))
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=1)
+    plain = model.generate(input_ids=prompts, generation_config=config)
+    with loop.installed(model):
+        assert torch.equal(model.generate(input_ids=prompts, generation_config=config), plain)
+    assert loop.logps is None
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize("off", FAST_PATHS)
+def test_an_update_is_the_same_without_each_saving(world, tmp_path, monkeypatch, off):  # noqa: F811
+    """The same responses, of very different lengths, with all savings and with all but one."""
+    weights, metrics = [], []
+    for name, fast_paths in (("all", FAST_PATHS), ("fewer", [path for path in FAST_PATHS if path != off])):
+        trainer = make_trainer(
+            world,
+            tmp_path / name,
+            fast_paths=list(fast_paths),
+            num_iterations=2,
+            max_steps=2,
+            gradient_accumulation_steps=4,
+            optim="sgd",
+            learning_rate=0.3,
+            max_grad_norm=0.0,
+            temperature=0.8,
+        )
+        draws = iter(torch.rand(10_000, generator=torch.Generator().manual_seed(4)).split(16))
+
+        def responses(prompt_ids, *args, draws=draws, **kwargs):
+            lengths = [1 + 7 * (i % 4 == 0) + i % 3 for i in range(len(prompt_ids))]
+            words = [(next(draws)[: n - 1] * 40 + 4).long().tolist() for n in lengths]
+            return [[*row, 1] if n < 8 else [*row, 5] for row, n in zip(words, lengths, strict=True)], None
+
+        if off in ("response_logps", "length_sorting"):
+            monkeypatch.setattr(trainer, "_generate_single_turn", responses)
+        elif off == "live_rows":
+            # The loops draw differently: pick the most likely token through the sampling loop of either.
+            trainer.generation_config.top_k = 1
+        trainer.train()
+        weights.append({n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad})
+        metrics.append(trainer.state.log_history[0])
+    for name in ("objective/scores", "objective/entropy", "loss/policy_avg", "loss/value_avg", "loss"):
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-3, abs=1e-5), name
+    assert metrics[0]["val/ratio"] == pytest.approx(1, abs=1e-5)
+    for name, whole in weights[0].items():
+        torch.testing.assert_close(weights[1][name], whole, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
