@@ -10,8 +10,9 @@ and critic, one adapter each. Every flag of TRL's `ScriptArguments`, `GRPOConfig
 """
 
 import importlib
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments
@@ -43,9 +44,15 @@ class PPOScriptArguments(ScriptArguments):
             "--reward_weights (the reward model's weight comes first)."
         },
     )
+    ptx_dataset_name: str | None = field(
+        default=None, metadata={"help": "Demonstrations for --ptx_coef, of any schema that recipes/sft.py takes."}
+    )
     normalize_scores: bool = field(
         default=True,
-        metadata={"help": "Standardise scores with the mean and spread that recipes/reward.py stored."},
+        metadata={
+            "help": "Standardise scores with the mean and spread that recipes/reward.py stored; --score_mean and "
+            "--score_std go before them."
+        },
     )
 
 
@@ -59,8 +66,10 @@ def import_reward_func(path: str) -> Callable:
         ) from error
 
 
-def check_rewards(script_args: PPOScriptArguments, training_args: PPOConfig) -> None:
-    """Refuse what cannot give a reward, before anything is loaded."""
+def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -> None:
+    """Refuse what cannot give a reward or would go unused, before anything is loaded."""
+    if (training_args.ptx_coef > 0) != (script_args.ptx_dataset_name is not None):
+        raise UserError("PPO-ptx needs both --ptx_coef above 0 and --ptx_dataset_name.")
     sources = [script_args.reward_model_name_or_path or [], *(script_args.reward_funcs or [])]
     sources = [source for source in sources if source]
     if not sources:
@@ -72,17 +81,28 @@ def check_rewards(script_args: PPOScriptArguments, training_args: PPOConfig) -> 
         )
 
 
+def standardise(training_args: PPOConfig, reward_path: str) -> None:
+    """Take the mean and spread of scores from the reward model's folder, unless they were given."""
+    given = (training_args.score_mean, training_args.score_std) != (0.0, 1.0)
+    statistics = None if given else read_reward_statistics(reward_path)
+    if statistics is not None:
+        training_args.score_mean, training_args.score_std = statistics["mean"], statistics["std"]
+    source = "given" if given else "as they are, without statistics" if statistics is None else f"from {reward_path}"
+    if training_args.distributed_state.is_main_process:
+        mean, std = training_args.score_mean, training_args.score_std
+        print(f"Scores: (score - {mean:.4g}) / {std:.4g}, {source}.", file=sys.stderr)
+
+
 def main():
     script_args, training_args, model_args, format_args = parse(
         (PPOScriptArguments, PPOConfig, ModelConfig, FormattingArguments)
     )
     check_launch(training_args)
-    check_rewards(script_args, training_args)
+    check_arguments(script_args, training_args)
     guard_output_dir(training_args)
     reward_path = script_args.reward_model_name_or_path
-    statistics = read_reward_statistics(reward_path) if reward_path and script_args.normalize_scores else None
-    if statistics is not None:
-        training_args.score_mean, training_args.score_std = statistics["mean"], statistics["std"]
+    if reward_path and script_args.normalize_scores:
+        standardise(training_args, reward_path)
 
     tokenizer = load_tokenizer(
         model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
@@ -96,12 +116,18 @@ def main():
         seed=training_args.seed,
     )
 
+    if script_args.ptx_dataset_name is not None:
+        ptx_source = replace(script_args, dataset_name=script_args.ptx_dataset_name, dataset_config=None)
+        ptx = load_formatted("sft", ptx_source, FormattingArguments(), tokenizer, prompt_completion=True)
+        datasets.reports["ptx"], datasets["ptx"] = ptx.reports["train"], ptx["train"]
+
     set_seed(training_args.seed)
     trainer = PPOTrainer(
         args=training_args,
         processing_class=tokenizer,
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
+        ptx_dataset=datasets.get("ptx"),
         reward_funcs=[import_reward_func(path) for path in script_args.reward_funcs or []],
         **load_ppo_models(model_args, reward_path, script_args.separate_reward_model, training_args.trust_remote_code),
     )

@@ -61,6 +61,14 @@ class PPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Stop training on a rollout once policy/approxkl_avg of a minibatch exceeds it."},
     )
+    ptx_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the demonstrations' loss, its mean over tokens (PPO-ptx)."}
+    )
+    ptx_max_length: int = field(default=1024, metadata={"help": "Tokens of a demonstration; the rest is cut."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Keep the mean of the policy's adapter over updates, saved in ema/; InstructGPT: 0.992."},
+    )
     total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
 
     # Speed
@@ -84,6 +92,10 @@ class PPOConfig(GRPOConfig):
             raise ValueError(f"fast_paths takes {', '.join(FAST_PATHS)}, not {', '.join(sorted(unknown))}.")
         if self.score_std <= 0:
             raise ValueError(f"score_std must be above 0, got {self.score_std}.")
+        if self.ptx_coef < 0:
+            raise ValueError(f"ptx_coef must be at least 0, got {self.ptx_coef}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, got {self.ema_decay}.")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")

@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
@@ -27,6 +27,7 @@ from recipes.errors import UserError
 from recipes.fast.live_rows import LiveRowSampling
 from recipes.fast.packing import at_responses, in_chunks, sort_by_length
 from recipes.ppo_config import PPOConfig
+from recipes.ppo_health import Health
 from recipes.ppo_math import (
     AdaptiveKL,
     explained_variance,
@@ -36,16 +37,20 @@ from recipes.ppo_math import (
     value_losses,
     whiten,
 )
+from recipes.ptx import PtxBatches
 from recipes.roles import (
+    AdapterEMA,
+    add_policy_copy,
     add_role_forward,
     add_score_roles,
-    copy_adapter,
+    checkpoint_under_roles,
     critic_from_policy,
     is_fresh,
-    recompute_under_role,
     scalar_scores,
+    train_roles,
     use_role,
 )
+from recipes.tokenization import turn_end
 
 
 class EpochSampler(RepeatSampler):
@@ -72,6 +77,7 @@ class PPOTrainer(GRPOTrainer):
         reward_funcs: functions of TRL's signature `f(prompts, completions, completion_ids, **kwargs) -> list[float]`,
             added to the reward model's score with `args.reward_weights` (the reward model's weight comes first).
         train_dataset, eval_dataset: rows with a `prompt`, as text or messages.
+        ptx_dataset: demonstrations trained beside PPO, for `args.ptx_coef` above 0 (see [`~recipes.ptx.PtxBatches`]).
         callbacks, optimizers, peft_config: as in `GRPOTrainer`.
 
     Raises:
@@ -107,6 +113,7 @@ class PPOTrainer(GRPOTrainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         reward_funcs: Callable | list[Callable] | None = None,
+        ptx_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         peft_config: PeftConfig | None = None,
@@ -128,8 +135,7 @@ class PPOTrainer(GRPOTrainer):
         if ref_model is None and self._is_peft and not is_fresh(model):
             self._ref_role = "ref"
             if "ref" not in model.peft_config:
-                model.add_adapter("ref", model.peft_config["default"])
-                copy_adapter(model, "default", "ref")
+                add_policy_copy(model, "ref")
         elif ref_model is None and not self._is_peft:
             ref_model = copy.deepcopy(model)
 
@@ -140,7 +146,12 @@ class PPOTrainer(GRPOTrainer):
         elif not has_adapter:
             base.critic = critic_from_policy(model) if value_model is None else value_model
             base.critic.requires_grad_(True)
-        self._make_trainable(model)
+        if args.ema_decay is not None:
+            if not self._is_peft:
+                raise UserError("ema_decay averages the policy's adapter: it needs LoRA (use_peft).")
+            callbacks = [*(callbacks or []), AdapterEMA(model, args.ema_decay)]
+        if self._is_peft:
+            train_roles(model, ("default", "critic"))
 
         # Scores
         reward_funcs = (
@@ -152,9 +163,7 @@ class PPOTrainer(GRPOTrainer):
         if reward_model is not None:
             if reward_model.config.num_labels != 1:
                 raise UserError(f"reward_model has num_labels={reward_model.config.num_labels}, PPO needs 1.")
-            if reward_processing_class is None or (
-                reward_processing_class.get_vocab() == processing_class.get_vocab()
-            ):
+            if (reward_processing_class or processing_class).get_vocab() == processing_class.get_vocab():
                 self._reward_module = reward_model.requires_grad_(False)
             else:
                 text_processing_classes[0] = reward_processing_class
@@ -181,7 +190,7 @@ class PPOTrainer(GRPOTrainer):
         response_logps = "response_logps" in args.fast_paths and not self._entropy_bonus_enabled
         add_role_forward(base, self.temperature, response_logps)
         if self._is_peft:
-            self._checkpoint_under_roles(model, base)
+            checkpoint_under_roles(model)
             if has_adapter or value_model is None:
                 # Quantised bases hold adapters in bf16, too coarse for the steps of a scalar head.
                 base.score.modules_to_save["critic"].float()
@@ -194,48 +203,29 @@ class PPOTrainer(GRPOTrainer):
         self.kl_controller = AdaptiveKL(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
         self._update_stopped = False
         self._update_sums = 0
-        self._sampled_logps = None
+        self._ptx = None
+        if args.ptx_coef > 0:
+            if ptx_dataset is None:
+                raise UserError("ptx_coef needs demonstrations: set ptx_dataset.")
+            batch_size, max_length = args.per_device_train_batch_size, args.ptx_max_length
+            self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed)
+        is_quantized = getattr(base, "is_quantized", False)
+        in_float32 = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32 and not is_quantized
+        pad_is_eos = self._tokenizer.pad_token_id in self.eos_token_ids
+        self._health = Health(args, pad_is_eos, ratio_tolerance=1e-3 if in_float32 else 0.05)
         # What a decoding step computes in half precision is not what training would for the same token.
-        self._keeps_sampled_logps = (
-            "sampling_logps" in args.fast_paths
-            and self.accelerator.mixed_precision == "no"
-            and base.dtype == torch.float32
-            and not getattr(base, "is_quantized", False)
-            and not self.tools
-        )
+        self._keeps_sampled_logps = in_float32 and "sampling_logps" in args.fast_paths and not self.tools
+        self._sampled_logps = None
         self._live_rows = None
         if "live_rows" in args.fast_paths and self.accelerator.distributed_type in ("NO", "MULTI_CPU", "MULTI_GPU"):
             self._live_rows = LiveRowSampling()
-
-    # Roles
-
-    def _make_trainable(self, model: nn.Module) -> None:
-        """Gradients for the policy and the critic, and for nothing else."""
-        if not self._is_peft:
-            return
-        model.set_requires_grad([name for name in model.peft_config if name not in ("default", "critic")], False)
-        model.set_requires_grad("default", True)
-        if "critic" in model.peft_config:
-            model.set_requires_grad("critic", True)
-            model.get_base_model().score.modules_to_save["critic"].requires_grad_(True)
-
-    def _checkpoint_under_roles(self, model: PeftModel, base: PreTrainedModel) -> None:
-        enable = base.activation_checkpointing_enable
-
-        def enable_under_roles(activation_checkpointing_kwargs=None, **kwargs):
-            own = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-            if own["use_reentrant"]:
-                raise ValueError("PPO's roles need activation_checkpointing_kwargs without use_reentrant: true.")
-            enable({**own, "context_fn": recompute_under_role(model)}, **kwargs)
-
-        base.activation_checkpointing_enable = enable_under_roles
 
     def _save_trained(self, model: nn.Module, save_directory: str, state_dict: dict | None = None, **kwargs) -> None:
         """Save the policy to `save_directory`, loadable by plain peft or transformers, and the critic to `critic/`."""
         save = functools.partial(type(model).save_pretrained, model, save_directory, **kwargs)
         critic = getattr(model.get_base_model() if self._is_peft else model, "critic", None)
         if self._is_peft:
-            adapters = [name for name in ("default", "critic") if name in model.peft_config]
+            adapters = [name for name in ("default", "critic", "ema") if name in model.peft_config]
             save(selected_adapters=adapters, **({} if state_dict is None else {"state_dict": state_dict}))
         else:
             state_dict = model.state_dict() if state_dict is None else state_dict
@@ -289,23 +279,13 @@ class PPOTrainer(GRPOTrainer):
         self._is_chat = is_conversational({"prompt": prompts[0]})
         return rollout
 
-    @functools.cached_property
-    def _turn_end(self) -> list[int]:
-        """What the chat template writes after the EOS of an answer (ChatML: a newline).
-
-        RewardTrainer reads the score after it, so scoring has to put it back after a finished response.
-        """
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        ids = self._tokenizer.apply_chat_template(turns, return_dict=False, **self.chat_template_kwargs)
-        ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
-        return ids[ends[-1] + 1 :] if ends else []
-
     @torch.no_grad()
     def reward_model(self, prompts, completions, completion_ids, **kwargs) -> list[float]:
         """The reward model's raw score of each sampled sequence, read where `RewardTrainer` trains it."""
-        stops = set(self.eos_token_ids) if self._is_chat else set()
+        stops = self.eos_token_ids if self._is_chat else []
+        after_stop = turn_end(self._tokenizer, stops, **self.chat_template_kwargs) if stops else []
         sequences = [
-            [*prompt, *completion, *(self._turn_end if completion[-1] in stops else [])]
+            [*prompt, *completion, *(after_stop if completion[-1] in stops else [])]
             for prompt, completion in zip(self._prompt_ids, self._completion_ids, strict=True)
         ]
         pad_token_id = self._tokenizer.pad_token_id
@@ -356,7 +336,7 @@ class PPOTrainer(GRPOTrainer):
             raise UserError(
                 f"Step {self.state.global_step}: {names} gave no finite score to {int(unscored.sum())} of "
                 f"{len(scores)} responses, the first in row {int(unscored.nonzero()[0])} of the rollout. "
-                f"The last good state is the newest checkpoint in {self.args.output_dir}."
+                f"{self._last_good_state()}"
             )
         self._scores = (scores * self.reward_weights.to(scores.device)).nansum(1)[per_process]
         return rewards
@@ -428,10 +408,10 @@ class PPOTrainer(GRPOTrainer):
         non_score = -self.kl_controller.value * kl.sum(1)
         per_response = torch.stack([kl.sum(1), -(logps * mask).sum(1), non_score, scores, non_score + scores], 1)
         names = ("kl", "entropy", "non_score_reward", "scores", "rlhf_reward")
-        means = self.accelerator.gather(per_response).mean(0).tolist()
+        per_response = dict(zip(names, self.accelerator.gather(per_response).T, strict=True))
         metrics = self._metrics[mode]
-        for name, mean in zip(names, means, strict=True):
-            metrics[f"objective/{name}"].append(mean)
+        for name, values in per_response.items():
+            metrics[f"objective/{name}"].append(values.mean().item())
         metrics["objective/kl_coef"].append(self.kl_controller.value)
         eos = (torch.isin(rollout["completion_ids"], stops) * mask).sum()
         metrics["val/num_eos_tokens"].append(self._sum_over_processes(eos).item())
@@ -441,6 +421,12 @@ class PPOTrainer(GRPOTrainer):
         if mode == "train":
             generate_every = self.args.steps_per_generation * self.num_iterations
             metrics["episode"] = [(self._step // generate_every + 1) * self.args.generation_batch_size]
+            self._health.rollout(
+                per_response["kl"],
+                per_response["scores"],
+                cut_share=metrics["completions/clipped_ratio"][-1],
+                explained_variance=metrics["val/explained_variance"][-1],
+            )
         # GRPO's view of the rewards, by groups of one: its spread is always 0 and its sum misses PPO's normalisation.
         for name in ("reward", "reward_std", "frac_reward_zero_std"):
             metrics.pop(name, None)
@@ -501,13 +487,25 @@ class PPOTrainer(GRPOTrainer):
         losses, clipped = value_losses(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         value_loss = (losses * mask).sum() / self._tokens_per_update(inputs, mask, mode)
         loss = loss + self.args.vf_coef * value_loss
+        if self._ptx is not None and mode == "train":
+            batch = self._ptx(self._step, self.accelerator.process_index, self.accelerator.num_processes)
+            ptx_loss = model(**{name: value.to(mask.device) for name, value in batch.items()}).loss
+            loss = loss + self.args.ptx_coef * ptx_loss / self.current_gradient_accumulation_steps
+            self._metrics[mode]["loss/ptx_avg"].append(self.accelerator.gather(ptx_loss.detach()).mean().item())
         self._log_update(mode, inputs, mask, logps, losses.detach(), clipped)
         if not loss.isfinite():
+            rows = (~(logps.isfinite() & values.isfinite()).all(1)).nonzero()[:, 0].tolist()
             raise UserError(
-                f"Step {self.state.global_step}: the loss is {loss.item()}. Lower learning_rate, or look for a role "
-                f"in half precision. The last good state is the newest checkpoint in {self.args.output_dir}."
+                f"Step {self.state.global_step}: the loss is {loss.item()}, by log-probabilities or values of rows "
+                f"{rows} of the micro-batch. Lower learning_rate, or look for a role in half precision. "
+                f"{self._last_good_state()}"
             )
         return loss
+
+    def _last_good_state(self) -> str:
+        folder = self.args.output_dir
+        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        return "There is no checkpoint yet." if checkpoint is None else f"The last good checkpoint is {checkpoint}."
 
     def _tokens_per_update(self, inputs: dict, mask: torch.Tensor, mode: str) -> torch.Tensor:
         """What a micro-batch's token losses are divided by, the same for policy and critic (see `loss_type`)."""
@@ -539,8 +537,12 @@ class PPOTrainer(GRPOTrainer):
         self._update_sums = 0
         for name, total in zip(sums, totals, strict=True):
             self._metrics[mode][name].append(total / max(count, 1))
-        if mode == "train" and self.args.target_kl is not None:
-            self._update_stopped = self._metrics[mode]["policy/approxkl_avg"][-1] > self.args.target_kl
+        if mode == "train":
+            position = self._step % (self.args.steps_per_generation * self.num_iterations)
+            if position < self.args.gradient_accumulation_steps:
+                self._health.first_minibatch(self._metrics[mode]["val/ratio"][-1])
+            if self.args.target_kl is not None:
+                self._update_stopped = self._metrics[mode]["policy/approxkl_avg"][-1] > self.args.target_kl
 
     def training_step(self, model, inputs, num_items_in_batch):
         new_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
@@ -587,7 +589,8 @@ class PPOTrainer(GRPOTrainer):
             saved = type(critic).from_pretrained(os.path.join(resume_from_checkpoint, "critic"), dtype=critic.dtype)
             critic.load_state_dict(saved.state_dict())
         # Trainer reloads every adapter but the active one as untrainable.
-        self._make_trainable(model)
+        if self._is_peft:
+            train_roles(model, ("default", "critic"))
         path = os.path.join(resume_from_checkpoint, f"ppo_state_{self.accelerator.process_index}.pt")
         if not os.path.exists(path):
             raise UserError(f"{path} is missing: resume with the number of processes the checkpoint was written with.")

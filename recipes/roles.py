@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 
 from recipes.errors import UserError, first_line
 from recipes.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
@@ -60,6 +60,31 @@ def recompute_under_role(model: nn.Module):
     return context_fn
 
 
+def train_roles(model: PeftModel, roles: tuple[str, ...]) -> None:
+    """Gradients for these adapters and their heads, and for nothing else."""
+    model.set_requires_grad(list(model.peft_config), False)
+    heads = getattr(getattr(model.get_base_model(), "score", None), "modules_to_save", {})
+    for role in roles:
+        if role in model.peft_config:
+            model.set_requires_grad(role, True)
+        if role in heads:
+            heads[role].requires_grad_(True)
+
+
+def checkpoint_under_roles(model: PeftModel) -> None:
+    """Make activation checkpointing on `model` recompute under the right role, see [`recompute_under_role`]."""
+    base = model.get_base_model()
+    enable = base.activation_checkpointing_enable
+
+    def enable_under_roles(activation_checkpointing_kwargs=None, **kwargs):
+        own = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if own["use_reentrant"]:
+            raise ValueError("PPO's roles need activation_checkpointing_kwargs without use_reentrant: true.")
+        enable({**own, "context_fn": recompute_under_role(model)}, **kwargs)
+
+    base.activation_checkpointing_enable = enable_under_roles
+
+
 def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
     """Add roles with a scalar head to a policy, `{role: adapter folder}`, in place.
 
@@ -94,6 +119,32 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
     for name, parameter in model.named_parameters():
         if f".{source}." in name:
             model.get_parameter(name.replace(f".{source}.", f".{target}.")).data.copy_(parameter.data)
+
+
+def add_policy_copy(model: PeftModel, role: str) -> None:
+    """Add an adapter that starts as a copy of the policy's."""
+    model.add_adapter(role, model.peft_config["default"])
+    copy_adapter(model, "default", role)
+
+
+class AdapterEMA(TrainerCallback):
+    """Moves the adapter `ema` towards the policy's after each update: `ema = decay * ema + (1 - decay) * policy`.
+
+    It starts as a copy of the policy, in float32, because half precision would lose its small steps.
+    """
+
+    def __init__(self, model: PeftModel, decay: float):
+        self.model, self.decay = model, decay
+        add_policy_copy(model, "ema")
+        for name, parameter in model.named_parameters():
+            if ".ema." in name:
+                parameter.data = parameter.data.float()
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        for name, parameter in self.model.named_parameters():
+            if ".ema." in name:
+                parameter.lerp_(self.model.get_parameter(name.replace(".ema.", ".default.")).float(), 1 - self.decay)
 
 
 def is_fresh(model: PeftModel) -> bool:

@@ -81,3 +81,14 @@ def load_tokenizer(
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     return keep_control_tokens_text(tokenizer)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, stops: list[int], **template_arguments) -> list[int]:
+    """What the chat template writes after the stop token of an answer, as ChatML's newline; `stops` are stop tokens.
+
+    RewardTrainer reads the score after it, so scoring has to put it back after a finished response.
+    """
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ids = tokenizer.apply_chat_template(turns, return_dict=False, **template_arguments)
+    ends = [position for position, token in enumerate(ids) if token in stops]
+    return ids[ends[-1] + 1 :] if ends else []
