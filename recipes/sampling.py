@@ -118,12 +118,13 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[list[dict]],
     sampling: SamplingArguments,
+    title: str = "Sampling",
 ) -> list[list[Response]]:
-    """`num_generations` independent responses for each conversation, in their order."""
+    """`num_generations` independent responses for each conversation, in their order; `title` is shown on the way."""
     rows = [row for row in range(len(conversations)) for _ in range(sampling.num_generations)]
     rows.sort(key=lambda row: prompt_length(conversations[row]), reverse=True)
     responses: list[list[Response]] = [[] for _ in conversations]
-    for start in tqdm(range(0, len(rows), sampling.generation_batch_size), desc="Sampling", disable=None):
+    for start in tqdm(range(0, len(rows), sampling.generation_batch_size), desc=title, disable=None):
         batch = rows[start : start + sampling.generation_batch_size]
         seed = derived_seed(sampling.seed, start)
         for row, response in zip(

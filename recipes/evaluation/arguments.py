@@ -1,0 +1,82 @@
+"""What is evaluated and how: the arguments of scripts/evaluate.py, and the samples they ask for."""
+
+from dataclasses import dataclass, field, replace
+
+from recipes.errors import UserError
+from recipes.evaluation.policies import Sampled, checkpoints, named_paths
+from recipes.sampling import SamplingArguments
+
+
+@dataclass
+class EvaluationArguments(SamplingArguments):
+    """Policies, what scores them, and how they are sampled: from the whole distribution, as KL needs it."""
+
+    policies: list[str] = field(default_factory=list, metadata={"help": "Policies as NAME=PATH, e.g. sft=runs/sft."})
+    reward_model_name_or_path: str | None = field(default=None, metadata={"help": "Reward adapter or full model."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Folder of the report and its parts."})
+    reference: str | None = field(
+        default=None, metadata={"help": "The policy that KL is measured from; default: sft, else the first."}
+    )
+    headline: str | None = field(
+        default=None, metadata={"help": "The policy that the page is about; default: ppo, else the last."}
+    )
+    normalize_scores: bool = field(
+        default=True, metadata={"help": "Standardise scores as PPO does, where recipes/reward.py stored how."}
+    )
+    judges: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Python judges module.function, of the signature of TRL's reward functions."},
+    )
+    checkpoints: list[str] = field(
+        default_factory=list, metadata={"help": "PPO runs as NAME=FOLDER, whose checkpoints become a curve."}
+    )
+    num_checkpoints: int = field(default=6, metadata={"help": "Checkpoints of each run, spread evenly."})
+    temperatures: list[float] = field(
+        default_factory=lambda: [0.8, 0.6, 0.4, 0.2],
+        metadata={"help": "The reference is also sampled at these: what mere sharpening gains."},
+    )
+    best_of_n: int = field(
+        default=64, metadata={"help": "Samples of the reference per prompt, for best-of-n and the frontier."}
+    )
+    num_prompts: int | None = field(default=None, metadata={"help": "The first so many prompts; default: all."})
+    eval_batch_size: int = field(default=32, metadata={"help": "Responses per forward pass that measures."})
+    top_k: int = field(default=0, metadata={"help": "Only 0: a filter has no finite KL."})
+    top_p: float = field(default=1.0, metadata={"help": "Only 1: a filter has no finite KL."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the models."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.policies or self.reward_model_name_or_path is None:
+            raise UserError("Command line: --policies NAME=PATH … and --reward_model_name_or_path are required.")
+        if self.top_k != 0 or self.top_p != 1.0:
+            raise UserError("--top_k and --top_p cut the distribution, and KL is not finite then: leave them out.")
+        if min([self.temperature, *self.temperatures]) <= 0:
+            raise UserError("--temperature and --temperatures must be above 0: a greedy policy has no finite KL.")
+        for name in ("num_checkpoints", "eval_batch_size", "num_prompts"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: expected 1 or more.")
+        if self.best_of_n < 2:
+            raise UserError(f"--best_of_n {self.best_of_n}: expected 2 or more.")
+        self.paths = named_paths("--policies", self.policies)
+        self.runs = named_paths("--checkpoints", self.checkpoints)
+        names = list(self.paths)
+        self.reference = self.reference or ("sft" if "sft" in names else names[0])
+        others = [name for name in names if name != self.reference] or names
+        self.headline = self.headline or ("ppo" if "ppo" in others else others[-1])
+        for flag, name in (("reference", self.reference), ("headline", self.headline)):
+            if name not in self.paths:
+                raise UserError(f"--{flag} {name} is not among --policies {', '.join(names)}.")
+
+    def plan(self) -> list[Sampled]:
+        """Everything that is sampled: the policies, the sharpened reference, the checkpoints."""
+        plan = [Sampled(name, path, self.num_generations, self.temperature) for name, path in self.paths.items()]
+        reference = next(one for one in plan if one.name == self.reference)
+        often = replace(reference, num_generations=max(self.best_of_n, self.num_generations))
+        plan[plan.index(reference)] = often
+        for temperature in self.temperatures:
+            if temperature != self.temperature:
+                plan.append(replace(reference, name=f"{self.reference}@T{temperature:g}", temperature=temperature))
+        for run, folder in self.runs.items():
+            for step, path in checkpoints(folder, self.num_checkpoints):
+                plan.append(Sampled(f"{run}@step{step}", path, self.num_generations, self.temperature, run, step))
+        return plan

@@ -1,0 +1,55 @@
+"""Intermediate results on disk, so that a stopped evaluation goes on, and a longer one reuses what is there."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recipes.errors import UserError
+
+
+class Parts:
+    """A folder of JSON values by name, each with what it was made from."""
+
+    def __init__(self, output_dir: str):
+        self.folder = Path(output_dir) / "parts"
+        if os.path.isfile(output_dir):
+            raise UserError(f"--output_dir {output_dir} is a file: choose another.")
+        if not self.folder.is_dir() and os.path.isdir(output_dir) and os.listdir(output_dir):
+            raise UserError(f"{output_dir} is not empty and holds no evaluation: choose another --output_dir.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str, made_from: dict, compute: Callable[[], Any]) -> Any:
+        """What an earlier run left, or the result of `compute`.
+
+        Raises:
+            UserError: it is there and was made from something else.
+        """
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            different = [key for key in made_from if content["made_from"].get(key) != made_from[key]]
+            if different:
+                raise UserError(
+                    f"{path} was made with another {', '.join(different)}: choose another --output_dir, or the same "
+                    "models, prompts and arguments to go on with this one."
+                )
+            return content["values"]
+        values = compute()
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"made_from": made_from, "values": values}), encoding="utf-8")
+        partial.replace(path)
+        return values
+
+
+def fingerprint(value: Any) -> str:
+    """20 hexadecimal digits that are equal for equal JSON values."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:20]
+
+
+def identity(path: str) -> dict:
+    """A model's name and, of a local one, the sizes and times of its weights."""
+    files = [file for pattern in ("*.safetensors", "*.bin") for file in sorted(Path(path).glob(pattern))]
+    return {"path": path, "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]}

@@ -1,0 +1,67 @@
+"""People as judges: a blind task for the ranking app, and the win rates that its rankings give."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.errors import UserError
+from recipes.evaluation.policies import Conversation
+from recipes.formatting import load_rows
+
+
+def write_ranking_task(path: Path, prompts: list[Conversation], texts: dict[str, list[str]]) -> int:
+    """Write what people rank blind in the ranking app, and return the number of prompts.
+
+    One response of each policy; the file does not say whose, and their order changes from prompt to prompt. Prompts
+    to which all policies gave the same response are left out, since there is nothing to rank.
+    """
+    rows = []
+    for number, prompt in enumerate(prompts):
+        distinct = sorted({group[number] for group in texts.values()}, key=lambda text: _hidden(prompt, text))
+        if len(distinct) > 1:
+            responses = [{"id": f"e{number}-{place}", "text": text} for place, text in enumerate(distinct)]
+            rows.append({"id": f"e{number}", "prompt": prompt, "responses": responses})
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return len(rows)
+
+
+def _hidden(prompt: Conversation, text: str) -> str:
+    return hashlib.sha256(json.dumps([prompt, text]).encode()).hexdigest()
+
+
+def read_people(path: str) -> dict[str, list[dict[str, float]]]:
+    """Rankings that the app exported: for each prompt (as JSON), one `{text: rank}` a labeler.
+
+    Raises:
+        UserError: the file cannot be read, or a row is no ranking.
+    """
+    rankings: dict[str, list[dict[str, float]]] = {}
+    for row in load_rows(path):
+        try:
+            ranks = {response["text"]: float(response["rank"]) for response in row.data["responses"]}
+            rankings.setdefault(json.dumps(row.data["prompt"]), []).append(ranks)
+        except (KeyError, TypeError, ValueError) as error:
+            what = getattr(row.data, "message", error)
+            raise UserError(f"{row.file}:{row.line}: not a ranking as rank_responses.py exports it: {what}") from error
+    return rankings
+
+
+def people_outcomes(
+    rankings: dict[str, list[dict[str, float]]], prompts: list[Conversation], texts_a: list[str], texts_b: list[str]
+) -> np.ndarray:
+    """Wins, ties and losses of a, (prompts, 3), over the labelers of each prompt; NaN where nobody ranked them.
+
+    On a prompt that was ranked because of a third policy, equal texts of a and b are a tie.
+    """
+    shares: list[Any] = []
+    for prompt, a, b in zip(prompts, texts_a, texts_b, strict=True):
+        ranks = [ranks for ranks in rankings.get(json.dumps(prompt), []) if a in ranks and b in ranks]
+        signs = [np.sign(row[b] - row[a]) for row in ranks]
+        if signs:
+            shares.append(tuple(float(np.mean([sign == wanted for sign in signs])) for wanted in (1, 0, -1)))
+        else:
+            shares.append((np.nan,) * 3)
+    return np.array(shares)

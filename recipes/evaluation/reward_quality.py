@@ -1,0 +1,125 @@
+"""How well a reward model orders pairs that people (or programs) ordered, as pure functions."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from recipes.evaluation.metrics import ratio_interval
+
+LENGTH_BINS = 5
+CALIBRATION_BINS = 10
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One ordered pair of responses to a prompt. Scores are the reward model's; lengths in tokens."""
+
+    group: str  # equal for pairs of one prompt
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+    chosen_length: int
+    rejected_length: int
+    source: str = ""
+    annotator: str | None = None
+
+    @property
+    def margin(self) -> float:
+        return self.chosen_score - self.rejected_score
+
+    @property
+    def right(self) -> float:
+        """1 if the better response has the higher score, 0.5 for equal scores."""
+        return (self.margin > 0) + 0.5 * (self.margin == 0)
+
+    @property
+    def longer_wins(self) -> float:
+        """What a rule that likes the longer response would get."""
+        return (self.chosen_length > self.rejected_length) + 0.5 * (self.chosen_length == self.rejected_length)
+
+
+def reward_model_quality(pairs: Sequence[Pair]) -> dict:
+    """Accuracy with its interval (prompts are drawn together), the baseline, and where the model is right."""
+    result = {
+        "accuracy": accuracy(pairs),
+        "longer_wins_baseline": fmean(pair.longer_wins for pair in pairs),
+        "n_pairs": len(pairs),
+        "by_length_difference": by_length_difference(pairs),
+        "calibration": calibration(pairs),
+    }
+    sources, annotators = {pair.source for pair in pairs}, {pair.annotator for pair in pairs} - {None}
+    if len(sources) > 1:
+        result["by_source"] = {name: _part(pairs, source=name) for name in sorted(sources)}
+    if annotators:
+        result["labelers"] = {name: _part(pairs, annotator=name) for name in sorted(annotators)}
+        result["labelers_with_each_other"] = labeler_agreement(pairs)
+    return result
+
+
+def accuracy(pairs: Sequence[Pair]) -> dict:
+    """`{"mean", "ci95"}`: the share of pairs that the scores order as the labels do."""
+    return ratio_interval([pair.right for pair in pairs], [1.0] * len(pairs), [pair.group for pair in pairs])
+
+
+def _part(pairs: Sequence[Pair], **wanted) -> dict:
+    part = [pair for pair in pairs if all(getattr(pair, name) == value for name, value in wanted.items())]
+    baseline = fmean(pair.longer_wins for pair in part)
+    return {"accuracy": accuracy(part), "longer_wins_baseline": baseline, "n_pairs": len(part)}
+
+
+def by_length_difference(pairs: Sequence[Pair], bins: int = LENGTH_BINS) -> list[dict]:
+    """Accuracy in bins of about equally many pairs, by how much longer (in tokens) the better response is."""
+    ordered = sorted(pairs, key=lambda pair: pair.chosen_length - pair.rejected_length)
+    differences = np.array([pair.chosen_length - pair.rejected_length for pair in ordered])
+    edges = np.unique(np.quantile(differences, np.linspace(0, 1, bins + 1)[1:-1]))
+    places = np.searchsorted(edges, differences, side="left")
+    rows = []
+    for place in np.unique(places):
+        part = [pair for pair, other in zip(ordered, places, strict=True) if other == place]
+        low, high = (part[end].chosen_length - part[end].rejected_length for end in (0, -1))
+        rows.append({"from": low, "to": high, "accuracy": accuracy(part), "n_pairs": len(part)})
+    return rows
+
+
+def calibration(pairs: Sequence[Pair], bins: int = CALIBRATION_BINS) -> dict:
+    """Whether the model is right as often as it claims.
+
+    It claims to be right with probability `sigmoid(|margin|)`, between 0.5 and 1. For equal bins of it: the mean
+    claim, how often the model was right, and the number of pairs. "error" is the mean distance between the two, over
+    pairs (the expected calibration error).
+    """
+    claims = 1 / (1 + np.exp(-np.abs([pair.margin for pair in pairs])))
+    right = np.array([pair.right for pair in pairs])
+    places = np.minimum(((claims - 0.5) * 2 * bins).astype(int), bins - 1)
+    curve = [
+        {
+            "claimed": float(claims[places == place].mean()),
+            "right": float(right[places == place].mean()),
+            "n_pairs": int((places == place).sum()),
+        }
+        for place in np.unique(places)
+    ]
+    error = sum(abs(row["claimed"] - row["right"]) * row["n_pairs"] for row in curve) / len(pairs)
+    return {"error": float(error), "curve": curve}
+
+
+def labeler_agreement(pairs: Sequence[Pair]) -> dict | None:
+    """How often two labelers who both ordered two responses did it the same way; `None` if nobody shared any."""
+    opinions: dict[tuple, list[bool]] = defaultdict(list)
+    for pair in pairs:
+        if pair.annotator is not None:
+            first, second = sorted((pair.chosen, pair.rejected))
+            opinions[pair.group, first, second].append(pair.chosen == first)
+    same, compared, groups = [], [], []
+    for (group, _, _), votes in opinions.items():
+        if len(votes) > 1:
+            first = sum(votes)
+            rest = len(votes) - first
+            same.append((first * (first - 1) + rest * (rest - 1)) / 2)
+            compared.append(len(votes) * (len(votes) - 1) / 2)
+            groups.append(group)
+    return ratio_interval(same, compared, groups) | {"n_pairs": int(sum(compared))} if same else None

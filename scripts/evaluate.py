@@ -1,0 +1,129 @@
+"""Shows whether alignment worked, and what it cost: reward, KL, win rates, the reward-KL frontier, the reward model.
+
+    python scripts/evaluate.py --policies base=BASE sft=runs/sft ppo=runs/ppo \\
+        --reward_model_name_or_path runs/reward --dataset_name prompts.jsonl --checkpoints ppo=runs/ppo \\
+        --preference_datasets rankings.jsonl --output_dir runs/evaluation
+
+Writes report.html (one file), report.json and PNGs. Run the same line again to go on where a run was stopped, or a
+longer one to add policies or judges to it. `--config FILE.yaml` holds any of the flags; docs/evaluation.md has more.
+"""
+
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from trl import ModelConfig, ScriptArguments
+
+from recipes.errors import UserError
+from recipes.evaluation.arguments import EvaluationArguments
+from recipes.evaluation.llm_judge import LLMJudge
+from recipes.evaluation.measure import Evaluation
+from recipes.evaluation.metrics import win_rate
+from recipes.evaluation.people import people_outcomes, read_people, write_ranking_task
+from recipes.evaluation.report import log_to_wandb, table, write_report
+from recipes.evaluation.reward_quality import reward_model_quality
+from recipes.evaluation.rewards import RewardModel, read_pairs
+from recipes.evaluation.summary import summarise
+from recipes.formats.report import Report
+from recipes.formatting import Formatter, FormattingArguments, list_splits, load_rows
+from recipes.launch import world_size
+from recipes.runs import git_revision, parse, run
+from recipes.sampling import Prompt
+
+
+@dataclass
+class JudgeArguments:
+    """Judges beside the reward model and --judges, the reward model's own test, and where to log."""
+
+    preference_datasets: list[str] = field(
+        default_factory=list, metadata={"help": "Held-out pairs or rankings that measure the reward model."}
+    )
+    llm_judge_model: str | None = field(
+        default=None, metadata={"help": "LLM that compares each policy with the reference."}
+    )
+    llm_judge_base_url: str = field(
+        default="https://api.openai.com/v1", metadata={"help": "OpenAI-compatible endpoint; key in OPENAI_API_KEY."}
+    )
+    ranking_task: str | None = field(
+        default=None, metadata={"help": "Write a blind task for scripts/rank_responses.py to this new file."}
+    )
+    rankings: str | None = field(default=None, metadata={"help": "Rankings that people made of that task."})
+    report_to: str = field(default="none", metadata={"help": "Where to log.", "choices": ["none", "wandb"]})
+    run_name: str | None = field(default=None, metadata={"help": "Name of the W&B run."})
+
+    def __post_init__(self):
+        if self.ranking_task is not None and Path(self.ranking_task).exists():
+            raise UserError(f"--ranking_task {self.ranking_task} exists: choose another file.")
+
+
+def read_prompts(script_args: ScriptArguments, format_args: FormattingArguments, limit: int | None) -> list[Prompt]:
+    """The prompts of the dataset's test split, or of its train split where it has no other."""
+    source, config = script_args.dataset_name, script_args.dataset_config
+    splits = (script_args.dataset_test_split, script_args.dataset_train_split)
+    split = splits[splits[0] not in list_splits(source, config)]
+    rows = load_rows(source, split, config)
+    report = Report(rows.source, "prompt")
+    formatter = Formatter("prompt", **format_args.options())
+    prompts = [
+        Prompt(f"p{row.line}", output["prompt"], f"{row.file}:{row.line}") for row, output in formatter(rows, report)
+    ]
+    print(report)
+    return prompts[:limit]
+
+
+def other_win_rates(evaluation: Evaluation, measured: dict, judge_args: JudgeArguments) -> list[dict]:
+    """By an LLM against the reference, and by people; both see the first response of each policy to a prompt."""
+    args, prompts = evaluation.args, evaluation.conversations
+    texts = {name: [group[0].text for group in measured[name].samples] for name in args.paths}
+    rows = []
+    if judge_args.llm_judge_model is not None:
+        memory = evaluation.parts.folder / "llm_verdicts.jsonl"
+        judge = LLMJudge(judge_args.llm_judge_model, judge_args.llm_judge_base_url, memory)
+        for name in (name for name in args.paths if name != args.reference):
+            title = f"{judge.model} on {name}"
+            shares, behaviour = judge.compare(prompts, texts[name], texts[args.reference], title)
+            rows.append((name, args.reference, judge.model, shares, behaviour))
+    if judge_args.rankings is not None:
+        rankings = read_people(judge_args.rankings)
+        for b, a in combinations(args.paths, 2):
+            rows.append((a, b, "people", people_outcomes(rankings, prompts, texts[a], texts[b]), {}))
+    known = [(*row[:3], row[3][np.isfinite(row[3][:, 0])], row[4]) for row in rows]
+    return [
+        {"a": a, "b": b, "judge": judge, **win_rate(shares), **more}
+        for a, b, judge, shares, more in known
+        if len(shares)
+    ]
+
+
+def main():
+    script_args, args, model_args, format_args, judge_args = parse(
+        (ScriptArguments, EvaluationArguments, ModelConfig, FormattingArguments, JudgeArguments)
+    )
+    if world_size() > 1:
+        raise UserError("Evaluation runs in one process: start it with python instead of accelerate launch.")
+    if script_args.dataset_name is None:
+        raise UserError("Command line: --dataset_name is required.")
+    reward = RewardModel(args, model_args)
+    prompts = read_prompts(script_args, format_args, args.num_prompts)
+    pairs = read_pairs(judge_args.preference_datasets, format_args)
+    evaluation = Evaluation(args, model_args, prompts, reward)
+    measured = evaluation.measure()
+
+    report = summarise(args, measured, evaluation.conversations, reward.unit)
+    report["win_rates"] += other_win_rates(evaluation, measured, judge_args)
+    report["reward_model"] = reward_model_quality(reward.pairs(pairs)) if pairs else None
+    report["git_revision"] = git_revision()
+    write_report(report, args.output_dir)
+    if judge_args.ranking_task is not None:
+        texts = {name: [group[0].text for group in measured[name].samples] for name in args.paths}
+        count = write_ranking_task(Path(judge_args.ranking_task), evaluation.conversations, texts)
+        print(f"{judge_args.ranking_task}: {count} prompts to rank with scripts/rank_responses.py serve --samples")
+    if judge_args.report_to == "wandb":
+        log_to_wandb(report, args.output_dir, judge_args.run_name)
+    print(f"\n{table(report)}\n")
+    print(f"Plots and samples: {args.output_dir}/report.html    Numbers: {args.output_dir}/report.json")
+
+
+if __name__ == "__main__":
+    run(main)
