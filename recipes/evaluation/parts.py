@@ -37,6 +37,7 @@ class Parts:
                     "models, prompts and arguments to go on with this one."
                 )
             return content["values"]
+        print(f"{self.folder}: {name}", flush=True)
         values = compute()
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({"made_from": made_from, "values": values}), encoding="utf-8")

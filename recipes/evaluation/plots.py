@@ -59,6 +59,9 @@ def square_root_axis(axes, label: str) -> None:
     """KL is roughly quadratic in how far a policy went: on its square root, early and late steps can be seen."""
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set_xlim(left=0)
+    far = axes.get_xlim()[1]
+    ticks = [tick for power in range(-3, 10) if far / 200 < (tick := 2.0**power) < far]
+    axes.set_xticks([0, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
     axes.set_xlabel(label)
 
 
