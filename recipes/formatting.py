@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.formats.control_tokens import control_tokens
-from recipes.formats.formatter import Formatter, as_rows
+from recipes.formats.digests import Digests
+from recipes.formats.formatter import Formatter, NeedsTools, as_rows
 from recipes.formats.loading import DataError, Row, Rows, list_splits, load_rows
 from recipes.formats.mixtures import Source, check_fractions, combine
 from recipes.formats.report import Report
-from recipes.formats.tasks import features, group_id, has_tools
+from recipes.formats.tasks import features, group_id
 from recipes.schemas import detect
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def format_dataset(
     special_tokens: Iterable[str] = (),
     dedup: str = "flag",
     streaming: bool = False,
+    num_proc: int | None = None,
     **options,
 ) -> tuple["Dataset | IterableDataset", Report]:
     """Formats rows for a task.
@@ -49,6 +51,7 @@ def format_dataset(
         rows: from `load_rows`, or any list or `datasets` dataset of dictionaries.
         streaming: formats while the result is iterated: an IterableDataset, whose report fills up on the way and
             whose errors are raised at the row where they are met.
+        num_proc: processes that format; the result is the same for any number. Streams take one.
         Others: see `Formatter`, which also takes `options`.
     Returns:
         The dataset, memory-mapped from a file that lives as long as the process, and the report.
@@ -58,14 +61,16 @@ def format_dataset(
     formatter = Formatter(
         task, schema, mapping, on_error, margin, on_special, special_tokens, dedup, fail_fast=streaming, **options
     )
-    return _stream(formatter, as_rows(rows)) if streaming else _write(formatter, as_rows(rows))
+    return _stream(formatter, as_rows(rows)) if streaming else _write(formatter, as_rows(rows), num_proc or 1)
 
 
 def _stream(formatter: Formatter, rows: Rows) -> tuple["IterableDataset", Report]:
     from datasets import IterableDataset
 
     report = Report(rows.source, formatter.task)
-    known = None if formatter.task == "sft" else features(formatter.task, margin=formatter.margin)
+    known = None
+    if formatter.task != "sft":
+        known = features(formatter.task, margin=formatter.margin, keep=formatter.keep_columns)
     parts = {"formatter": formatter, "rows": rows, "report": report}
     return IterableDataset.from_generator(_stream_rows, features=known, gen_kwargs=parts), report
 
@@ -76,28 +81,23 @@ def _stream_rows(formatter: Formatter, rows: Rows, report: Report) -> Iterator[d
         yield output
 
 
-class _HasTools(Exception):
-    pass
-
-
-def _write(formatter: Formatter, rows: Rows, tools: bool = False) -> tuple["Dataset", Report]:
+def _write(formatter: Formatter, rows: Rows, num_proc: int, tools: bool = False) -> tuple["Dataset", Report]:
     import datasets
     from datasets.arrow_writer import ArrowWriter
 
     report = Report(rows.source, formatter.task)
-    columns = features(formatter.task, formatter.prompt_completion, formatter.margin, tools)
+    options = formatter.prompt_completion, formatter.margin, tools, formatter.keep_columns
+    columns = features(formatter.task, *options)
     folder = datasets.fingerprint.get_temporary_cache_files_directory()
     path = os.path.join(folder, f"formatted-{os.urandom(8).hex()}.arrow")
     try:
-        with ArrowWriter(features=columns, path=path, writer_batch_size=1000) as writer:
-            for _, output in formatter(rows, report):
-                if not tools and has_tools(output):
-                    raise _HasTools
-                writer.write({"tools": None, **output} if tools else output)
+        with ArrowWriter(features=columns, path=path) as writer:
+            for table in formatter.tables(rows, report, columns, num_proc):
+                writer.write_table(table)
             writer.finalize()
-    except _HasTools:  # their messages need a column of free JSON, which is known only once one is met
+    except NeedsTools:  # known only once a row with tool calls is met
         os.remove(path)
-        return _write(formatter, rows, tools=True)
+        return _write(formatter, rows, num_proc, tools=True)
     dataset = datasets.Dataset.from_file(path)
     dataset._fingerprint = report.fingerprint  # of the content, so that it is the same in the next run
     return dataset, report
@@ -106,20 +106,24 @@ def _write(formatter: Formatter, rows: Rows, tools: bool = False) -> tuple["Data
 def check_leakage(train: "Dataset", test: "Dataset") -> Report:
     """Flags the rows of `test` whose prompt is also a prompt in `train`; both come from `format_dataset`."""
     report = Report("test", "leakage", reason="rows whose prompt is not in train")
-    known = {_prompt_id(example) for example in train}
-    for number, example in enumerate(test, 1):
+    known = Digests()
+    for digest in _prompt_digests(train):
+        known.add(digest)
+    for number, digest in enumerate(_prompt_digests(test), 1):
         report.rows_in += 1
-        if _prompt_id(example) in known:
-            report.add("flags", Row("test", number, example), "the prompt is also in train")
+        if digest in known:
+            report.add("flags", Row("test", number, None), "the prompt is also in train")
         else:
             report.rows_out += 1
     return report
 
 
-def _prompt_id(example: dict) -> str:
-    if "group_id" in example:
-        return example["group_id"]
-    return group_id(example["prompt"] if "prompt" in example else example["messages"][:-1])
+def _prompt_digests(dataset: "Dataset") -> Iterator[bytes]:
+    """Of each row, 8 bytes that are equal for equal prompts."""
+    column = next(name for name in ("group_id", "prompt", "messages") if name in dataset.column_names)
+    for row in dataset.select_columns(column):
+        value = row[column]
+        yield bytes.fromhex(value if column == "group_id" else group_id(value[:-1] if column == "messages" else value))
 
 
 def split_by_group(dataset: "Dataset", test_size: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
@@ -129,15 +133,16 @@ def split_by_group(dataset: "Dataset", test_size: float, seed: int = 0) -> tuple
         test_size: share of the prompts, between 0 and 1, that goes to test. The side of a prompt depends on nothing
             but the prompt and the seed, so it stays when rows are added.
     """
+    import numpy
+
     if not 0 < test_size < 1:
         raise DataError(f"the share of the test split is {test_size}; expected a number between 0 and 1")
-    sides: tuple[list[int], list[int]] = ([], [])
-    for index, example in enumerate(dataset):
-        digest = hashlib.sha256(f"{seed}:{_prompt_id(example)}".encode()).digest()
-        sides[int.from_bytes(digest[:8]) < test_size * 2**64].append(index)
-    if not sides[0] or not sides[1]:
+    digests = (hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest() for digest in _prompt_digests(dataset))
+    sides = (int.from_bytes(digest[:8]) < test_size * 2**64 for digest in digests)
+    in_test = numpy.fromiter(sides, bool, len(dataset))
+    if in_test.all() or not in_test.any():
         raise DataError(f"{len(dataset)} rows are too few prompts for a test share of {test_size}; try another seed")
-    return dataset.select(sides[0]), dataset.select(sides[1])
+    return dataset.select(numpy.flatnonzero(~in_test)), dataset.select(numpy.flatnonzero(in_test))
 
 
 @dataclass
@@ -155,6 +160,7 @@ class FormattingArguments:
         on_special: text that a tokenizer may read as a control token is kept and reported ("flag"), leaves the row
             out ("drop") or counts as an error ("fail").
         dedup: rows that were there before are kept and reported ("flag") or left out ("drop").
+        keep_columns: for PPO, columns of the dataset that its Python reward functions get as keyword arguments.
         test_split_size: share of the prompts that is held out for evaluation, where the dataset has no test split.
     """
 
@@ -175,6 +181,9 @@ class FormattingArguments:
         default="flag", metadata={"help": "What to do with rows that hold the text of a control token."}
     )
     dedup: Literal["flag", "drop"] = field(default="flag", metadata={"help": "What to do with repeated rows."})
+    keep_columns: list[str] | None = field(
+        default=None, metadata={"help": "For PPO, columns that its Python reward functions get as keyword arguments."}
+    )
     test_split_size: float = field(
         default=0.1, metadata={"help": "Share of the prompts to evaluate on, where the dataset has no test split."}
     )
@@ -182,8 +191,8 @@ class FormattingArguments:
     def options(self) -> dict[str, Any]:
         """As keyword arguments of `format_dataset`."""
         names = ("on_error", "max_error_rate", "on_special", "dedup")
-        mapping = parse_mapping(self.dataset_mapping)
-        return {"schema": self.dataset_schema, "mapping": mapping} | {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in names} | {"keep_columns": self.keep_columns or ()}
+        return {"schema": self.dataset_schema, "mapping": parse_mapping(self.dataset_mapping)} | given
 
 
 def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, str] | None:
@@ -235,6 +244,8 @@ def load_formatted(
     """
     options = {**format_args.options(), "special_tokens": control_tokens(tokenizer) if tokenizer else (), **options}
     options["streaming"] = streaming = script_args.dataset_streaming
+    if options.get("num_proc"):  # each process of a launch formats all rows
+        options["num_proc"] //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     sources = [Source.parse(each) for each in format_args.datasets or ()]
     if not sources and script_args.dataset_name is None:
         raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")

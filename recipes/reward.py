@@ -66,7 +66,13 @@ def main():
     )
     evaluate = training_args.eval_strategy != "no"
     datasets = load_formatted(
-        "ranking", script_args, format_args, tokenizer, evaluate=evaluate, seed=training_args.seed
+        "ranking",
+        script_args,
+        format_args,
+        tokenizer,
+        evaluate,
+        training_args.seed,
+        num_proc=training_args.dataset_num_proc,
     )
 
     if script_args.aggregation == "majority":

@@ -37,6 +37,7 @@ def main():
         tokenizer,
         evaluate=training_args.eval_strategy != "no",
         prompt_completion=not training_args.assistant_only_loss,
+        num_proc=training_args.dataset_num_proc,
         seed=training_args.seed,
     )
 

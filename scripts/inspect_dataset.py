@@ -38,6 +38,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_error_rate", type=float, default=defaults.max_error_rate)
     parser.add_argument("--on_special", default=defaults.on_special, choices=("flag", "drop", "fail"))
     parser.add_argument("--dedup", default=defaults.dedup, choices=("flag", "drop"))
+    parser.add_argument("--keep_columns", nargs="+", default=defaults.keep_columns, metavar="COLUMN")
+    parser.add_argument("--num_proc", type=int, default=1, help="processes that format")
     parser.add_argument("--tokenizer", metavar="MODEL", help="show rows as this model will see them")
     parser.add_argument("--max_length", type=int, help="with --tokenizer, report rows of more tokens")
     parser.add_argument("--output", type=Path, help="write the formatted rows here, as JSON Lines")
@@ -45,6 +47,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.max_length is not None and not args.tokenizer:
         parser.error("--max_length counts tokens: it needs --tokenizer")
+    if {"file", "line"} & set(args.keep_columns or ()):
+        parser.error("--keep_columns: file and line tell where a row is from; rename these columns")
     for path in filter(None, (args.output, args.report)):
         if path.resolve() == Path(args.source).resolve():
             parser.error(f"{path} is the dataset itself; choose another file to write to")
@@ -59,11 +63,13 @@ def formatted(args: argparse.Namespace, report: Report, tokenizer) -> Iterator[d
         max_error_rate=args.max_error_rate,
         on_special=args.on_special,
         dedup=args.dedup,
+        keep_columns=args.keep_columns,
     )
     limit = {"tokenizer": tokenizer, "max_length": args.max_length} if tokenizer else {}
     special = control_tokens(tokenizer) if tokenizer else ()
     formatter = Formatter(args.task, special_tokens=special, **limit, **format_args.options())
-    for row, output in formatter(load_rows(args.source, args.split, args.dataset_config), report):
+    rows = load_rows(args.source, args.split, args.dataset_config)
+    for row, output in formatter(rows, report, args.num_proc):
         output.pop("group_id", None)
         yield {"file": row.file, "line": row.line, **output}
 

@@ -3,21 +3,23 @@
 import hashlib
 import json
 import re
-from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
+from recipes.formats.digests import Digests
 from recipes.formats.loading import DataError, LostRows, Row, RowError, Rows, check_row
 from recipes.formats.messages import ROLES, Skip, describe, listed
+from recipes.formats.parallel import in_order
 from recipes.formats.preview import render
 from recipes.formats.report import Report
-from recipes.formats.tasks import outputs, row_messages
-from recipes.schemas import SCHEMAS, TASKS, detect
+from recipes.formats.tasks import has_tools, outputs, row_messages
+from recipes.schemas import SCHEMAS, TASKS, Schema, detect
 
 SAMPLE = 100  # rows that detection looks at
+BATCH = 1000  # rows that a process formats at a time
 TEMPLATE_MARKS = (
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
     "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>",
@@ -29,6 +31,28 @@ CHOICES = {
     "on_special": ("flag", "drop", "fail"),
     "dedup": ("flag", "drop"),
 }
+
+
+# What TRL's trainers read from a row of prompts, or hand to reward functions themselves.
+RESERVED = (
+    "prompt", "prompts", "completion", "completions", "completion_ids", "image", "images", "tools",
+    "chat_template_kwargs", "trainer_state", "log_extra", "log_metric", "environments",
+)  # fmt: skip
+
+
+class NeedsTools(Exception):
+    """A row has tool calls, which need other columns than those asked for."""
+
+
+class Kept(NamedTuple):
+    """An output row that is of use, unless it is a duplicate of an earlier one."""
+
+    output: Any
+    digest: bytes
+    flags: list[str]
+
+
+Results = list[tuple[Row, list[Kept | Skip | RowError]]]
 
 
 @dataclass
@@ -50,6 +74,7 @@ class Formatter:
         prompt_completion: for sft, `prompt` and `completion` instead of `messages`, to train on the last turn only.
         tokenizer, max_length: report rows that render to more than `max_length` tokens.
         fail_fast: raise at the first error instead of after all rows.
+        keep_columns: for prompts, columns of the source that go with each prompt, to PPO's reward functions.
     Raises:
         DataError: an option that does not exist.
     """
@@ -67,6 +92,7 @@ class Formatter:
     tokenizer: Any = None
     max_length: int | None = None
     fail_fast: bool = False
+    keep_columns: Iterable[str] = ()
 
     def __post_init__(self):
         for name, options in {**CHOICES, "schema": ("auto", *SCHEMAS)}.items():
@@ -75,6 +101,11 @@ class Formatter:
         if self.schema != "auto" and self.task not in SCHEMAS[self.schema].tasks:
             serves = listed(SCHEMAS[self.schema].tasks)
             raise DataError(f"schema {self.schema!r} serves {serves}, not task {self.task!r}")
+        if self.keep_columns and self.task != "prompt":
+            raise DataError(f"keep_columns is for prompts and their reward functions, not for task {self.task!r}")
+        for name in self.keep_columns or ():
+            if name in RESERVED:
+                raise DataError(f"keep_columns: {name!r} has a meaning of its own for TRL; rename that column")
         self._columns, self._roles = {}, dict(ROLES)
         for name, target in _flat(self.mapping or {}).items():
             if not isinstance(target, str) or not target:
@@ -88,75 +119,106 @@ class Formatter:
         marks = sorted({*TEMPLATE_MARKS, *self.special_tokens}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, marks)))
 
-    def __call__(self, rows: Rows | Iterable[dict], report: Report) -> Iterator[tuple[Row, dict]]:
+    def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
         """Yields each output row with the row it is from.
 
         Raises:
             DataError: no schema fits; or, at the end, rows that cannot be used, or no usable row at all.
         """
-        rows = as_rows(rows)
+        ledger = _Ledger(self, report)
+        schema, source = self._open(as_rows(rows), report)
+        batches = _batches(source, BATCH if num_proc > 1 else 1)
+        for results in in_order(partial(self._format, schema), batches, num_proc):
+            for row, found in results:
+                for kept in ledger.enter(row, found):
+                    yield row, kept.output
+        ledger.close()
+
+    def tables(self, rows: Rows | Iterable[dict], report: Report, columns, num_proc: int = 1) -> Iterator:
+        """The same output as Arrow tables with `columns`, a `datasets.Features`.
+
+        Raises:
+            NeedsTools: a row has tool calls, and there is no column `tools`.
+        """
+        ledger = _Ledger(self, report)
+        schema, source = self._open(as_rows(rows), report)
+        work = partial(self._format_table, schema, columns)
+        for results, table in in_order(work, _batches(source, BATCH), num_proc):
+            kept = [kept.output for row, found in results for kept in ledger.enter(row, found)]
+            if kept:
+                yield table if len(kept) == len(table) else table.take(kept)
+        ledger.close()
+
+    def _open(self, rows: Rows, report: Report) -> tuple[Schema | None, Iterator[Row]]:
         report.schema, report.reason = self._choose_schema(rows, report)
         schema = SCHEMAS.get(report.schema)
-        source = self._read(rows, report)
-        seen, lost = _Digests(), False
-        fingerprint = hashlib.sha256()
-        for row in schema.gather(source, self.task) if schema and schema.gather else source:
-            try:
-                if isinstance(row.data, RowError | Skip):
-                    raise row.data
-                example = schema.convert(row.data, self._roles)
-                for output in outputs(example, self.task, self.prompt_completion, self.margin):
-                    digest = self._accept(output, row, seen, report)
-                    if digest:
-                        fingerprint.update(digest)
-                        report.rows_out += 1
-                        if report.schema == "prompt" and len(output["prompt"]) < len(example.messages):
-                            report.add("flags", row, "the answer at the end of the prompt was left out")
-                        yield row, output
-            except Skip as skip:
-                report.add("skipped", row, skip.reason, self._source_column(skip.column))
-            except RowError as error:
-                report.add("errors", row, error.message, self._source_column(error.column))
-                lost = lost or isinstance(error, LostRows)
-                if self.fail_fast:
-                    self._check_errors(report, lost)
-        report.fingerprint = fingerprint.hexdigest()[:16]
-        self._check_errors(report, lost)
-        report.finish()
+        source = _counted(rows, report)
+        if schema and schema.gather:
+            source = schema.gather(map(self._mapped_row, source), self.task)
+        return schema, source
 
-    def _read(self, rows: Rows, report: Report) -> Iterator[Row]:
-        for row in rows:
-            report.rows_in += 1
-            if self._columns and isinstance(row.data, dict):
-                try:
-                    row = row._replace(data=self._mapped(row.data))
-                except RowError as error:
-                    row = row._replace(data=error)
-            yield row
+    def _format(self, schema: Schema | None, rows: list[Row]) -> Results:
+        return [(Row(row.file, row.line, None), self._results(schema, row)) for row in rows]
 
-    def _accept(self, output: dict | Skip, row: Row, seen: "_Digests", report: Report) -> bytes | None:
-        """The digest of an output row, or None if it is left out; what is said against it goes into the report."""
+    def _format_table(self, schema: Schema | None, columns, rows: list[Row]) -> tuple[Results, Any]:
+        """The results, whose outputs are the numbers of their rows in the table."""
+        import pyarrow
+
+        results, found = self._format(schema, rows), []
+        for _, row_results in results:
+            for index, result in enumerate(row_results):
+                if isinstance(result, Kept):
+                    row_results[index] = result._replace(output=len(found))
+                    found.append(result.output)
+        if "tools" not in columns and any(map(has_tools, found)):
+            raise NeedsTools
+        if not found:
+            return results, None
+        cells = {name: [output.get(name) for output in found] for name in columns}
+        if "tools" in columns or self.keep_columns:  # there is free JSON, which Arrow cannot take as it is
+            cells = {name: columns.encode_column(cells[name], name) for name in cells}
+        return results, pyarrow.Table.from_pydict(cells, columns.arrow_schema)
+
+    def _results(self, schema: Schema | None, row: Row) -> list[Kept | Skip | RowError]:
+        results = []
         try:
-            if isinstance(output, Skip):
-                raise output
-            special = self._special_token(output)
-            if special and self.on_special == "fail":
-                raise RowError(f"found {special}; remove it, or pass --on_special flag or drop")
-            if special and self.on_special == "drop":
-                raise Skip(special)
-            digest = hashlib.blake2b(json.dumps(output).encode(), digest_size=8).digest()
-            duplicate = seen.add(digest)
-            if duplicate and self.dedup == "drop":
-                raise Skip("duplicate")
-        except Skip as skip:
-            report.add("skipped", row, skip.reason, self._source_column(skip.column))
-            return None
-        flags = [special, "duplicate" if duplicate else None, self._too_long(output)]
+            data = row.read()
+            if isinstance(data, RowError | Skip):
+                raise data
+            kept = self._kept_columns(data) if self.keep_columns else {}
+            example = schema.convert(data if schema.gather else self._mapped(data), self._roles)
+            for output in outputs(example, self.task, self.prompt_completion, self.margin):
+                cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(example.messages)
+                results.append(
+                    output if isinstance(output, Skip) else self._checked(output | kept if kept else output, cut)
+                )
+        except (Skip, RowError) as problem:
+            results.append(problem)
+        return results
+
+    def _kept_columns(self, data: dict) -> dict:
+        for name in self.keep_columns:
+            if name not in data:
+                raise RowError(f"missing, and --keep_columns asks for it; this row has {listed(data)}", name)
+            try:
+                json.dumps(data[name], allow_nan=False)
+            except (TypeError, ValueError):
+                raise RowError(f"found {describe(data[name])}, which is not JSON and cannot be kept", name) from None
+        return {name: data[name] for name in self.keep_columns}
+
+    def _checked(self, output: dict, cut: bool) -> Kept | Skip:
+        special = self._special_token(output)
+        if special and self.on_special == "fail":
+            raise RowError(f"found {special}; remove it, or pass --on_special flag or drop")
+        if special and self.on_special == "drop":
+            return Skip(special)
+        flags = [special, self._too_long(output)]
         if any(len(said) > 1 for said in (output.get("chosen", ()), *output.get("completions", ()))):
             flags.append("the responses diverge before the last turn")
-        for flag in filter(None, flags):
-            report.add("flags", row, flag)
-        return digest
+        if cut:
+            flags.append("the answer at the end of the prompt was left out")
+        digest = hashlib.blake2b(json.dumps(output).encode(), digest_size=8).digest()
+        return Kept(output, digest, list(filter(None, flags)))
 
     def _special_token(self, output: dict) -> str | None:
         for turn in row_messages(output):
@@ -177,16 +239,24 @@ class Formatter:
         sample = list(islice((row.data for row in rows if isinstance(row.data, dict)), SAMPLE))
         if not sample:  # nothing readable: the errors of the rows will tell
             return None, "no readable row"
-        if self._columns:
-            sample = [self._mapped(data, lenient=True) for data in sample]
+        sample = [self._mapped(data, lenient=True) for data in sample]
         try:
             return detect({column for data in sample for column in data}, sample, self.task)
         except DataError as error:
             report.add("errors", next(iter(rows)), str(error))
             raise report.error(f"{rows.source}: {error}") from None
 
+    def _mapped_row(self, row: Row) -> Row:
+        data = row.read()
+        try:
+            return row._replace(data=self._mapped(data) if isinstance(data, dict) else data)
+        except RowError as error:
+            return row._replace(data=error)
+
     def _mapped(self, data: dict, lenient: bool = False) -> dict:
         """The row as it would look if its columns had the names that a schema wants."""
+        if not self._columns:
+            return data
         result = {} if self.schema == "auto" else dict(data)
         for target, path in self._columns.items():
             value: Any = data
@@ -200,24 +270,6 @@ class Formatter:
                 result[target] = value
         return result
 
-    def _source_column(self, column: str | None) -> str | None:
-        """The name that a column has in the source."""
-        name, rest = re.fullmatch(r"([^.\[]*)(.*)", column).groups() if column else ("", "")
-        return self._columns[name] + rest if name in self._columns else column
-
-    def _check_errors(self, report: Report, lost: bool) -> None:
-        errors = report.counts["errors"].total()
-        if lost:
-            raise report.error(
-                f"{report.errors_text()}\nmend the file: rows after the break cannot be skipped one by one"
-            )
-        if errors and self.on_error == "raise":
-            raise report.error(f"{report.errors_text()}\nfix them, or leave bad rows out with --on_error skip")
-        rows = max(report.rows_in, 1000) if self.fail_fast else report.rows_in
-        if errors > max(1, self.max_error_rate * rows):
-            too_many = f"more than --max_error_rate {self.max_error_rate} allows to skip"
-            raise report.error(f"{report.errors_text()}\n{too_many}")
-
 
 def _flat(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The mapping with `roles: {NAME: user}` written as `roles.NAME: user`."""
@@ -229,32 +281,71 @@ def _flat(mapping: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Digests:
-    """A set of 8-byte digests that takes 16 to 32 bytes for each; a Python set takes over a hundred."""
+class _Ledger:
+    """Decides over formatted rows in the order of the source, and fills in the report."""
 
-    def __init__(self):
-        self.count, self.table = 0, array("Q", bytes(8 * 2**10))
+    def __init__(self, formatter: Formatter, report: Report):
+        self.formatter, self.report = formatter, report
+        self.seen, self.fingerprint, self.lost = Digests(), hashlib.sha256(), False
 
-    def add(self, digest: bytes) -> bool:
-        """Whether the digest was there before."""
-        key = int.from_bytes(digest) or 1
-        known = self._put(key)
-        if 2 * self.count > len(self.table):
-            keys, self.count, self.table = self.table, 0, array("Q", bytes(16 * len(self.table)))
-            for other in filter(None, keys):
-                self._put(other)
-        return known
+    def enter(self, row: Row, results: list[Kept | Skip | RowError]) -> Iterator[Kept]:
+        """Yields what is accepted."""
+        report = self.report
+        for result in results:
+            if isinstance(result, Kept):
+                duplicate = self.seen.add(result.digest)
+                if duplicate and self.formatter.dedup == "drop":
+                    report.add("skipped", row, "duplicate")
+                    continue
+                for flag in (*result.flags, "duplicate") if duplicate else result.flags:
+                    report.add("flags", row, flag)
+                self.fingerprint.update(result.digest)
+                report.rows_out += 1
+                yield result
+            elif isinstance(result, Skip):
+                report.add("skipped", row, result.reason, self._source_column(result.column))
+            else:
+                report.add("errors", row, result.message, self._source_column(result.column))
+                self.lost = self.lost or isinstance(result, LostRows)
+                if self.formatter.fail_fast:
+                    self._check_errors()
 
-    def _put(self, key: int) -> bool:
-        table, mask = self.table, len(self.table) - 1
-        place = key & mask
-        while table[place]:
-            if table[place] == key:
-                return True
-            place = (place + 1) & mask
-        table[place] = key
-        self.count += 1
-        return False
+    def close(self) -> None:
+        self.report.fingerprint = self.fingerprint.hexdigest()[:16]
+        self._check_errors()
+        self.report.finish()
+
+    def _source_column(self, column: str | None) -> str | None:
+        """The name that a column has in the source."""
+        columns = self.formatter._columns
+        name, rest = re.fullmatch(r"([^.\[]*)(.*)", column, re.DOTALL).groups() if column else ("", "")
+        return columns[name] + rest if name in columns else column
+
+    def _check_errors(self) -> None:
+        report, formatter = self.report, self.formatter
+        errors = report.counts["errors"].total()
+        if self.lost:
+            raise report.error(
+                f"{report.errors_text()}\nmend the file: rows after the break cannot be skipped one by one"
+            )
+        if errors and formatter.on_error == "raise":
+            raise report.error(f"{report.errors_text()}\nfix them, or leave bad rows out with --on_error skip")
+        rows = max(report.rows_in, 1000) if formatter.fail_fast else report.rows_in
+        if errors > max(1, formatter.max_error_rate * rows):
+            too_many = f"more than --max_error_rate {formatter.max_error_rate} allows to skip"
+            raise report.error(f"{report.errors_text()}\n{too_many}")
+
+
+def _counted(rows: Rows, report: Report) -> Iterator[Row]:
+    for row in rows.unread():
+        report.rows_in += 1
+        yield row
+
+
+def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
+        yield batch
 
 
 def as_rows(rows: Rows | Iterable[dict]) -> Rows:

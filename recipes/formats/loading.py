@@ -44,7 +44,10 @@ class Row(NamedTuple):
 
     file: str
     line: int
-    data: dict | RowError
+    data: Any  # a dict, the RowError that stands for it, or the line of JSON that holds it
+
+    def read(self) -> dict | RowError:
+        return _read_json_line(self.data) if isinstance(self.data, bytes) else self.data
 
 
 @dataclass
@@ -52,12 +55,16 @@ class Rows:
     """Rows that can be read again and again without being held in memory: iterating yields `Row`. Can be pickled."""
 
     source: str
-    read: Callable[[], Iterable[Row]]
+    open: Callable[[], Iterable[Row]]
     start: int = 0
     stop: int | None = None
 
     def __iter__(self) -> Iterator[Row]:
-        return islice(self.read(), self.start, self.stop)
+        return (row._replace(data=row.read()) for row in self.unread())
+
+    def unread(self) -> Iterator[Row]:
+        """Rows whose data may still be a line of JSON, for a process that shall decode it."""
+        return islice(self.open(), self.start, self.stop)
 
 
 def load_rows(source, split: str = "train", name: str | None = None, data_files=None, streaming: bool = False) -> Rows:
@@ -254,19 +261,20 @@ def _without_filled_nulls(value: Any, in_tools: bool = False) -> Any:
 
 
 def _read_jsonl(file: str, stream: Iterable[bytes]) -> Iterator[Row]:
-    for number, raw in enumerate(stream, 1):
-        if raw.isspace():
-            continue
-        try:
-            text = raw.decode("utf-8")
-            data, end = _decode(text, _skip_space(text, 0))
-            if text[end:].strip():
-                data = RowError(f"text after the JSON object, from character {end + 1} on; one object per line")
-        except UnicodeDecodeError as error:
-            data = RowError(_not_utf8(raw[error.start]))
-        except (ValueError, RecursionError) as error:
-            data = RowError(_not_json(error))
-        yield Row(file, number, data)
+    return (Row(file, number, raw) for number, raw in enumerate(stream, 1) if not raw.isspace())
+
+
+def _read_json_line(raw: bytes) -> dict | RowError:
+    try:
+        text = raw.decode("utf-8")
+        data, end = _decode(text, _skip_space(text, 0))
+        if text[end:].strip():
+            return RowError(f"text after the JSON object, from character {end + 1} on; one object per line")
+        return data
+    except UnicodeDecodeError as error:
+        return RowError(_not_utf8(raw[error.start]))
+    except (ValueError, RecursionError) as error:
+        return RowError(_not_json(error))
 
 
 def _read_json_list(file: str, raw: bytes) -> Iterator[Row]:

@@ -30,7 +30,7 @@ def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:
             yield from found or [root._replace(data=Skip("no message with two ranked replies"))]
         else:
             path = [root] if task == "prompt" else _best_path(root, replies)
-            yield root._replace(data={"messages": [_turn(row) for row in path]})
+            yield root._replace(data={**root.data, "messages": [_turn(row) for row in path]})
     reached = {row.line for root in roots for path in _paths(root, replies) for row in path[-1:]}
     lost = (row for following in replies.values() for row in following if row.line not in reached)
     yield from (row._replace(data=Skip("a reply to a message that is not there", "parent_id")) for row in lost)

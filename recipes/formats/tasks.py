@@ -11,7 +11,7 @@ source with tool calls also have `tools`, as JSON text.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from recipes.formats.converters import Dialogue, Ranking
 from recipes.formats.loading import RowError
@@ -57,12 +57,16 @@ def has_tools(row: dict) -> bool:
     return "tools" in row or any(len(turn) > 2 for turn in row_messages(row))
 
 
-def features(task: str, prompt_completion: bool = False, margin: bool = False, tools: bool = False):
-    """The `datasets.Features` of a task's rows; with tool calls, messages are free JSON."""
-    from datasets import Features, Json, List, Value
+def features(
+    task: str, prompt_completion: bool = False, margin: bool = False, tools: bool = False, keep: Iterable[str] = ()
+):
+    """The `datasets.Features` of a task's rows; messages with tool calls and the columns to `keep` are free JSON."""
+    from datasets import Features, List, Value
+
+    from recipes.formats.exact_json import ExactJson
 
     text, float64 = Value("string"), Value("float64")
-    messages = List(Json()) if tools else List({"role": text, "content": text})
+    messages = List(ExactJson()) if tools else List({"role": text, "content": text})
     columns = {
         "sft": dict.fromkeys(("prompt", "completion") if prompt_completion else ("messages",), messages),
         "preference": dict.fromkeys(("prompt", "chosen", "rejected"), messages) | {"group_id": text},
@@ -70,7 +74,7 @@ def features(task: str, prompt_completion: bool = False, margin: bool = False, t
         "prompt": {"prompt": messages},
     }[task]
     extra = {"margin": float64} if task == "preference" and margin else {"tools": text} if tools else {}
-    return Features(columns | extra)
+    return Features(columns | extra | {name: ExactJson() for name in keep})
 
 
 def _sft(example: Dialogue, prompt_completion: bool) -> dict:

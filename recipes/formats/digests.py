@@ -1,0 +1,26 @@
+"""A set of 8-byte digests that takes the same memory for any number of them."""
+
+import sqlite3
+
+
+class Digests:
+    """Held in a temporary file that SQLite deletes; 16 MiB of it, some million digests, are cached in memory."""
+
+    def __init__(self):
+        # `datasets` may read a stream in a thread of its own.
+        self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._file.executescript(
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;"
+            "CREATE TABLE seen (digest INTEGER PRIMARY KEY); BEGIN"
+        )
+
+    def add(self, digest: bytes) -> bool:
+        """Whether the digest was there before."""
+        return self._file.execute("INSERT OR IGNORE INTO seen VALUES (?)", (_number(digest),)).rowcount == 0
+
+    def __contains__(self, digest: bytes) -> bool:
+        return self._file.execute("SELECT 1 FROM seen WHERE digest = ?", (_number(digest),)).fetchone() is not None
+
+
+def _number(digest: bytes) -> int:
+    return int.from_bytes(digest, signed=True)
