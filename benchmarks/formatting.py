@@ -1,18 +1,21 @@
 """Speed and memory of dataset formatting on synthetic rows.
 
-    python benchmarks/formatting.py --rows 1000000
+    python benchmarks/formatting.py --rows 100000 1000000 --num_proc 1 2
 
-Writes JSON Lines files of a tenth of the rows and of all of them, formats each in a process of its own, and prints
-rows per second and peak memory: what the second file takes beyond the first is what grows with the rows.
+Each measurement has a process of its own. "anonymous" is the memory that the process and its helpers hold: it may not
+grow with the rows. The peak of "all" also counts pages of files (the formatted rows are memory-mapped), which the
+system takes back when it needs them.
 """
 
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
+import threading
 import time
 from pathlib import Path
+
+import psutil
 
 WORDS = "the a model learns to answer short questions about rivers birds trains and weather in plain words".split()
 
@@ -38,24 +41,49 @@ def ranking(i: int) -> dict:
 CASES = {"messages": ("sft", messages), "preference": ("preference", preference), "ranking": ("ranking", ranking)}
 
 
-def measure(path: str, task: str, streaming: bool, results) -> None:
+class PeakMemory(threading.Thread):
+    """Largest memory of this process and its children, sampled 20 times a second, in MiB."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.stopped, self.anonymous, self.all = threading.Event(), 0.0, 0.0
+
+    def run(self) -> None:
+        while not self.stopped.wait(0.05):
+            anonymous = everything = 0
+            for process in (psutil.Process(), *psutil.Process().children()):
+                try:
+                    memory = process.memory_info()
+                except psutil.NoSuchProcess:
+                    continue
+                anonymous += memory.rss - memory.shared
+                everything += memory.rss
+            self.anonymous, self.all = max(self.anonymous, anonymous / 2**20), max(self.all, everything / 2**20)
+
+
+def measure(path: str, task: str, num_proc: int, results) -> None:
     import datasets.arrow_writer  # noqa: F401
 
     from recipes.formatting import format_dataset, load_rows
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter(), time.process_time()
-    dataset, report = format_dataset(load_rows(path), task, streaming=streaming)
-    rows = sum(1 for _ in dataset) if streaming else len(dataset)
-    seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results.put({"rows": rows, "seconds": seconds, "cpu": cpu, "peak": peak / 1024, "grown": (peak - before) / 1024})
+    peak = PeakMemory()
+    peak.start()
+    start, cpu = time.perf_counter(), psutil.Process().cpu_times()
+    dataset, _ = format_dataset(load_rows(path), task, streaming=not num_proc, num_proc=num_proc)
+    rows = len(dataset) if num_proc else sum(1 for _ in dataset)
+    seconds, end = time.perf_counter() - start, psutil.Process().cpu_times()
+    peak.stopped.set()
+    used = sum(
+        getattr(end, name) - getattr(cpu, name) for name in ("user", "system", "children_user", "children_system")
+    )
+    speed = {"rows_per_second": round(rows / seconds), "rows_per_cpu_second": round(rows / used)}
+    results.put({"rows": rows, **speed, "anonymous_mb": round(peak.anonymous), "all_mb": round(peak.all)})
 
 
-def run(path: Path, task: str, streaming: bool) -> dict:
+def run(path: Path, task: str, num_proc: int) -> dict:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=measure, args=(str(path), task, streaming, results))
+    process = context.Process(target=measure, args=(str(path), task, num_proc, results))
     process.start()
     result = results.get()
     process.join()
@@ -64,22 +92,22 @@ def run(path: Path, task: str, streaming: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--num_proc", type=int, nargs="+", default=[1], help="processes; 0 streams")
     args = parser.parse_args()
-    print(f"{'case':12}{'rows':>10}{'MB':>7}{'mode':>8}{'rows/s':>9}{'rows/CPU s':>12}{'peak MB':>9}")
     with tempfile.TemporaryDirectory() as folder:
         for case in args.cases:
             task, row = CASES[case]
-            for count in (args.rows // 10, args.rows):
-                path = Path(folder) / f"{case}.jsonl"
-                with path.open("w", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row(i)) + "\n" for i in range(count))
-                for mode in ("file", "stream"):
-                    found = run(path, task, mode == "stream")
-                    speed = f"{found['rows'] / found['seconds']:9.0f}{found['rows'] / found['cpu']:12.0f}"
-                    size = path.stat().st_size / 2**20
-                    print(f"{case:12}{found['rows']:10}{size:7.0f}{mode:>8}{speed}{found['peak']:9.0f}", flush=True)
+            path, written = Path(folder) / f"{case}.jsonl", 0
+            for rows in sorted(args.rows):
+                with path.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row(i)) + "\n" for i in range(written, rows))
+                written = rows
+                for num_proc in args.num_proc:
+                    found = run(path, task, num_proc)
+                    size = round(path.stat().st_size / 2**20)
+                    print(json.dumps({"case": case, "file_mb": size, "num_proc": num_proc, **found}), flush=True)
 
 
 if __name__ == "__main__":
