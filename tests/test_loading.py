@@ -1,7 +1,10 @@
 """Rows keep their file and line, and what is wrong with a file is said once, by place."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import os
 
 import pytest
@@ -174,13 +177,93 @@ def test_splits_of_a_folder_come_from_file_names(tmp_path):
         ("train-1.jsonl", 1),
     ]
     assert read(tmp_path, split="validation") == [(2, {"prompt": "v"})]
-    with pytest.raises(DataError, match="has no split 'dev'; its files belong to train, validation, test"):
+    with pytest.raises(DataError, match="has no split 'dev'; it has train, validation, test"):
         load_rows(tmp_path, split="dev")
     with pytest.raises(DataError, match="its only split is 'train', but 'test' was asked for"):
         load_rows(tmp_path / "train-0.jsonl", split="test")
     assert read(tmp_path, data_files="test.json") == [(1, {"prompt": "test.json"})]
     assert read("json", data_files=str(tmp_path / "test.json")) == [(1, {"prompt": "test.json"})]
     assert read(tmp_path, data_files={"test": ["test.json"]}, split="test") == [(1, {"prompt": "test.json"})]
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: helpful
+  default: true
+  data_files:
+  - {split: train, path: helpful/part-*.jsonl}
+  - {split: test, path: held/*.csv}
+- config_name: harmless
+  data_dir: harmless
+---
+# A dataset
+"""
+
+
+def test_a_copy_of_a_hub_dataset_is_read_as_its_card_says(tmp_path):
+    for name in ("helpful/part-1", "helpful/part-0", "helpful/other", "harmless/train", "harmless/validation"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "x.csv").write_text("prompt\nheld\n")
+    (tmp_path / "README.md").write_text("# Words without YAML\n")
+    assert read(tmp_path) == [(1, {"prompt": "harmless/train"})]  # by the names of files
+
+    (tmp_path / "README.md").write_text(CARD)
+    assert list_splits(tmp_path) == ["train", "test"]
+    assert read(tmp_path) == [(1, {"prompt": "helpful/part-0"}), (1, {"prompt": "helpful/part-1"})]
+    assert read(tmp_path, split="test") == [(2, {"prompt": "held"})]
+    assert list_splits(tmp_path, "harmless") == ["train", "validation"]
+    assert read(tmp_path, name="harmless", split="validation") == [(1, {"prompt": "harmless/validation"})]
+    assert read(tmp_path, name="held") == [(2, {"prompt": "held"})]  # a subfolder
+    for options, message in (
+        ({"name": "nice"}, "no subfolder or configuration 'nice': its configurations are helpful, harmless"),
+        ({"split": "dev"}, "has no split 'dev'; it has train, test"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_rows(tmp_path, **options)
+
+    for card, message in (
+        (
+            CARD.replace("  default: true\n", ""),
+            "has the configurations helpful, harmless: choose one with --dataset_conf",
+        ),
+        (
+            CARD.replace("part-*", "no-*").replace("held", "no"),
+            "holds no .jsonl, .ndjson, .json, .csv or .parquet file",
+        ),
+        (CARD.replace("{split", "{{split"), "`datasets` could not load .*README.md"),
+        (CARD.replace("config_name: helpful", "name: helpful"), "README.md.*Each config must include `config_name`"),
+    ):
+        (tmp_path / "README.md").write_text(card)
+        with pytest.raises(DataError, match=message) as caught:
+            load_rows(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix, module", [(".gz", gzip), (".bz2", bz2), (".xz", lzma)])
+def test_compressed_files(tmp_path, suffix, module):
+    path = tmp_path / f"train.jsonl{suffix}"
+    packed = module.compress(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD * 5000)
+    path.write_bytes(packed)
+    assert read(path)[:2] == read(tmp_path)[:2] == [(1, {"prompt": "q"}), (3, {"prompt": "q"})]
+    (tmp_path / f"list.json{suffix}").write_bytes(module.compress(b'[{"a": 1},\n{"a": 2}]'))
+    assert read(tmp_path / f"list.json{suffix}") == [(1, {"a": 1}), (2, {"a": 2})]
+    for broken in (packed[: len(packed) // 2], packed[:20] + b"rubbish" + packed[27:], b"no archive"):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match=f"train.jsonl{suffix}: the file is damaged") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_script_is_never_run(tmp_path):
+    (tmp_path / "owner").mkdir()
+    script = tmp_path / "owner" / "owner.py"
+    script.write_text("raise SystemExit('the script ran')\n")
+    for source in (script, script.parent):
+        with pytest.raises(DataError, match="cannot read .py|holds no .jsonl"):
+            load_rows(source)
 
 
 def test_slices_and_saved_splits(tmp_path):

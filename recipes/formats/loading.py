@@ -6,18 +6,21 @@ line, so text files are read here; Parquet, `save_to_disk` folders and Hub names
 
 import csv
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from recipes.errors import UserError
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
-SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSED))
 _SPLIT = re.compile(r"([\w.\-]+)(?:\[(\d*):(\d*)\])?")
 
 
@@ -71,10 +74,11 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
     """Opens a dataset; of local sources, no row is read before the rows are iterated.
 
     Args:
-        source: an existing .jsonl, .ndjson, .json, .csv or .parquet file, a folder (files named by split, or one
-            written by `save_to_disk`), "json", "csv" or "parquet" together with `data_files`, or a Hub name.
+        source: an existing .jsonl, .ndjson, .json, .csv or .parquet file (but for Parquet, perhaps with .gz, .bz2,
+            .xz or .zst behind), a folder (a copy of a Hub dataset, files named by split, or one written by
+            `save_to_disk`), "json", "csv" or "parquet" together with `data_files`, or a Hub name.
         split: a split name; `train[10:20]` takes rows 10 to 19. A single file is the split "train".
-        name: the configuration of a Hub dataset, or a subfolder of a local folder.
+        name: the configuration of a Hub dataset or of a copy of one, or a subfolder of a local folder.
         data_files: path, list of paths or mapping from split to paths, relative to the folder or Hub repository.
         streaming: read a Hub dataset while it is iterated instead of downloading it first.
     Raises:
@@ -98,11 +102,9 @@ def list_splits(source, name: str | None = None, data_files=None) -> list[str]:
     if data_files is not None or path.is_file():
         return ["train"]
     if path.is_dir():
-        folder = _subfolder(path, name)
-        saved = folder / "dataset_dict.json"
-        if saved.exists():
-            return json.loads(saved.read_text(encoding="utf-8"))["splits"]
-        return ["train"] if (folder / "state.json").exists() else list(_files_by_split(folder))
+        if (saved := _subfolder(path, name)) and (saved / "dataset_dict.json").exists():
+            return json.loads((saved / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return ["train"] if saved and (saved / "state.json").exists() else list(_files_by_split(path, name))
     _refuse_missing_path(str(source))
     import datasets
 
@@ -124,7 +126,7 @@ def _open(source: str, split: str, name: str | None, data_files, streaming: bool
             raise DataError(f"{source} is one file, its only split is 'train', but {split!r} was asked for")
         return _read_files([path])
     if path.is_dir():
-        return _open_folder(_subfolder(path, name), split)
+        return _open_folder(path, name, split)
     _refuse_missing_path(source)
     import datasets
 
@@ -133,31 +135,29 @@ def _open(source: str, split: str, name: str | None, data_files, streaming: bool
     return partial(_numbered, source, dataset)
 
 
-def _subfolder(path: Path, name: str | None) -> Path:
-    if name and not (path / name).is_dir():
-        raise DataError(f"{path} has no subfolder {name!r}: a configuration of a local dataset is a subfolder")
-    return path / name if name else path
-
-
-def _open_folder(folder: Path, split: str) -> Callable[[], Iterable[Row]]:
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+def _open_folder(path: Path, name: str | None, split: str) -> Callable[[], Iterable[Row]]:
+    folder = _subfolder(path, name)
+    if folder and ((folder / "dataset_dict.json").exists() or (folder / "state.json").exists()):
         import datasets
 
         dataset = _or_data_error(str(folder), lambda: datasets.load_from_disk(str(folder)))
-        if not isinstance(dataset, datasets.DatasetDict):
-            dataset = {"train": dataset}
-        if split not in dataset:
-            raise DataError(f"{folder} has no split {split!r}; it has {_listed(dataset)}")
-        return partial(_numbered, str(folder), dataset[split])
-    by_split = _files_by_split(folder)
+        by_split = dataset if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
+    else:
+        by_split = _files_by_split(path, name)
     if split not in by_split:
-        raise DataError(f"{folder} has no split {split!r}; its files belong to {_listed(by_split)}")
-    return _read_files([Path(file) for file in by_split[split]])
+        raise DataError(f"{folder or path} has no split {split!r}; it has {_listed(by_split)}")
+    found = by_split[split]
+    return _read_files(list(map(Path, found))) if isinstance(found, list) else partial(_numbered, str(folder), found)
 
 
-def _files_by_split(folder: Path) -> dict[str, list[str]]:
-    """What `datasets` would put into each split of a folder, by the names of the files."""
-    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+def _subfolder(path: Path, name: str | None) -> Path | None:
+    folder = path / name if name else path
+    return folder if folder.is_dir() else None
+
+
+def _files_by_split(folder: Path, name: str | None) -> dict[str, list[str]]:
+    """What `datasets` would put into each split of a folder: as its README.md says, else by the names of the files."""
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern, sanitize_patterns
 
     def files(glob: str) -> list[str]:
         try:
@@ -165,15 +165,42 @@ def _files_by_split(folder: Path) -> dict[str, list[str]]:
         except FileNotFoundError:  # one of several patterns for the same split
             return []
 
+    config = _configuration(folder, name)
+    if config is None:
+        folder = folder / name if name else folder
+    elif "data_dir" in config:
+        folder = folder / config["data_dir"]
     try:
-        patterns = get_data_patterns(str(folder))
+        given = (config or {}).get("data_files")
+        patterns = sanitize_patterns(given) if given else get_data_patterns(str(folder))
     except EmptyDatasetError:
         patterns = {}
     found = {str(split): sorted({file for glob in globs for file in files(glob)}) for split, globs in patterns.items()}
     found = {split: paths for split, paths in found.items() if paths}
     if not found:
-        raise DataError(f"{folder} holds no {_listed(SUFFIXES)} file and was not written by save_to_disk")
+        raise DataError(f"{folder} holds no {_listed(TEXT_SUFFIXES)} or .parquet file, not even compressed ones")
     return found
+
+
+def _configuration(folder: Path, name: str | None) -> dict | None:
+    """What the README.md of a copied Hub dataset says of a configuration; None where a folder itself is meant."""
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import metadata_load
+
+    def read() -> tuple[MetadataConfigs, str | None]:
+        configs = MetadataConfigs.from_dataset_card_data(metadata_load(card) or {})
+        return configs, configs.get_default_config_name()
+
+    card = folder / "README.md"
+    configs, default = _or_data_error(str(card), read) if card.is_file() else ({}, None)
+    if configs and (name or default) is None:
+        raise DataError(f"{folder} has the configurations {_listed(configs)}: choose one with --dataset_config")
+    if (name or default) in configs:
+        return configs[name or default]
+    if name and not (folder / name).is_dir():
+        known = f"its configurations are {_listed(configs)}" if configs else "a configuration here is a subfolder"
+        raise DataError(f"{folder} has no subfolder or configuration {name!r}: {known}")
+    return None
 
 
 def _or_data_error(source: str, load: Callable[[], Any]):
@@ -201,8 +228,9 @@ def _read_files(paths: list[Path]) -> Callable[[], Iterable[Row]]:
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-        if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {_listed(SUFFIXES)}")
+        if not path.name.lower().endswith(SUFFIXES):
+            known = f"{_listed((*TEXT_SUFFIXES, '.parquet'))}, the texts also with {_listed(COMPRESSED)}"
+            raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {known}")
     return partial(_rows_of, paths)
 
 
@@ -212,34 +240,49 @@ def _rows_of(paths: list[Path]) -> Iterator[Row]:
 
 
 def _read_file(path: Path) -> Iterator[Row]:
-    file, suffix = str(path), path.suffix.lower()
-    if suffix == ".parquet":
+    file = str(path)
+    if path.suffix.lower() == ".parquet":
         import datasets
 
         options = {"data_files": {"train": file}, "split": "train", "streaming": True}
         yield from _numbered(file, _or_data_error(file, lambda: datasets.load_dataset("parquet", **options)))
         return
     try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from error
-    with stream:
-        head = stream.read(64)
-        if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise DataError(f"{file}: this is UTF-16; convert it, e.g. iconv -f UTF-16 -t UTF-8 {path.name}")
-        start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
+        with _open_text(path) as stream:
+            yield from _read_text(path, stream)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or f"the file is damaged: {error}"
+        raise DataError(f"{file}: {reason}") from error
+
+
+def _open_text(path: Path) -> BinaryIO:
+    if path.suffix.lower() not in COMPRESSED:
+        return path.open("rb")
+    import fsspec
+
+    try:
+        return fsspec.open(str(path), "rb", compression="infer").open()
+    except ValueError as error:
+        raise DataError(f"{path}: no package for {path.suffix} is installed; pip install zstandard") from error
+
+
+def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
+    file = str(path)
+    suffix = path.suffixes[-2 if path.suffix.lower() in COMPRESSED else -1].lower()
+    head = stream.read(64)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{file}: this is UTF-16; convert it, e.g. iconv -f UTF-16 -t UTF-8 {path.name}")
+    start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
+    stream.seek(start)
+    if suffix == ".csv":
+        yield from _read_csv(file, stream)
+    elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _read_json_list(file, stream.read())
+    elif suffix == ".json" and not stream.readline().rstrip().endswith(b"}"):
+        yield Row(file, 1, RowError("one JSON object over many lines; expected a list [...] or an object per line"))
+    else:
         stream.seek(start)
-        if suffix == ".csv":
-            yield from _read_csv(file, stream)
-        elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            yield from _read_json_list(file, stream.read())
-        elif suffix == ".json" and not stream.readline().rstrip().endswith(b"}"):
-            yield Row(
-                file, 1, RowError("one JSON object over many lines; expected a list [...] or an object per line")
-            )
-        else:
-            stream.seek(start)
-            yield from _read_jsonl(file, stream)
+        yield from _read_jsonl(file, stream)
 
 
 def _numbered(file: str, dataset: Iterable[dict]) -> Iterator[Row]:
