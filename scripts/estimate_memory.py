@@ -1,0 +1,224 @@
+"""Says before a run whether it fits: the peak memory of a recipe on one device, by part, from config.json alone.
+
+    python scripts/estimate_memory.py --config recipes/configs/qwen3_8b/ppo.yaml --gpu_memory_gb 80
+    python scripts/estimate_memory.py ppo --model_name_or_path Qwen/Qwen3-0.6B --use_peft true --gpu_memory_gb 8
+
+Takes every argument of the recipe (`sft`, `reward` or `ppo`, by default the name of the config file), so the arguments
+of a launch line estimate it too. Reward and PPO take a base that is not given, and its adapter, from the sft.yaml
+beside the config. No weights are loaded. Exit code 0: it fits; 1: it does not. More in docs/memory.md.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+
+import psutil
+import torch
+from peft import LoraConfig, PeftConfig
+from transformers import AutoConfig
+from trl import ModelConfig, RewardConfig, ScriptArguments, SFTConfig, get_peft_config
+
+from recipes.errors import UserError, first_line
+from recipes.formatting import FormattingArguments
+from recipes.memory import GIB, Estimate, Setting, estimate
+from recipes.runs import RecipeParser, parse, run
+from recipes.tokenization import adapter_base
+
+STEPS = ("sft", "reward", "ppo")
+# Assumed, not measured: what CUDA's context and libraries take, and the share of the allocator's memory lost to gaps.
+CUDA_CONTEXT, FRAGMENTATION = 0.6 * GIB, 0.05
+PYTHON = 1.0 * GIB  # a process with torch and TRL, on a CPU
+
+
+@dataclass
+class EstimateArguments:
+    """What the recipes' own arguments do not say."""
+
+    gpu_memory_gb: float | None = field(
+        default=None, metadata={"help": "Memory of one device, in GiB. Default: the GPU's here, with use_cpu the RAM."}
+    )
+    prompt_tokens: int = field(default=512, metadata={"help": "Longest prompt of PPO, in tokens."})
+    responses_per_prompt: int = field(default=2, metadata={"help": "Responses in a ranking, for the reward model."})
+    num_processes: int = field(default=1, metadata={"help": "Processes; more than one exchange gradients (DDP)."})
+
+
+@dataclass
+class DeviceArguments:
+    use_cpu: bool = False
+
+
+def recipe_arguments(step: str) -> tuple[type, ...]:
+    if step == "sft":
+        return ScriptArguments, SFTConfig, ModelConfig, FormattingArguments
+    if step == "reward":
+        from recipes.reward import RewardScriptArguments
+
+        return RewardScriptArguments, RewardConfig, ModelConfig, FormattingArguments
+    from recipes.ppo import PPOScriptArguments
+    from recipes.ppo_config import PPOConfig
+
+    return PPOScriptArguments, PPOConfig, ModelConfig, FormattingArguments
+
+
+def split_step(words: list[str]) -> tuple[str, str | None, list[str]]:
+    """The step, the config file and the recipe's arguments in a command line."""
+    config = words[words.index("--config") + 1] if "--config" in words[:-1] else None
+    if words and not words[0].startswith("-"):
+        step, words = words[0], words[1:]
+    else:
+        step = os.path.splitext(os.path.basename(config or ""))[0]
+    if step not in STEPS:
+        raise UserError(f"Command line: begin with {', '.join(STEPS)}, or give the --config of one.")
+    return step, config, words
+
+
+def parse_on_any_machine(types: tuple[type, ...], words: list[str]) -> tuple:
+    """`parse`, without the refusal of bf16 where there is no GPU."""
+    return parse(types, [*words, "--use_cpu", "true"])
+
+
+def add_base(model_args: ModelConfig, step: str, config: str | None) -> ModelConfig:
+    """`model_args` with the base and the adapter of the sft.yaml beside the config, where they name none."""
+    if model_args.model_name_or_path is not None:
+        return model_args
+    beside = os.path.join(os.path.dirname(config or ""), "sft.yaml")
+    if step == "sft" or not os.path.exists(beside):
+        raise UserError("Command line: --model_name_or_path is required.")
+    sft = parse_on_any_machine(recipe_arguments("sft"), ["--config", beside])[2]
+    names = [name for name in vars(sft) if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+    return replace(
+        model_args, model_name_or_path=sft.model_name_or_path, **{name: getattr(sft, name) for name in names}
+    )
+
+
+def adapter_config(model_args: ModelConfig) -> LoraConfig | None:
+    """The adapter that is trained: that of an adapter folder, else a new one."""
+    if not model_args.use_peft:
+        return None
+    name = model_args.model_name_or_path
+    if adapter_base(name) is None:
+        return get_peft_config(model_args)
+    lora = PeftConfig.from_pretrained(name)
+    lora.task_type, lora.modules_to_save, lora.inference_mode = "CAUSAL_LM", None, False
+    return lora
+
+
+def read_setting(step: str, training_args, model_args: ModelConfig, args: EstimateArguments, on_cpu: bool) -> Setting:
+    name = adapter_base(model_args.model_name_or_path) or model_args.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"No config.json could be read from {name}: {first_line(error)}") from error
+    response_tokens = training_args.max_completion_length if step == "ppo" else 0
+    tokens = args.prompt_tokens + response_tokens if step == "ppo" else training_args.max_length
+    if tokens is None:
+        raise UserError("max_length: null has no longest row: set --max_length.")
+    rows = training_args.per_device_train_batch_size
+    samples_here = step == "ppo" and not training_args.use_vllm
+    dtype = model_args.dtype or "float32"
+    quantization = "8bit" if model_args.load_in_8bit else None
+    if model_args.load_in_4bit:
+        quantization = "4bit nested" if model_args.use_bnb_nested_quant else "4bit"
+    return Setting(
+        step=step,
+        config=config,
+        rows=rows * args.responses_per_prompt if step == "reward" else rows,
+        tokens=tokens,
+        response_tokens=response_tokens,
+        rollout_rows=rows * training_args.steps_per_generation if samples_here else 0,
+        lora=adapter_config(model_args),
+        dtype=getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32,
+        autocast=training_args.bf16,
+        quantization=quantization,
+        checkpointing=training_args.gradient_checkpointing,
+        attn_implementation=model_args.attn_implementation,
+        optimizer=str(getattr(training_args.optim, "value", training_args.optim)),
+        accumulates=training_args.gradient_accumulation_steps > 1,
+        buckets=args.num_processes > 1,
+        on_cpu=on_cpu,
+    )
+
+
+def device_memory(args: EstimateArguments, on_cpu: bool) -> float:
+    """Bytes of the device that the run has to fit."""
+    if args.gpu_memory_gb is not None:
+        return args.gpu_memory_gb * GIB
+    if on_cpu:
+        return psutil.virtual_memory().total
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    raise UserError("There is no GPU here: give the memory of the one you mean, as --gpu_memory_gb 24.")
+
+
+def outside(total: float, setting: Setting) -> float:
+    """Bytes that tensors do not account for."""
+    return PYTHON if setting.on_cpu else CUDA_CONTEXT + FRAGMENTATION * total
+
+
+def cheaper(setting: Setting) -> dict[str, Setting]:
+    """Flags that take less memory, and the setting they give. All but the last three leave the update as it is."""
+    options = {}
+    if not setting.checkpointing:
+        options["--activation_checkpointing true"] = replace(setting, checkpointing=True)
+    if setting.rows > 1 and setting.step != "reward":
+        half = "half --per_device_train_batch_size, twice --gradient_accumulation_steps"
+        half += " and --steps_per_generation" if setting.step == "ppo" else ""
+        options[half] = replace(setting, rows=setting.rows // 2, accumulates=True)
+    if setting.rollout_rows > setting.rows:
+        options["half --steps_per_generation (a smaller rollout)"] = replace(
+            setting, rollout_rows=setting.rollout_rows // 2
+        )
+    if setting.lora is None:
+        lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        options["--use_peft true --dtype bfloat16"] = replace(setting, lora=lora, dtype=torch.bfloat16)
+    elif setting.quantization is None and not setting.on_cpu:
+        options["--load_in_4bit true"] = replace(setting, quantization="4bit", dtype=torch.bfloat16)
+    return options
+
+
+def show(setting: Setting, model: str, found: Estimate, reserved: dict[str, float]) -> None:
+    """Print the estimate as a table, in GiB."""
+    kind = "full fine-tuning" if setting.lora is None else f"LoRA of rank {setting.lora.r}"
+    weights = setting.quantization or str(setting.dtype).removeprefix("torch.")
+    print(f"{setting.step} of {model}: {kind}, {weights}, {setting.rows} rows of {setting.tokens} tokens at a time")
+    print(f"\n{'all the time':42}{'GiB':>8}")
+    for name, size in (found.held | reserved).items():
+        print(f"  {name:40}{size / GIB:8.2f}")
+    for phase, parts in found.phases.items():
+        most = "  <- the most" if phase == found.worst and len(found.phases) > 1 else ""
+        print(f"in {phase:39}{sum(parts.values()) / GIB:8.2f}{most}")
+        for name, size in parts.items():
+            print(f"  {name:40}{size / GIB:8.2f}")
+
+
+def main():
+    step, config, words = split_step(sys.argv[1:])
+    device, _ = RecipeParser(DeviceArguments, allow_abbrev=False).parse_args_and_config(
+        words, return_remaining_strings=True, separate_remaining_strings=False
+    )
+    *_, training_args, model_args, _, args = parse_on_any_machine((*recipe_arguments(step), EstimateArguments), words)
+    model_args = add_base(model_args, step, config)
+    setting = read_setting(step, training_args, model_args, args, device.use_cpu)
+    memory = device_memory(args, device.use_cpu)
+    found = estimate(setting)
+    reserved = {}
+    if step == "ppo" and training_args.use_vllm and training_args.vllm_mode == "colocate":
+        reserved["vLLM"] = training_args.vllm_gpu_memory_utilization * memory
+    total = found.total + sum(reserved.values())
+    reserved["Python" if device.use_cpu else "CUDA context and gaps (assumed)"] = outside(total, setting)
+    show(setting, model_args.model_name_or_path, found, reserved)
+    needed = found.total + sum(reserved.values())
+    fits = needed <= memory
+    if not fits:
+        options = {flags: estimate(option).total for flags, option in cheaper(setting).items()}
+        print("\nwhat would help")
+        for flags, size in sorted(options.items(), key=lambda item: item[1]):
+            print(f"  {(needed + size - found.total) / GIB:8.2f} GiB with {flags}")
+    print(f"\n{'fits' if fits else 'does not fit'}: {needed / GIB:.1f} of {memory / GIB:.1f} GiB")
+    sys.exit(0 if fits else 1)
+
+
+if __name__ == "__main__":
+    run(main)
