@@ -11,6 +11,36 @@ from transformers import (
     StoppingCriteriaList,
     TemperatureLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """A `DynamicLayer` that grows by a quarter at a time; the plain one copies all it holds for every token."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.buffers = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        seen = self.get_seq_length()
+        length = seen + key_states.shape[-2]
+        if self.buffers is None or self.buffers[0].shape[-2] < length:
+            room = length + max(16, length // 4)
+            held = [(self.keys, key_states), (self.values, value_states)]
+            self.buffers = [new.new_empty(*new.shape[:-2], room, new.shape[-1]) for _, new in held]
+            for buffer, (old, _) in zip(self.buffers, held, strict=True):
+                if seen:
+                    buffer[..., :seen, :] = old
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., seen:length, :] = new
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.buffers = None
 
 
 class LiveRowSampling:
@@ -51,6 +81,7 @@ class LiveRowSampling:
         plain = generation_config.do_sample and generation_config.num_beams == 1 and type(cache) is DynamicCache
         if not plain or not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
             return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         filtered = any(not isinstance(processor, TemperatureLogitsWarper) for processor in logits_processor)
         temperature, pad_token_id = generation_config.temperature or 1.0, generation_config._pad_token_tensor.item()
         rows = torch.arange(len(input_ids), device=input_ids.device)
