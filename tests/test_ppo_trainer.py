@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
 )
@@ -540,3 +541,70 @@ def test_config_defaults_and_total_episodes(tmp_path):
 def test_fewer_prompts_than_a_rollout_are_refused(world, tmp_path):
     with pytest.raises(UserError, match="One rollout is 16 prompts and the dataset has 8"):
         make_trainer(world, tmp_path, rows=8)
+
+
+def test_scores_are_clipped(world, tmp_path):
+    def large(prompts, completions, **kwargs):
+        return [100.0 if i % 2 else -100.0 for i in range(len(prompts))]
+
+    trainer = make_trainer(world, tmp_path, trainer_kwargs={"reward_funcs": large}, score_clip=3.0)
+    rollout(trainer, 16)
+    assert sorted(set(trainer._logs["extra"]["score"])) == [-3.0, 3.0]
+
+
+def test_whitened_rewards_have_unit_spread_in_the_returns(world, tmp_path):
+    """With lambda 1 and a critic of zeros the returns are the sums of rewards still to come."""
+    runs = []
+    for whiten_rewards in (False, True):
+        model = shared_base_policy(world)
+        model.get_base_model().score.modules_to_save["critic"].weight.data.zero_()
+        trainer = make_trainer(world, tmp_path, model=model, lam=1.0, whiten_rewards=whiten_rewards)
+        torch.manual_seed(0)
+        batch = rollout(trainer, 16)
+        mask = batch["completion_mask"]
+        later = torch.cat([batch["returns"][:, 1:], torch.zeros(16, 1)], 1) * mask
+        runs.append(((batch["returns"] - later)[mask.bool()], mask.sum()))
+    (plain, _), (whitened, _) = runs
+    assert whitened.std().item() == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(whitened.mean(), plain.mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_plain_text_prompts_are_answered_and_scored_as_they_are(world, tmp_path):
+    texts = [" ".join(f"w{(i + j) % 59}" for j in range(3)) for i in range(16)]
+    trainer = PPOTrainer(
+        args=config(tmp_path, max_steps=2),
+        processing_class=AutoTokenizer.from_pretrained(world["base"]),
+        model=shared_base_policy(world),
+        train_dataset=Dataset.from_dict({"prompt": texts}),
+    )
+    batch = rollout_of(trainer, texts)
+    decoded = trainer.processing_class.batch_decode(batch["prompt_ids"], skip_special_tokens=False)
+    assert decoded[:4] == texts[:4]  # no chat template
+    classifier = AutoModelForSequenceClassification.from_pretrained(world["base"], num_labels=1)
+    classifier = PeftModel.from_pretrained(classifier, world["reward"]).eval()
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)[0]
+    ids = ids[: 3 + batch["completion_mask"][0].sum()]
+    classifier.config.pad_token_id = 0
+    with torch.no_grad():
+        assert trainer._scores[0].item() == pytest.approx(classifier(input_ids=ids[None]).logits.item(), abs=1e-5)
+    trainer.train()
+    assert len(history(trainer, "loss/value_avg")) == 2
+
+
+def test_a_four_bit_base_plays_all_roles(world, tmp_path):
+    """bitsandbytes on a CPU: the base stays in 4 bits and untouched, adapters and head learn."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base = AutoModelForCausalLM.from_pretrained(world["base"], quantization_config=quantization)
+    model = PeftModel.from_pretrained(base, world["sft"], is_trainable=True)
+    add_score_roles(model, {"reward": world["reward"], "critic": world["reward"]})
+    trainer = make_trainer(world, tmp_path, model=model)
+    layer = trainer.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert layer.weight.dtype == torch.uint8
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
+    assert changed == {name for name in start if ".default." in name or ".critic." in name}
+    assert history(trainer, "val/ratio")[0] == pytest.approx(1.0, abs=1e-3)
+    assert trainer.model.get_base_model().score.modules_to_save["critic"].weight.dtype == torch.float32

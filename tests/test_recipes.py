@@ -98,8 +98,14 @@ def runs(data, tmp_path_factory) -> Path:
     run(sft_arguments(data, folder / "sft", report_to="tensorboard"), env=trackers)
     reward = {"model_name_or_path": folder / "sft", "dataset_name": data["rankings"], "output_dir": folder / "reward"}
     run(launch("reward", **reward, test_split_size=0.2, report_to="trackio"), env=trackers)
-    run(ppo_arguments(data, folder, folder / "ppo", save_steps=3, report_to="wandb"), env=trackers)
+    run(ppo_arguments(data, folder, folder / "ppo", **with_extras(data), report_to="wandb"), env=trackers)
     return folder
+
+
+def with_extras(data) -> dict:
+    """PPO with all that a checkpoint has to carry."""
+    demonstrations = {"ptx_dataset_name": data["demonstrations"], "ptx_coef": 0.1}
+    return demonstrations | {"ema_decay": 0.9, "adaptive_kl_target": 0.5, "log_completions": True, "save_steps": 3}
 
 
 def history(folder: Path, name: str) -> list[float]:
@@ -172,12 +178,37 @@ def test_trackers_got_the_runs(runs):
     assert b"objective/kl" in wandb_log.read_bytes()
 
 
+def test_trackers_got_a_table_of_prompts_responses_scores_and_kl(runs):
+    tables = [json.loads(path.read_text(encoding="utf-8")) for path in runs.rglob("media/table/**/*.table.json")]
+    tables = [table for table in tables if "completion" in table["columns"]]
+    assert tables
+    first = [dict(zip(tables[0]["columns"], row, strict=True)) for row in tables[0]["data"]]
+    assert len(first) == 16 and all("w" in row["prompt"] and row["completion"] for row in first)
+    scores = [row["score"] for row in first]
+    assert sum(scores) / len(scores) == pytest.approx(history(runs / "ppo", "objective/scores")[0], abs=1e-4)
+    assert sum(row["kl"] for row in first) / 16 == pytest.approx(history(runs / "ppo", "objective/kl")[0], abs=1e-4)
+
+
+def test_ptx_and_the_mean_of_the_policy_run_by_command(runs):
+    assert len(history(runs / "ppo", "loss/ptx_avg")) == 8
+    record = yaml.safe_load((runs / "ppo" / "train_config.yaml").read_text(encoding="utf-8"))
+    assert record["datasets"]["ptx"]["rows"] == 48
+    mean, policy, sft = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (runs / "ppo" / "ema", runs / "ppo", runs / "sft")
+    )
+    key = max(policy, key=lambda name: (policy[name] - sft[name]).abs().max())
+    assert 0 < (mean[key] - sft[key]).abs().max() < (policy[key] - sft[key]).abs().max()
+
+
 def test_ppo_resumed_from_a_checkpoint_ends_on_the_same_numbers(data, runs, tmp_path):
     """Cut after the third of four steps of a rollout, by command."""
     checkpoint = runs / "ppo" / "checkpoint-3"
-    run(ppo_arguments(data, runs, tmp_path / "resumed", resume_from_checkpoint=checkpoint, save_steps=3))
-    whole, resumed = (load_file(f / "adapter_model.safetensors") for f in (runs / "ppo", tmp_path / "resumed"))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    run(ppo_arguments(data, runs, tmp_path / "resumed", resume_from_checkpoint=checkpoint, **with_extras(data)))
+    for adapter in (".", "critic", "ema"):
+        files = (folder / adapter / "adapter_model.safetensors" for folder in (runs / "ppo", tmp_path / "resumed"))
+        whole, resumed = map(load_file, files)
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole), adapter
     for name in ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "grad_norm"):
         assert history(runs / "ppo", name) == history(tmp_path / "resumed", name), name
 
