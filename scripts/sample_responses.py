@@ -31,9 +31,10 @@ def read_prompts(script_args: ScriptArguments, format_args: FormattingArguments,
     rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, script_args.dataset_config)
     report = Report(rows.source, "prompt")
     formatter = Formatter("prompt", **format_args.options(), special_tokens=control_tokens(tokenizer))
+    ids = {(row.file, row.line): row.data["id"] for row in rows if isinstance(row.data, dict) and "id" in row.data}
     prompts: dict[str, Prompt] = {}
     for row, output in formatter(rows, report):
-        name = str(row.data.get("id", f"p{row.line}"))
+        name = str(ids.get((row.file, row.line), f"p{row.line}"))
         name = name if name not in prompts else f"{name}-line{row.line}"
         prompts[name] = Prompt(name, output["prompt"], f"{row.file}:{row.line}")
     print(report)
