@@ -1,9 +1,12 @@
 """Every dataset shape in docs/datasets.md: the exact rows that each task gets, and what is skipped and why."""
 
+import csv
 import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recipes.formatting import DataError, format_dataset, load_rows
@@ -39,6 +42,70 @@ def test_exact_rows(tmp_path, name, task):
     assert skipped == fixture["expect"][task]["skipped"]
     if task in SCHEMAS[fixture["schema"]].tasks:
         assert report.schema == fixture["schema"]
+
+
+def write(rows, path):
+    """The rows as a file of the kind that its suffix says."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    if path.suffix == ".jsonl":  # as some editors on Windows write it
+        path.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\r\n" for row in rows).encode())
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=2, ensure_ascii=False), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            for row in rows:
+                cells = {column: "" if cell is None else cell for column, cell in row.items()}
+                writer.writerow({c: cell if isinstance(cell, str) else json.dumps(cell) for c, cell in cells.items()})
+    else:
+        pq.write_table(pa.Table.from_pylist([{column: row.get(column) for column in columns} for row in rows]), path)
+
+
+@pytest.mark.parametrize("name", sorted(FIXTURES))
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    fixture, found = FIXTURES[name], {}
+    for suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        path = tmp_path / f"data{suffix}"
+        try:
+            write(fixture["rows"], path)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+            continue  # columns of several types: no Parquet file can hold them
+        if (name, suffix) == ("trl_preference", ".csv"):
+            continue  # its empty list would be the answer "[]"
+        for task in fixture["expect"]:
+            dataset, report = format_dataset(load_rows(path), task, schema=fixture.get("ask", "auto"))
+            skipped = [(entry["column"], entry["reason"]) for entry in report.skipped]
+            found.setdefault(task, []).append((list(dataset), skipped, report.schema))
+    for results in found.values():
+        assert len(results) > 1 and all(result == results[0] for result in results[1:])
+
+
+def test_yes_and_no_are_understood_in_csv(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("prompt,completion,label\nq,a,TRUE\nq,b,false\nq,c,0\nq,d,\n")
+    assert [row["messages"][1]["content"] for row in format_dataset(load_rows(path), "sft")[0]] == ["a", "d"]
+    path.write_text("prompt,completion,label\nq,a,perhaps\n")
+    with pytest.raises(DataError, match="data.csv:2:label: found the text 'perhaps', expected true or false"):
+        format_dataset(load_rows(path), "sft")
+    path.write_text(
+        "message_id,parent_id,role,text,rank,deleted,review_result\n"
+        "a,,prompter,q,,False,True\nb,a,assistant,good,1,,\nc,a,assistant,gone,0,True,\nd,a,assistant,best,0,,\n"
+    )
+    dataset, report = format_dataset(load_rows(path), "preference")
+    assert [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in dataset] == [("best", "good")]
+    assert [(entry["line"], entry["reason"]) for entry in report.skipped] == [(4, "deleted")]
+
+
+@pytest.mark.parametrize("cell", ["[{'role': 'user', 'content': 'q'}]", '[{"role": "user", "content": "q"}'])
+def test_messages_in_csv_that_are_not_json_are_no_prompt(tmp_path, cell):
+    path = tmp_path / "data.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt"], ["first"], [cell]])
+    with pytest.raises(
+        DataError, match="data.csv:3:prompt: found .*messages that are not valid JSON; write them with"
+    ):
+        format_dataset(load_rows(path), "prompt")
 
 
 def test_every_schema_has_a_fixture():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from recipes.formats.loading import RowError
 from recipes.formats.messages import (
     HUMAN_ASSISTANT,
+    NOTHING,
     Messages,
     Roles,
     Skip,
@@ -19,6 +20,7 @@ from recipes.formats.messages import (
     cell,
     choice,
     describe,
+    flag,
     in_context,
     inner,
     items,
@@ -72,7 +74,7 @@ def conversations(row: dict, roles: Roles) -> Dialogue:
 
 
 def _dialogue(row: dict, column: str, roles: Roles) -> Dialogue:
-    tools = items(row, "tools") if row.get("tools") not in (None, "", [], "[]") else None
+    tools = None if row.get("tools") in NOTHING else items(row, "tools")
     return Dialogue(in_context(row, normalise(items(row, column), column, roles)), tools)
 
 
@@ -85,7 +87,7 @@ def conversation_pairs(row: dict, roles: Roles) -> Dialogue:
 
 
 def prompt_completion(row: dict, roles: Roles) -> Dialogue:
-    if row.get("label") in (False, "False"):  # TRL's unpaired preferences: a completion not to be learned
+    if flag(row, "label") is False:  # TRL's unpaired preferences: a completion not to be learned
         raise Skip("labelled as a bad completion", "label")
     return Dialogue(asked(row, "prompt", roles) + turns(row, "completion", roles, "assistant"))
 

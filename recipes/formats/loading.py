@@ -21,6 +21,8 @@ from recipes.errors import UserError
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSED))
+# Messages in a cell of CSV, which knows no lists. With single quotes they are Python's, as pandas writes them.
+_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|tool_calls)["']\s*:""")
 _SPLIT = re.compile(r"([\w.\-]+)(?:\[(\d*):(\d*)\])?")
 
 
@@ -449,8 +451,16 @@ def _csv_row(header: list[str], cells: list[str]) -> dict | RowError:
         return RowError(
             f"found {len(cells)} fields, expected {len(header)} as in the header; quote fields that hold a comma"
         )
-    for column, cell in zip(header, cells, strict=True):
+    row = dict(zip(header, cells, strict=True))
+    for column, cell in row.items():
         bad = re.search("[\udc80-\udcff]", cell)
         if bad:
             return RowError(_not_utf8(ord(bad[0]) - 0xDC00), column)
-    return dict(zip(header, cells, strict=True))
+        if _MESSAGES.match(cell):
+            try:
+                row[column] = json.loads(cell)
+            except ValueError:
+                return RowError(
+                    f"found {cell[:40]!r}, messages that are not valid JSON; write them with json.dumps", column
+                )
+    return row

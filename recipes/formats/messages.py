@@ -24,6 +24,8 @@ ROLES = {
 EXTRAS = {"tool_calls": list, "tool_call_id": str, "name": str, "reasoning_content": str}
 MESSAGE = "expected a message {role, content} or {from, value}"
 
+NOTHING = (None, "", [], "[]")
+FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
@@ -74,15 +76,20 @@ def optional_text(row: dict, column: str) -> str:
     return (value or "").strip()
 
 
-def items(row: dict, column: str) -> list:
-    """A required list, which may be written as JSON text where the format knows no lists (CSV)."""
-    value = cell(row, column)
+def decoded(value: Any, column: str, kind: str) -> Any:
+    """A list or an object, which may be written as JSON text where the format knows none (CSV)."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise RowError(f"found {describe(value)}, expected a list (as JSON)", column) from None
+            raise RowError(f"found {describe(value)}, expected {kind} (as JSON)", column) from None
         check_surrogates(value, column)
+    return value
+
+
+def items(row: dict, column: str) -> list:
+    """A required list."""
+    value = decoded(cell(row, column), column, "a list")
     if value is None or value == [] or value == "":
         raise Skip("empty list", column)
     if not isinstance(value, list):
@@ -104,6 +111,7 @@ def objects(row: dict, column: str, *keys: str) -> list[tuple[str, dict]]:
 
 def inner(value: Any, where: str) -> dict:
     """An object inside a row, its keys renamed to their full place, to be read like a row."""
+    value = decoded(value, where, "an object")
     if not isinstance(value, dict):
         raise RowError(f"found {describe(value)}, expected an object", where)
     return {f"{where}.{key}": item for key, item in value.items()}
@@ -125,6 +133,15 @@ def number_cell(row: dict, column: str) -> float:
         return number(float(value) if isinstance(value, str) else value, column)
     except ValueError:
         return number(value, column)
+
+
+def flag(row: dict, column: str) -> bool | None:
+    """An optional yes or no, which may be written as text (CSV)."""
+    value = row.get(column)
+    found = FLAGS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
+    if found is None and value not in (None, ""):
+        raise RowError(f"found {describe(value)}, expected true or false", column)
+    return found
 
 
 def choice(row: dict, column: str, options: Iterable[int]) -> int:
@@ -245,7 +262,7 @@ def in_context(row: dict, said: Messages) -> Messages:
     """Messages after the row's optional `system` (or `system_prompt`) and `history` of [user, assistant] texts."""
     system = optional_text(row, "system") or optional_text(row, "system_prompt")
     history = []
-    for index, pair in enumerate(items(row, "history") if row.get("history") else []):
+    for index, pair in enumerate([] if row.get("history") in NOTHING else items(row, "history")):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError(f"found {describe(pair)}, expected [user text, assistant text]", f"history[{index}]")
         for side, role in enumerate(("user", "assistant")):

@@ -1,9 +1,10 @@
 """Joins flat message tables (OpenAssistant's OASST1 and OASST2) into conversations and rankings."""
 
 from collections.abc import Iterable, Iterator
+from math import inf
 
 from recipes.formats.loading import Row, RowError
-from recipes.formats.messages import Skip, describe
+from recipes.formats.messages import Skip, describe, flag, number_cell
 
 
 def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:
@@ -42,12 +43,13 @@ def _problem(data: dict) -> RowError | Skip | None:
             return RowError("missing; OASST rows have message_id, parent_id, role and text", column)
         if not isinstance(data[column], str) and not (column == "parent_id" and data[column] is None):
             return RowError(f"found {describe(data[column])}, expected text", column)
-    rank = data.get("rank")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | float)):
-        return RowError(f"found {describe(rank)}, expected a number or null", "rank")
-    if data.get("deleted") is True:
-        return Skip("deleted", "deleted")
-    return Skip("failed review", "review_result") if data.get("review_result") is False else None
+    try:
+        _rank(data)
+        if flag(data, "deleted"):
+            return Skip("deleted", "deleted")
+        return Skip("failed review", "review_result") if flag(data, "review_result") is False else None
+    except RowError as error:
+        return error
 
 
 def _turn(row: Row) -> dict:
@@ -57,15 +59,14 @@ def _turn(row: Row) -> dict:
 def _best_path(root: Row, replies: dict[str, list[Row]]) -> list[Row]:
     path = [root]
     while following := replies.get(path[-1].data["message_id"]):
-        path.append(min(following, key=_rank))
+        path.append(min(following, key=lambda row: inf if _rank(row.data) is None else _rank(row.data)))
     while len(path) > 1 and path[-1].data["role"] == "prompter":
         path.pop()
     return path
 
 
-def _rank(row: Row) -> float:
-    rank = row.data.get("rank")
-    return float("inf") if rank is None else rank
+def _rank(data: dict) -> float | None:
+    return None if data.get("rank") in (None, "") else number_cell(data, "rank")
 
 
 def _paths(root: Row, replies: dict[str, list[Row]]) -> Iterator[list[Row]]:
@@ -80,7 +81,7 @@ def _paths(root: Row, replies: dict[str, list[Row]]) -> Iterator[list[Row]]:
 def _rankings(root: Row, replies: dict[str, list[Row]]) -> Iterator[Row]:
     for path in _paths(root, replies):
         following = replies.get(path[-1].data["message_id"], [])
-        ranked = [row for row in following if row.data.get("rank") is not None]
+        ranked = [row for row in following if _rank(row.data) is not None]
         if path[-1].data["role"] == "prompter" and len(ranked) > 1:
-            responses = [{"text": row.data["text"], "rank": row.data["rank"] + 1} for row in ranked]
+            responses = [{"text": row.data["text"], "rank": _rank(row.data) + 1} for row in ranked]
             yield path[-1]._replace(data={"prompt": [_turn(row) for row in path], "responses": responses})
