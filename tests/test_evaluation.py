@@ -270,7 +270,7 @@ def test_what_is_planned():
     assert (args.reference, args.headline) == ("sft", "ppo")
     plan = {one.name: (one.path, one.num_generations, one.temperature) for one in args.plan()}
     assert plan["sft"] == ("b", 16, 1.0) and plan["ppo"] == ("c", 4, 1.0)
-    assert plan["sft@T0.5"] == ("b", 4, 0.5) and len(plan) == 5
+    assert plan["sft@T0.5"] == ("b", 2, 0.5) and len(plan) == 5
     other = EvaluationArguments(policies=["x=1", "y=2"], reward_model_name_or_path="r")
     assert (other.reference, other.headline) == ("x", "y")
 

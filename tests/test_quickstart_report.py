@@ -69,7 +69,7 @@ def test_the_report_keeps_its_contract(report):
         assert set(values) == parts | {"gold", "proxy_reward", "kl", "length", "gold_greedy", "n"}
         assert values["n"] == 24 * 4 and 0 < values["length"] <= 40 and 0 <= values["gold_greedy"] <= 1
         assert values["gold"] == pytest.approx(sum(weight * values[part] for part, weight in judge.WEIGHTS.items()))
-    assert report["policies"]["sft"]["kl"] == 0 and report["policies"]["base"]["kl"] > 0
+    assert report["policies"]["sft"]["kl"] == 0 != report["policies"]["base"]["kl"]  # an estimate may be below 0
     assert set(report["sft_low_temperature"]) == {"temperature", "gold", "kl"}
     assert report["sft_low_temperature"]["temperature"] in evaluate.TEMPERATURES
     model = report["reward_model"]

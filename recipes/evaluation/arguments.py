@@ -30,6 +30,9 @@ class EvaluationArguments(SamplingArguments):
     checkpoints: list[str] = field(
         default_factory=list, metadata={"help": "PPO runs as NAME=FOLDER, whose checkpoints become a curve."}
     )
+    curve_generations: int = field(
+        default=2, metadata={"help": "Responses per prompt at each point of a curve: checkpoints and temperatures."}
+    )
     num_checkpoints: int = field(default=6, metadata={"help": "Checkpoints of each run, spread evenly."})
     temperatures: list[float] = field(
         default_factory=lambda: [0.8, 0.6, 0.4, 0.2],
@@ -52,7 +55,7 @@ class EvaluationArguments(SamplingArguments):
             raise UserError("--top_k and --top_p cut the distribution, and KL is not finite then: leave them out.")
         if min([self.temperature, *self.temperatures]) <= 0:
             raise UserError("--temperature and --temperatures must be above 0: a greedy policy has no finite KL.")
-        for name in ("num_checkpoints", "eval_batch_size", "num_prompts"):
+        for name in ("curve_generations", "num_checkpoints", "eval_batch_size", "num_prompts"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: expected 1 or more.")
         if self.best_of_n < 2:
@@ -75,8 +78,9 @@ class EvaluationArguments(SamplingArguments):
         plan[plan.index(reference)] = often
         for temperature in self.temperatures:
             if temperature != self.temperature:
-                plan.append(replace(reference, name=f"{self.reference}@T{temperature:g}", temperature=temperature))
+                name = f"{self.reference}@T{temperature:g}"
+                plan.append(Sampled(name, reference.path, self.curve_generations, temperature))
         for run, folder in self.runs.items():
             for step, path in checkpoints(folder, self.num_checkpoints):
-                plan.append(Sampled(f"{run}@step{step}", path, self.num_generations, self.temperature, run, step))
+                plan.append(Sampled(f"{run}@step{step}", path, self.curve_generations, self.temperature, run, step))
         return plan

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import selective_log_softmax_and_entropy
 
 from recipes.errors import UserError
+from recipes.fast.live_rows import LiveRowSampling
 from recipes.sampling import Response, SamplingArguments, sample
 
 Conversation = list[dict]
@@ -54,7 +55,8 @@ def draw_samples(
     name: str,
 ) -> list[list[Sample]]:
     """`num_generations` samples of the policy for each prompt, in their order."""
-    groups = sample(model, tokenizer, prompts, sampling, f"Sampling {name}")
+    with LiveRowSampling().installed(base_of(model)):
+        groups = sample(model, tokenizer, prompts, sampling, f"Sampling {name}")
     pairs = [(prompt, r.token_ids) for prompt, group in zip(prompts, groups, strict=True) for r in group]
     known = iter(token_log_probs(model, tokenizer, pairs, sampling.temperature, batch_size, f"Log-probs of {name}"))
     samples = []
@@ -86,8 +88,7 @@ def token_log_probs(
     )
     rows = [start + ids for start, (_, ids) in zip(starts, pairs, strict=True)]
     order = sorted(range(len(rows)), key=lambda row: (len(starts[row]), len(rows[row])))
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
+    keeps = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
     results: list[tuple[list[float], float]] = [([], 0.0)] * len(rows)
     for first in tqdm(range(0, len(order), batch_size), desc=title, disable=None):
         batch = order[first : first + batch_size]
@@ -104,6 +105,10 @@ def token_log_probs(
             response = slice(len(starts[row]) - 1 - skipped, len(rows[row]) - 1 - skipped)
             results[row] = (logps[place, response].tolist(), entropies[place, response].mean().item())
     return results
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

@@ -10,12 +10,13 @@ from markupsafe import Markup
 from recipes.evaluation import plots
 
 
-def environment(folder: Path) -> jinja2.Environment:
-    """Jinja with everything escaped: what models say is never markup."""
-    loader = jinja2.FileSystemLoader([folder, Path(__file__).parent])
-    found = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    found.filters["estimate"] = estimate
-    return found
+def page_template(path: Path) -> jinja2.Template:
+    """A page in which everything is escaped: what models say is never markup."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(path.parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["estimate"] = estimate
+    return environment.get_template(path.name)
 
 
 def estimate(value: dict | float | None, digits: int = 2) -> str:
@@ -35,8 +36,9 @@ def write_report(report: dict, output_dir: str) -> None:
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     drawn: dict[str, Markup] = plots.save_figures(plots.figures(report), folder)
     judges = judge_names(report)
-    page = environment(folder).get_template("report.html.jinja").render(report=report, plots=drawn, judges=judges)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    page = page_template(Path(__file__).with_name("report.html.jinja"))
+    text = page.render(report=report, plots=drawn, judges=judges)
+    (folder / "report.html").write_text(text, encoding="utf-8")
 
 
 def judge_names(report: dict) -> list[str]:

@@ -12,12 +12,16 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from trl import ModelConfig
 
+from recipes.evaluation.metrics import kl_k1
+from recipes.evaluation.policies import base_of, token_log_probs
+from recipes.evaluation.reward_quality import Pair
+from recipes.fast.live_rows import LiveRowSampling
 from recipes.formatting import format_dataset, load_rows
 from recipes.modeling import load_reward_model, read_reward_statistics, score_conversations
 from recipes.runs import run
@@ -52,34 +56,24 @@ class Policies:
         return nullcontext()
 
     def sample(self, name: str, prompts: list[list[dict]], sampling: SamplingArguments) -> list[list[Response]]:
-        with self.use(name):
+        with self.use(name), LiveRowSampling().installed(base_of(self.model)):
             return sample(self.model, self.tokenizer, prompts, sampling)
 
-    @torch.no_grad()
     def log_probs(self, name: str, pairs: list[tuple[list[dict], Response]], temperature: float = 1.0) -> list[float]:
         """Log-probability in nats of each response to its prompt, EOS included."""
-        prompts = [prompt for prompt, _ in pairs]
-        starts = self.tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
-        rows = [start + response.token_ids for start, (_, response) in zip(starts, pairs, strict=True)]
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        totals = [0.0] * len(rows)
+        return [sum(tokens) for tokens in self.token_log_probs(name, pairs, temperature)]
+
+    def token_log_probs(
+        self, name: str, pairs: list[tuple[list[dict], Response]], temperature: float = 1.0
+    ) -> list[list[float]]:
+        rows = [(prompt, response.token_ids) for prompt, response in pairs]
         with self.use(name):
-            for first in range(0, len(order), BATCH_SIZE):
-                batch = order[first : first + BATCH_SIZE]
-                inputs = self.tokenizer.pad(
-                    {"input_ids": [rows[row] for row in batch]}, padding_side="right", return_tensors="pt"
-                ).to(self.model.device)
-                logits = self.model(**inputs).logits[:, :-1].float() / temperature
-                targets = inputs["input_ids"][:, 1:]
-                token = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-                for place, row in enumerate(batch):
-                    totals[row] = token[place, len(starts[row]) - 1 : len(rows[row]) - 1].sum().item()
-        return totals
+            return [logps for logps, _ in token_log_probs(self.model, self.tokenizer, rows, temperature, BATCH_SIZE)]
 
     def kl(self, name: str, pairs: list[tuple[list[dict], Response]], temperature: float = 1.0) -> float:
         """Mean k1 estimate of KL(policy || SFT) per response, in nats; `pairs` are samples of the policy."""
-        policy, sft = self.log_probs(name, pairs, temperature), self.log_probs("sft", pairs)
-        return fmean(p - s for p, s in zip(policy, sft, strict=True))
+        policy, sft = self.token_log_probs(name, pairs, temperature), self.token_log_probs("sft", pairs)
+        return fmean(kl_k1(*logps) for logps in zip(policy, sft, strict=True))
 
 
 def flat(prompts: list[list[dict]], groups: list[list[Response]]) -> list[tuple[list[dict], Response]]:
@@ -116,32 +110,31 @@ def reward_model_accuracy(
     score: Callable, prompts: list[list[dict]], groups: list[list[Response]], seed: int
 ) -> dict[str, float]:
     """How often the reward model orders two held-out SFT samples as the labeler did, and as gold does."""
-    agree, gold_agree, longer = [], [], []
+    labelled, by_gold = [], []
     scores = iter(score(flat(prompts, groups)))
     for number, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
         rows = [{"id": str(i), "text": r.text, "finished": r.finished} for i, r in enumerate(group)]
         ranking = labeler.rank({"id": f"heldout-{number}", "prompt": prompt, "responses": rows, "model": "sft"}, seed)
         answers = [
             (
+                response,
                 next(scores),
                 row["rank"],
                 judge.judge(prompt[-1]["content"], response.text, response.finished)["gold"],
-                len(response.token_ids),
             )
             for row, response in zip(ranking["responses"], group, strict=True)
         ]
-        for score_a, rank_a, gold_a, length_a in answers:
-            for score_b, rank_b, gold_b, length_b in answers:
-                if rank_a < rank_b:
-                    agree.append(score_a > score_b)
-                    longer.append((length_a > length_b) + 0.5 * (length_a == length_b))
-                if gold_a > gold_b:
-                    gold_agree.append(score_a > score_b)
+        for (a, score_a, rank_a, gold_a), (b, score_b, rank_b, gold_b) in permutations(answers, 2):
+            pair = Pair(str(number), a.text, b.text, score_a, score_b, len(a.token_ids), len(b.token_ids))
+            if rank_a < rank_b:
+                labelled.append(pair)
+            if gold_a > gold_b:
+                by_gold.append(pair)
     return {
-        "accuracy": fmean(agree),
-        "accuracy_on_gold_order": fmean(gold_agree),
-        "longer_wins_baseline": fmean(longer),
-        "n_pairs": len(agree),
+        "accuracy": fmean(pair.right for pair in labelled),
+        "accuracy_on_gold_order": fmean(pair.right for pair in by_gold),
+        "longer_wins_baseline": fmean(pair.longer_wins for pair in labelled),
+        "n_pairs": len(labelled),
     }
 
 

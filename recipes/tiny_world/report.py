@@ -1,17 +1,12 @@
 """Turns what a quickstart measured into report.json, report.html and a table for the terminal."""
 
-import io
 import json
-import re
 from pathlib import Path
 
-import jinja2
-import matplotlib
 from markupsafe import Markup
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
+from recipes.evaluation.plots import plt, to_svg
+from recipes.evaluation.report import page_template
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_no_kl": "PPO without KL"}
 COLORS = {"base": "#8c8c8c", "sft": "#4878a8", "ppo": "#2e8b57", "ppo_no_kl": "#c44e52"}
@@ -35,10 +30,7 @@ def write_report(folder: Path, seed: int, seconds: dict[str, float]) -> dict:
         "training": plot_training(history),
         "hacking": plot_hacking(history),
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("report.html.jinja").render(report=report, plots=plots, names=NAMES)
+    page = page_template(Path(__file__).with_name("report.html.jinja")).render(report=report, plots=plots, names=NAMES)
     (folder / "report.html").write_text(page, encoding="utf-8")
     return report
 
@@ -54,14 +46,6 @@ def curve(history: list[dict], name: str) -> list[float]:
     values = [row[name] for row in history]
     windows = [values[max(0, end - SMOOTHING) : end] for end in range(1, len(values) + 1)]
     return [sum(window) / len(window) for window in windows]
-
-
-def to_svg(figure) -> Markup:
-    """The figure as an SVG element; its text comes from this module alone."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
-    plt.close(figure)
-    return Markup(re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL))
 
 
 def plot_gold(report: dict) -> Markup:
