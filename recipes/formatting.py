@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from recipes.formats.control_tokens import control_tokens
 from recipes.formats.digests import Digests
 from recipes.formats.formatter import Formatter, NeedsTools, as_rows
-from recipes.formats.loading import DataError, Row, Rows, list_splits, load_rows
+from recipes.formats.loading import Rows, list_splits, load_rows
 from recipes.formats.mixtures import Source, check_fractions, combine
 from recipes.formats.report import Report
 from recipes.formats.tasks import features, group_id
+from recipes.formats.text_files import DataError, Row
 from recipes.schemas import detect
 
 if TYPE_CHECKING:

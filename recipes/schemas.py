@@ -8,9 +8,9 @@ from typing import Any
 
 from recipes.formats import converters as convert
 from recipes.formats.converters import Converter
-from recipes.formats.loading import DataError
 from recipes.formats.messages import ROLES, describe, listed
 from recipes.formats.oasst import conversation_trees
+from recipes.formats.text_files import DataError
 
 TASKS = ("sft", "preference", "ranking", "prompt")
 SPOKEN = ("sft", "prompt")

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from recipes.formats.loading import RowError
 from recipes.formats.messages import (
     HUMAN_ASSISTANT,
     NOTHING,
@@ -36,6 +35,7 @@ from recipes.formats.messages import (
     text,
     turns,
 )
+from recipes.formats.text_files import RowError
 
 SIDES = ("user", "assistant")
 SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"), ("chosen_score", "rejected_score"))

@@ -10,12 +10,13 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from recipes.formats.digests import Digests
-from recipes.formats.loading import DataError, LostRows, Row, RowError, Rows, check_row
+from recipes.formats.loading import Rows
 from recipes.formats.messages import ROLES, Skip, describe, listed
 from recipes.formats.parallel import in_order
 from recipes.formats.preview import render
 from recipes.formats.report import Report
 from recipes.formats.tasks import has_tools, outputs, row_messages
+from recipes.formats.text_files import DataError, LostRows, Row, RowError, check_row
 from recipes.schemas import SCHEMAS, TASKS, Schema, detect
 
 SAMPLE = 100  # rows that detection looks at

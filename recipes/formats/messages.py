@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from recipes.formats.loading import RowError, check_surrogates
+from recipes.formats.text_files import RowError, check_surrogates
 
 Messages = list[dict[str, Any]]
 Roles = Mapping[str, str]

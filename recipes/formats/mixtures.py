@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.formats.loading import DataError
 from recipes.formats.messages import listed
 from recipes.formats.tasks import features
+from recipes.formats.text_files import DataError
 
 
 @dataclass

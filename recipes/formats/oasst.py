@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from math import inf
 
-from recipes.formats.loading import Row, RowError
 from recipes.formats.messages import Skip, describe, flag, number_cell
+from recipes.formats.text_files import Row, RowError
 
 
 def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:

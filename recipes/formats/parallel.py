@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
-from recipes.formats.loading import DataError
+from recipes.formats.text_files import DataError
 
 AHEAD = 2  # items that wait for each process
 

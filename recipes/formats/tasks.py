@@ -14,8 +14,8 @@ import json
 from collections.abc import Iterable, Iterator
 
 from recipes.formats.converters import Dialogue, Ranking
-from recipes.formats.loading import RowError
 from recipes.formats.messages import Messages, Skip, check_order
+from recipes.formats.text_files import RowError
 
 
 def outputs(
