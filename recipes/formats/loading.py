@@ -170,9 +170,11 @@ def _or_data_error(source: str, load: Callable[[], Any]):
     try:
         return load()
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        local = "" if Path(source).expanduser().exists() else f"no file or folder {source!r} is here, and "
-        raise DataError(f"{local}`datasets` could not load {source!r}: {type(error).__name__}: {reason}") from error
+        cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        unknown = isinstance(error, FileNotFoundError | ConnectionError) and not Path(source).expanduser().exists()
+        local = f"no file or folder {source!r} is here, and " if unknown else ""
+        raise DataError(f"{local}`datasets` could not load {source!r}: {type(cause).__name__}: {reason}") from error
 
 
 def _refuse_missing_path(source: str) -> None:
