@@ -169,6 +169,15 @@ def test_first_five_errors_and_the_total_are_shown():
     assert len(caught.value.report.errors) == 7
 
 
+def test_a_report_of_many_different_errors_stays_small(monkeypatch):
+    monkeypatch.setattr("recipes.formats.report.KEPT", 20)
+    with pytest.raises(DataError, match="300 of 301 rows cannot be used") as caught:
+        format_dataset([{"prompt": "q"}, *({"prompt": number} for number in range(300))], "prompt")
+    report = caught.value.report
+    assert len(report.errors) == 20 and len(report.counts["errors"]) == 21
+    assert report.counts["errors"]["others"] == 280 and report.counts["errors"].total() == 300
+
+
 def test_errors_can_be_skipped_up_to_a_cap():
     rows = [{"prompt": f"{number}"} for number in range(200)]
     bad = {"prompt": 5}

@@ -1,4 +1,4 @@
-"""Hub names go through the real `datasets` and huggingface_hub, to a server on this machine that speaks for the Hub."""
+"""Hub names go through the real `datasets` and huggingface_hub, to a server here that speaks for the Hub."""
 
 import gzip
 import hashlib

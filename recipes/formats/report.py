@@ -9,7 +9,7 @@ from typing import Any
 from recipes.formats.text_files import DataError, Row
 
 KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # each list of a report, and what its entries say
-KEPT = 10_000  # entries of each list; the counts are always complete
+KEPT = 10_000  # entries of each list, and reasons that are counted by name; the sums are always complete
 SHOWN = 5  # errors in the text of a DataError
 
 
@@ -32,7 +32,8 @@ class Report:
     def add(self, kind: str, row: Row, what: str, column: str | None = None) -> None:
         """`kind` is "skipped", "flags" or "errors"."""
         entries = getattr(self, kind)
-        self.counts[kind][what] += 1
+        counts = self.counts[kind]
+        counts[what if what in counts or len(counts) < KEPT else "others"] += 1  # messages quote what they found
         if len(entries) < KEPT:
             place = {"file": row.file, "line": row.line, **({} if kind == "flags" else {"column": column})}
             entries.append({**place, KINDS[kind]: what})

@@ -226,7 +226,7 @@ def _check_header(file: str, line: int, header: list[str]) -> list[str]:
     if len(set(header)) < len(header):
         problem = f"two columns are called {next(name for name in header if header.count(name) > 1)!r}"
     elif not all(name.strip() for name in header):
-        problem = "a column has no name"
+        problem = "a column has no name; name it, or leave out pandas' index with to_csv(index=False)"
     elif len(header) == 1 and re.search("[;\t|]", header[0]):
         problem = f"the only column is {header[0]!r}: columns must be separated by commas"
     if problem:
