@@ -301,3 +301,27 @@ def test_parquet_does_not_fill_tool_calls_with_nulls(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "tools.parquet")
     dataset, _ = format_dataset(load_rows(tmp_path / "tools.parquet"), "sft")
     assert [row["messages"] for row in dataset] == [row["messages"] for row in rows]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 2**20])
+def test_json_lists_are_read_in_parts(tmp_path, monkeypatch, chunk):
+    """The same rows and errors, wherever a part ends."""
+    monkeypatch.setattr("recipes.formats.text_files.CHUNK", chunk)
+    path = tmp_path / "data.json"
+    data = [{"a": f'é😀 "{n}"\n\\ ', "b": [n, -1.5e3, None, True, {"c": "x" * (n % 90)}]} for n in range(40)]
+    for indent in (None, 1):
+        path.write_text(json.dumps(data, indent=indent, ensure_ascii=indent is None), encoding="utf-8")
+        rows = read(path)
+        assert [row for _, row in rows] == data
+        lines = path.read_text("utf-8").split("\n")
+        assert all(lines[line - 1].lstrip(" [").startswith("{") for line, _ in rows)
+    text = path.read_text("utf-8")
+    for broken in (text[:-9], text.replace('"7\\"', '"7"'), text.replace("},\n {", "}\n {", 1), text + "]"):
+        path.write_text(broken, encoding="utf-8")
+        with pytest.raises(json.JSONDecodeError) as expected:
+            json.loads(broken)
+        line, message = read(path)[-1]
+        assert line == expected.value.lineno and f"at character {expected.value.colno}:" in message
+    path.write_bytes(text.encode().replace('😀 \\"30'.encode(), b'\xff \\"30'))
+    line, message = read(path)[-1]
+    assert '"30' in path.read_bytes().split(b"\n")[line - 1].decode("utf-8", "replace") and "byte 0xff" in message

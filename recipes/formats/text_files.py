@@ -3,6 +3,7 @@
 `datasets` would guess types (dates become timestamps, "NA" becomes null, 007 becomes 7.0) and name no line.
 """
 
+import codecs
 import csv
 import json
 import lzma
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 from recipes.errors import UserError
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
+CHUNK = 2**20  # bytes of a list in JSON that are read at a time, or more where an element is larger
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # Messages in a cell of CSV, which knows no lists. With single quotes they are Python's, as pandas writes them.
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|tool_calls)["']\s*:""")
@@ -85,7 +87,7 @@ def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
     if suffix == ".csv":
         yield from _read_csv(file, stream)
     elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _read_json_list(file, stream.read())
+        yield from _read_json_list(file, stream)
     elif suffix == ".json" and not stream.readline().rstrip().endswith(b"}"):
         yield Row(file, 1, RowError("one JSON object over many lines; expected a list [...] or an object per line"))
     else:
@@ -110,31 +112,83 @@ def _read_json_line(raw: bytes) -> dict | RowError:
         return RowError(_not_json(error))
 
 
-def _read_json_list(file: str, raw: bytes) -> Iterator[Row]:
+def _read_json_list(file: str, stream: BinaryIO) -> Iterator[Row]:
     """The elements of one JSON list, each at the line it starts on. Nothing after the first syntax error is read."""
-    line, counted = 1, 0
+    window = _Window(stream)
     try:
-        text = raw.decode("utf-8")
-        position = _skip_space(text, text.index("[") + 1)
-        closed = text[position : position + 1] == "]"
+        window.skip_space()
+        window.position += 1  # the bracket
+        closed = window.skip_space() == "]"
         while not closed:
-            line, counted = line + text.count("\n", counted, position), position
-            data, position = _decode(text, position)
-            yield Row(file, line, data)
-            position = _skip_space(text, position)
-            closed = text[position : position + 1] == "]"
+            line = window.line()
+            yield Row(file, line, window.decode())
+            separator = window.skip_space()
+            closed = separator == "]"
             if not closed:
-                if text[position : position + 1] != ",":
-                    raise json.JSONDecodeError("expected ',' or ']' after an element", text, position)
-                position = _skip_space(text, position + 1)
-        position = _skip_space(text, position + 1)
-        if position < len(text):
-            raise json.JSONDecodeError("text after the end of the list", text, position)
+                if separator != ",":
+                    raise json.JSONDecodeError("expected ',' or ']' after an element", window.text, window.position)
+                window.position += 1
+                window.skip_space()
+        window.position += 1
+        if window.skip_space():
+            raise json.JSONDecodeError("text after the end of the list", window.text, window.position)
     except UnicodeDecodeError as error:
-        yield Row(file, raw.count(b"\n", 0, error.start) + 1, LostRows(_not_utf8(raw[error.start])))
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", line)
+        line = window.first_line + window.text.count("\n") + error.object.count(b"\n", 0, error.start)
+        yield Row(file, line, LostRows(_not_utf8(error.object[error.start])))
+    except json.JSONDecodeError as error:
+        error.colno += window.column if error.lineno == 1 else 0
+        line = window.first_line + error.lineno - 1
         yield Row(file, line, LostRows(f"{_not_json(error)}; nothing after it was read"))
+    except (ValueError, RecursionError) as error:
+        yield Row(file, window.line(), LostRows(f"{_not_json(error)}; nothing after it was read"))
+
+
+class _Window:
+    """The part of a file of JSON that is in memory, which begins at `first_line` after `column` characters."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.text, self.position = stream, "", 0
+        self.first_line, self.column, self.ended = 1, 0, False
+        self.counted, self.counted_line = 0, 1
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def line(self) -> int:
+        """The line of the position, which only moves on."""
+        self.counted_line += self.text.count("\n", self.counted, self.position)
+        self.counted = self.position
+        return self.counted_line
+
+    def more(self) -> None:
+        """Leaves out what was read and appends what follows."""
+        last = self.text.rfind("\n", 0, self.position)
+        self.column = self.position - last - 1 + (self.column if last < 0 else 0)
+        self.first_line, self.text = self.line(), self.text[self.position :]
+        self.position = self.counted = 0
+        raw = self.stream.read(max(CHUNK, len(self.text)))
+        self.text += self.decoder.decode(raw, final=not raw)
+        self.ended = not raw
+
+    def skip_space(self) -> str:
+        """The next character that is no space; empty at the end."""
+        self.position = _skip_space(self.text, self.position)
+        while self.position == len(self.text) and not self.ended:
+            self.more()
+            self.position = _skip_space(self.text, self.position)
+        return self.text[self.position : self.position + 1]
+
+    def decode(self) -> dict | RowError:
+        """The element that starts here, however much of the file it takes."""
+        while True:
+            try:
+                value, end = _decode(self.text, self.position)
+                if end < len(self.text) or self.ended:
+                    self.position = end
+                    return value
+            except json.JSONDecodeError as error:
+                cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated string")
+                if self.ended or not cut:
+                    raise
+            self.more()
 
 
 def _skip_space(text: str, position: int) -> int:
