@@ -82,6 +82,20 @@ def value_losses(
     return 0.5 * torch.max(plain, cut), cut > plain
 
 
+def update_metrics(
+    log_ratio: torch.Tensor, advantages: torch.Tensor, epsilon_low: float, epsilon_high: float
+) -> dict[str, torch.Tensor]:
+    """What an update looks like at each token, (B, T) each, from log(new policy / rollout's policy)."""
+    ratio = log_ratio.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    return {
+        "policy/approxkl_avg": 0.5 * log_ratio**2,
+        "policy/clipfrac_avg": (clipped > plain).float(),
+        "loss/policy_avg": torch.max(plain, clipped),
+        "val/ratio": ratio,
+    }
+
+
 def explained_variance(values, returns, mask, reduce=lambda x: x) -> torch.Tensor:
     """`1 - Var(R - V) / Var(R)` over the tokens: 1 is a perfect critic, 0 one that knows only the mean."""
     _, error = masked_moments(returns - values, mask, reduce)

@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
@@ -27,13 +27,14 @@ from recipes.errors import UserError
 from recipes.fast.live_rows import LiveRowSampling
 from recipes.fast.packing import at_responses, in_chunks, sort_by_length
 from recipes.ppo_config import PPOConfig
-from recipes.ppo_health import Health
+from recipes.ppo_health import Health, last_good_state
 from recipes.ppo_math import (
     AdaptiveKL,
     explained_variance,
     generalized_advantages,
     token_kl,
     token_rewards,
+    update_metrics,
     value_losses,
     whiten,
 )
@@ -47,6 +48,7 @@ from recipes.roles import (
     critic_from_policy,
     is_fresh,
     scalar_scores,
+    set_learning_rate,
     train_roles,
     use_role,
 )
@@ -93,11 +95,10 @@ class PPOTrainer(GRPOTrainer):
         "id": "1909.08593",
         "citation": textwrap.dedent("""\
             @article{ziegler2019finetuning,
-                title  = {{Fine-Tuning Language Models from Human Preferences}},
+                title = {{Fine-Tuning Language Models from Human Preferences}},
                 author = {Daniel M. Ziegler and Nisan Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and
                           Dario Amodei and Paul Christiano and Geoffrey Irving},
-                year   = 2019,
-                eprint = {arXiv:1909.08593},
+                year = 2019, eprint = {arXiv:1909.08593},
             }"""),
     }
 
@@ -215,8 +216,9 @@ class PPOTrainer(GRPOTrainer):
         self._health = Health(args, pad_is_eos, ratio_tolerance=1e-3 if in_float32 else 0.05)
         # What a decoding step computes in half precision is not what training would for the same token.
         self._keeps_sampled_logps = in_float32 and "sampling_logps" in args.fast_paths and not self.tools
-        self._sampled_logps = None
-        self._live_rows = None
+        self._sampled_logps = self._live_rows = None
+        is_alone = self.accelerator.distributed_type == "NO"
+        self._may_backward_early = is_alone and "early_backward" in args.fast_paths
         if "live_rows" in args.fast_paths and self.accelerator.distributed_type in ("NO", "MULTI_CPU", "MULTI_GPU"):
             self._live_rows = LiveRowSampling()
 
@@ -321,7 +323,12 @@ class PPOTrainer(GRPOTrainer):
             return at_responses(forward, ids, attention_mask, width)[0]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except ValueError as error:
+            if "rewards, but" in str(error):  # TRL's own check of how many a function returned
+                raise UserError(str(error)) from error
+            raise
         per_process = slice(
             self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
         )
@@ -336,7 +343,7 @@ class PPOTrainer(GRPOTrainer):
             raise UserError(
                 f"Step {self.state.global_step}: {names} gave no finite score to {int(unscored.sum())} of "
                 f"{len(scores)} responses, the first in row {int(unscored.nonzero()[0])} of the rollout. "
-                f"{self._last_good_state()}"
+                f"{last_good_state(self.args.output_dir)}"
             )
         self._scores = (scores * self.reward_weights.to(scores.device)).nansum(1)[per_process]
         return rewards
@@ -360,10 +367,9 @@ class PPOTrainer(GRPOTrainer):
             logps = logps_of(self.model) if logps is None else logps
             with use_role(model, self._ref_role):
                 ref_logps = logps_of(self.model if self.ref_model is None else self.ref_model)
-            values = self._in_chunks(
+            values = mask * self._in_chunks(
                 lambda rows: self._values(self.model, ids[rows], attention_mask[rows], width), lengths
             )
-            values = values * mask
 
         scores = self._scores
         if self.args.missing_eos_penalty is not None:
@@ -479,33 +485,43 @@ class PPOTrainer(GRPOTrainer):
         return result
 
     def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
+        loss = self._backward_early(super()._compute_loss(model, inputs))
         logps = self._latest_logps
         mode = "train" if self.model.training else "eval"
         ids, attention_mask, mask = self._sequences(inputs)
+        if self._ptx is not None and mode == "train":
+            batch = self._ptx(self._step, self.accelerator.process_index, self.accelerator.num_processes)
+            ptx_loss = model(**{name: value.to(mask.device) for name, value in batch.items()}).loss
+            self._metrics[mode]["loss/ptx_avg"].append(self.accelerator.gather(ptx_loss.detach()).mean().item())
+            ptx_loss = self.args.ptx_coef * ptx_loss / self.current_gradient_accumulation_steps
+            loss = loss + self._backward_early(ptx_loss)
         values = self._values(model, ids, attention_mask, mask.size(1)) * mask
         losses, clipped = value_losses(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         value_loss = (losses * mask).sum() / self._tokens_per_update(inputs, mask, mode)
         loss = loss + self.args.vf_coef * value_loss
-        if self._ptx is not None and mode == "train":
-            batch = self._ptx(self._step, self.accelerator.process_index, self.accelerator.num_processes)
-            ptx_loss = model(**{name: value.to(mask.device) for name, value in batch.items()}).loss
-            loss = loss + self.args.ptx_coef * ptx_loss / self.current_gradient_accumulation_steps
-            self._metrics[mode]["loss/ptx_avg"].append(self.accelerator.gather(ptx_loss.detach()).mean().item())
-        self._log_update(mode, inputs, mask, logps, losses.detach(), clipped)
+        log_ratio = (logps - inputs["old_per_token_logps"]) * mask
+        by_token = update_metrics(log_ratio, inputs["advantages"], self.epsilon_low, self.epsilon_high)
+        by_token |= {"loss/value_avg": losses.detach(), "val/clipfrac_avg": clipped.float()}
+        self._log_update(mode, by_token, mask)
         if not loss.isfinite():
             rows = (~(logps.isfinite() & values.isfinite()).all(1)).nonzero()[:, 0].tolist()
             raise UserError(
                 f"Step {self.state.global_step}: the loss is {loss.item()}, by log-probabilities or values of rows "
                 f"{rows} of the micro-batch. Lower learning_rate, or look for a role in half precision. "
-                f"{self._last_good_state()}"
+                f"{last_good_state(self.args.output_dir)}"
             )
         return loss
 
-    def _last_good_state(self) -> str:
-        folder = self.args.output_dir
-        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        return "There is no checkpoint yet." if checkpoint is None else f"The last good checkpoint is {checkpoint}."
+    def _backward_early(self, loss: torch.Tensor) -> torch.Tensor:
+        """Free the activations of one part of the loss before the next part's forward, in a single process.
+
+        With several, all parts go through one backward: DDP reduces gradients once.
+        """
+        if not self._may_backward_early or not (loss.requires_grad and loss.isfinite()):
+            return loss
+        with torch.autocast(loss.device.type, enabled=False):
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     def _tokens_per_update(self, inputs: dict, mask: torch.Tensor, mode: str) -> torch.Tensor:
         """What a micro-batch's token losses are divided by, the same for policy and critic (see `loss_type`)."""
@@ -516,26 +532,14 @@ class PPOTrainer(GRPOTrainer):
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return tokens
 
-    def _log_update(self, mode: str, inputs: dict, mask, logps, value_loss, value_clipped) -> None:
-        log_ratio = (logps - inputs["old_per_token_logps"]) * mask
-        ratio, advantages = log_ratio.exp(), inputs["advantages"]
-        plain = -advantages * ratio
-        clipped = -advantages * ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
-        sums = {
-            "policy/approxkl_avg": 0.5 * log_ratio**2,
-            "policy/clipfrac_avg": (clipped > plain).float(),
-            "loss/policy_avg": torch.max(plain, clipped),
-            "loss/value_avg": value_loss,
-            "val/clipfrac_avg": value_clipped.float(),
-            "val/ratio": ratio,
-        }
-        # Means over the tokens of the whole minibatch, however it is split.
-        self._update_sums += torch.stack([(value * mask).sum() for value in sums.values()] + [mask.sum()])
+    def _log_update(self, mode: str, by_token: dict[str, torch.Tensor], mask: torch.Tensor) -> None:
+        """Log the means of (B, T) numbers over the tokens of the whole minibatch, however it is split."""
+        self._update_sums += torch.stack([(value * mask).sum() for value in by_token.values()] + [mask.sum()])
         if mode == "train" and not self.accelerator.sync_gradients:
             return
         *totals, count = self._sum_over_processes(self._update_sums).tolist()
         self._update_sums = 0
-        for name, total in zip(sums, totals, strict=True):
+        for name, total in zip(by_token, totals, strict=True):
             self._metrics[mode][name].append(total / max(count, 1))
         if mode == "train":
             position = self._step % (self.args.steps_per_generation * self.num_iterations)
@@ -560,12 +564,8 @@ class PPOTrainer(GRPOTrainer):
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
         if self.args.critic_learning_rate is not None:
-            critic = {id(p) for name, p in (model or self.model).named_parameters() if "critic" in name}
-            for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in critic]
-                group["params"] = [p for p in group["params"] if id(p) not in critic]
-                if own:
-                    optimizer.add_param_group({**group, "params": own, "lr": self.args.critic_learning_rate})
+            critic = [p for name, p in (model or self.model).named_parameters() if "critic" in name]
+            set_learning_rate(optimizer, critic, self.args.critic_learning_rate)
         return optimizer
 
     # Resume

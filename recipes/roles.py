@@ -71,6 +71,16 @@ def train_roles(model: PeftModel, roles: tuple[str, ...]) -> None:
             heads[role].requires_grad_(True)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
+    """Move `parameters` to groups of their own with learning rate `rate`; what else a group sets stays."""
+    own = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in own]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})
+
+
 def checkpoint_under_roles(model: PeftModel) -> None:
     """Make activation checkpointing on `model` recompute under the right role, see [`recompute_under_role`]."""
     base = model.get_base_model()

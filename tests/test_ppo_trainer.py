@@ -507,6 +507,15 @@ def test_a_reward_model_that_gives_nan_stops_even_beside_a_function(world, tmp_p
         trainer.train()
 
 
+def test_a_reward_function_of_the_wrong_length_is_one_line(world, tmp_path):
+    def short(prompts, completions, **kwargs):
+        return [0.0] * 3
+
+    trainer = make_trainer(world, tmp_path, trainer_kwargs={"reward_funcs": short})
+    with pytest.raises(UserError, match=r"'short' returned 3 rewards, but 16 were expected"):
+        trainer.train()
+
+
 def test_a_function_may_pass_over_a_response(world, tmp_path):
     def some(prompts, completions, **kwargs):
         return [None if i % 2 else 1.0 for i in range(len(prompts))]

@@ -1,3 +1,3 @@
 """What makes PPO fast. `PPOConfig.fast_paths` switches each saving off to compare; docs/performance.md has figures."""
 
-FAST_PATHS = ("response_logps", "length_sorting", "sampling_logps", "live_rows")
+FAST_PATHS = ("response_logps", "length_sorting", "sampling_logps", "live_rows", "early_backward")
