@@ -180,10 +180,10 @@ def test_trackers_got_the_runs(runs):
 
 def test_trackers_got_a_table_of_prompts_responses_scores_and_kl(runs):
     tables = [json.loads(path.read_text(encoding="utf-8")) for path in runs.rglob("media/table/**/*.table.json")]
-    tables = [table for table in tables if "completion" in table["columns"]]
-    assert tables
-    first = [dict(zip(tables[0]["columns"], row, strict=True)) for row in tables[0]["data"]]
-    assert len(first) == 16 and all("w" in row["prompt"] and row["completion"] for row in first)
+    rows = [dict(zip(table["columns"], row, strict=True)) for table in tables for row in table["data"]]
+    first = [row for row in rows if row["step"] == min(row["step"] for row in rows)]
+    assert len(first) == 16
+    assert all(row["prompt"][0]["role"] == "user" and row["completion"][0]["role"] == "assistant" for row in first)
     scores = [row["score"] for row in first]
     assert sum(scores) / len(scores) == pytest.approx(history(runs / "ppo", "objective/scores")[0], abs=1e-4)
     assert sum(row["kl"] for row in first) / 16 == pytest.approx(history(runs / "ppo", "objective/kl")[0], abs=1e-4)
