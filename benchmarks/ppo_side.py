@@ -78,13 +78,13 @@ def ours(shape: Shape, rows: list[list[int]], rollouts: int, device: str, meter:
         shuffle_dataset=False,
         **common(shape, device),
     )
-    meter.memory["libraries"] = meter._allocated()
+    meter.loaded("libraries")
     model = policy(shape, device)
     add_score_roles(model, {"reward": None} if critic == "full" else {"reward": None, "critic": None})
     # A reward model whose scores differ, like the peer's.
     torch.nn.init.normal_(model.get_base_model().score.modules_to_save["reward"].weight, std=0.02)
     value_model = scalar_model(shape, device) if critic == "full" else None
-    meter.loaded()
+    meter.loaded("models")
     trainer = PPOTrainer(
         args=args,
         processing_class=shape.tokenizer(),
@@ -118,11 +118,11 @@ def trl(shape: Shape, rows: list[list[int]], rollouts: int, device: str, meter: 
         num_sample_generations=0,
         **common(shape, device),
     )
-    meter.memory["libraries"] = meter._allocated()
+    meter.loaded("libraries")
     model = policy(shape, device)
     reward_model, value_model = scalar_model(shape, device), scalar_model(shape, device)
     model.generation_config.pad_token_id = shape.config().pad_token_id
-    meter.loaded()
+    meter.loaded("models")
     loader = ppo_trainer.DataLoader
     ppo_trainer.DataLoader = lambda *args, **kwargs: loader(*args, **(kwargs | {"shuffle": False}))
     trainer = PPOTrainer(

@@ -47,8 +47,7 @@ DIFFERENCES = [
     "old log-probabilities: both from generation",
     "token mean: TRL within each micro-batch, ours over the minibatch, which lets rows be sorted by length",
     "gradient clipping: on here (max_grad_norm 1), ignored by TRL",
-    "metrics: TRL computes the entropy of each minibatch with the gradient's logits, so does ours; TRL's is over all "
-    "positions",
+    "entropy metric: TRL takes a softmax of all positions once more, ours comes with the log-probabilities",
     "value after EOS: TRL learns one more state of each response that ended",
 ]
 

@@ -85,23 +85,25 @@ class Meter:
     """A side's own clock and memory gauge, and its line to the parent.
 
     Memory is in bytes: `libraries` before any model was built, `models` once they were, `peak` during the turn. On a
-    CPU it is resident memory, on a GPU what torch has allocated there.
+    CPU it is resident memory, on a GPU what torch has allocated there. `report` goes along with the next report.
     """
 
     def __init__(self, device: str):
         self.device = device
         self.line = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what libraries print is no report
-        self.memory = {"libraries": self._allocated()}
-        self.report = {}
+        self.memory, self.report, self.waits = {}, {}, False
 
-    def loaded(self) -> None:
+    def loaded(self, what: str) -> None:
+        """Note the memory now, once the `libraries` or the `models` are there."""
         gc.collect()
-        self.memory["models"] = self._allocated()
+        self.memory[what] = self._allocated()
 
     def start(self) -> None:
         """Tell the parent that this side is ready, wait for its turn, and start the clocks."""
-        self._say({"ready": True})
+        if not self.waits:  # later the report of the turn before says so
+            self._say({"ready": True})
+        self.waits = True
         if not sys.stdin.readline():
             raise SystemExit("the parent has gone")
         self._forget_peak()
@@ -134,8 +136,6 @@ class Meter:
         self._say({"cpu": self.cpu, "wall": self.wall, "memory": memory, **self.report})
 
     def _say(self, message: dict) -> None:
-        if message.get("ready") and self.report:
-            return  # the report of the turn before has told the parent
         self.line.write(json.dumps(message) + "\n")
         self.line.flush()
 
@@ -192,6 +192,8 @@ def compare(peer: list[dict], ours: list[dict], phases: tuple[str, ...]) -> dict
     clocks = {clock: (medians(peer, clock), medians(ours, clock)) for clock in ("cpu", "wall")}
     peaks = {}
     for name, base in (("above_libraries", "libraries"), ("above_models", "models"), ("total", None)):
+        if base not in (None, *peer[0]["memory"]):
+            continue
         sides = [max(turn["memory"]["peak"] - turn["memory"].get(base, 0) for turn in turns) for turns in (peer, ours)]
         peaks[name] = {"peer_gib": sides[0] / 2**30, "ours_gib": sides[1] / 2**30, "ratio": sides[1] / sides[0]}
 

@@ -1,0 +1,116 @@
+"""recipes/sft.py against TRL's own `sft` script: same model, data, lengths and epochs.
+
+    python benchmarks/sft_vs_trl.py [--rows 512] [--device cpu|cuda] [--output FILE]
+
+Each side runs its script's `main`, from the data file to the saved adapter, in a process of its own and takes turns;
+a small run warms both up. Imports are not timed. The peer is the script of the TRL this project uses. The last line is
+one JSON object; ratios of time are TRL's over ours (above 1: we are faster).
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from turns import Meter, alternate, compare, publish
+from workload import EOS, FIRST_WORD, SIZES, Shape, word
+
+PHASES = ("prepare", "train", "save")
+TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}" + word(EOS)
+DIFFERENCES = [
+    "prepare: ours also detects the schema, checks every row and reports on the data",
+    "save: ours also writes the data report, the trainer's state, the model card and the record of the run",
+]
+
+
+def write_inputs(folder: Path, shape: Shape, rows: int, turns: int) -> None:
+    """A base, a small data set to warm up with, and a copy of the data for each turn, so that no cache knows it."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(shape.config()).save_pretrained(folder / "base")
+    tokenizer = shape.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "base")
+    generator = torch.Generator().manual_seed(0)
+
+    def turn(role: str) -> dict:
+        length = int(torch.randint(8, 64, (1,), generator=generator))
+        ids = torch.randint(FIRST_WORD, shape.vocabulary, (length,), generator=generator).tolist()
+        return {"role": role, "content": " ".join(map(word, ids))}
+
+    lines = [json.dumps({"prompt": [turn("user")], "completion": [turn("assistant")]}) for _ in range(rows)]
+    for number in range(turns):
+        data = folder / f"data{number}"
+        data.mkdir()
+        kept = lines[: 2 * shape.micro_batch] if number == 0 else lines
+        (data / "train.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+
+def run_side(side: str, folder: Path, batch: int, turns: int, device: str) -> None:
+    meter = Meter(device)
+    from trl import SFTTrainer
+    from trl.scripts import sft as trl_script
+
+    from recipes import sft as recipe
+
+    train = SFTTrainer.train
+
+    def timed_train(self, *args, **kwargs):
+        result = meter.timed(train, "train", "save")(self, *args, **kwargs)
+        meter.report["tokens"] = self._total_train_tokens
+        return result
+
+    SFTTrainer.train = timed_train
+    meter.loaded("libraries")
+    for number in range(turns):
+        words = ["--model_name_or_path", folder / "base", "--dataset_name", folder / f"data{number}"]
+        words += ["--output_dir", folder / f"{side}{number}", "--per_device_train_batch_size", batch]
+        words += ["--use_peft", "true", "--lora_r", 16, "--lora_target_modules", "all-linear", "--lora_dropout", 0]
+        words += ["--num_train_epochs", 1, "--learning_rate", 1e-4, "--report_to", "none", "--save_strategy", "no"]
+        words += ["--use_cpu", device == "cpu", "--bf16", device != "cpu", "--activation_checkpointing", "false"]
+        words += ["--dataloader_pin_memory", "false", "--disable_tqdm", "true", "--max_length", 256, "--seed", 0]
+        words = [str(part) for part in words]
+        meter.start()
+        meter.switch("prepare")
+        if side == "ours":
+            sys.argv = ["sft.py", *words]
+            recipe.main()
+        else:
+            trl_script.main(*trl_script.make_parser().parse_args_and_config(args=words))
+        meter.finish()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--alternations", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--output", help="JSON file for the result, the environment and every turn.")
+    parser.add_argument("--side", choices=["trl", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    shape, turns = Shape(size=args.size, vocabulary=8000, micro_batch=16), args.alternations + 1
+    if args.side:
+        run_side(args.side, args.folder, shape.micro_batch, turns, args.device)
+        return
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_inputs(folder, shape, args.rows, turns)
+        shared = ["--folder", str(folder), "--device", args.device, "--alternations", str(args.alternations)]
+        command = [sys.executable, str(Path(__file__)), *shared, "--side"]
+        found = alternate({side: [*command, side] for side in ("trl", "ours")}, args.alternations, args.device)
+    tokens = {side: [turn["tokens"] for turn in found[side]] for side in found}
+    if tokens["trl"] != tokens["ours"]:
+        raise SystemExit(f"error: the sides trained on different numbers of tokens: {tokens}.")
+    setting = f"sft, {args.size} Llama, {args.rows} rows, {tokens['ours'][0]:.0f} tokens"
+    result = {"setting": setting, "device": args.device} | compare(found["trl"], found["ours"], PHASES)
+    publish(result | {"differences": DIFFERENCES}, args.output, turns=found)
+
+
+if __name__ == "__main__":
+    main()
