@@ -60,7 +60,7 @@ def square_root_axis(axes, label: str) -> None:
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set_xlim(left=0)
     far = axes.get_xlim()[1]
-    ticks = [tick for power in range(-3, 10) if far / 200 < (tick := 2.0**power) < far]
+    ticks = [tick for power in range(-6, 12) if far / 100 < (tick := 2.0**power) < far]
     axes.set_xticks([0, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
     axes.set_xlabel(label)
 
@@ -68,6 +68,12 @@ def square_root_axis(axes, label: str) -> None:
 def plot_reward_kl(report: dict) -> Figure:
     """Reward against KL: the frontier, best-of-n, the sharpened reference, PPO along training, the policies."""
     figure, axes = plt.subplots(figsize=(8, 4.8))
+    draw_reward_kl(axes, report)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def draw_reward_kl(axes, report: dict) -> None:
     data = report["frontier"]
     optimal = sorted(data["optimal"], key=lambda row: row["kl"])
     kl, reward, se = (np.array([row[name] for row in optimal]) for name in ("kl", "reward", "se"))
@@ -102,8 +108,6 @@ def plot_reward_kl(report: dict) -> Figure:
                           label=plain(name), zorder=3)  # fmt: skip
     square_root_axis(axes, f"KL from {plain(report['reference'])}, nats per response (square-root axis)")
     axes.set_ylabel("reward")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
 
 
 def plot_win_rates(report: dict) -> Figure | None:
@@ -130,22 +134,32 @@ def plot_win_rates(report: dict) -> Figure | None:
 
 def plot_over_optimization(report: dict) -> Figure:
     """Proxy and judges against sqrt(KL), with the curves of Gao et al. (2210.10760)."""
+    names = list(report["over_optimization"]["start"])
+    figure, panels = plt.subplots(1, len(names), figsize=(5.2 * len(names), 3.8), squeeze=False)
+    draw_over_optimization(panels[0], report)
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def draw_over_optimization(panels, report: dict) -> None:
+    """One panel for the reward and one for each judge."""
     data, rows = report["over_optimization"], report["frontier"]["checkpoints"]
-    figure, panels = plt.subplots(1, len(data["start"]), figsize=(5.2 * len(data["start"]), 3.8), squeeze=False)
+    rows = [row for row in rows if row["kl"] is not None]
+    best = report["frontier"]["best_of_n"]
     runs = list(dict.fromkeys(row["run"] for row in rows))
-    for axes, (name, start) in zip(panels[0], data["start"].items(), strict=True):
+    far = max(row["kl"] for row in rows)
+    for axes, (name, start) in zip(panels, data["start"].items(), strict=True):
         for place, run in enumerate(runs):
-            own = [row for row in rows if row["run"] == run and row["kl"] is not None]
+            own = [row for row in rows if row["run"] == run]
             color = plt.cm.viridis(place / max(1, len(runs) - 1))
             axes.plot([max(0, r["kl"]) for r in own], [r[name] for r in own], "o-", color=color, markersize=4,
                       linewidth=1, label=plain(run))  # fmt: skip
-        far = max(row["kl"] for row in rows if row["kl"] is not None)
-        kl = np.linspace(far / 200, far, 200)
         fits = data["fits"][name]
+        kl = np.linspace(far / 200, far, 200)
         axes.plot(
             kl, start + over_optimization_curve(kl, fits["rl"]), "--", color="black", linewidth=1, label="PPO, fit"
         )
-        best = report["frontier"]["best_of_n"]
         axes.plot([r["kl_with_ties"] for r in best], [r[name] for r in best], "s", color="#d98b2b", markersize=4,
                   label="best of n")  # fmt: skip
         kl = np.linspace(best[1]["kl"] / 20, best[-1]["kl"], 100)
@@ -153,9 +167,6 @@ def plot_over_optimization(report: dict) -> Figure:
         axes.axhline(start, color=GREY, linewidth=0.8)
         square_root_axis(axes, "KL, nats per response (square-root axis)")
         axes.set_title("reward (the proxy)" if name == "reward" else plain(name), fontsize=10)
-    panels[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    return figure
 
 
 def plot_reward_model(quality: dict) -> Figure:

@@ -36,7 +36,10 @@ def summarise(
             "best_of_n": curves.best_of_n(),
             "optimal": curves.optimal(),
             "sharpening": [{"temperature": one.spec.temperature, **point(one)} for one in sharper],
-            "checkpoints": [{"run": one.spec.run, "step": one.spec.step, **point(one)} for one in checkpoints],
+            "checkpoints": [
+                {"run": one.spec.run, "step": one.spec.step, **point(one), "share_of_gain": curves.share(one)}
+                for one in checkpoints
+            ],
             "share_of_gain": policies[args.headline].get("share_of_gain"),
         },
         "over_optimization": over_optimization(measured[args.reference], checkpoints, curves.best_of_n()),
@@ -128,6 +131,11 @@ class Curves:
             effective = float(np.interp(best["kl"], kls[order], counts[order]))
             share = share | {"beyond": best["beyond"], "effective_samples": effective}
         return {"share_of_gain": share, "gain_over_best_of_n": None if bon["beyond"] else bon["difference"]}
+
+    def share(self, one: Measured) -> float | None:
+        """`share_of_gain` of `compare` without its interval."""
+        found = None if one.k1 is None else self.compare(one)["share_of_gain"]
+        return found and found["mean"]
 
 
 def score_win_rates(args: EvaluationArguments, measured: dict[str, Measured]) -> list[dict]:
