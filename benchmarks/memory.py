@@ -12,30 +12,25 @@ import argparse
 import ctypes
 import gc
 import json
-import os
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 
-# With its default of a growing threshold, glibc keeps freed tensors.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from peft import get_peft_model  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
-from trl import ModelConfig, RewardConfig, SFTConfig, SFTTrainer, get_peft_config  # noqa: E402
+from trl import ModelConfig, RewardConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from recipes.memory import GIB, Setting, estimate  # noqa: E402
-from recipes.ppo_trainer import PPOConfig, PPOTrainer  # noqa: E402
-from recipes.ranking_trainer import RankingRewardTrainer  # noqa: E402
-from recipes.roles import add_score_roles, seq_cls_config  # noqa: E402
+from recipes.memory import GIB, Setting, estimate
+from recipes.ppo_trainer import PPOConfig, PPOTrainer
+from recipes.ranking_trainer import RankingRewardTrainer
+from recipes.roles import add_score_roles, seq_cls_config
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
 SIZES = {
@@ -99,7 +94,7 @@ CASES = {
     "ppo-lora-vocabulary": Case("ppo", size="5M", vocabulary=128_000, rows=4),
     "ppo-full": Case("ppo", rows=4, peft=False),
 }
-SMALL = Case("sft", size="5M", vocabulary=2000, rows=2, prompt=8, response=8)
+WARM_UP = Case("sft", size="5M", vocabulary=2000, rows=2, prompt=8, response=8)
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -185,8 +180,11 @@ def resident(name: str) -> int:
 
 
 def forget_peak() -> None:
+    libc = ctypes.CDLL("libc.so.6")
+    for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: else glibc keeps tensors that were freed
+        libc.mallopt(parameter, 65536)
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    libc.malloc_trim(0)
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
 
@@ -206,10 +204,8 @@ def main():
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
     parser.add_argument("--output", help="JSON file for the results.")
     args = parser.parse_args()
-    if ALLOCATOR.items() - os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | ALLOCATOR)
     for step in ("sft", "reward", "ppo"):
-        measure(replace(SMALL, step=step))  # imports, thread pools, caches
+        measure(replace(WARM_UP, step=step))  # imports, threads, caches
     results = {}
     for name in args.cases:
         expected, measured = estimate(CASES[name].setting()).total, measure(CASES[name])

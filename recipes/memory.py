@@ -135,8 +135,11 @@ def estimate(setting: Setting) -> Estimate:
         model, frozen_models, critic = build(setting)
         held = held_parts(setting, model, frozen_models, critic)
         return Estimate(held, phases(setting, model, measure_deep(setting, model, critic)))
-    except DynamicOutputShapeException as error:
-        raise UserError(f"The memory of {kind} depends on the data, as routing to experts does ({error}).") from error
+    except (DynamicOutputShapeException, RuntimeError) as error:
+        raise UserError(
+            f"A {kind} in {str(setting.dtype).removeprefix('torch.')} cannot be run without data, as some models "
+            f"that route tokens to experts ({first_line(error)})."
+        ) from error
     except ValueError as error:
         raise UserError(f"A model of type {kind} could not be built: {first_line(error)}") from error
 
