@@ -226,11 +226,19 @@ def test_two_processes_train_what_one_does_at_the_same_global_batch(data, tmp_pa
         torch.testing.assert_close(both[key], one[key], rtol=2e-2, atol=2e-4)
 
 
-def test_ppo_trains_on_two_processes(data, runs, tmp_path):
-    arguments = ppo_arguments(data, runs, tmp_path / "ppo", config_file="multi_cpu", per_device_train_batch_size=4)
-    run(arguments)
-    assert history(tmp_path / "ppo", "episode")[-1] == 32
-    assert history(tmp_path / "ppo", "val/ratio")[0] == pytest.approx(1.0, abs=0.2)
+def test_ppo_on_two_processes_resumes_in_the_middle_of_a_rollout(data, runs, tmp_path):
+    options = {"config_file": "multi_cpu", "per_device_train_batch_size": 4, "save_steps": 3} | {"ema_decay": 0.9}
+    run(ppo_arguments(data, runs, tmp_path / "whole", **options))
+    assert history(tmp_path / "whole", "episode")[-1] == 32
+    assert history(tmp_path / "whole", "val/ratio")[0] == pytest.approx(1.0, abs=1e-3)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    run(ppo_arguments(data, runs, tmp_path / "resumed", resume_from_checkpoint=checkpoint, **options))
+    for name in ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "grad_norm"):
+        assert history(tmp_path / "whole", name) == history(tmp_path / "resumed", name), name
+    for adapter in (".", "critic", "ema"):
+        files = (tmp_path / folder / adapter / "adapter_model.safetensors" for folder in ("whole", "resumed"))
+        whole, resumed = map(load_file, files)
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole), adapter
 
 
 def test_the_loop_goes_round(data, runs, tmp_path):
