@@ -59,9 +59,11 @@ def square_root_axis(axes, label: str) -> None:
     """KL is roughly quadratic in how far a policy went: on its square root, early and late steps can be seen."""
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set_xlim(left=0)
-    far = axes.get_xlim()[1]
-    ticks = [tick for power in range(-6, 12) if far / 100 < (tick := 2.0**power) < far]
-    axes.set_xticks([0, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
+    far, ticks = axes.get_xlim()[1], [0.0]
+    for tick in (2.0**power for power in range(-6, 12)):
+        if tick < far and tick**0.5 - ticks[-1] ** 0.5 > 0.07 * far**0.5:  # room for its label
+            ticks.append(tick)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xlabel(label)
 
 
