@@ -77,13 +77,18 @@ def read_request(launch_arguments: list[str]) -> Request:
 
 
 def check_devices() -> None:
-    """Refuse more processes than GPUs, before torch fails on the GPU that is not there.
+    """Refuse a GPU configuration without a GPU, and more processes than GPUs, before torch or TRL stumble over it.
 
     Raises:
-        UserError: this machine has GPUs, and fewer than the processes started on it.
+        UserError: no GPU for a configuration that wants one, or fewer than the processes started on this machine.
     """
     local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     request = requested()
+    if request and request.config_file and not request.use_cpu and not torch.accelerator.is_available():
+        instead = "cpu.yaml" if request.num_processes == 1 else "multi_cpu.yaml"
+        raise UserError(
+            f"Launched: {request}. No GPU was found: launch with accelerate_configs/{instead} and --use_cpu true."
+        )
     if 0 < gpus < local and not (request and request.use_cpu):
         raise UserError(
             f"{count(local)} on {gpus} GPU{'s' * (gpus > 1)}: lower --num_processes of accelerate launch to {gpus}."
@@ -112,21 +117,19 @@ def find_problem(request: Request | None, num_processes: int, training_args: Tra
     on_cpu = training_args.device.type == "cpu"
     if training_args.n_gpu > 1:
         return "One process would split its batches over all GPUs: use --gpu_ids 0 or multi_gpu.yaml."
+    if request is not None and request.kind in SHARDED and on_cpu:
+        return f"{request.kind} shards nothing on a CPU: launch with accelerate_configs/multi_cpu.yaml."
     if world_size() != num_processes:
         if torch.cuda.is_available():
             return "Each process would train by itself: launch with accelerate_configs/multi_gpu.yaml."
         return "Each process would train by itself: add the training argument --use_cpu true."
     if request is None:
         return None
-    if request.kind in SHARDED and on_cpu:
-        return f"{request.kind} shards nothing on a CPU: launch with accelerate_configs/multi_cpu.yaml."
     if request.num_processes != num_processes:
         several = "multi_cpu.yaml and --use_cpu true" if on_cpu else "multi_gpu.yaml"
         return f"For several processes launch with accelerate_configs/{several}; for one, --num_processes 1."
     if request.use_cpu and not on_cpu:
         return "Add the training argument --use_cpu true, or launch with accelerate_configs/single_gpu.yaml."
     if on_cpu and not request.use_cpu and request.config_file is not None:
-        if torch.cuda.is_available():
-            return "The training argument use_cpu is true: set it to false to train on the GPU."
-        return "No GPU was found: launch with accelerate_configs/cpu.yaml and --use_cpu true."
+        return "The training argument use_cpu is true: set it to false to train on the GPU, or launch with cpu.yaml."
     return None

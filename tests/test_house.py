@@ -23,8 +23,9 @@ def test_accelerate_configs_are_what_accelerate_reads(path):
     config = load_config_from_file(str(path))
     expected = {"cpu": ("NO", 1, True), "multi_cpu": ("MULTI_GPU", 2, True)}
     expected |= {"single_gpu": ("NO", 1, False), "multi_gpu": ("MULTI_GPU", 2, False)}
-    if path.stem in expected:
-        assert (config.distributed_type.value, config.num_processes, config.use_cpu) == expected[path.stem]
+    expected |= {"fsdp2": ("FSDP", 2, False), "multi_node": ("MULTI_GPU", 16, False)}
+    expected |= {f"deepspeed_zero{stage}": ("DEEPSPEED", 2, False) for stage in (2, 3)}
+    assert (config.distributed_type.value, config.num_processes, config.use_cpu) == expected[path.stem]
     assert "accelerate launch --config_file" in path.read_text().split("compute_environment")[0]
 
 

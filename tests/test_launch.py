@@ -29,10 +29,6 @@ run(main)
 """
 COMMON = "compute_environment: LOCAL_MACHINE\nnum_machines: 1\nmachine_rank: 0\nmixed_precision: 'no'\n"
 MULTI_CPU = COMMON + "distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
-FSDP = COMMON + (
-    "distributed_type: FSDP\nnum_processes: 2\nmain_process_port: 0\n"
-    "fsdp_config:\n  fsdp_version: 2\n  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n"
-)
 CONFIGS = ROOT / "accelerate_configs"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -42,8 +38,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine w
 def launch(tmp_path):
     def launch(launcher: list, training: list, ok: bool):
         (tmp_path / "probe.py").write_text(PROBE)
-        for name, text in {"old_multi_cpu.yaml": MULTI_CPU, "fsdp.yaml": FSDP}.items():
-            (tmp_path / name).write_text(text)
+        (tmp_path / "old_multi_cpu.yaml").write_text(MULTI_CPU)
         command = ["accelerate", "launch", *launcher, "probe.py", "--report_to", "none", *training]
         return run_command(command, timeout=180, ok=ok, cwd=tmp_path).stdout
 
@@ -76,14 +71,14 @@ def test_a_launch_that_runs_as_asked_says_so(launch):
             id="two processes train apart", marks=no_gpu,
         ),
         pytest.param(
-            ["--config_file", "fsdp.yaml"], ["--use_cpu", "true"],
+            ["--use_fsdp", "--num_processes", "2", "--main_process_port", "0"], ["--use_cpu", "true"],
             "2 processes (FSDP", "2 processes on cpu (MULTI_CPU)", "FSDP shards nothing",
             id="FSDP shards nothing on a CPU",
         ),
         pytest.param(
             ["--config_file", CONFIGS / "single_gpu.yaml", "--num_processes", "2"], [],
             "2 processes (NO", "1 process on", "for one, --num_processes 1",
-            id="single_gpu with two processes",
+            id="single_gpu with two processes", marks=needs_gpu,
         ),
         pytest.param(
             ["--config_file", CONFIGS / "cpu.yaml"], [],
@@ -115,8 +110,8 @@ def test_more_processes_than_gpus_stop(launch):
     ("launcher", "use_cpu", "problem"),
     [
         (["--config_file", f"{CONFIGS}/cpu.yaml"], True, None),
-        (["--config_file", f"{CONFIGS}/single_gpu.yaml"], False, "No GPU was found"),
-        (["--config_file", f"{CONFIGS}/single_gpu.yaml"], True, "No GPU was found"),
+        (["--use_deepspeed"], True, "DEEPSPEED shards nothing"),
+        (["--config_file", f"{CONFIGS}/single_gpu.yaml"], True, "set it to false to train on the GPU"),
         (["--config_file", f"{CONFIGS}/cpu.yaml", "--num_processes", "3"], True, "for one, --num_processes 1"),
         (["--multi_gpu", "--num_processes", "2"], True, "multi_cpu.yaml and --use_cpu true"),
         (["--cpu", "--num_processes", "1"], True, None),
@@ -134,7 +129,11 @@ def test_what_is_wrong_with_one_process_on_a_cpu(tmp_path, launcher, use_cpu, pr
         (["--config_file", f"{CONFIGS}/single_gpu.yaml"], 1, 1, None),
         (["--config_file", f"{CONFIGS}/single_gpu.yaml"], 1, 4, "split its batches over all GPUs"),
         (["--config_file", f"{CONFIGS}/multi_gpu.yaml"], 2, 1, None),
-        (["--use_fsdp", "--num_processes", "2"], 2, 1, None),
+        (["--config_file", f"{CONFIGS}/fsdp2.yaml"], 2, 1, None),
+        (["--config_file", f"{CONFIGS}/deepspeed_zero2.yaml"], 2, 1, None),
+        (["--config_file", f"{CONFIGS}/deepspeed_zero3.yaml", "--num_processes", "8"], 8, 1, None),
+        (["--config_file", f"{CONFIGS}/multi_node.yaml", "--machine_rank", "1"], 16, 1, None),
+        (["--config_file", f"{CONFIGS}/multi_node.yaml"], 8, 1, "--num_processes 1"),
         (["--config_file", f"{CONFIGS}/cpu.yaml"], 1, 1, "--use_cpu true"),
         ([], 2, 1, None),
     ],
@@ -154,6 +153,15 @@ def test_more_processes_than_gpus_are_counted(monkeypatch):
         check_devices()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     check_devices()
+
+
+@no_gpu
+@pytest.mark.parametrize("name", ["single_gpu", "multi_gpu", "fsdp2", "multi_node"])
+def test_a_gpu_configuration_without_a_gpu_is_one_line(monkeypatch, name):
+    request = read_request(["--config_file", f"{CONFIGS}/{name}.yaml", "train.py"])
+    monkeypatch.setattr("recipes.launch.requested", lambda: request)
+    with pytest.raises(UserError, match=rf"{name}.yaml\)\. No GPU was found: .*/(multi_)?cpu.yaml and --use_cpu true"):
+        check_devices()
 
 
 FAILS = """
