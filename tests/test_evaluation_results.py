@@ -38,9 +38,9 @@ def finished(tmp_path_factory, tiny_base):
     for name, std in (("sft", 0.02), ("ppo", 0.15), ("ppo_no_kl", 0.3)):
         adapter(folder / name, tiny_base, "CAUSAL_LM", std)
         (folder / name / "train_config.yaml").write_text("git_revision: abc123\n")
-    for kl_coef in results.PPO_STEPS:
+    for run in results.RUNS.values():
         for step in (10, 20):
-            shutil.copytree(folder / "ppo", folder / "sweep" / f"kl_{kl_coef:g}" / f"checkpoint-{step}")
+            shutil.copytree(folder / "sft", folder / run / f"checkpoint-{step}")
     greedy = {name: {"gold_greedy": 0.5} for name in results.POLICIES}
     own = {"seed": 7, "policies": greedy, "reward_model": {"accuracy_on_gold_order": 0.7}}
     (folder / "report.json").write_text(json.dumps(own))

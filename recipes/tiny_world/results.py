@@ -22,25 +22,25 @@ from recipes.errors import UserError
 from recipes.tiny_world import quickstart
 from recipes.tiny_world.quickstart import CONFIGS, LAUNCH, ROOT, Quickstart, Stage
 
-PPO_STEPS = {0.0: 90, 0.03: 90, 0.1: 60, 0.3: 60}  # updates at each kl_coef; less held back, longer, to see gold turn
-SAVE_STEPS = 10
+SWEEP_STEPS = {0.03: 90, 0.3: 60}  # updates at each kl_coef beside the quickstart's; less held back, longer
+RUNS = {0.0: "ppo_no_kl", 0.03: "sweep/kl_0.03", 0.1: "ppo", 0.3: "sweep/kl_0.3"}
 EVALUATION = ["--max_completion_length", "40", "--generation_batch_size", "512", "--best_of_n", "64"]
 WORKERS = 2  # commands at a time, one core each
 POLICIES = ("base", "sft", "ppo", "ppo_no_kl")
 
 
 def sweep(folder: str, seed: int) -> list[Stage]:
-    """PPO at each kl_coef, with its checkpoints."""
+    """PPO at further values of kl_coef."""
     found = []
-    for kl_coef, steps in PPO_STEPS.items():
+    for kl_coef, steps in SWEEP_STEPS.items():
         name = f"kl_{kl_coef:g}"
         command = [*LAUNCH, "recipes/ppo.py", "--config", f"{CONFIGS}/ppo.yaml"]
         command += ["--model_name_or_path", f"{folder}/sft", "--reward_model_name_or_path", f"{folder}/reward"]
-        command += ["--kl_coef", f"{kl_coef:g}", "--max_steps", str(steps), "--save_steps", str(SAVE_STEPS)]
-        command += ["--save_total_limit", "100", "--output_dir", f"{folder}/sweep/{name}", "--seed", str(seed)]
+        command += ["--kl_coef", f"{kl_coef:g}", "--max_steps", str(steps)]
+        command += ["--output_dir", f"{folder}/{RUNS[kl_coef]}", "--seed", str(seed)]
         curves = {"objective/scores": "reward", "objective/kl": "KL"}
         found.append(
-            Stage(f"sweep_{name}", f"PPO at kl_coef {kl_coef:g}, seed {seed}", command, f"sweep/{name}", curves)
+            Stage(f"sweep_{name}", f"PPO at kl_coef {kl_coef:g}, seed {seed}", command, RUNS[kl_coef], curves)
         )
     return found
 
@@ -67,7 +67,7 @@ def evaluation(folder: str, seed: int) -> Stage:
     command += ["--reward_model_name_or_path", f"{folder}/reward", "--judges", "recipes.tiny_world.judge.gold"]
     command += ["--dataset_name", "recipes/tiny_world/data/prompts_heldout.jsonl"]
     command += ["--preference_datasets", f"{folder}/heldout_rankings.jsonl", "--seed", str(seed), *EVALUATION]
-    command += ["--checkpoints", *(f"kl_{kl_coef:g}={folder}/sweep/kl_{kl_coef:g}" for kl_coef in PPO_STEPS)]
+    command += ["--checkpoints", *(f"kl_{kl_coef:g}={folder}/{run}" for kl_coef, run in RUNS.items())]
     command += ["--output_dir", f"{folder}/evaluation"]
     return Stage("evaluation", f"Evaluation, seed {seed}", command, "evaluation", {})
 
