@@ -25,8 +25,8 @@ def products(shape: Shape) -> dict[str, float]:
 
     A forward of n tokens through L layers has 2n(N + A) for the N weights of the linear layers and the A of their
     adapters, and 2 L H n(n + 1) in causal attention; a response token 2HV in the head. Backward has twice the
-    attention, twice the adapters, and once the linear layers, whose weights are frozen: but not the lowest layer's
-    queries, keys and values, below which nothing is trained. The head's gradient to its hidden state is 2HV.
+    attention, twice the adapters, and once the linear layers, whose weights are frozen; it has no gradient to the
+    input of the lowest layer's queries, keys and values. The head's gradient to its hidden state is 2HV.
     """
     sizes = SIZES[shape.size]
     hidden, inner, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
@@ -43,7 +43,8 @@ def products(shape: Shape) -> dict[str, float]:
             return 2 * tokens * (linear + adapters * adapter) + attention(tokens)  # noqa: B023
 
         def backward(tokens):
-            return 2 * tokens * (linear - 3 * hidden**2 + 2 * adapter) + 2 * attention(tokens)  # noqa: B023
+            lowest = 3 * hidden * (hidden + LORA["r"])
+            return 2 * tokens * (linear + 2 * adapter - lowest) + 2 * attention(tokens)  # noqa: B023
 
         states = prompt + response - 1  # nothing is predicted from the last token
         flops["generate"] += forward(states) + head

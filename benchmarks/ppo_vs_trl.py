@@ -94,14 +94,14 @@ def memory(shapes: list[Shape], device: str, output: str | None) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--setting", choices=[*SETTINGS, "memory", "smoke_memory"], default="fixed")
+    parser.add_argument("--setting", choices=[*SETTINGS, "memory"], default="fixed")
     parser.add_argument("--sides", nargs="+", choices=["trl", "ours", "ours_full_critic"])
     parser.add_argument("--alternations", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", help="JSON file for the result, the environment and every turn.")
     args = parser.parse_args()
-    if args.setting.endswith("memory"):
-        memory([SETTINGS["smoke"]] if args.setting.startswith("smoke") else MEMORY, args.device, args.output)
+    if args.setting == "memory":
+        memory(MEMORY, args.device, args.output)
         return
     sides = tuple(args.sides or SIDES.get(args.setting, ("trl", "ours")))
     if not {"trl", "ours"} <= set(sides):

@@ -1,52 +1,40 @@
 """RankingRewardTrainer against TRL's RewardTrainer on the expanded pairs of the same rankings.
 
-    python benchmarks/reward_vs_trl.py [--responses 2 4 9] [--device cpu]
+    python benchmarks/reward_vs_trl.py [--responses 2 4 9] [--device cpu|cuda] [--output FILE]
 
-Both train one epoch on the same responses with the same model, optimizer and number of tokens a batch, A B A B in one
-process, process CPU time and wall time of the training loop alone, medians. The expected ratio is what the pairs run
-more: K(K - 1) forward passes against K. The last line is one JSON object; ratios are TRL's time over ours.
+Both train one epoch on the same responses with the same model, optimizer and number of tokens a batch, each in its own
+process, taking turns; the first epoch of each warms up. Timed is the training loop alone. The expected ratio is what
+the pairs run more: K(K - 1) forward passes against K. The last line is one JSON object: the longest rankings' ratios,
+and under `responses` those of each K. Ratios of time are TRL's over ours (above 1: we are faster).
 """
 
 import argparse
 import itertools
-import json
-import statistics
+import sys
 import tempfile
-import time
+from pathlib import Path
 
-import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from trl import RewardConfig, RewardTrainer
+from turns import Meter, alternate, compare, publish
+from workload import Shape, word
 
-from recipes.ranking_trainer import RankingRewardTrainer
-
-WORDS, PROMPT, RESPONSE = 2000, 16, 32
+PROMPT, RESPONSE = 16, 32
+SHAPE = Shape(size="small", vocabulary=2000)
 TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+DIFFERENCES = [
+    "batches: as many tokens a batch as the pairs', so ours holds fewer prompts",
+    "loss: mean over the pairs of a prompt, then over prompts; the same gradient as TRL's on the same pairs",
+]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i + 2 for i in range(WORDS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", chat_template=TEMPLATE
-    )
+def rankings(prompts: int, responses: int):
+    import torch
+    from datasets import Dataset
 
-
-def reward_model() -> LlamaForSequenceClassification:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
-    return LlamaForSequenceClassification(LlamaConfig(vocab_size=WORDS + 2, num_labels=1, pad_token_id=0, **sizes))
-
-
-def rankings(prompts: int, responses: int) -> Dataset:
     generator = torch.Generator().manual_seed(responses)
 
     def turn(role: str, length: int) -> list[dict]:
-        words = torch.randint(WORDS, (length,), generator=generator).tolist()
-        return [{"role": role, "content": " ".join(f"w{word}" for word in words)}]
+        ids = torch.randint(2, SHAPE.vocabulary, (length,), generator=generator).tolist()
+        return [{"role": role, "content": " ".join(map(word, ids))}]
 
     rows = []
     for _ in range(prompts):
@@ -56,7 +44,9 @@ def rankings(prompts: int, responses: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def pairs(dataset: Dataset) -> Dataset:
+def pairs(dataset):
+    from datasets import Dataset
+
     rows = []
     for row in dataset:
         for better, worse in itertools.combinations(row["completions"], 2):
@@ -64,52 +54,76 @@ def pairs(dataset: Dataset) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def seconds(cls, dataset: Dataset, batch_size: int, device: str) -> tuple[float, float, int]:
-    """CPU and wall seconds of one epoch, and how many tokens it ran."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = RewardConfig(
-            folder,
-            num_train_epochs=1,
-            per_device_train_batch_size=batch_size,
-            max_length=None,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=device == "cpu",
-            bf16=device != "cpu",
-            activation_checkpointing=False,
-        )
-        trainer = cls(model=reward_model(), args=args, train_dataset=dataset, processing_class=tokenizer())
-        tokens = sum(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())
-        cpu, wall = time.process_time(), time.perf_counter()
-        trainer.train()
-        return time.process_time() - cpu, time.perf_counter() - wall, tokens
+def run_side(side: str, prompts: int, responses: int, turns: int, device: str) -> None:
+    meter = Meter(device)
+    import torch
+    from transformers import LlamaForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    from recipes.ranking_trainer import RankingRewardTrainer
+
+    meter.loaded("libraries")
+    dataset = rankings(prompts, responses)
+    trainer_class, batch_size = RankingRewardTrainer, max(1, 24 // responses)
+    if side == "trl":
+        dataset, trainer_class, batch_size = pairs(dataset), RewardTrainer, 12
+    tokenizer = SHAPE.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    for _ in range(turns):
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(SHAPE.config(num_labels=1))
+        with tempfile.TemporaryDirectory() as folder:
+            args = RewardConfig(
+                folder,
+                num_train_epochs=1,
+                per_device_train_batch_size=batch_size,
+                max_length=None,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=device == "cpu",
+                bf16=device != "cpu",
+                activation_checkpointing=False,
+            )
+            trainer = trainer_class(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+            tokens = sum(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())
+            meter.start()
+            meter.report["tokens"] = tokens
+            meter.switch("train")
+            trainer.train()
+            meter.finish()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--responses", type=int, nargs="+", default=[2, 4, 9])
+    parser.add_argument("--prompts", type=int, help="Rankings an epoch; default: 288 responses of them.")
     parser.add_argument("--alternations", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--output", help="JSON file for the result, the environment and every turn.")
+    parser.add_argument("--side", choices=["trl", "ours"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    results = {}
+    if args.side:
+        run_side(args.side, args.prompts, args.responses[0], args.alternations + 1, args.device)
+        return
+    results, turns = {}, {}
     for responses in args.responses:
-        dataset = rankings(prompts=288 // responses, responses=responses)  # enough to hide the start of a loop
-        expanded = pairs(dataset)
-        ours_batch = max(1, 24 // responses)
-        runs = {RankingRewardTrainer: [], RewardTrainer: []}
-        for _ in range(args.alternations):
-            runs[RankingRewardTrainer].append(seconds(RankingRewardTrainer, dataset, ours_batch, args.device))
-            runs[RewardTrainer].append(seconds(RewardTrainer, expanded, 12, args.device))
-        ours, theirs = ([statistics.median(column) for column in zip(*rows, strict=True)] for rows in runs.values())
-        results[f"K={responses}"] = {
-            "ratio_cpu": round(theirs[0] / ours[0], 2),
-            "ratio_wall": round(theirs[1] / ours[1], 2),
-            "ratio_tokens": round(theirs[2] / ours[2], 2),
-            "ms_per_ranking": round(1000 * ours[1] / len(dataset), 1),
-        }
-    print(json.dumps({"setting": f"rankings, {PROMPT} + {RESPONSE} tokens, {args.device}", "phases": results}))
+        command = [sys.executable, str(Path(__file__)), "--responses", str(responses), "--device", args.device]
+        command += ["--prompts", str(args.prompts or 288 // responses), "--alternations", str(args.alternations)]
+        sides = {side: [*command, "--side", side] for side in ("trl", "ours")}
+        found = alternate(sides, args.alternations, args.device)
+        tokens = {side: found[side][0]["tokens"] for side in found}
+        results[f"K={responses}"] = compare(found["trl"], found["ours"], ("train",))
+        results[f"K={responses}"]["ratio_tokens"] = tokens["trl"] / tokens["ours"]
+        turns[f"K={responses}"] = found
+    last = f"rankings of {args.responses[-1]}, {PROMPT} + {RESPONSE} tokens"
+    by_responses = {
+        name: {key: found[key] for key in ("ratio_cpu", "ratio_wall", "ratio_tokens", "peak_memory_ratio")}
+        for name, found in results.items()
+    }
+    result = {"setting": last, "device": args.device} | results[f"K={args.responses[-1]}"]
+    publish(result | {"responses": by_responses, "differences": DIFFERENCES}, args.output, turns=turns)
 
 
 if __name__ == "__main__":

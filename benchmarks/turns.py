@@ -67,11 +67,11 @@ def alternate(
     """The turns of each side, A B A B A B, without the first `warm_up` of each."""
     turns = {name: [] for name in commands}
     with contextlib.ExitStack() as stack:
-        sides = {}
-        for name, command in commands.items():
-            sides[name] = Side(command, device)
-            stack.callback(sides[name].close)
-            sides[name].ready()
+        sides = {name: Side(command, device) for name, command in commands.items()}
+        for side in sides.values():
+            stack.callback(side.close)
+        for side in sides.values():
+            side.ready()
         for number in range(warm_up + alternations):
             for name, side in sides.items():
                 result = side.turn()
