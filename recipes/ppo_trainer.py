@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -46,6 +46,7 @@ from recipes.roles import (
     add_score_roles,
     checkpoint_under_roles,
     critic_from_policy,
+    disable_dropout_rates,
     is_fresh,
     scalar_scores,
     set_learning_rate,
@@ -190,6 +191,8 @@ class PPOTrainer(GRPOTrainer):
         # The entropy bonus needs gradients that only TRL's head has.
         response_logps = "response_logps" in args.fast_paths and not self._entropy_bonus_enabled
         add_role_forward(base, self.temperature, response_logps)
+        if args.disable_dropout:
+            disable_dropout_rates(base)
         if self._is_peft:
             checkpoint_under_roles(model)
             if has_adapter or value_model is None:
@@ -202,9 +205,7 @@ class PPOTrainer(GRPOTrainer):
         if self._reward_module is not None:
             self._reward_module = self.accelerator.prepare_model(self._reward_module, evaluation_mode=True)
         self.kl_controller = AdaptiveKL(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
-        self._update_stopped = False
-        self._update_sums = 0
-        self._ptx = None
+        self._update_stopped, self._update_sums, self._ptx = False, 0, None
         if args.ptx_coef > 0:
             if ptx_dataset is None:
                 raise UserError("ptx_coef needs demonstrations: set ptx_dataset.")
@@ -217,8 +218,7 @@ class PPOTrainer(GRPOTrainer):
         # What a decoding step computes in half precision is not what training would for the same token.
         self._keeps_sampled_logps = in_float32 and "sampling_logps" in args.fast_paths and not self.tools
         self._sampled_logps = self._live_rows = None
-        is_alone = self.accelerator.distributed_type == "NO"
-        self._may_backward_early = is_alone and "early_backward" in args.fast_paths
+        self._may_backward_early = self.accelerator.distributed_type == "NO" and "early_backward" in args.fast_paths
         if "live_rows" in args.fast_paths and self.accelerator.distributed_type in ("NO", "MULTI_CPU", "MULTI_GPU"):
             self._live_rows = LiveRowSampling()
 
@@ -594,6 +594,6 @@ class PPOTrainer(GRPOTrainer):
         path = os.path.join(resume_from_checkpoint, f"ppo_state_{self.accelerator.process_index}.pt")
         if not os.path.exists(path):
             raise UserError(f"{path} is missing: resume with the number of processes the checkpoint was written with.")
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        self._step, self._buffered_inputs = state["step"], state["rollout"]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self._step, self._buffered_inputs = state["step"], send_to_device(state["rollout"], self.accelerator.device)
         self.kl_controller.value, self._update_stopped = state["kl_coef"], state["update_stopped"]
