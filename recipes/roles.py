@@ -71,6 +71,14 @@ def train_roles(model: PeftModel, roles: tuple[str, ...]) -> None:
             heads[role].requires_grad_(True)
 
 
+def disable_dropout_rates(model: nn.Module) -> None:
+    """Set dropout that layers keep as a number to 0: TRL's `disable_dropout` reaches `nn.Dropout` modules only."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
     """Move `parameters` to groups of their own with learning rate `rate`; what else a group sets stays."""
     own = {id(parameter) for parameter in parameters}
@@ -102,8 +110,8 @@ def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
     at 0. Call it after the policy's adapter exists: `all-linear` would otherwise put a LoRA on the head.
     """
     base = model.get_base_model()
-    text_config = base.config.get_text_config()
-    base.score = nn.Linear(text_config.hidden_size, 1, bias=False, dtype=torch.float32, device=base.device)
+    width = base.get_output_embeddings().in_features  # not always hidden_size: OPT-350M projects before its head
+    base.score = nn.Linear(width, 1, bias=False, dtype=torch.float32, device=base.device)
     # PEFT keeps this as the wrapper's unused original: trainable, it would break DDP.
     nn.init.zeros_(base.score.weight)
     base.score.requires_grad_(False)

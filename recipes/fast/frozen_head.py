@@ -58,16 +58,25 @@ class FrozenHeadLogProbs(torch.autograd.Function):
 def has_frozen_linear_head(model: PreTrainedModel) -> bool:
     """Whether the logits are `hidden @ W.T` with a W that is not trained: no bias, scale, soft cap or adapter.
 
-    Tried out on two tokens, so that no list of architectures has to be kept.
+    Tried out on two tokens, so that no list of architectures has to be kept, and on hidden states large enough for a
+    soft cap to bend their logits.
     """
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if type(head) is not nn.Linear or type(weight) is not nn.Parameter or weight.requires_grad or not weight.numel():
         return False
+    if head.bias is not None:
+        return False
     ids = torch.tensor([[0, 1]], device=weight.device)
     was_training = model.training
     model.eval()  # dropout would draw twice
-    hidden, logits = model.base_model(input_ids=ids, use_cache=False).last_hidden_state, model(input_ids=ids).logits
-    model.train(was_training)
-    same_dtype = hidden.dtype == weight.dtype
-    return same_dtype and torch.allclose(logits.float(), F.linear(hidden, weight).float(), rtol=1e-2, atol=1e-3)
+    hidden = 100 * model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    handle = head.register_forward_pre_hook(lambda _, args: (100 * args[0],))
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+        model.train(was_training)
+    return hidden.dtype == weight.dtype and torch.allclose(
+        logits.float(), F.linear(hidden, weight).float(), rtol=1e-2, atol=1e-3
+    )
