@@ -15,6 +15,7 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
+from trl.import_utils import is_vllm_available
 
 from recipes.errors import UserError
 
@@ -99,8 +100,11 @@ def check_launch(training_args: TrainingArguments) -> None:
     """Compare the request with what runs, and print both.
 
     Raises:
-        UserError: another number of processes, another kind of distribution or another device than asked for.
+        UserError: another number of processes, another kind of distribution or another device than asked for, or
+            rollouts by vLLM without vLLM, which TRL finds out only after the weights have loaded.
     """
+    if getattr(training_args, "use_vllm", False) and not is_vllm_available():
+        raise UserError("use_vllm is true, but vLLM is not installed: pip install 'trl[vllm]', or set it to false.")
     state = training_args.distributed_state
     running = f"{count(state.num_processes)} on {training_args.device.type} ({state.distributed_type.value})"
     request = requested()

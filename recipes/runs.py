@@ -63,7 +63,7 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
         raise UserError(f"--config {config}: {error.strerror}.") from error
     except yaml.YAMLError as error:
         raise UserError(f"--config {config} is not valid YAML: {' '.join(str(error).split())}.") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:  # the last: an argument that needs a package
         raise UserError(" ".join(str(error).split())) from error
     if in_flags:
         raise parser.unknown(in_flags[0].removeprefix("--"), "Command line")

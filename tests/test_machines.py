@@ -1,0 +1,124 @@
+"""More machines than this one: Slurm scripts under a Slurm of a few lines, and packages that are not installed."""
+
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from recipes import runs
+from recipes.errors import UserError
+from recipes.launch import check_launch
+from recipes.ppo_config import PPOConfig
+from tests.conftest import ROOT, run_command
+from tests.test_launch import PROBE
+
+SLURM = ROOT / "scripts" / "slurm"
+SRUN = """
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do SLURM_NODEID=$node "$@" & pids="$pids $!"; done
+for pid in $pids; do wait "$pid" || exit 1; done
+"""
+SCONTROL = '[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\n127.0.0.2\\n"'
+SBATCH = """
+echo "$*" >>"$LOG"
+wc -l <"$LOG"
+"""
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def job(tmp_path) -> dict[str, str]:
+    """The environment of a job on two machines with one GPU each, `srun` and `scontrol` included."""
+    program(tmp_path / "bin" / "srun", SRUN)
+    program(
+        tmp_path / "bin" / "scontrol", '[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\n127.0.0.2\\n"'
+    )
+    slurm = {"NODELIST": "node[1-2]", "NUM_NODES": "2", "ID": "123456"}
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    env = {f"SLURM_JOB_{name}": value for name, value in slurm.items()} | {"PATH": path}
+    return env | {"SLURM_GPUS_ON_NODE": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+
+
+def bash(*args, **env) -> subprocess.CompletedProcess:
+    words = ["bash", *map(str, args)]
+    return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **env}, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("script", sorted(SLURM.iterdir()), ids=lambda path: path.name)
+def test_slurm_scripts_are_bash(script):
+    assert bash("-n", script).returncode == 0
+
+
+def test_a_slurm_job_launches_once_on_each_machine(tmp_path, job):
+    program(tmp_path / ".venv" / "bin" / "accelerate", 'line=$(printf "<%s>" "$@"); echo "$line"')
+    arguments = ["recipes/sft.py", "--output_dir", "runs/two words"]
+    result = bash(SLURM / "recipe.sbatch", *arguments, **job)
+    expected = (
+        "<launch><--machine_rank><{}><--config_file><accelerate_configs/multi_node.yaml><--num_machines><2>"
+        "<--num_processes><2><--main_process_ip><127.0.0.1><--main_process_port><23456>"
+        "<recipes/sft.py><--output_dir><runs/two words>"
+    )
+    assert sorted(result.stdout.splitlines()) == [expected.format(rank) for rank in (0, 1)], result.stderr
+    again = bash(SLURM / "recipe.sbatch", *arguments, **job, SLURM_RESTART_COUNT="1", ACCELERATE_CONFIG="other.yaml")
+    assert again.stdout.count("launch") == 2
+    for line in again.stdout.splitlines():
+        assert "<--config_file><other.yaml>" in line and line.endswith("<--resume_from_checkpoint><true>")
+
+
+def test_a_slurm_job_is_one_run_on_all_machines(tmp_path, job):
+    """Through the real launcher; 127.0.0.1 plays both machines."""
+    (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
+    job |= {"SLURM_SUBMIT_DIR": str(ROOT), "ACCELERATE_CONFIG": "accelerate_configs/multi_cpu.yaml"}
+    arguments = [tmp_path / "probe.py", "--use_cpu", "true", "--report_to", "none", "--output_dir", tmp_path / "out"]
+    output = run_command(["bash", SLURM / "recipe.sbatch", *arguments], timeout=240, env=job).stdout
+    assert "Running: 2 processes on cpu" in output
+    assert output.count("sum 3") == 2
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [("SLURM_SUBMIT_DIR", "submit this script with sbatch"), ("SLURM_GPUS_ON_NODE", "submit it with --gpus-per-node")],
+)
+def test_a_job_that_cannot_run_says_why(job, missing, expected):
+    result = bash(SLURM / "recipe.sbatch", "recipes/sft.py", **(job | {missing: ""}))
+    assert result.returncode != 0 and expected in result.stderr
+
+
+def test_the_three_steps_wait_for_each_other(tmp_path, job):
+    program(tmp_path / "bin" / "sbatch", SBATCH)
+    result = bash(
+        SLURM / "pipeline.sh", "recipes/configs/qwen3_8b", "runs/q", "--nodes", "4", **job, LOG=str(tmp_path / "log")
+    )
+    assert result.stdout == "sft 1, reward 2, ppo 3\n", result.stderr
+    sft, reward, ppo = (tmp_path / "log").read_text().splitlines()
+    config, common = "recipes/configs/qwen3_8b", "--nodes 4 scripts/slurm/recipe.sbatch"
+    assert sft == (
+        f"--parsable --job-name rlhf-sft {common} recipes/sft.py --config {config}/sft.yaml --output_dir runs/q/sft"
+    )
+    assert reward.startswith(f"--parsable --job-name rlhf-reward --dependency=afterok:1 {common} recipes/reward.py")
+    assert reward.endswith("--output_dir runs/q/reward --model_name_or_path runs/q/sft")
+    assert ppo.startswith(f"--parsable --job-name rlhf-ppo --dependency=afterok:2 {common} recipes/ppo.py")
+    assert ppo.endswith("--model_name_or_path runs/q/sft --reward_model_name_or_path runs/q/reward")
+
+
+def test_vllm_that_is_not_installed_stops_before_any_weights(monkeypatch):
+    monkeypatch.setattr("recipes.launch.is_vllm_available", lambda: False)
+    with pytest.raises(UserError, match=r"vLLM is not installed: pip install 'trl\[vllm\]'"):
+        check_launch(SimpleNamespace(use_vllm=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs another check comes first")
+def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--deepspeed", "zero.json"]
+    with pytest.raises(UserError, match="deepspeed") as error:
+        runs.parse((PPOConfig,), flags)
+    assert "\n" not in str(error.value)
