@@ -77,19 +77,21 @@ def speed(setting: str, sides: tuple[str, ...], alternations: int, device: str, 
 
 
 def memory(shapes: list[Shape], device: str, output: str | None) -> None:
-    """Peaks of one rollout a shape, in fresh processes, so that no allocator remembers another shape."""
+    """Peaks of one rollout a shape, in fresh processes, so that no allocator remembers another shape.
+
+    Its times are those of the largest shape's first and only rollout, which nothing has warmed up.
+    """
     curve, turns = [], []
     for shape in shapes:
         found = alternate(commands(shape, ("trl", "ours"), 1, device), 1, device, warm_up=0)
         same_tokens(found)
         ratios = compare(found["trl"], found["ours"], PHASES)
         point = {"vocabulary": shape.vocabulary, "batch": shape.batch, "tokens": shape.prompt[1] + shape.limit()}
-        curve.append(point | {name: ratios[name] for name in ("ratio_cpu", "ratio_wall", "peak_memory")})
+        curve.append(point | ratios["peak_memory"])
         turns.append(found)
-        print(json.dumps(curve[-1]), file=sys.stderr, flush=True)
     last = compare(turns[-1]["trl"], turns[-1]["ours"], PHASES)  # the largest batch x length x vocabulary
     last["curve"] = curve
-    publish({"setting": "memory", "device": device} | last | {"differences": DIFFERENCES}, output)
+    publish({"setting": "memory", "device": device} | last | {"differences": DIFFERENCES}, output, turns=turns)
 
 
 def main():
