@@ -1,5 +1,6 @@
-"""More machines than this one: Slurm scripts under a Slurm of a few lines, and packages that are not installed."""
+"""Machines that are not here, as far as they can be tried: Slurm, shares of a model (FSDP2), missing packages."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -7,12 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from recipes import runs
 from recipes.errors import UserError
 from recipes.launch import check_launch
 from recipes.ppo_config import PPOConfig
 from tests.conftest import ROOT, run_command
+from tests.fsdp_worker import ADAM
+from tests.ppo_worker import train
 from tests.test_launch import PROBE
 
 SLURM = ROOT / "scripts" / "slurm"
@@ -122,3 +126,33 @@ def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="deepspeed") as error:
         runs.parse((PPOConfig,), flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shares on CPUs: on GPUs launch fsdp2.yaml itself")
+def test_a_model_in_shares_trains_saves_and_resumes_as_a_whole_one(tmp_path):
+    """PPO by `fsdp2.yaml` on two processes, against the same on one."""
+    for name in ("one", "whole", "resumed"):
+        (tmp_path / name).mkdir()
+    trainer = train(str(tmp_path / "one"), 8, **ADAM)
+    trainer.save_model()
+    line = ["accelerate", "launch", "--config_file", "accelerate_configs/fsdp2.yaml", "--mixed_precision", "no"]
+    run_command([*line, "-m", "tests.fsdp_worker", tmp_path, "4"], timeout=400)
+
+    shares = [json.loads((tmp_path / f"shares_{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    assert all(share["type"] == "FSDP" and share["here"] < 0.6 * share["all"] for share in shares)
+    assert shares[0]["here"] + shares[1]["here"] == shares[0]["all"]
+    one, whole, resumed = (
+        [row for row in json.loads((tmp_path / name / "log.json").read_text(encoding="utf-8")) if "loss" in row]
+        for name in ("one", "whole", "resumed")
+    )
+    for name in ("loss/policy_avg", "loss/value_avg", "val/ratio", "grad_norm"):
+        assert [row[name] for row in whole] == pytest.approx([row[name] for row in one], rel=1e-3, abs=1e-5), name
+        assert [row[name] for row in resumed] == [row[name] for row in whole], name
+    assert one[3]["policy/approxkl_avg"] > 1e-4, "the updates moved the policy"
+    for name in ("trained.safetensors", "adapter_model.safetensors", "critic/adapter_model.safetensors"):
+        weights, shared = load_file(tmp_path / "one" / name), load_file(tmp_path / "whole" / name)
+        assert weights.keys() == shared.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(shared[key], value, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    trained = [load_file(tmp_path / name / "trained.safetensors") for name in ("whole", "resumed")]
+    assert all(torch.equal(trained[0][key], trained[1][key]) for key in trained[0])
