@@ -8,4 +8,5 @@ if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id 
     echo "Installing chromium for the tests of the ranking page"
     (apt-get update -qq && apt-get install -y -qq chromium) >/dev/null 2>&1 || echo "chromium could not be installed"
 fi
-exec "$PYTHON" -m pytest "$@"
+# Two workers, one core each; tests of a file stay together, because they share models and runs.
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

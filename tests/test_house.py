@@ -101,7 +101,7 @@ def test_versions_are_installed_once_torch_first_and_again_when_they_change(tmp_
     )
     for repeat in range(2):
         result = bash(folder / "scripts" / "test.sh", "-k", "nothing")
-        assert result.stdout.endswith("ran -m pytest -k nothing\n"), result
+        assert result.stdout.endswith("ran -m pytest -n 2 --dist loadfile -k nothing\n"), result
         installs = log.read_text().splitlines()
         assert len(installs) == 2, f"run {repeat + 1}"
     assert installs[0].endswith(f"torch=={PINS['torch']}")
