@@ -21,6 +21,7 @@ from recipes.errors import UserError
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.launch import check_launch
 from recipes.modeling import load_ppo_models, read_reward_statistics
+from recipes.pairing import check_model, check_ppo_models
 from recipes.ppo_trainer import PPOConfig, PPOTrainer
 from recipes.runs import finish, guard_output_dir, parse, run
 from recipes.tokenization import load_tokenizer
@@ -107,6 +108,9 @@ def main():
     tokenizer = load_tokenizer(
         model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
     )
+    check_model(model_args, tokenizer, training_args.trust_remote_code)
+    separate, trusted = script_args.separate_reward_model, training_args.trust_remote_code
+    check_ppo_models(model_args, tokenizer, reward_path, separate, trusted)
     datasets = load_formatted(
         "prompt",
         script_args,
@@ -129,7 +133,7 @@ def main():
         eval_dataset=datasets.get("eval"),
         ptx_dataset=datasets.get("ptx"),
         reward_funcs=[import_reward_func(path) for path in script_args.reward_funcs or []],
-        **load_ppo_models(model_args, reward_path, script_args.separate_reward_model, training_args.trust_remote_code),
+        **load_ppo_models(model_args, reward_path, separate, trusted),
     )
     prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
     if prompts % rollout:

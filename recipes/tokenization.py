@@ -71,6 +71,11 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"No tokenizer could be loaded from {name}: {first_line(error)}") from error
+    if not tokenizer.encode("Hello", add_special_tokens=False):
+        raise UserError(
+            f"The tokenizer of {name} gives no tokens for text: transformers loads it as {type(tokenizer).__name__}, "
+            "by the model_type in config.json, and its tokenizer.json is of another kind."
+        )
     if tokenizer.eos_token is None:
         raise UserError(f"The tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json.")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
