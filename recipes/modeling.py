@@ -62,10 +62,21 @@ def load_policy(model_args: ModelConfig, trust_remote_code: bool = False) -> Pre
     if not model_args.use_peft and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise UserError("load_in_4bit and load_in_8bit freeze the base: set use_peft: true to train an adapter on it.")
     model = _from_pretrained(AutoModelForCausalLM, base or name, model_args, trust_remote_code)
+    hide_router_logits(model)
     if base is None:
         return get_peft_model(model, get_peft_config(model_args)) if model_args.use_peft else model
     model = attach(lambda: PeftModel.from_pretrained(model, name, is_trainable=model_args.use_peft), name, base)
     return model if model_args.use_peft else model.merge_and_unload()
+
+
+def hide_router_logits(model: nn.Module) -> None:
+    """Undo what the load-balancing loss of SFT sets in the configuration of a mixture of experts to generate again.
+
+    `generate` passes one new token a row with the mask of all, a pair that the load-balancing loss does not take.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
 
 
 def score_head_names(reward_path: str) -> list[str]:
@@ -103,6 +114,16 @@ def load_reward_trainee(model_args: ModelConfig, trust_remote_code: bool = False
             f"The adapter {name} holds {result.unexpected_keys[0]}, which a reward model has no place for."
         )
     return model if model_args.use_peft else model.merge_and_unload()
+
+
+def keep_head_in_float32(model: nn.Module) -> None:
+    """Undo for the score head what TRL does to adapters of a quantised base: bf16 is too coarse for its steps.
+
+    Without autocast the head would not even take the hidden states, which need not be bf16.
+    """
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        head = model.get_base_model().score.modules_to_save["default"].float()
+        head.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype),))
 
 
 def _has_trained_head(name: str) -> bool:

@@ -16,7 +16,8 @@ from trl import ModelConfig, RewardConfig, ScriptArguments
 
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.launch import check_launch
-from recipes.modeling import load_reward_trainee, save_reward_statistics, score_conversations
+from recipes.modeling import keep_head_in_float32, load_reward_trainee, save_reward_statistics, score_conversations
+from recipes.pairing import check_model, check_reward_base
 from recipes.ranking_trainer import RankingRewardTrainer, majority_rankings
 from recipes.runs import finish, guard_output_dir, parse, run
 from recipes.tokenization import load_tokenizer
@@ -61,9 +62,11 @@ def main():
     check_launch(training_args)
     guard_output_dir(training_args)
 
+    check_reward_base(model_args, training_args.trust_remote_code)
     tokenizer = load_tokenizer(
         model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
     )
+    check_model(model_args, tokenizer, training_args.trust_remote_code)
     evaluate = training_args.eval_strategy != "no"
     datasets = load_formatted(
         "ranking",
@@ -86,6 +89,7 @@ def main():
         eval_dataset=datasets.get("eval"),
         processing_class=tokenizer,
     )
+    keep_head_in_float32(trainer.accelerator.unwrap_model(trainer.model))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if evaluate:
         trainer.save_metrics("eval", trainer.evaluate())

@@ -12,7 +12,8 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.launch import check_launch
-from recipes.modeling import load_policy
+from recipes.modeling import hide_router_logits, load_policy
+from recipes.pairing import check_model
 from recipes.runs import finish, guard_output_dir, parse, run
 from recipes.tokenization import load_tokenizer
 
@@ -30,6 +31,7 @@ def main():
     tokenizer = load_tokenizer(
         model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
     )
+    check_model(model_args, tokenizer, training_args.trust_remote_code)
     datasets = load_formatted(
         "sft",
         script_args,
@@ -50,6 +52,7 @@ def main():
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    hide_router_logits(trainer.accelerator.unwrap_model(trainer.model))
     finish(trainer, "sft", datasets, script_args, training_args, model_args, format_args)
 
 
