@@ -9,9 +9,7 @@ and critic, one adapter each. Every flag of TRL's `ScriptArguments`, `GRPOConfig
 `PPOConfig` adds PPO's own; docs/ppo.md explains them and the metrics.
 """
 
-import importlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from transformers import set_seed
@@ -23,7 +21,7 @@ from recipes.launch import check_launch
 from recipes.modeling import load_ppo_models, read_reward_statistics
 from recipes.pairing import check_model, check_ppo_models
 from recipes.ppo_trainer import PPOConfig, PPOTrainer
-from recipes.runs import finish, guard_output_dir, parse, run
+from recipes.runs import finish, guard_output_dir, import_function, parse, run
 from recipes.tokenization import load_tokenizer
 
 
@@ -55,16 +53,6 @@ class PPOScriptArguments(ScriptArguments):
             "--score_std go before them."
         },
     )
-
-
-def import_reward_func(path: str) -> Callable:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"--reward_funcs {path}: write it as module.function, importable from here ({error})."
-        ) from error
 
 
 def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -> None:
@@ -132,7 +120,7 @@ def main():
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
         ptx_dataset=datasets.get("ptx"),
-        reward_funcs=[import_reward_func(path) for path in script_args.reward_funcs or []],
+        reward_funcs=[import_function(path, "--reward_funcs") for path in script_args.reward_funcs or []],
         **load_ppo_models(model_args, reward_path, separate, trusted),
     )
     prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations

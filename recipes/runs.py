@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib
 import importlib.metadata
 import os
 import re
@@ -104,6 +105,19 @@ def check_config(config: str, parser: RecipeParser) -> None:
 
 def split_config_flag(word: str) -> list[str]:
     return word.split("=", 1) if word.startswith("--config=") else [word]
+
+
+def import_function(path: str, flag: str) -> Callable:
+    """The function `module.function`.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{flag} {path}: write it as module.function, importable from here ({error}).") from error
 
 
 def guard_output_dir(training_args: TrainingArguments) -> None:

@@ -1,25 +1,10 @@
 """Python functions as judges: the signature of TRL's reward functions, so that one function serves both."""
 
-import importlib
-from collections.abc import Callable
-
 import numpy as np
 
 from recipes.errors import UserError
 from recipes.evaluation.policies import Conversation, Sample
-
-
-def import_function(path: str, flag: str) -> Callable:
-    """The function `module.function`.
-
-    Raises:
-        UserError: it cannot be imported.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{flag} {path}: write it as module.function, importable from here ({error}).") from error
+from recipes.runs import import_function
 
 
 def judge_scores(path: str, prompts: list[Conversation], samples: list[list[Sample]]) -> list[list[float]]:
