@@ -90,9 +90,9 @@ CASES = {
     "reward-full-checkpointing": Case("reward", peft=False, checkpointing=True),
     "ppo-lora": Case("ppo", rollout=2),
     "ppo-lora-long": Case("ppo", rows=2, prompt=256, response=512, rollout=4),
-    "ppo-lora-checkpointing": Case("ppo", checkpointing=True),
-    "ppo-lora-vocabulary": Case("ppo", size="5M", vocabulary=128_000, rows=4),
-    "ppo-full": Case("ppo", rows=4, peft=False),
+    "ppo-lora-checkpointing": Case("ppo", size="5M", response=64, checkpointing=True),
+    "ppo-lora-vocabulary": Case("ppo", size="5M", vocabulary=128_000, rows=2, response=32),
+    "ppo-full": Case("ppo", size="5M", response=64, peft=False),
 }
 WARM_UP = Case("sft", size="5M", vocabulary=2000, rows=2, prompt=8, response=8)
 
@@ -111,7 +111,7 @@ def turn(role: str, words: int, seed: int) -> list[dict]:
     return [{"role": role, "content": " ".join(f"w{i}" for i in ids)}]
 
 
-def trainer_of(case: Case, folder: str):
+def trainer_of(case: Case, words: PreTrainedTokenizerFast, folder: str):
     """The recipe's trainer on data of exactly the case's lengths."""
     steps = case.rollout if case.step == "ppo" else case.accumulation
     common = {
@@ -128,7 +128,7 @@ def trainer_of(case: Case, folder: str):
         "disable_tqdm": True,
         "logging_steps": 1,
     }
-    count, words = 2 * case.rows * steps, tokenizer(case.vocabulary)
+    count = 2 * case.rows * steps
     prompts = [turn("user", case.prompt, seed) for seed in range(count)]
     answers = [turn("assistant", case.response, -1 - seed) for seed in range(count)]
     config, setting = case.config(), case.setting()
@@ -190,12 +190,15 @@ def forget_peak() -> None:
 
 
 def measure(case: Case) -> int:
-    """Bytes that two steps of `case` take at their peak."""
+    """Bytes that two steps of `case` take at their peak, model and optimizer included."""
     torch.manual_seed(0)
+    words = tokenizer(case.vocabulary)  # a large vocabulary takes more than a small model
     with tempfile.TemporaryDirectory() as folder:
         forget_peak()
         before = resident("VmRSS")
-        trainer_of(case, folder).train()
+        trainer = trainer_of(case, words, folder)
+        forget_peak()  # a model whose head is tied is built with two of them
+        trainer.train()
         return resident("VmHWM") - before
 
 

@@ -349,7 +349,9 @@ def losses(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -
     with role(model, "default"):
         hidden = last_hidden_state(setting, model)
         head = base_of(model).get_output_embeddings()
-        predicting = hidden[:, -setting.response_tokens :] if setting.step == "ppo" else hidden[:, :-1]
+        # Off a GPU TRL's head scores every position, which `FrozenHeadLogProbs` spares.
+        response_only = setting.step == "ppo" and not (setting.on_cpu and setting.lora is None)
+        predicting = hidden[:, -setting.response_tokens :] if response_only else hidden[:, :-1]
         loss = log_probs_loss(setting, predicting.reshape(-1, hidden.size(-1)), head.weight)
     if setting.step == "ppo":
         if critic is None:
