@@ -119,6 +119,12 @@ def test_vllm_that_is_not_installed_stops_before_any_weights(monkeypatch):
         check_launch(SimpleNamespace(use_vllm=True))
 
 
+def test_ppo_by_deepspeed_stops_before_any_weights():
+    ppo = SimpleNamespace(use_vllm=False, deepspeed_plugin=object(), kl_coef=0.05)
+    with pytest.raises(UserError, match="launch with accelerate_configs/fsdp2.yaml"):
+        check_launch(ppo)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs another check comes first")
 def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
