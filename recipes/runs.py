@@ -1,5 +1,6 @@
 """What every recipe does around its training: parse, guard the output folder, record the run, fail with one line."""
 
+import atexit
 import dataclasses
 import difflib
 import importlib
@@ -23,7 +24,7 @@ from trl import TrlParser
 
 from recipes.errors import UserError
 from recipes.formatting import FormattedDatasets
-from recipes.launch import check_devices
+from recipes.launch import check_devices, world_size
 
 PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 SECRETS = re.compile(r"(^|_)(?<!eos_)(?<!pad_)(token|key|password|secret)$")
@@ -208,7 +209,8 @@ def git_revision() -> str | None:
 def run(main: Callable[[], None]) -> None:
     """Run a recipe. What the user can mend is one line and exit code 1; a bug keeps its traceback.
 
-    A process that fails ends at once, so that the launcher ends the others, which may be waiting for it.
+    A process that fails ends at once, so that the launcher ends the others, which may be waiting for it. One
+    of several that is done ends without waiting for threads: one that never ends would hold all machines.
     """
     try:
         main()
@@ -222,6 +224,11 @@ def run(main: Callable[[], None]) -> None:
         fail(traceback.format_exc())
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if world_size() > 1:
+        atexit._run_exitfuncs()  # trackers close here
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def fail(text: str) -> NoReturn:

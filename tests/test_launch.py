@@ -188,3 +188,22 @@ def test_a_process_that_fails_alone_is_heard_and_ends_the_others(tmp_path, error
     command = ["accelerate", "launch", "--config_file", CONFIGS / "multi_cpu.yaml", tmp_path / "fails.py"]
     output = run_command(command, timeout=120, ok=False).stdout
     assert expected in output
+
+
+ENDS = """
+import atexit, sys, threading
+sys.modules["bitsandbytes"] = None  # not needed here, and slow to import
+from accelerate import PartialState
+from recipes.runs import run
+def main():
+    PartialState(cpu=True).wait_for_everyone()
+    atexit.register(print, "closed")
+    threading.Thread(target=threading.Event().wait).start()
+run(main)
+"""
+
+
+def test_processes_that_are_done_end_although_a_thread_does_not(tmp_path):
+    (tmp_path / "ends.py").write_text(ENDS)
+    command = ["accelerate", "launch", "--config_file", CONFIGS / "multi_cpu.yaml", tmp_path / "ends.py"]
+    assert run_command(command, timeout=180).stdout.count("closed") == 2
