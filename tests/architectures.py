@@ -87,7 +87,8 @@ TOKENIZERS = {
 class Family:
     """A family: its `model_type` in transformers, the configuration that makes it tiny, and its kind of tokenizer.
 
-    `spare_tokens` is how much larger the model's vocabulary is than the tokenizer's.
+    `spare_tokens` is how much larger the model's vocabulary is than the tokenizer's; `classifier` is whether
+    transformers has a sequence classifier of this family.
     """
 
     model_type: str
@@ -95,6 +96,7 @@ class Family:
     tokenizer: str = "chat"
     tied: bool = False
     spare_tokens: int = 0
+    classifier: bool = True
 
     def save(self, folder: Path, seed: int = 0) -> str:
         """Write the base, weights and tokenizer, to `folder` and return its name."""
@@ -113,27 +115,83 @@ class Family:
         return str(folder)
 
 
+FALCON = {name: SIZES[name] for name in SIZES if name != "head_dim"} | {"ffn_hidden_size": 48}
+WINDOW = {"sliding_window": 8}
+OPT_350M = {
+    "hidden_size": 32,
+    "word_embed_proj_dim": 24,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "init_std": 0.2,
+    "do_layer_norm_before": False,
+}
+DEEPSEEK = MULTI_HEAD | {
+    "head_dim": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    **EXPERTS,
+}
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
 FAMILIES = {
     "Llama 3": Family("llama", tokenizer="padless"),
     "Qwen 2": Family("qwen2", tokenizer="ChatML", tied=True, spare_tokens=24),
     "Qwen 3": Family("qwen3", tokenizer="ChatML", tied=True, spare_tokens=24),
-    "Gemma 2": Family("gemma2", SIZES | {"sliding_window": 8, "query_pre_attn_scalar": 8}, tied=True),
-    "Mistral": Family("mistral", SIZES | {"sliding_window": 8}, tokenizer="BOS"),
+    "Qwen 3 MoE": Family("qwen3_moe", SIZES | EXPERTS | {"num_experts": 4}, tokenizer="ChatML"),
+    "Qwen 3 Next": Family(
+        "qwen3_next",
+        SIZES | EXPERTS | LINEAR_ATTENTION | {"num_experts": 4, "shared_expert_intermediate_size": 16},
+        tokenizer="ChatML",
+    ),
+    "Gemma 2": Family("gemma2", SIZES | WINDOW | {"query_pre_attn_scalar": 8}, tied=True),
+    "Gemma 3": Family(
+        "gemma3_text",
+        SIZES | WINDOW | {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        tied=True,
+    ),
+    "Mistral": Family("mistral", SIZES | WINDOW, tokenizer="BOS"),
+    "Mixtral": Family("mixtral", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}, tokenizer="BOS"),
+    "Phi 2": Family("phi", MULTI_HEAD | {"partial_rotary_factor": 0.5}, tokenizer="GPT-2", spare_tokens=15),
+    "Phi 3": Family("phi3", SIZES | {"original_max_position_embeddings": 256}, tokenizer="padless", spare_tokens=8),
+    "SmolLM 3": Family("smollm3", SIZES | {"no_rope_layers": [1, 0]}, tokenizer="ChatML", tied=True),
     "GPT-2": Family("gpt2", GPT2_SIZES, tokenizer="GPT-2", tied=True),
+    "GPT-J": Family("gptj", GPT2_SIZES | {"rotary_dim": 4}, tokenizer="GPT-2"),
     "GPT-NeoX, Pythia": Family("gpt_neox", SIZES | {"rotary_pct": 0.25}, tokenizer="GPT-2", spare_tokens=7),
-    "OPT": Family(
-        "opt",
-        {
-            "hidden_size": 32,
-            "word_embed_proj_dim": 24,
-            "ffn_dim": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 256,
-            "init_std": 0.2,
-            "do_layer_norm_before": False,
-        },
-        tokenizer="BOS",
+    "GPT-OSS": Family("gpt_oss", SIZES | WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "OPT": Family("opt", OPT_350M, tokenizer="BOS", tied=True),
+    "Bloom": Family(
+        "bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}, tokenizer="BOS", tied=True
+    ),
+    "Falcon": Family("falcon", FALCON, tokenizer="GPT-2", tied=True),
+    "Falcon (ALiBi)": Family("falcon", FALCON | {"alibi": True}, tokenizer="GPT-2"),
+    "OLMo 2": Family("olmo2", tokenizer="GPT-2"),
+    "Granite": Family("granite", SIZES | {"logits_scaling": 4.0}, tied=True, classifier=False),
+    "Cohere 2": Family(
+        "cohere2", SIZES | WINDOW | {"logit_scale": 0.25}, tokenizer="BOS", tied=True, classifier=False
+    ),
+    "StarCoder 2": Family("starcoder2", SIZES | WINDOW, tokenizer="GPT-2", tied=True),
+    "StableLM": Family("stablelm", SIZES | {"use_parallel_residual": True}, tokenizer="GPT-2"),
+    "GLM 4": Family("glm4", SIZES | {"partial_rotary_factor": 0.5}, tokenizer="padless", spare_tokens=5),
+    "DeepSeek V3": Family("deepseek_v3", DEEPSEEK, tokenizer="BOS"),
+    "MPT": Family(
+        "mpt",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "initializer_range": 0.2},
+        tokenizer="GPT-2",
         tied=True,
     ),
 }
