@@ -32,7 +32,7 @@ def check_model(model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, tru
     check_vocabulary(tokenizer, config, name)
     if base is not None:
         check_adapter(name, base, config, trust_remote_code)
-        check_same_tokens(name, tokenizer, base, trust_remote_code)
+        check_same_tokens(tokenizer, name, own_tokenizer(base, trust_remote_code), base)
 
 
 def check_reward_base(model_args: ModelConfig, trust_remote_code: bool = False) -> None:
@@ -51,7 +51,11 @@ def check_reward_base(model_args: ModelConfig, trust_remote_code: bool = False) 
 
 
 def check_ppo_models(
-    model_args: ModelConfig, tokenizer, reward_path: str | None, separate: bool, trust_remote_code: bool = False
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_path: str | None,
+    separate: bool,
+    trust_remote_code: bool = False,
 ) -> None:
     """Check the reward model beside the policy, which [`check_model`] has passed.
 
@@ -71,7 +75,7 @@ def check_ppo_models(
     if base is not None:
         check_adapter(reward_path, base, read_config(base, "main", trust_remote_code), trust_remote_code)
         if not separate and check_reward_adapter(reward_path, policy):
-            check_same_tokens(reward_path, None, policy, trust_remote_code, tokenizer)
+            check_same_tokens(own_tokenizer(reward_path, trust_remote_code), reward_path, tokenizer, policy)
 
 
 def read_config(name: str, revision: str, trust_remote_code: bool) -> PretrainedConfig:
@@ -134,25 +138,26 @@ def check_adapter(folder: str, base: str, config: PretrainedConfig, trust_remote
         raise UserError(f"{wrong} (the base has no place for {unknown[0]}).")
 
 
-def check_same_tokens(
-    folder: str,
-    own: PreTrainedTokenizerBase | None,
-    base: str,
-    trust_remote_code: bool,
-    theirs: PreTrainedTokenizerBase | None = None,
-) -> None:
-    """An adapter folder's own tokenizer may add tokens to its base's, but not give one another id."""
-    if not os.path.exists(os.path.join(folder, "tokenizer_config.json")):
-        return
+def own_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a model's own folder or repository, where it has one."""
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "tokenizer_config.json")):
+        return None
     try:
-        own = own or load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        theirs = theirs or load_tokenizer(base, trust_remote_code=trust_remote_code)
+        return load_tokenizer(name, trust_remote_code=trust_remote_code)
     except UserError:
-        return  # one of them has none, so there is nothing to compare
+        return None
+
+
+def check_same_tokens(
+    own: PreTrainedTokenizerBase | None, adapter: str, theirs: PreTrainedTokenizerBase | None, base: str
+) -> None:
+    """The tokenizer of an adapter may add tokens to its base's, but not give one another id."""
+    if own is None or theirs is None:
+        return
     vocabulary = own.get_vocab()
     for token, index in theirs.get_vocab().items():
         if vocabulary.get(token) != index:
             raise UserError(
-                f"The tokenizer in {folder} is another than that of {base}: the token {token!r} is {index} there and "
+                f"The tokenizer in {adapter} is another than that of {base}: the token {token!r} is {index} there and "
                 f"{vocabulary.get(token, 'missing')} here. Copy the tokenizer that the adapter was trained with."
             )
