@@ -109,7 +109,8 @@ def command(folders, output, *more):
         "python", "scripts/evaluate.py", "--policies", f"base={folders}/base", f"ppo={folders}/ppo",
         "--reward_model_name_or_path", f"{folders}/reward", "--dataset_name", f"{folders}/prompts.jsonl",
         "--output_dir", output, "--max_completion_length", "6", "--best_of_n", "8", "--num_generations", "3",
-        "--curve_generations", "3", "--temperatures", "0.5", "--checkpoints", f"ppo={folders}/ppo", "--generation_batch_size", "32", *more,
+        "--curve_generations", "3", "--temperatures", "0.5", "--checkpoints", f"ppo={folders}/ppo",
+        "--generation_batch_size", "32", *more,
     ]  # fmt: skip
 
 
