@@ -128,6 +128,8 @@ def test_ppo_by_deepspeed_stops_before_any_weights():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs another check comes first")
 def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
+    # transformers leaves its half-made configuration here, and every later load in this process would ask it.
+    monkeypatch.setattr("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", None)
     flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--deepspeed", "zero.json"]
     with pytest.raises(UserError, match="deepspeed") as error:
         runs.parse((PPOConfig,), flags)
