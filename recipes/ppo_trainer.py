@@ -48,7 +48,10 @@ from recipes.roles import (
     critic_from_policy,
     disable_dropout_rates,
     is_fresh,
+    load_critic,
+    save_trained,
     scalar_scores,
+    send_only_policy,
     set_learning_rate,
     train_roles,
     use_role,
@@ -175,7 +178,7 @@ class PPOTrainer(GRPOTrainer):
             raise ValueError("PPO needs a reward: reward_model, a policy with the adapter `reward`, or reward_funcs.")
 
         # Reference and reward model come from the run's inputs; what a checkpoint needs is what training changes.
-        model.save_pretrained = functools.partial(self._save_trained, model)
+        model.save_pretrained = functools.partial(save_trained, model)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -188,6 +191,8 @@ class PPOTrainer(GRPOTrainer):
             optimizers=optimizers,
         )
 
+        if self.use_vllm:
+            send_only_policy(self.vllm_generation)
         # The entropy bonus needs gradients that only TRL's head has.
         response_logps = "response_logps" in args.fast_paths and not self._entropy_bonus_enabled
         add_role_forward(base, self.temperature, response_logps)
@@ -221,19 +226,6 @@ class PPOTrainer(GRPOTrainer):
         self._may_backward_early = self.accelerator.distributed_type == "NO" and "early_backward" in args.fast_paths
         if "live_rows" in args.fast_paths and self.accelerator.distributed_type in ("NO", "MULTI_CPU", "MULTI_GPU"):
             self._live_rows = LiveRowSampling()
-
-    def _save_trained(self, model: nn.Module, save_directory: str, state_dict: dict | None = None, **kwargs) -> None:
-        """Save the policy to `save_directory`, loadable by plain peft or transformers, and the critic to `critic/`."""
-        save = functools.partial(type(model).save_pretrained, model, save_directory, **kwargs)
-        critic = getattr(model.get_base_model() if self._is_peft else model, "critic", None)
-        if self._is_peft:
-            adapters = [name for name in ("default", "critic", "ema") if name in model.peft_config]
-            save(selected_adapters=adapters, **({} if state_dict is None else {"state_dict": state_dict}))
-        else:
-            state_dict = model.state_dict() if state_dict is None else state_dict
-            save(state_dict={name: value for name, value in state_dict.items() if not name.startswith("critic.")})
-        if critic is not None:
-            critic.save_pretrained(os.path.join(save_directory, "critic"), **kwargs)
 
     # Rollout: generate, score, and turn scores into advantages
 
@@ -584,10 +576,8 @@ class PPOTrainer(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
-        critic = getattr(model.get_base_model() if self._is_peft else model, "critic", None)
-        if critic is not None:
-            saved = type(critic).from_pretrained(os.path.join(resume_from_checkpoint, "critic"), dtype=critic.dtype)
-            critic.load_state_dict(saved.state_dict())
+        if not self.is_fsdp_enabled:  # shares come from a file of their own, with the critic's
+            load_critic(model, resume_from_checkpoint)
         # Trainer reloads every adapter but the active one as untrainable.
         if self._is_peft:
             train_roles(model, ("default", "critic"))

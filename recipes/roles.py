@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import os
 import types
 from contextvars import ContextVar
 
@@ -17,6 +18,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
+from trl.generation.vllm_generation import VLLMGeneration
 
 from recipes.errors import UserError, first_line
 from recipes.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
@@ -236,6 +238,52 @@ def critic_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
     critic.base_model.load_state_dict(policy.base_model.state_dict())
     critic.score.weight.data.zero_()
     return critic
+
+
+def full_critic(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
+    """The critic that is a model of its own, beside the policy; `None` where it is an adapter."""
+    return getattr(model.get_base_model() if isinstance(model, PeftModel) else model, "critic", None)
+
+
+def save_trained(
+    model: PreTrainedModel | PeftModel, save_directory: str, state_dict: dict | None = None, **kwargs
+) -> None:
+    """`save_pretrained` of what PPO trains: the policy, loadable by plain peft or transformers, and `critic/`.
+
+    Args:
+        state_dict: whole weights, where the model holds shares of them (FSDP).
+    """
+    save = functools.partial(type(model).save_pretrained, model, save_directory, **kwargs)
+    critic, prefix, weights = full_critic(model), "critic.", model.state_dict() if state_dict is None else state_dict
+    if isinstance(model, PeftModel):
+        prefix = "base_model.model.critic."
+        adapters = [name for name in ("default", "critic", "ema") if name in model.peft_config]
+        save(selected_adapters=adapters, state_dict=weights)
+    else:
+        save(state_dict={name: value for name, value in weights.items() if not name.startswith(prefix)})
+    if critic is not None:
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        type(critic).save_pretrained(critic, os.path.join(save_directory, "critic"), state_dict=own, **kwargs)
+
+
+def load_critic(model: PreTrainedModel | PeftModel, folder: str) -> None:
+    """Put the critic that [`save_trained`] wrote below `folder` back, where it is a model of its own."""
+    critic = full_critic(model)
+    if critic is not None:
+        saved = type(critic).from_pretrained(os.path.join(folder, "critic"), dtype=critic.dtype)
+        critic.load_state_dict(saved.state_dict())
+
+
+def send_only_policy(vllm_generation: VLLMGeneration) -> None:
+    """Keep the critic and the heads of other roles out of what TRL sends to vLLM, which has no place for them."""
+    named_parameters = vllm_generation._iter_named_params
+
+    def policy_parameters():
+        for name, parameter in named_parameters():
+            if not name.startswith(("critic.", "score.")):
+                yield name, parameter
+
+    vllm_generation._iter_named_params = policy_parameters
 
 
 def seq_cls_config(config: LoraConfig) -> LoraConfig:

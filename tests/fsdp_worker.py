@@ -1,6 +1,7 @@
 """The run of `ppo_worker.py` with the model in shares (FSDP2), on CPUs, then the same resumed from its middle.
 
-accelerate launch --config_file accelerate_configs/fsdp2.yaml --mixed_precision no -m tests.fsdp_worker FOLDER BATCH
+accelerate launch --config_file accelerate_configs/fsdp2.yaml --mixed_precision no \
+    -m tests.fsdp_worker FOLDER BATCH [full]
 """
 
 import json
@@ -16,12 +17,12 @@ from tests.ppo_worker import train
 ADAM = {"optim": "adamw_torch", "adam_epsilon": 1.0}
 
 
-def main(folder: Path, batch: int) -> None:
+def main(folder: Path, batch: int, full: bool) -> None:
     PartialState(cpu=True)
     # Accelerate shards on GPUs only and takes a CPU for plain DDP; torch shards on both.
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     options = {"accelerator_config": {"use_configured_state": True}, "save_strategy": "steps", "save_steps": 2}
-    options |= ADAM
+    options |= ADAM | {"full": full}
     trainer = train(str(folder / "whole"), batch, **options)
     parameters = list(trainer.model.parameters())
     shares = {
@@ -35,4 +36,4 @@ def main(folder: Path, batch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["full"])

@@ -31,8 +31,11 @@ def reward(prompts, completions, **kwargs):
     return [float(len(completion[0]["content"]) % 5) for completion in completions]
 
 
-def train(folder: str, batch: int, resume: str | None = None, **changes) -> PPOTrainer:
-    """Two rollouts of 16 episodes, two epochs of one minibatch each; writes the log and the trained weights."""
+def train(folder: str, batch: int, resume: str | None = None, full: bool = False, **changes) -> PPOTrainer:
+    """Two rollouts of 16 episodes, two epochs of one minibatch each; writes the log and the trained weights.
+
+    `full` trains all weights of the policy and of a critic beside it, instead of adapters.
+    """
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     options = {
         "per_device_train_batch_size": batch,
@@ -45,7 +48,7 @@ def train(folder: str, batch: int, resume: str | None = None, **changes) -> PPOT
         "missing_eos_penalty": 0.5,
         "adaptive_kl_target": 0.1,
         "adaptive_kl_horizon": 100,
-        "learning_rate": 0.1,
+        "learning_rate": 0.01 if full else 0.1,
         "optim": "sgd",  # Adam's first steps are the sign of the gradient and would hide its size
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant",
@@ -61,7 +64,7 @@ def train(folder: str, batch: int, resume: str | None = None, **changes) -> PPOT
     trainer = Fixed(
         args=PPOConfig(folder, **(options | changes)),
         processing_class=models.word_tokenizer(),
-        model=get_peft_model(models.causal_lm(), lora),
+        model=models.causal_lm() if full else get_peft_model(models.causal_lm(), lora),
         reward_model=models.reward_model(),
         reward_funcs=reward,
         train_dataset=Dataset.from_dict({"prompt": models.prompts(32)}),
@@ -70,7 +73,7 @@ def train(folder: str, batch: int, resume: str | None = None, **changes) -> PPOT
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and not full:
                 parameter.copy_(0.05 * torch.randn(parameter.shape))
     trainer.train(resume_from_checkpoint=resume)
     names = {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}

@@ -1,5 +1,6 @@
 """Machines that are not here, as far as they can be tried: Slurm, shares of a model (FSDP2), missing packages."""
 
+import copy
 import json
 import os
 import subprocess
@@ -8,12 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
 from recipes import runs
 from recipes.errors import UserError
 from recipes.launch import check_launch
 from recipes.ppo_config import PPOConfig
+from recipes.roles import add_score_roles, critic_from_policy, send_only_policy
+from tests import models
 from tests.conftest import ROOT, run_command
 from tests.fsdp_worker import ADAM
 from tests.ppo_worker import train
@@ -119,6 +126,23 @@ def test_vllm_that_is_not_installed_stops_before_any_weights(monkeypatch):
         check_launch(SimpleNamespace(use_vllm=True))
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_vllm_is_sent_the_merged_policy_and_no_other_role(full):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    policy = models.causal_lm() if full else get_peft_model(models.causal_lm(), lora)
+    expected = copy.deepcopy(policy)
+    if full:
+        policy.critic = critic_from_policy(policy)
+    else:
+        expected = expected.merge_and_unload()
+        add_score_roles(policy, {"critic": None})
+    generation = VLLMGeneration.__new__(VLLMGeneration)  # making one whole starts vLLM
+    generation.model, generation._dist = policy, DistributedBackend(Accelerator(cpu=True))
+    send_only_policy(generation)
+    sent = {name: parameter.clone() for name, parameter in generation._iter_named_params()}
+    torch.testing.assert_close(sent, dict(expected.named_parameters()))
+
+
 def test_ppo_by_deepspeed_stops_before_any_weights():
     ppo = SimpleNamespace(use_vllm=False, deepspeed_plugin=object(), kl_coef=0.05)
     with pytest.raises(UserError, match="launch with accelerate_configs/fsdp2.yaml"):
@@ -137,14 +161,15 @@ def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shares on CPUs: on GPUs launch fsdp2.yaml itself")
-def test_a_model_in_shares_trains_saves_and_resumes_as_a_whole_one(tmp_path):
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_a_model_in_shares_trains_saves_and_resumes_as_a_whole_one(full, tmp_path):
     """PPO by `fsdp2.yaml` on two processes, against the same on one."""
     for name in ("one", "whole", "resumed"):
         (tmp_path / name).mkdir()
-    trainer = train(str(tmp_path / "one"), 8, **ADAM)
+    trainer = train(str(tmp_path / "one"), 8, full=full, **ADAM)
     trainer.save_model()
     line = ["accelerate", "launch", "--config_file", "accelerate_configs/fsdp2.yaml", "--mixed_precision", "no"]
-    run_command([*line, "-m", "tests.fsdp_worker", tmp_path, "4"], timeout=400)
+    run_command([*line, "-m", "tests.fsdp_worker", tmp_path, "4", *["full"] * full], timeout=400)
 
     shares = [json.loads((tmp_path / f"shares_{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     assert all(share["type"] == "FSDP" and share["here"] < 0.6 * share["all"] for share in shares)
@@ -157,9 +182,10 @@ def test_a_model_in_shares_trains_saves_and_resumes_as_a_whole_one(tmp_path):
         assert [row[name] for row in whole] == pytest.approx([row[name] for row in one], rel=1e-3, abs=1e-5), name
         assert [row[name] for row in resumed] == [row[name] for row in whole], name
     assert one[3]["policy/approxkl_avg"] > 1e-4, "the updates moved the policy"
-    for name in ("trained.safetensors", "adapter_model.safetensors", "critic/adapter_model.safetensors"):
+    saved = "model.safetensors" if full else "adapter_model.safetensors"
+    for name in ("trained.safetensors", saved, f"critic/{saved}"):
         weights, shared = load_file(tmp_path / "one" / name), load_file(tmp_path / "whole" / name)
-        assert weights.keys() == shared.keys()
+        assert shared.keys() - weights.keys() <= {"lm_head.weight"}, "tied weights, written twice from shares"
         for key, value in weights.items():
             torch.testing.assert_close(shared[key], value, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
     trained = [load_file(tmp_path / name / "trained.safetensors") for name in ("whole", "resumed")]
