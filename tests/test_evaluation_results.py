@@ -40,7 +40,7 @@ def finished(tmp_path_factory, tiny_base):
         (folder / name / "train_config.yaml").write_text("git_revision: abc123\n")
     for run in results.RUNS.values():
         for step in (10, 20):
-            shutil.copytree(folder / "sft", folder / run / f"checkpoint-{step}")
+            adapter(folder / run / f"checkpoint-{step}", tiny_base, "CAUSAL_LM", step / 100)
     greedy = {name: {"gold_greedy": 0.5} for name in results.POLICIES}
     own = {"seed": 7, "policies": greedy, "reward_model": {"accuracy_on_gold_order": 0.7}}
     (folder / "report.json").write_text(json.dumps(own))
