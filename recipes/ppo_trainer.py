@@ -5,6 +5,7 @@ adds what needs a value for every token: a critic, per-token rewards with the KL
 advantages and the value loss. `docs/ppo.md` walks through the loop and explains every metric.
 """
 
+import contextlib
 import copy
 import functools
 import os
@@ -25,6 +26,8 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from recipes.errors import UserError
 from recipes.fast.live_rows import LiveRowSampling
+from recipes.fast.lora_linear import fuse_adapters
+from recipes.fast.packed_weights import packed_weights
 from recipes.fast.packing import at_responses, in_chunks, sort_by_length
 from recipes.ppo_config import PPOConfig
 from recipes.ppo_health import Health, last_good_state
@@ -224,8 +227,12 @@ class PPOTrainer(GRPOTrainer):
         self._keeps_sampled_logps = in_float32 and "sampling_logps" in args.fast_paths and not self.tools
         self._sampled_logps = self._live_rows = None
         self._may_backward_early = self.accelerator.distributed_type == "NO" and "early_backward" in args.fast_paths
-        if "live_rows" in args.fast_paths and self.accelerator.distributed_type in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        has_whole_model = self.accelerator.distributed_type in ("NO", "MULTI_CPU", "MULTI_GPU")
+        if "live_rows" in args.fast_paths and has_whole_model:
             self._live_rows = LiveRowSampling()
+        self._packs_weights = "packed_weights" in args.fast_paths and has_whole_model
+        if "fused_adapters" in args.fast_paths and has_whole_model:
+            fuse_adapters(base)
 
     # Rollout: generate, score, and turn scores into advantages
 
@@ -253,12 +260,14 @@ class PPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_single_turn(self, *args, **kwargs):
-        if self._live_rows is None:
-            return super()._generate_single_turn(*args, **kwargs)
-        self._live_rows.logps = None  # generation elsewhere, as in vLLM, does not call it
         base = self.accelerator.unwrap_model(self.model)
-        with self._live_rows.installed(base.get_base_model() if self._is_peft else base):
-            completion_ids, logps = super()._generate_single_turn(*args, **kwargs)
+        base = base.get_base_model() if self._is_peft else base
+        with packed_weights(base) if self._packs_weights else contextlib.nullcontext():
+            if self._live_rows is None:
+                return super()._generate_single_turn(*args, **kwargs)
+            self._live_rows.logps = None  # generation elsewhere, as in vLLM, does not call it
+            with self._live_rows.installed(base):
+                completion_ids, logps = super()._generate_single_turn(*args, **kwargs)
         kept = self._live_rows.logps
         if self._keeps_sampled_logps and kept is not None:
             width = max(map(len, completion_ids))

@@ -1,3 +1,11 @@
 """What makes PPO fast. `PPOConfig.fast_paths` switches each saving off to compare; docs/performance.md has figures."""
 
-FAST_PATHS = ("response_logps", "length_sorting", "sampling_logps", "live_rows", "early_backward")
+FAST_PATHS = (
+    "response_logps",
+    "length_sorting",
+    "sampling_logps",
+    "live_rows",
+    "packed_weights",
+    "fused_adapters",
+    "early_backward",
+)
