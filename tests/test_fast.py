@@ -82,7 +82,8 @@ def test_chunks_come_back_in_order(by_length):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_frozen_head_equals_autograd(monkeypatch, temperature):
-    monkeypatch.setattr("recipes.fast.frozen_head.LOGITS_PER_CHUNK", 50 * 3)  # chunks of 3 rows, the last of 1
+    monkeypatch.setattr("recipes.fast.frozen_head.ROWS_PER_BLOCK", 3)  # the last block has 1 row
+    monkeypatch.setattr("recipes.fast.frozen_head.LOGITS_PER_BLOCK", 3 * 7)  # and 7 columns, the last has 1
     torch.manual_seed(0)
     weight, targets = torch.randn(50, 8), torch.randint(50, (10,))
     ours = torch.randn(10, 8, requires_grad=True)
