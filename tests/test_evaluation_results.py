@@ -74,6 +74,11 @@ def test_the_page_says_what_the_evaluations_found(finished, tmp_path):
     assert line.count(cell) == 2 and f"**{gold['mean']:.2f}** ({gold['mean']:.2f} to {gold['mean']:.2f})" in line
     tables = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(tables) > 30 and all(0 <= len(line.split("|")) - 3 for line in tables)
+    reach = max(point["kl"] for point in report["frontier"]["optimal"])
+    for kl_coef in results.RUNS:
+        last = [row for row in report["frontier"]["checkpoints"] if row["run"] == f"kl_{kl_coef:g}"][-1]
+        share = ("≤ " if last["kl"] > reach else "") + f"**{last['share_of_gain']:.2f}**"
+        assert any(line.startswith(f"| {kl_coef:g} | {last['step']} |") and f"| {share} " in line for line in tables)
     assert report["policies"]["ppo"]["gold"]["mean"] != report["policies"]["sft"]["gold"]["mean"]
 
 

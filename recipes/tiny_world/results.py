@@ -22,8 +22,9 @@ from recipes.errors import UserError
 from recipes.tiny_world import quickstart
 from recipes.tiny_world.quickstart import CONFIGS, LAUNCH, ROOT, Quickstart, Stage
 
-SWEEP_STEPS = {0.03: 90, 0.3: 60}  # updates at each kl_coef beside the quickstart's; less held back, longer
-RUNS = {0.0: "ppo_no_kl", 0.03: "sweep/kl_0.03", 0.1: "ppo", 0.3: "sweep/kl_0.3"}
+SWEEP_STEPS = {0.03: 90, 0.1: 240, 0.3: 240}  # updates at each kl_coef; at the last two, on to where it settles
+CHECKPOINTS = 10  # kept of each run
+RUNS = {0.0: "ppo_no_kl", **{kl_coef: f"sweep/kl_{kl_coef:g}" for kl_coef in SWEEP_STEPS}}
 EVALUATION = ["--max_completion_length", "40", "--generation_batch_size", "512", "--best_of_n", "64"]
 WORKERS = 2  # commands at a time, one core each
 POLICIES = ("base", "sft", "ppo", "ppo_no_kl")
@@ -36,7 +37,7 @@ def sweep(folder: str, seed: int) -> list[Stage]:
         name = f"kl_{kl_coef:g}"
         command = [*LAUNCH, "recipes/ppo.py", "--config", f"{CONFIGS}/ppo.yaml"]
         command += ["--model_name_or_path", f"{folder}/sft", "--reward_model_name_or_path", f"{folder}/reward"]
-        command += ["--kl_coef", f"{kl_coef:g}", "--max_steps", str(steps)]
+        command += ["--kl_coef", f"{kl_coef:g}", "--max_steps", str(steps), "--save_steps", str(steps // CHECKPOINTS)]
         command += ["--output_dir", f"{folder}/{RUNS[kl_coef]}", "--seed", str(seed)]
         curves = {"objective/scores": "reward", "objective/kl": "KL"}
         found.append(

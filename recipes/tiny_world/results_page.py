@@ -107,8 +107,8 @@ how far "this sure" is from "this often right".
 {shares(reports)}
 
 The grey curve is the highest reward that any policy can have at a KL, the reference tilted by exp(reward / beta),
-estimated from {per_prompt} samples of SFT a prompt; it is dotted where fewer than {ENOUGH:g} of them carry it. *≥*
-marks a policy further from SFT than that estimate reaches: the curve is too low there, and the share too high.
+estimated from {per_prompt} samples of SFT a prompt; it is dotted where fewer than {ENOUGH:g} of them carry it. *≤*
+marks a policy further from SFT than that estimate reaches: the curve is too low there, and the share an upper bound.
 
 Part of what RL gains is sharpening, becoming surer of what the policy would have said anyway. SFT alone, sampled at
 lower temperatures:
@@ -191,13 +191,35 @@ def shares(reports: list[dict]) -> str:
             [
                 report["seed"],
                 f"{ppo['kl']['k1']['mean']:.2f}",
-                ("≥ " if share["beyond"] else "") + estimate(share),
+                ("≤ " if share["beyond"] else "") + estimate(share),
                 estimate(bon) if bon else "no n has that KL",
             ]
         )
     found = over_seeds([report["policies"]["ppo"]["share_of_gain"]["mean"] for report in reports])
     head = ["seed", "PPO's KL", "share of the possible gain", "reward minus best-of-n's at equal KL"]
-    return f"PPO gains {found} of the possible reward at its KL.\n\n{table(head, rows)}"
+    longer = [
+        f"at `kl_coef` {run.removeprefix('kl_')} PPO gains {share_of_gain(reports, last)} in {last[0]['step']} updates"
+        for run, last in ends(reports).items()
+        if not beyond(reports, last)
+    ]
+    told = f"\n\nThat is a short run. Of the longer ones below, {'; '.join(longer)}." if longer else ""
+    return f"PPO gains {found} of the possible reward at its KL.\n\n{table(head, rows)}{told}"
+
+
+def ends(reports: list[dict]) -> dict[str, list[dict]]:
+    """The last checkpoint of each run of the sweep, one of each seed."""
+    last = [{row["run"]: row for row in report["frontier"]["checkpoints"]} for report in reports]
+    return {run: [rows[run] for rows in last] for run in last[0]}
+
+
+def beyond(reports: list[dict], points: list[dict]) -> bool:
+    """Whether a seed's point is further from SFT than the estimate of the best possible reward reaches."""
+    reach = [max(point["kl"] for point in report["frontier"]["optimal"]) for report in reports]
+    return any(point["kl"] > limit for point, limit in zip(points, reach, strict=True))
+
+
+def share_of_gain(reports: list[dict], points: list[dict]) -> str:
+    return ("≤ " if beyond(reports, points) else "") + over_seeds([point["share_of_gain"] for point in points])
 
 
 def sharpening(reports: list[dict]) -> str:
@@ -209,15 +231,14 @@ def sharpening(reports: list[dict]) -> str:
 
 
 def sweep(reports: list[dict]) -> str:
-    runs = dict.fromkeys(row["run"] for row in reports[0]["frontier"]["checkpoints"])
     rows = []
-    for run in runs:
+    for run, last in ends(reports).items():
         curves = [[row for row in report["frontier"]["checkpoints"] if row["run"] == run] for report in reports]
-        last = [curve[-1] for curve in curves]
         most = [max(curve, key=lambda row: row["gold"]) for curve in curves]
-        means = [over_seeds([point[key] for point in last]) for key in ("kl", "reward", "share_of_gain", "gold")]
+        kl, reward, gold = (over_seeds([point[key] for point in last]) for key in ("kl", "reward", "gold"))
         peak = f"{over_seeds([point['gold'] for point in most])} at KL {fmean(point['kl'] for point in most):.1f}"
-        rows.append([run.removeprefix("kl_"), last[0]["step"], *means, peak])
+        share = share_of_gain(reports, last)
+        rows.append([run.removeprefix("kl_"), last[0]["step"], kl, reward, share, gold, peak])
     return table(["kl_coef", "updates", "KL", "reward", "share of gain", "gold", "most gold on the way"], rows)
 
 
