@@ -28,7 +28,7 @@ from recipes.errors import UserError
 from recipes.fast.live_rows import LiveRowSampling
 from recipes.fast.lora_linear import fuse_adapters
 from recipes.fast.packed_weights import packed_weights
-from recipes.fast.packing import at_responses, in_chunks, sort_by_length
+from recipes.fast.packing import FEWEST_PIECES, at_responses, in_pieces, piece_overhead, pieces, sort_by_length
 from recipes.ppo_config import PPOConfig
 from recipes.ppo_health import Health, last_good_state
 from recipes.ppo_math import (
@@ -230,6 +230,10 @@ class PPOTrainer(GRPOTrainer):
         has_whole_model = self.accelerator.distributed_type in ("NO", "MULTI_CPU", "MULTI_GPU")
         if "live_rows" in args.fast_paths and has_whole_model:
             self._live_rows = LiveRowSampling()
+        # Several processes must make as many forwards as each other, and a GPU is idle while one is started.
+        alone = self.accelerator.distributed_type == "NO" and self.accelerator.device.type == "cpu"
+        overhead = piece_overhead(base) if alone else FEWEST_PIECES
+        self._piece_overhead = overhead if "length_sorting" in args.fast_paths else None
         self._packs_weights = "packed_weights" in args.fast_paths and has_whole_model
         if "fused_adapters" in args.fast_paths and has_whole_model:
             fuse_adapters(base)
@@ -303,16 +307,15 @@ class PPOTrainer(GRPOTrainer):
             states = torch.arange(len(rows), device=device), last[rows]
             inputs = ids[rows, : last[rows].max() + 1]
             if module is not None:
-                return scalar_scores(self.accelerator.unwrap_model(module), inputs, states)
-            return model(input_ids=inputs, states=states, scalar_head="reward")
+                return (scalar_scores(self.accelerator.unwrap_model(module), inputs, states),)
+            return (model(input_ids=inputs, states=states, scalar_head="reward"),)
 
         with use_role(model, "reward"), self.accelerator.autocast():
-            return self._in_chunks(score, last).tolist()
+            return self._in_pieces(score, last)[0].tolist()
 
-    def _in_chunks(self, run: Callable[[torch.Tensor], torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
-        """`run(rows)` for all rows without gradients, in chunks of the train batch size."""
-        by_length = "length_sorting" in self.args.fast_paths
-        return in_chunks(run, lengths, self.args.per_device_train_batch_size, by_length)
+    def _in_pieces(self, run: Callable[[torch.Tensor], tuple], lengths: torch.Tensor) -> tuple:
+        """The results of `run(rows)` for all rows, each time of at most a micro-batch."""
+        return in_pieces(run, pieces(lengths, self.args.per_device_train_batch_size, self._piece_overhead))
 
     def _values(self, model: nn.Module, ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> torch.Tensor:
         """The critic's value of the state before each of the last `width` tokens, (B, width), 0 at padding."""
@@ -320,8 +323,11 @@ class PPOTrainer(GRPOTrainer):
         def forward(ids, states, targets):
             return (model(input_ids=ids, states=states, scalar_head="critic"),)
 
+        def run(rows):
+            return at_responses(forward, ids[rows], attention_mask[rows], width)
+
         with use_role(self.accelerator.unwrap_model(model), "critic"), self.accelerator.autocast():
-            return at_responses(forward, ids, attention_mask, width)[0]
+            return self._in_pieces(run, attention_mask.sum(1))[0]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         try:
@@ -358,7 +364,7 @@ class PPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         model = self.accelerator.unwrap_model(self.model)
         ids, attention_mask, mask = self._sequences(rollout)
-        width, lengths = mask.size(1), attention_mask.sum(1)
+        width = mask.size(1)
 
         def logps_of(policy):
             return self._get_per_token_logps_and_entropies(policy, ids, attention_mask, width)[0]
@@ -368,9 +374,7 @@ class PPOTrainer(GRPOTrainer):
             logps = logps_of(self.model) if logps is None else logps
             with use_role(model, self._ref_role):
                 ref_logps = logps_of(self.model if self.ref_model is None else self.ref_model)
-            values = mask * self._in_chunks(
-                lambda rows: self._values(self.model, ids[rows], attention_mask[rows], width), lengths
-            )
+            values = mask * self._values(self.model, ids, attention_mask, width)
 
         scores = self._scores
         if self.args.missing_eos_penalty is not None:
@@ -478,10 +482,7 @@ class PPOTrainer(GRPOTrainer):
                 return at_responses(forward, input_ids[rows], attention_mask[rows], logits_to_keep)
 
             with self.accelerator.autocast():
-                if in_training:
-                    result = (*run(slice(None)), None)
-                else:
-                    result = self._in_chunks(lambda rows: run(rows)[0], attention_mask.sum(1)), None, None
+                result = (*self._in_pieces(run, attention_mask.sum(1)), None)
         self._latest_logps = result[0].detach()
         return result
 

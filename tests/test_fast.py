@@ -1,5 +1,7 @@
 """The savings of `recipes.fast` leave the numbers as they are."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import (
@@ -15,7 +17,14 @@ from transformers import (
 from recipes.fast import FAST_PATHS
 from recipes.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
 from recipes.fast.live_rows import LiveRowSampling, draw
-from recipes.fast.packing import in_chunks, response_states, right_align, sort_by_length
+from recipes.fast.packing import (
+    FEWEST_PIECES,
+    in_pieces,
+    pieces,
+    response_states,
+    right_align,
+    sort_by_length,
+)
 from tests import models
 from tests.test_ppo_trainer import make_trainer, world  # noqa: F401
 
@@ -71,13 +80,36 @@ def test_sorted_micro_batches_hold_the_same_rows_and_no_empty_column():
     assert all(part["num_items_in_batch"] == 7 for part in ordered)
 
 
-@pytest.mark.parametrize("by_length", [True, False])
-def test_chunks_come_back_in_order(by_length):
-    lengths = torch.tensor([5, 1, 4, 2, 3])
-    seen = []
-    result = in_chunks(lambda rows: seen.append(lengths[rows].tolist()) or rows * 10, lengths, 2, by_length)
-    assert result.tolist() == [0, 10, 20, 30, 40]
-    assert seen == ([[1, 2], [3, 4], [5]] if by_length else [[5, 1], [4, 2], [3]])
+@pytest.mark.parametrize(
+    ("overhead", "expected"),
+    [
+        (None, [[5, 1, 4], [9, 3, 8]]),
+        (FEWEST_PIECES, [[1, 3, 4], [5, 8, 9]]),
+        (2.5, [[1], [3, 4, 5], [8, 9]]),
+        (0.5, [[1], [3], [4], [5], [8], [9]]),
+    ],
+)
+def test_pieces_come_back_in_order_and_are_cut_where_padding_is_dear(overhead, expected):
+    lengths = torch.tensor([5, 1, 4, 9, 3, 8])
+    cut = pieces(lengths, 3, overhead)
+    assert [lengths[rows].tolist() for rows in cut] == expected
+    results, nothing = in_pieces(lambda rows: (rows * 10, None), cut)
+    assert results.tolist() == [0, 10, 20, 30, 40, 50] and nothing is None
+
+
+def test_no_other_cut_costs_less():
+    torch.manual_seed(0)
+    for overhead in (0.0, 3.0, 10.0, 40.0, FEWEST_PIECES):
+        lengths = torch.randint(1, 30, (9,))
+        ordered = lengths.sort()[0].tolist()
+
+        def cost(sizes, ordered=ordered, overhead=overhead):
+            ends = list(itertools.accumulate(sizes))
+            return sum(ordered[end - 1] * size + overhead for end, size in zip(ends, sizes, strict=True))
+
+        found = [len(rows) for rows in pieces(lengths, 4, overhead)]
+        ways = (sizes for n in range(1, 10) for sizes in itertools.product(range(1, 5), repeat=n) if sum(sizes) == 9)
+        assert cost(found) == min(map(cost, ways))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -172,6 +204,7 @@ def test_what_is_not_sampling_is_left_to_transformers():
 @pytest.mark.parametrize("off", FAST_PATHS)
 def test_an_update_is_the_same_without_each_saving(world, tmp_path, monkeypatch, off):  # noqa: F811
     """The same responses, of very different lengths, with all savings and with all but one."""
+    monkeypatch.setattr("recipes.ppo_trainer.piece_overhead", lambda model: 1.0)  # so small a model is not cut
     weights, metrics = [], []
     for name, fast_paths in (("all", FAST_PATHS), ("fewer", [path for path in FAST_PATHS if path != off])):
         trainer = make_trainer(

@@ -4,11 +4,17 @@ A rollout is `prompt_ids` (B, P), left padded, and `completion_ids` (B, T), righ
 attention mask in a causal model and no positions of their own: padding follows what any real token sees.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 States = tuple[torch.Tensor, torch.Tensor]
+Results = tuple[torch.Tensor | None, ...]
+
+PIECE_COST = 8e6  # tokens times squared width of the model
+FEWEST_PIECES = 1e12  # an overhead that no padding outweighs
 
 
 def right_align(ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -29,24 +35,49 @@ def response_states(attention_mask: torch.Tensor, width: int) -> States:
 
 
 def at_responses(
-    forward: Callable[[torch.Tensor, States, torch.Tensor], tuple[torch.Tensor | None, ...]],
+    forward: Callable[[torch.Tensor, States, torch.Tensor], Results],
     ids: torch.Tensor,
     attention_mask: torch.Tensor,
     width: int,
-) -> tuple[torch.Tensor | None, ...]:
+) -> Results:
     """Run `forward(ids, states, targets)`, whose results are (N,), and lay each out as (B, width), 0 at padding."""
     mask = attention_mask[:, -width:].bool()
     flat = forward(right_align(ids, attention_mask), response_states(attention_mask, width), ids[:, -width:][mask])
     return tuple(None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)
 
 
-def in_chunks(
-    run: Callable[[torch.Tensor], torch.Tensor], lengths: torch.Tensor, chunk: int, by_length: bool
-) -> torch.Tensor:
-    """`run(rows)` on chunks of row numbers, of similar length where `by_length`, put back in order."""
-    order = lengths.argsort(stable=True) if by_length else torch.arange(len(lengths), device=lengths.device)
-    results = torch.cat([run(rows) for rows in order.split(chunk)])
-    return results[order.argsort()]
+def piece_overhead(model: nn.Module) -> float:
+    """What one more piece costs in a pass over `model`, as a number of tokens: layers are started again, and products
+    of few rows are slow. The smaller the model, the more it matters.
+    """
+    return max(32.0, PIECE_COST / model.get_input_embeddings().weight.size(-1) ** 2)
+
+
+def pieces(lengths: torch.Tensor, most: int, overhead: float | None) -> list[torch.Tensor]:
+    """Row numbers in pieces of up to `most` rows of similar length, cut where padding costs least.
+
+    A piece costs its rows times its longest row, and `overhead`, all in tokens. With `FEWEST_PIECES` there are
+    ceil(rows / most), however long the rows are; with None the rows also stay in their order.
+    """
+    if overhead is None:
+        return [*torch.arange(len(lengths), device=lengths.device).split(most)]
+    ordered, order = lengths.sort(stable=True)
+    ordered = ordered.tolist()
+    best = [(0.0, 0)]  # the cost of the first rows, and where their last piece begins
+    for end in range(1, len(ordered) + 1):
+        starts = range(max(0, end - most), end)
+        best.append(min((best[i][0] + ordered[end - 1] * (end - i) + overhead, i) for i in starts))
+    cuts = [len(ordered)]
+    while cuts[-1] > 0:
+        cuts.append(best[cuts[-1]][1])
+    return [order[start:end] for end, start in reversed([*itertools.pairwise(cuts)])]
+
+
+def in_pieces(run: Callable[[torch.Tensor], Results], rows: list[torch.Tensor]) -> Results:
+    """The results of `run` on each of the pieces, (rows of the piece, …) each, put together in the rows' order."""
+    back = torch.cat(rows).argsort()
+    columns = zip(*map(run, rows), strict=True)
+    return tuple(None if column[0] is None else torch.cat(column)[back] for column in columns)
 
 
 def sort_by_length(batches: list[dict]) -> list[dict]:
