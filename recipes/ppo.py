@@ -79,7 +79,7 @@ def standardise(training_args: PPOConfig, reward_path: str) -> None:
     source = "given" if given else "as they are, without statistics" if statistics is None else f"from {reward_path}"
     if training_args.distributed_state.is_main_process:
         mean, std = training_args.score_mean, training_args.score_std
-        print(f"Scores: (score - {mean:.4g}) / {std:.4g}, {source}.", file=sys.stderr)
+        print(f"Scores: minus {mean:.4g}, divided by {std:.4g}, {source}.", file=sys.stderr)
 
 
 def main():
