@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import yaml
 
 from recipes.evaluation.frontier import ENOUGH
 from recipes.evaluation.plots import draw_over_optimization, draw_reward_kl, plt
 from recipes.evaluation.report import estimate
+from recipes.runs import git_revision
 from recipes.tiny_world.report import NAMES
 
 
@@ -66,13 +68,14 @@ def draw(reports: list[dict], folder: Path) -> None:
 
 def page(reports: list[dict], command: str) -> str:
     """The page in Markdown. Bold is the mean over the seeds, in brackets the lowest and the highest seed."""
-    commits = sorted({str(commit) for report in reports for commit in report["commits"]})
+    commits = ", ".join(sorted({f"`{commit}`" for report in reports for commit in report["commits"]}))
     seeds = ", ".join(str(report["seed"]) for report in reports)
     first = reports[0]
     per_prompt = first["policies"]["sft"]["n"] // first["n_prompts"]
     return f"""# Results
 
-Made by `{command}` from commit {", ".join(f"`{commit}`" for commit in commits)}.
+Made by `{command}`,
+a page of commit `{git_revision()}`; the commit that trained and evaluated: {commits}.
 
 The tiny world, seeds {seeds}: the quickstart of each, PPO at several `kl_coef`, and `scripts/evaluate.py` on
 {first["n_prompts"]} held-out prompts at temperature {first["temperature"]:g}.
@@ -107,8 +110,9 @@ how far "this sure" is from "this often right".
 {shares(reports)}
 
 The grey curve is the highest reward that any policy can have at a KL, the reference tilted by exp(reward / beta),
-estimated from {per_prompt} samples of SFT a prompt; it is dotted where fewer than {ENOUGH:g} of them carry it. *≤*
-marks a policy further from SFT than that estimate reaches: the curve is too low there, and the share an upper bound.
+estimated from {per_prompt} samples of SFT a prompt; the *effective samples* are how many of them carry it, and it is
+dotted where they are fewer than {ENOUGH:g}. *≤* marks a policy further from SFT than that estimate reaches: the curve
+is too low there, and the share an upper bound.
 
 Part of what RL gains is sharpening, becoming surer of what the policy would have said anyway. SFT alone, sampled at
 lower temperatures:
@@ -192,17 +196,19 @@ def shares(reports: list[dict]) -> str:
                 report["seed"],
                 f"{ppo['kl']['k1']['mean']:.2f}",
                 ("≤ " if share["beyond"] else "") + estimate(share),
+                f"{share['effective_samples']:.1f}",
                 estimate(bon) if bon else "no n has that KL",
             ]
         )
     found = over_seeds([report["policies"]["ppo"]["share_of_gain"]["mean"] for report in reports])
-    head = ["seed", "PPO's KL", "share of the possible gain", "reward minus best-of-n's at equal KL"]
+    head = ["seed", "PPO's KL", "share of the possible gain", "effective samples"]
+    head.append("reward minus best-of-n's at equal KL")
     longer = [
-        f"at `kl_coef` {run.removeprefix('kl_')} PPO gains {share_of_gain(reports, last)} in {last[0]['step']} updates"
+        f"{share_of_gain(reports, last)} after {last[0]['step']} updates at `kl_coef` {run.removeprefix('kl_')}"
         for run, last in ends(reports).items()
         if not beyond(reports, last)
     ]
-    told = f"\n\nThat is a short run. Of the longer ones below, {'; '.join(longer)}." if longer else ""
+    told = f"\n\nThat is a short run; in the table at the end it is {', '.join(longer)}." if longer else ""
     return f"PPO gains {found} of the possible reward at its KL.\n\n{table(head, rows)}{told}"
 
 
@@ -216,6 +222,15 @@ def beyond(reports: list[dict], points: list[dict]) -> bool:
     """Whether a seed's point is further from SFT than the estimate of the best possible reward reaches."""
     reach = [max(point["kl"] for point in report["frontier"]["optimal"]) for report in reports]
     return any(point["kl"] > limit for point, limit in zip(points, reach, strict=True))
+
+
+def effective_samples(reports: list[dict], points: list[dict]) -> str:
+    """How many samples carry the estimate of the best possible reward at the KL of each seed's point."""
+    found = []
+    for report, point in zip(reports, points, strict=True):
+        curve = sorted((best["kl"], best["effective_samples"]) for best in report["frontier"]["optimal"])
+        found.append(float(np.interp(point["kl"], *zip(*curve, strict=True))))
+    return f"{min(found):.1f} to {max(found):.1f}"
 
 
 def share_of_gain(reports: list[dict], points: list[dict]) -> str:
@@ -237,9 +252,10 @@ def sweep(reports: list[dict]) -> str:
         most = [max(curve, key=lambda row: row["gold"]) for curve in curves]
         kl, reward, gold = (over_seeds([point[key] for point in last]) for key in ("kl", "reward", "gold"))
         peak = f"{over_seeds([point['gold'] for point in most])} at KL {fmean(point['kl'] for point in most):.1f}"
-        share = share_of_gain(reports, last)
-        rows.append([run.removeprefix("kl_"), last[0]["step"], kl, reward, share, gold, peak])
-    return table(["kl_coef", "updates", "KL", "reward", "share of gain", "gold", "most gold on the way"], rows)
+        share, samples = share_of_gain(reports, last), effective_samples(reports, last)
+        rows.append([run.removeprefix("kl_"), last[0]["step"], kl, reward, share, samples, gold, peak])
+    head = ["kl_coef", "updates", "KL", "reward", "share of gain", "effective samples", "gold", "most gold on the way"]
+    return table(head, rows)
 
 
 def fits(reports: list[dict]) -> str:
