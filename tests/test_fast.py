@@ -153,7 +153,7 @@ def test_only_a_plain_frozen_head_takes_the_short_way():
 def test_draws_follow_the_probabilities_and_never_leave_their_support():
     torch.manual_seed(0)
     probabilities = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
-    counts = draw(probabilities.repeat(20_000, 1)).bincount(minlength=6)
+    counts = draw(probabilities.repeat(20_000, 1))[:, 0].bincount(minlength=6)
     assert counts[[0, 2, 5]].sum() == 0
     torch.testing.assert_close(counts / 20_000, probabilities, atol=0.015, rtol=0)
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-LOGITS_PER_BLOCK = 2**23
+# Few enough to stay in the processor's caches for the passes of a softmax, enough for fast products.
+LOGITS_PER_BLOCK = 2**20
 ROWS_PER_BLOCK = 1024
 
 

@@ -87,19 +87,25 @@ class LiveRowSampling:
         rows = torch.arange(len(input_ids), device=input_ids.device)
         live = torch.ones_like(rows, dtype=torch.bool)
         prompts, samples, logps = input_ids, [], []
+        # Every pass over the vocabulary goes here: memory taken anew for each token would cost more than the pass.
+        buffer = None
         outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
         with model._optimize_model_for_decode():
             while True:
                 model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
                 logits = outputs.logits[:, -1].float()
-                all_logps = torch.log_softmax(logits / temperature, -1)
-                probabilities = (
-                    logits_processor(input_ids, logits).softmax(-1) if filtered else all_logps.exp()
-                )  # the warper's own temperature is in both
-                tokens = draw(probabilities)
-                self._append(samples, tokens, rows[live], live, len(prompts), pad_token_id)
-                self._append(logps, all_logps.gather(1, tokens[:, None])[:, 0], rows[live], live, len(prompts), 0.0)
-                input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+                buffer = torch.empty_like(logits) if buffer is None else buffer[: len(logits)]
+                top = logits.amax(1, keepdim=True)
+                weights = torch.sub(logits, top, out=buffer).div_(temperature).exp_()
+                total = weights.sum(1, keepdim=True)
+                if filtered:
+                    kept = logits_processor(input_ids, buffer.copy_(logits))
+                    weights = kept.sub_(kept.amax(1, keepdim=True)).exp_()
+                tokens = draw(weights)
+                token_logps = (logits.gather(1, tokens) - top) / temperature - total.log()
+                self._append(samples, tokens[:, 0], rows[live], live, len(prompts), pad_token_id)
+                self._append(logps, token_logps[:, 0], rows[live], live, len(prompts), 0.0)
+                input_ids = torch.cat([input_ids, tokens], 1)
                 live = live & ~stopping_criteria(input_ids, None)
                 if not live.any():
                     break
@@ -119,14 +125,15 @@ class LiveRowSampling:
         columns.append(column)
 
 
-def draw(probabilities: torch.Tensor) -> torch.Tensor:
-    """One sample a row from (B, V) probabilities, by inverting their sum: a single random number instead of V.
+def draw(weights: torch.Tensor) -> torch.Tensor:
+    """One sample a row, (B, 1), in proportion to `weights` (B, V), which are summed up in place.
 
-    The random number is above 0, so a token of probability 0 is never drawn.
+    The running sum is inverted, with a single random number instead of V. It is above 0, so a token of weight 0 is
+    never drawn.
     """
-    cumulated = probabilities.cumsum(-1)
+    cumulated = weights.cumsum_(1)
     chance = 1 - torch.rand(len(cumulated), 1, device=cumulated.device)
-    return torch.searchsorted(cumulated, chance * cumulated[:, -1:]).squeeze(1)
+    return torch.searchsorted(cumulated, chance * cumulated[:, -1:])
 
 
 def by_row(value, live: torch.Tensor) -> bool:
