@@ -6,6 +6,7 @@ import torch
 from accelerate.logging import get_logger
 from transformers.trainer_utils import get_last_checkpoint
 
+from recipes.errors import UserError
 from recipes.ppo_config import PPOConfig
 
 logger = get_logger(__name__)
@@ -34,6 +35,21 @@ class Health:
         self.args, self.pad_is_eos, self.ratio_tolerance = args, pad_is_eos, ratio_tolerance
         self.said: set[str] = set()
         self.poor_critic = 0
+
+    def scores(self, scores: torch.Tensor, names: list[str], has_reward_model: bool, step: int) -> None:
+        """Stop the run unless every response has a finite score.
+
+        `scores` (B, functions) has a column for each of `names`, the reward model's first. A function may pass over a
+        response with None, which is NaN here; the reward model may not.
+        """
+        passed = scores.isnan() & (torch.arange(scores.size(1), device=scores.device) >= has_reward_model)
+        unscored = ~(scores.isfinite() | passed).all(1) | passed.all(1)
+        if unscored.any():
+            raise UserError(
+                f"Step {step}: {', '.join(names)} gave no finite score to {int(unscored.sum())} of {len(scores)} "
+                f"responses, the first in row {int(unscored.nonzero()[0])} of the rollout. "
+                f"{last_good_state(self.args.output_dir)}"
+            )
 
     def rollout(self, kl: torch.Tensor, scores: torch.Tensor, cut_share: float, explained_variance: float) -> None:
         """Check a rollout: `kl` and `scores` of its responses on all processes, (B,)."""

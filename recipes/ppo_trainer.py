@@ -25,10 +25,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from recipes.errors import UserError
-from recipes.fast.live_rows import LiveRowSampling
-from recipes.fast.lora_linear import fuse_adapters
 from recipes.fast.packed_weights import packed_weights
-from recipes.fast.packing import FEWEST_PIECES, at_responses, in_pieces, piece_overhead, pieces, sort_by_length
+from recipes.fast.packing import at_responses, in_pieces, pieces, sequences, sort_by_length
+from recipes.fast.savings import Savings
 from recipes.ppo_config import PPOConfig
 from recipes.ppo_health import Health, last_good_state
 from recipes.ppo_math import (
@@ -223,20 +222,8 @@ class PPOTrainer(GRPOTrainer):
         in_float32 = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32 and not is_quantized
         pad_is_eos = self._tokenizer.pad_token_id in self.eos_token_ids
         self._health = Health(args, pad_is_eos, ratio_tolerance=1e-3 if in_float32 else 0.05)
-        # What a decoding step computes in half precision is not what training would for the same token.
-        self._keeps_sampled_logps = in_float32 and "sampling_logps" in args.fast_paths and not self.tools
-        self._sampled_logps = self._live_rows = None
-        self._may_backward_early = self.accelerator.distributed_type == "NO" and "early_backward" in args.fast_paths
-        has_whole_model = self.accelerator.distributed_type in ("NO", "MULTI_CPU", "MULTI_GPU")
-        if "live_rows" in args.fast_paths and has_whole_model:
-            self._live_rows = LiveRowSampling()
-        # Several processes must make as many forwards as each other, and a GPU is idle while one is started.
-        alone = self.accelerator.distributed_type == "NO" and self.accelerator.device.type == "cpu"
-        overhead = piece_overhead(base) if alone else FEWEST_PIECES
-        self._piece_overhead = overhead if "length_sorting" in args.fast_paths else None
-        self._packs_weights = "packed_weights" in args.fast_paths and has_whole_model
-        if "fused_adapters" in args.fast_paths and has_whole_model:
-            fuse_adapters(base)
+        self._savings = Savings(args, self.accelerator, base, in_float32, has_tools=bool(self.tools))
+        self._sampled_logps = None
 
     # Rollout: generate, score, and turn scores into advantages
 
@@ -251,9 +238,8 @@ class PPOTrainer(GRPOTrainer):
         generate_every = self.args.steps_per_generation * self.num_iterations
         is_new = self.model.training and (self._step % generate_every == 0 or self._buffered_inputs is None)
         inputs = super()._prepare_inputs(generation_batch)
-        # A mean within each micro-batch, or images counted by micro-batch, would depend on who shares one.
-        sortable = self.loss_type == "dapo" and "pixel_values" not in inputs
-        if not (is_new and sortable and "length_sorting" in self.args.fast_paths):
+        # Images are counted by micro-batch.
+        if not (is_new and self._savings.length_sorting) or "pixel_values" in inputs:
             return inputs
         batches, window = self._buffered_inputs, self.args.gradient_accumulation_steps
         self._buffered_inputs = [
@@ -266,18 +252,18 @@ class PPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, *args, **kwargs):
         base = self.accelerator.unwrap_model(self.model)
         base = base.get_base_model() if self._is_peft else base
-        with packed_weights(base) if self._packs_weights else contextlib.nullcontext():
-            if self._live_rows is None:
+        live_rows = self._savings.live_rows
+        with packed_weights(base) if self._savings.packed_weights else contextlib.nullcontext():
+            if live_rows is None:
                 return super()._generate_single_turn(*args, **kwargs)
-            self._live_rows.logps = None  # generation elsewhere, as in vLLM, does not call it
-            with self._live_rows.installed(base):
+            live_rows.logps = None  # generation elsewhere, as in vLLM, does not call it
+            with live_rows.installed(base):
                 completion_ids, logps = super()._generate_single_turn(*args, **kwargs)
-        kept = self._live_rows.logps
-        if self._keeps_sampled_logps and kept is not None:
+        if self._savings.sampling_logps and live_rows.logps is not None:
             width = max(map(len, completion_ids))
             if self.pad_to_multiple_of is not None:
                 width += -width % self.pad_to_multiple_of
-            self._sampled_logps = nn.functional.pad(kept, (0, width - kept.size(1)))
+            self._sampled_logps = nn.functional.pad(live_rows.logps, (0, width - live_rows.logps.size(1)))
         return completion_ids, logps
 
     def _generate(self, prompts: list):
@@ -291,14 +277,14 @@ class PPOTrainer(GRPOTrainer):
         """The reward model's raw score of each sampled sequence, read where `RewardTrainer` trains it."""
         stops = self.eos_token_ids if self._is_chat else []
         after_stop = turn_end(self._tokenizer, stops, **self.chat_template_kwargs) if stops else []
-        sequences = [
+        rows = [
             [*prompt, *completion, *(after_stop if completion[-1] in stops else [])]
             for prompt, completion in zip(self._prompt_ids, self._completion_ids, strict=True)
         ]
         pad_token_id = self._tokenizer.pad_token_id
-        longest = max(map(len, sequences))
+        longest = max(map(len, rows))
         device = self.accelerator.device
-        ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in sequences], device=device)
+        ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows], device=device)
         # transformers' rule for sequence classifiers: the last token that is not the padding token
         last = (torch.arange(longest, device=device) * (ids != pad_token_id)).argmax(1)
         module, model = self._reward_module, self.accelerator.unwrap_model(self.model)
@@ -315,16 +301,25 @@ class PPOTrainer(GRPOTrainer):
 
     def _in_pieces(self, run: Callable[[torch.Tensor], tuple], lengths: torch.Tensor) -> tuple:
         """The results of `run(rows)` for all rows, each time of at most a micro-batch."""
-        return in_pieces(run, pieces(lengths, self.args.per_device_train_batch_size, self._piece_overhead))
+        return in_pieces(run, pieces(lengths, self.args.per_device_train_batch_size, self._savings.piece_overhead))
 
-    def _values(self, model: nn.Module, ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> torch.Tensor:
-        """The critic's value of the state before each of the last `width` tokens, (B, width), 0 at padding."""
+    def _values(
+        self, model: nn.Module, ids, attention_mask, width: int, learn: Callable | None = None
+    ) -> torch.Tensor:
+        """The critic's value of the state before each of the last `width` tokens, (B, width), 0 at padding.
+
+        `learn(rows, values)` is called on each piece, and its values are then cut from their graph.
+        """
 
         def forward(ids, states, targets):
             return (model(input_ids=ids, states=states, scalar_head="critic"),)
 
         def run(rows):
-            return at_responses(forward, ids[rows], attention_mask[rows], width)
+            (values,) = at_responses(forward, ids[rows], attention_mask[rows], width)
+            if learn is None:
+                return (values,)
+            learn(rows, values)
+            return (values.detach(),)
 
         with use_role(self.accelerator.unwrap_model(model), "critic"), self.accelerator.autocast():
             return self._in_pieces(run, attention_mask.sum(1))[0]
@@ -342,16 +337,7 @@ class PPOTrainer(GRPOTrainer):
         scores = rewards.clone()
         if self._has_reward_model:
             scores[:, 0] = (scores[:, 0] - self.args.score_mean) / self.args.score_std
-        # A function may pass over a response with None; the reward model may not.
-        passed = scores.isnan() & (torch.arange(scores.size(1), device=scores.device) >= self._has_reward_model)
-        unscored = ~(scores.isfinite() | passed).all(1) | passed.all(1)
-        if unscored.any():
-            names = ", ".join(self.reward_func_names)
-            raise UserError(
-                f"Step {self.state.global_step}: {names} gave no finite score to {int(unscored.sum())} of "
-                f"{len(scores)} responses, the first in row {int(unscored.nonzero()[0])} of the rollout. "
-                f"{last_good_state(self.args.output_dir)}"
-            )
+        self._health.scores(scores, self.reward_func_names, self._has_reward_model, self.state.global_step)
         self._scores = (scores * self.reward_weights.to(scores.device)).nansum(1)[per_process]
         return rewards
 
@@ -363,7 +349,7 @@ class PPOTrainer(GRPOTrainer):
         rollout = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
         model = self.accelerator.unwrap_model(self.model)
-        ids, attention_mask, mask = self._sequences(rollout)
+        ids, attention_mask, mask = sequences(rollout)
         width = mask.size(1)
 
         def logps_of(policy):
@@ -374,7 +360,6 @@ class PPOTrainer(GRPOTrainer):
             logps = logps_of(self.model) if logps is None else logps
             with use_role(model, self._ref_role):
                 ref_logps = logps_of(self.model if self.ref_model is None else self.ref_model)
-            values = mask * self._values(self.model, ids, attention_mask, width)
 
         scores = self._scores
         if self.args.missing_eos_penalty is not None:
@@ -385,6 +370,21 @@ class PPOTrainer(GRPOTrainer):
         rewards = token_rewards(scores, kl, mask, self.kl_controller.value)
         if self.args.whiten_rewards:
             rewards = whiten(rewards, mask, self._sum_over_processes, shift_mean=False)
+
+        def learn(rows, values):  # as in `_compute_loss`, which then leaves the critic alone
+            values, of_rows = values * mask[rows], mask[rows]
+            old = values.detach()
+            returns = old + generalized_advantages(rewards[rows], old, of_rows, self.args.gamma, self.args.lam)
+            losses, _ = value_losses(values, old, returns, self.args.cliprange_value)
+            tokens = self._tokens_per_update(rollout, mask, mode)
+            self._backward_early(self.args.vf_coef * (losses * of_rows).sum() / tokens)
+
+        if mode == "train" and self._savings.old_values:
+            with torch.enable_grad():
+                values = mask * self._values(self.model, ids, attention_mask, width, learn)
+        else:
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                values = mask * self._values(self.model, ids, attention_mask, width)
         advantages = generalized_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
         returns = advantages + values
         rollout |= {
@@ -399,14 +399,6 @@ class PPOTrainer(GRPOTrainer):
             kl_per_response = self._metrics[mode]["objective/kl"][-1]
             self.kl_controller.update(kl_per_response, self.args.generation_batch_size)
         return rollout
-
-    @staticmethod
-    def _sequences(batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids and attention mask of prompt and response, (B, P + T), and the mask of trained tokens, (B, T)."""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-        mask = batch["completion_mask"].float()
-        return ids, attention_mask, mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
     def _is_unfinished(self) -> torch.Tensor:
         """1 for each response of this process without a stop token, else 0: (B,)."""
@@ -487,17 +479,21 @@ class PPOTrainer(GRPOTrainer):
         return result
 
     def _compute_loss(self, model, inputs):
-        loss = self._backward_early(super()._compute_loss(model, inputs))
-        logps = self._latest_logps
         mode = "train" if self.model.training else "eval"
-        ids, attention_mask, mask = self._sequences(inputs)
+        critic_has_learned = mode == "train" and self._savings.old_values and self._is_first_update()
+        loss = super()._compute_loss(model, inputs)
+        if self._ptx is not None or not critic_has_learned:  # the last part is backwarded by Trainer
+            loss = self._backward_early(loss)
+        logps = self._latest_logps
+        ids, attention_mask, mask = sequences(inputs)
         if self._ptx is not None and mode == "train":
             batch = self._ptx(self._step, self.accelerator.process_index, self.accelerator.num_processes)
             ptx_loss = model(**{name: value.to(mask.device) for name, value in batch.items()}).loss
             self._metrics[mode]["loss/ptx_avg"].append(self.accelerator.gather(ptx_loss.detach()).mean().item())
             ptx_loss = self.args.ptx_coef * ptx_loss / self.current_gradient_accumulation_steps
-            loss = loss + self._backward_early(ptx_loss)
-        values = self._values(model, ids, attention_mask, mask.size(1)) * mask
+            loss = loss + (ptx_loss if critic_has_learned else self._backward_early(ptx_loss))
+        width = mask.size(1)
+        values = inputs["old_values"] if critic_has_learned else mask * self._values(model, ids, attention_mask, width)
         losses, clipped = value_losses(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         value_loss = (losses * mask).sum() / self._tokens_per_update(inputs, mask, mode)
         loss = loss + self.args.vf_coef * value_loss
@@ -514,12 +510,17 @@ class PPOTrainer(GRPOTrainer):
             )
         return loss
 
+    def _is_first_update(self) -> bool:
+        """Whether this micro-batch belongs to the first optimizer step of its rollout."""
+        position = self._step % (self.args.steps_per_generation * self.num_iterations)
+        return position < self.args.gradient_accumulation_steps
+
     def _backward_early(self, loss: torch.Tensor) -> torch.Tensor:
         """Free the activations of one part of the loss before the next part's forward, in a single process.
 
         With several, all parts go through one backward: DDP reduces gradients once.
         """
-        if not self._may_backward_early or not (loss.requires_grad and loss.isfinite()):
+        if not self._savings.early_backward or not (loss.requires_grad and loss.isfinite()):
             return loss
         with torch.autocast(loss.device.type, enabled=False):
             self.accelerator.backward(loss)
@@ -544,8 +545,7 @@ class PPOTrainer(GRPOTrainer):
         for name, total in zip(by_token, totals, strict=True):
             self._metrics[mode][name].append(total / max(count, 1))
         if mode == "train":
-            position = self._step % (self.args.steps_per_generation * self.num_iterations)
-            if position < self.args.gradient_accumulation_steps:
+            if self._is_first_update():
                 self._health.first_minibatch(self._metrics[mode]["val/ratio"][-1])
             if self.args.target_kl is not None:
                 self._update_stopped = self._metrics[mode]["policy/approxkl_avg"][-1] > self.args.target_kl

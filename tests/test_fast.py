@@ -204,7 +204,7 @@ def test_what_is_not_sampling_is_left_to_transformers():
 @pytest.mark.parametrize("off", FAST_PATHS)
 def test_an_update_is_the_same_without_each_saving(world, tmp_path, monkeypatch, off):  # noqa: F811
     """The same responses, of very different lengths, with all savings and with all but one."""
-    monkeypatch.setattr("recipes.ppo_trainer.piece_overhead", lambda model: 1.0)  # so small a model is not cut
+    monkeypatch.setattr("recipes.fast.savings.piece_overhead", lambda model: 1.0)  # so small a model is not cut
     weights, metrics = [], []
     for name, fast_paths in (("all", FAST_PATHS), ("fewer", [path for path in FAST_PATHS if path != off])):
         trainer = make_trainer(

@@ -128,13 +128,20 @@ def assert_same_gradients(ours: dict, expected: dict):
     assert all(gradient.abs().max() > 0 for gradient in expected.values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_of_the_shared_base_equal_those_of_separate_models(world, tmp_path, checkpointing):
-    trainer = make_trainer(
-        world, tmp_path, activation_checkpointing=checkpointing, steps_per_generation=1, gradient_accumulation_steps=1
-    )
+def first_update(trainer, checkpointing):
+    """A rollout, and the gradients of its first update in the model: the critic's come from the rollout itself."""
+    if checkpointing:
+        trainer.model.activation_checkpointing_enable()
     batch = rollout(trainer)
-    # Move the policy and the critic off the rollout, so that ratio and value clipping take part.
+    trainer._compute_loss(trainer.model, batch).backward()
+    return batch
+
+
+def later_update(trainer, checkpointing):
+    """The same of the second update; policy and critic have moved, so that ratio and value clipping take part."""
+    batch = rollout(trainer)
+    trainer.model.zero_grad()
+    trainer._step = 1
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if ".lora_B.default." in name or ".lora_B.critic." in name:
@@ -142,6 +149,16 @@ def test_gradients_of_the_shared_base_equal_those_of_separate_models(world, tmp_
     if checkpointing:
         trainer.model.activation_checkpointing_enable()
     trainer._compute_loss(trainer.model, batch).backward()
+    return batch
+
+
+@pytest.mark.parametrize("update", [first_update, later_update])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_the_shared_base_equal_those_of_separate_models(world, tmp_path, checkpointing, update):
+    trainer = make_trainer(
+        world, tmp_path, activation_checkpointing=checkpointing, steps_per_generation=1, gradient_accumulation_steps=1
+    )
+    batch = update(trainer, checkpointing)
     ours = gradients(trainer.model)
 
     trainer.model.save_pretrained(str(tmp_path / "moved"))
@@ -167,10 +184,7 @@ def test_gradients_of_full_fine_tuning_equal_those_of_separate_models(world, tmp
         steps_per_generation=1,
         gradient_accumulation_steps=1,
     )
-    batch = rollout(trainer)
-    if checkpointing:
-        trainer.model.activation_checkpointing_enable()
-    trainer._compute_loss(trainer.model, batch).backward()
+    batch = first_update(trainer, checkpointing)
     policy, critic = models.causal_lm(), models.reward_model(seed=7)
     separate_losses(policy, critic, batch, trainer.args).backward()
     expected = gradients(policy) | gradients(critic, lambda name: f"critic.{name}")

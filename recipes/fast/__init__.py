@@ -4,6 +4,7 @@ FAST_PATHS = (
     "response_logps",
     "length_sorting",
     "sampling_logps",
+    "old_values",
     "live_rows",
     "packed_weights",
     "fused_adapters",

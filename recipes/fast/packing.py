@@ -16,6 +16,14 @@ Results = tuple[torch.Tensor | None, ...]
 FEWEST_PIECES = 1e12  # an overhead that no padding outweighs
 
 
+def sequences(rollout: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of prompt and response, (B, P + T), and the mask of trained tokens, (B, T) float32."""
+    ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], 1)
+    attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], 1)
+    mask = rollout["completion_mask"].float()
+    return ids, attention_mask, mask * rollout["tool_mask"] if "tool_mask" in rollout else mask
+
+
 def right_align(ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Move all padding of `ids` (B, L) to the right and cut it at the longest row: (B, longest)."""
     order = torch.argsort((attention_mask == 0).int(), dim=1, stable=True)
