@@ -1,7 +1,7 @@
 """Sides of a benchmark take turns: each lives in a process of its own, and only one runs at a time.
 
-A side loads its models, then waits; each time the parent says go it runs one turn and reports its CPU seconds, wall
-seconds and peak memory. So imports and loading are not timed, and A B A B A B sees the same weather on both sides.
+A side loads its models, then is stopped; each time the parent says go it runs one turn and reports its CPU seconds,
+wall seconds and peak memory. So imports and loading are not timed, and A B A B A B sees the same weather on both.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,7 @@ class Side:
         self._read()
 
     def turn(self) -> dict:
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return self._read()
@@ -52,6 +54,8 @@ class Side:
         if not line:
             self.errors.seek(0)
             raise SystemExit(f"error: a side ended early:\n{self.errors.read()[-3000:]}")
+        # Nothing of this side runs beside another's turn, not even the end of its process after the last one.
+        self.process.send_signal(signal.SIGSTOP)
         return json.loads(line)
 
     def close(self) -> None:

@@ -190,6 +190,34 @@ def test_live_rows_keep_the_log_probabilities_of_what_they_sample(kwargs):
             assert (table > expected[:, None]).sum(1).max() < 10
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prompts_read_in_pieces_give_the_same_samples(family):
+    """GPT-2's positions are absolute: a piece without its padding must not move them."""
+    gpt2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
+    torch.manual_seed(0)
+    model = models.causal_lm(sharpness=4.0) if family == "llama" else GPT2LMHeadModel(GPT2Config(**gpt2)).eval()
+    lengths = torch.tensor([3, 20, 4, 19, 20, 3])
+    prompts = torch.randint(12, 40, (6, 20))
+    mask = (torch.arange(20) >= 20 - lengths[:, None]).long()
+    found = {}
+    for overhead in (FEWEST_PIECES, 3.0, 0.0):
+        loop, widths = LiveRowSampling(overhead), []
+        handle = model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, args, widths=widths: widths.append(tuple(args[0].shape))
+        )
+        torch.manual_seed(1)
+        found[overhead] = generate(model, loop, prompts, mask, top_k=0), loop.logps
+        handle.remove()
+        assert [shape for shape in widths if shape[1] > 1] == {
+            FEWEST_PIECES: [(6, 20)],
+            3.0: [(3, 4), (3, 20)],
+            0.0: [(2, 3), (1, 4), (1, 19), (2, 20)],
+        }[overhead]
+    for samples, logps in found.values():
+        assert torch.equal(samples, found[FEWEST_PIECES][0])
+        torch.testing.assert_close(logps, found[FEWEST_PIECES][1], rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_not_sampling_is_left_to_transformers():
     model, loop = models.causal_lm(), LiveRowSampling()
     prompts = torch.randint(12, 40, (2, 6))

@@ -13,6 +13,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from recipes.fast.packing import FEWEST_PIECES, pieces
+
 
 class RoomyLayer(DynamicLayer):
     """A `DynamicLayer` that grows by a quarter at a time; the plain one copies all it holds for every token."""
@@ -38,6 +40,14 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
         return self.keys, self.values
 
+    def fill(self, parts: list[tuple[torch.Tensor, torch.Tensor]], rows: list[torch.Tensor], width: int) -> None:
+        """Start with keys and values of several pieces of the batch, each `width` or fewer tokens and at the end."""
+        whole = [part.new_zeros(sum(map(len, rows)), part.size(1), width, part.size(3)) for part in parts[0]]
+        for part, piece in zip(parts, rows, strict=True):
+            for target, own in zip(whole, part, strict=True):
+                target[piece, :, width - own.size(2) :] = own
+        self.update(*whole)
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self.buffers = None
@@ -49,12 +59,16 @@ class LiveRowSampling:
     After a call `logps` holds log p of each sampled token, (B, new tokens), float32 and 0 after the end, under the
     whole distribution at the temperature, whatever top-k, top-p or penalties sampled from. It is None where the loop
     left the work to transformers': beams, greedy decoding, caches whose rows cannot be selected.
+
+    Args:
+        piece_overhead: prompts are read in the pieces that [`~recipes.fast.packing.pieces`] cuts at this overhead.
     """
 
     # Selecting rows copies the cache, so it waits until this share of the batch has finished.
     IDLE_SHARE = 1 / 8
 
-    def __init__(self):
+    def __init__(self, piece_overhead: float = FEWEST_PIECES):
+        self.piece_overhead = piece_overhead
         self.logps: torch.Tensor | None = None
 
     @contextlib.contextmanager
@@ -89,7 +103,7 @@ class LiveRowSampling:
         prompts, samples, logps = input_ids, [], []
         # Every pass over the vocabulary goes here: memory taken anew for each token would cost more than the pass.
         buffer = None
-        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        outputs = self._prefill(model, input_ids, generation_config, model_kwargs)
         with model._optimize_model_for_decode():
             while True:
                 model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -117,6 +131,31 @@ class LiveRowSampling:
                 outputs = model(**inputs, return_dict=True)
         self.logps = torch.stack(logps, 1)
         return torch.cat([prompts, torch.stack(samples, 1)], 1)
+
+    def _prefill(self, model: PreTrainedModel, input_ids: torch.Tensor, generation_config, model_kwargs: dict):
+        """`model._prefill`, in pieces of rows of similar length where their padding costs more than another start."""
+        cache, mask, width = model_kwargs["past_key_values"], model_kwargs.get("attention_mask"), input_ids.size(1)
+        plain = cache.layers and all(type(layer) is RoomyLayer for layer in cache.layers)
+        by_token = all(v.shape == input_ids.shape for v in model_kwargs.values() if isinstance(v, torch.Tensor))
+        whole = functools.partial(model._prefill, input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        if not (plain and by_token) or mask is None or self.piece_overhead == FEWEST_PIECES:
+            return whole()
+        lengths = width - mask.int().argmax(1)  # padded on the left
+        rows = pieces(lengths, len(mask), self.piece_overhead)
+        if len(rows) == 1:
+            return whole()
+        caches, logits = [], []
+        for piece in rows:
+            first = width - int(lengths[piece].max())
+            own = {k: v[piece, first:] if isinstance(v, torch.Tensor) else v for k, v in model_kwargs.items()}
+            own["past_key_values"] = DynamicCache()
+            outputs = model._prefill(input_ids[piece, first:], generation_config, own, is_first_iteration=True)
+            caches.append(own["past_key_values"])
+            logits.append(outputs.logits[:, -1:])
+        for number, layer in enumerate(cache.layers):
+            layer.fill([(part.layers[number].keys, part.layers[number].values) for part in caches], rows, width)
+        outputs.past_key_values, outputs.logits = cache, torch.cat(logits)[torch.cat(rows).argsort()]
+        return outputs
 
     @staticmethod
     def _append(columns: list, values: torch.Tensor, rows: torch.Tensor, live: torch.Tensor, count: int, fill) -> None:

@@ -29,12 +29,14 @@ class Savings:
         # The critic's pass for the old values can also be its first training pass where all rows share that update.
         one_update = args.gradient_accumulation_steps == args.steps_per_generation and args.loss_type == "dapo"
         self.old_values = "old_values" in on and self.early_backward and one_update
-        self.live_rows = LiveRowSampling() if "live_rows" in on and has_whole_model else None
+        self.live_rows = None
         self.packed_weights = "packed_weights" in on and has_whole_model
         # A mean within each micro-batch would depend on who shares one.
         self.length_sorting = "length_sorting" in on and args.loss_type == "dapo"
-        # Several processes must make as many forwards as each other, and a GPU is idle while one is started.
-        overhead = piece_overhead(base) if is_alone and accelerator.device.type == "cpu" else FEWEST_PIECES
-        self.piece_overhead = overhead if "length_sorting" in on else None
+        # A GPU is idle while one more piece is started, and several processes must make as many passes as each other.
+        overhead = piece_overhead(base) if accelerator.device.type == "cpu" else FEWEST_PIECES
+        self.piece_overhead = (overhead if is_alone else FEWEST_PIECES) if "length_sorting" in on else None
+        if "live_rows" in on and has_whole_model:
+            self.live_rows = LiveRowSampling(overhead if "length_sorting" in on else FEWEST_PIECES)
         if "fused_adapters" in on and has_whole_model:
             fuse_adapters(base)
