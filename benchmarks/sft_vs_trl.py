@@ -3,9 +3,9 @@
     python benchmarks/sft_vs_trl.py [--rows 96] [--device cpu|cuda] [--output FILE]
 
 Each side runs its script's `main`, from the data file to the saved adapter, in a process of its own and takes turns;
-a small run warms both up. Imports are not timed. Both train with the same `SFTTrainer`, so what differs is small: a
-larger model and more turns than elsewhere keep the machine's weather below it. The peer is the script of the TRL this project uses. The last line is
-one JSON object; ratios of time are TRL's over ours (above 1: we are faster).
+a small run warms both up. Imports are not timed. The peer is the script of the TRL this project uses. Both train with
+the same `SFTTrainer`, so what differs is small: a larger model and more turns than elsewhere keep the machine's noise
+below it. The last line is one JSON object; ratios of time are TRL's over ours (above 1: we are faster).
 """
 
 import argparse
