@@ -229,6 +229,26 @@ def test_what_is_not_sampling_is_left_to_transformers():
     assert "generate" not in vars(model)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({}, True),
+        ({"gradient_accumulation_steps": 1, "steps_per_generation": 2}, False),
+        ({"loss_type": "bnpo"}, False),
+        ({"fast_paths": ["old_values"]}, False),
+    ],
+    ids=["one update", "two minibatches", "means of micro-batches", "one backward"],
+)
+def test_the_critic_learns_from_the_old_values_where_a_rollout_is_one_update(world, tmp_path, kwargs, expected):  # noqa: F811
+    trainer = make_trainer(world, tmp_path, **kwargs)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._generate_and_score_completions([{"prompt": prompt} for prompt in trainer.train_dataset["prompt"][:4]])
+    gradients = [p.grad for name, p in trainer.model.named_parameters() if ".critic." in name and p.requires_grad]
+    assert len(gradients) == 29  # 2 layers x 7 linear maps x (A, B), and the head
+    assert {gradient is not None for gradient in gradients} == {expected}
+
+
 @pytest.mark.parametrize("off", FAST_PATHS)
 def test_an_update_is_the_same_without_each_saving(world, tmp_path, monkeypatch, off):  # noqa: F811
     """The same responses, of very different lengths, with all savings and with all but one."""
