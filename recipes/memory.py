@@ -8,6 +8,7 @@ of any model by name.
 
 import contextlib
 import copy
+import functools
 import math
 import weakref
 from collections.abc import Iterator
@@ -22,13 +23,16 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from recipes.errors import UserError, first_line
+from recipes.fast.frozen_head import LOGITS_PER_BLOCK, FrozenHeadLogProbs
+from recipes.fast.lora_linear import fuse_adapters
+from recipes.fast.packed_weights import FEW_ROWS, linear_layers
 from recipes.roles import add_score_roles, recompute_under_role, seq_cls_config, use_role
 
 GIB = 2**30
 # Tiles of TRL's fused LM head (trl/kernels/chunked_logprob.py, trl/trainer/utils.py): tokens and vocabulary
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
-# Tensors of (batch, vocabulary) in float32 alive when a token is drawn: logits, log p, p and its running sum
-SAMPLING_TENSORS = 4
+# Tensors of (batch, vocabulary) in float32 alive when a token is drawn: logits, and the buffer of all passes over them
+SAMPLING_TENSORS = 2
 # Bytes a weight takes in bitsandbytes' formats, with a float32 scale for 64 weights (8-bit: for a row, not counted),
 # or an 8-bit one where the scales are quantised too (2305.14314, section 3)
 QUANTIZED = {"4bit": 0.5 + 4 / 64, "4bit nested": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
@@ -171,6 +175,8 @@ def build(setting: Setting) -> tuple[nn.Module, int, PreTrainedModel | None]:
             model.set_requires_grad(["ref", "reward"], False)
             model.set_requires_grad(["default", "critic"], True)
             model.get_base_model().score.modules_to_save["critic"].requires_grad_(True)
+            if setting.quantization is None:
+                fuse_adapters(model.get_base_model())
     if setting.quantization is not None:
         for parameter in model.parameters():
             if parameter.requires_grad:  # as TRL's trainers do
@@ -314,11 +320,18 @@ def measure_update(setting: Setting, model: nn.Module, critic: PreTrainedModel |
     if setting.accumulates:
         for parameter in trained_parameters(model, critic):
             parameter.grad = torch.zeros_like(parameter)
+    passes = [functools.partial(policy_loss, setting, model)]
+    if setting.step == "ppo":
+        passes.append(functools.partial(critic_loss, setting, model, critic))
+    loss, kept = 0, 0
     with LiveBytes() as live:
-        with computing(setting):
-            loss = losses(setting, model, critic)
-        kept = live.now
-        loss.backward()
+        for number, forward in enumerate(passes, 1):
+            with computing(setting):
+                loss = loss + forward()
+            kept = max(kept, live.now)
+            if number == len(passes) or not setting.buckets:  # one process needs no backward of all at once
+                loss.backward()
+                loss = 0
     return {"activations": kept, "update": live.peak}
 
 
@@ -334,7 +347,8 @@ def phases(setting: Setting, model: nn.Module, measured: dict[str, int]) -> dict
         full = cache * setting.tokens // prompt
         sampling = SAMPLING_TENSORS * 4 * setting.rollout_rows * config.vocab_size
         growing = full // config.num_hidden_layers  # a layer's cache is copied to grow
-        found["generation"] = {"KV cache": full, "decoding": max(measured["prefill"] - full, growing + sampling)}
+        decoding = {"decoding": max(measured["prefill"] - full, growing + sampling)}
+        found["generation"] = {"KV cache": full, "packed weights": packed_bytes(setting, model)} | decoding
     if "scoring" in measured:
         found["scoring"] = {"forward passes": measured["scoring"], "logits": head_bytes(setting)}
     activations = measured["activations"]
@@ -342,8 +356,16 @@ def phases(setting: Setting, model: nn.Module, measured: dict[str, int]) -> dict
     return {name: parts | unpacked for name, parts in found.items()}
 
 
-def losses(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> torch.Tensor:
-    """A scalar with the graph of the step's loss: of the LM head's pass, the reward's, or policy and critic."""
+def packed_bytes(setting: Setting, model: nn.Module) -> int:
+    """The copies that a CPU samples from, see `recipes.fast.packed_weights`."""
+    in_float32 = setting.dtype == torch.float32 and not setting.autocast and setting.quantization is None
+    if not (setting.on_cpu and in_float32 and setting.rollout_rows <= FEW_ROWS):
+        return 0
+    return size([getattr(layer, "base_layer", layer).weight for layer in linear_layers(base_of(model))])
+
+
+def policy_loss(setting: Setting, model: nn.Module) -> torch.Tensor:
+    """A scalar with the graph of the LM head's pass, or of the reward's."""
     if setting.step == "reward":
         return model(input_ids=input_ids(setting), use_cache=False).logits.float().sum()
     with role(model, "default"):
@@ -352,16 +374,17 @@ def losses(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -
         # Off a GPU TRL's head scores every position, which `FrozenHeadLogProbs` spares.
         response_only = setting.step == "ppo" and not (setting.on_cpu and setting.lora is None)
         predicting = hidden[:, -setting.response_tokens :] if response_only else hidden[:, :-1]
-        loss = log_probs_loss(setting, predicting.reshape(-1, hidden.size(-1)), head.weight)
-    if setting.step == "ppo":
-        if critic is None:
-            with role(model, "critic"):
-                hidden, score = last_hidden_state(setting, model), base_of(model).score.modules_to_save["critic"]
-        else:
-            hidden, score = critic.base_model(input_ids=input_ids(setting), use_cache=False)[0], critic.score
-        states = hidden[:, -setting.response_tokens :].reshape(-1, hidden.size(-1))
-        loss = loss + score(states.to(score.weight.dtype)).float().sum()
-    return loss
+        return log_probs_loss(setting, predicting.reshape(-1, hidden.size(-1)), head.weight)
+
+
+def critic_loss(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> torch.Tensor:
+    if critic is None:
+        with role(model, "critic"):
+            hidden, score = last_hidden_state(setting, model), base_of(model).score.modules_to_save["critic"]
+    else:
+        hidden, score = critic.base_model(input_ids=input_ids(setting), use_cache=False)[0], critic.score
+    states = hidden[:, -setting.response_tokens :].reshape(-1, hidden.size(-1))
+    return score(states.to(score.weight.dtype)).float().sum()
 
 
 def log_probs_loss(setting: Setting, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -369,9 +392,7 @@ def log_probs_loss(setting: Setting, hidden: torch.Tensor, weight: torch.Tensor)
     targets = torch.zeros(len(hidden), dtype=torch.long)
     if not setting.on_cpu:
         return TiledHead.apply(hidden, weight, head_bytes(setting))
-    if setting.step == "ppo" and setting.lora is not None:
-        from recipes.fast.frozen_head import FrozenHeadLogProbs
-
+    if has_frozen_head(setting):
         return FrozenHeadLogProbs.apply(hidden, weight, targets, 1.0, False)[0].sum()
     from trl.kernels import ChunkedLogProbFunction
 
@@ -398,8 +419,14 @@ class TiledHead(torch.autograd.Function):
         return for_hidden.to(hidden.dtype), None if for_weight is None else for_weight.to(weight.dtype), None
 
 
+def has_frozen_head(setting: Setting) -> bool:
+    return setting.on_cpu and setting.step == "ppo" and setting.lora is not None
+
+
 def head_bytes(setting: Setting) -> int:
-    """The tile of logits that TRL's fused head works in."""
+    """The logits that the head works on at a time: TRL's tile, or a block of `FrozenHeadLogProbs`."""
+    if has_frozen_head(setting):
+        return 4 * LOGITS_PER_BLOCK
     predicted = setting.rows * (setting.response_tokens or setting.tokens)
     width = 2 if setting.autocast else torch.empty((), dtype=setting.dtype).element_size()
     return min(predicted, HEAD_TOKENS) * HEAD_VOCABULARY * width

@@ -233,14 +233,14 @@ def test_what_is_not_sampling_is_left_to_transformers():
     ("kwargs", "expected"),
     [
         ({}, True),
-        ({"gradient_accumulation_steps": 1, "steps_per_generation": 2}, False),
+        ({"steps_per_generation": 4}, False),
         ({"loss_type": "bnpo"}, False),
         ({"fast_paths": ["old_values"]}, False),
     ],
     ids=["one update", "two minibatches", "means of micro-batches", "one backward"],
 )
 def test_the_critic_learns_from_the_old_values_where_a_rollout_is_one_update(world, tmp_path, kwargs, expected):  # noqa: F811
-    trainer = make_trainer(world, tmp_path, **kwargs)
+    trainer = make_trainer(world, tmp_path, **({"steps_per_generation": 2} | kwargs))
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     trainer._generate_and_score_completions([{"prompt": prompt} for prompt in trainer.train_dataset["prompt"][:4]])
