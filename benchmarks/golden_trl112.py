@@ -1,6 +1,6 @@
-"""Golden numbers: what TRL 1.12.0's PPOTrainer makes of fixed rollouts, for tests/test_golden.py to compare with.
+"""Golden numbers: what TRL 1.12.0's PPOTrainer makes of fixed rollouts, for tests/trainers/test_golden.py.
 
-    python benchmarks/golden_trl112.py [--output tests/golden]
+    python benchmarks/golden_trl112.py [--output tests/trainers/golden]
 
 Trains tiny random models for two rollouts a case, with TRL 1.12.0 in an environment of its own (see peer.py), and
 writes `trl112.safetensors` (the models' weights and the tensors of each rollout: `CASE/ROLLOUT/NAME`) and
@@ -187,7 +187,7 @@ def train(case: dict, models: dict, folder: str) -> tuple[list[dict], list[dict]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default=str(Path(__file__).parent.parent / "tests" / "golden"))
+    parser.add_argument("--output", default=str(Path(__file__).parent.parent / "tests" / "trainers" / "golden"))
     args = parser.parse_args()
     if version("trl") != TRL:
         environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}

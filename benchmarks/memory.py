@@ -1,4 +1,4 @@
-"""The estimates of recipes/memory.py against the peaks of real runs.
+"""The estimates of recipes/trainers/memory.py against the peaks of real runs.
 
     python benchmarks/memory.py [--cases NAME …] [--output benchmarks/results/memory.json]
 
@@ -27,10 +27,10 @@ from transformers import (
 )
 from trl import ModelConfig, RewardConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from recipes.memory import GIB, Setting, estimate
-from recipes.ppo_trainer import PPOConfig, PPOTrainer
-from recipes.ranking_trainer import RankingRewardTrainer
-from recipes.roles import add_score_roles, seq_cls_config
+from recipes.models.adapters import add_score_roles, seq_cls_config
+from recipes.trainers.memory import GIB, Setting, estimate
+from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
+from recipes.trainers.ranking_trainer import RankingRewardTrainer
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
 SIZES = {

@@ -66,8 +66,8 @@ def scalar_model(shape: Shape, device: str) -> LlamaForSequenceClassification:
 
 
 def ours(shape: Shape, rows: list[list[int]], rollouts: int, device: str, meter: Meter, folder: str, critic: str):
-    from recipes.ppo_trainer import PPOConfig, PPOTrainer
-    from recipes.roles import add_score_roles
+    from recipes.models.adapters import add_score_roles
+    from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
 
     args = PPOConfig(
         folder,

@@ -60,7 +60,7 @@ def run_side(side: str, prompts: int, responses: int, turns: int, device: str) -
     from transformers import LlamaForSequenceClassification
     from trl import RewardConfig, RewardTrainer
 
-    from recipes.ranking_trainer import RankingRewardTrainer
+    from recipes.trainers.ranking_trainer import RankingRewardTrainer
 
     meter.loaded("libraries")
     dataset = rankings(prompts, responses)

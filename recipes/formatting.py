@@ -1,6 +1,6 @@
 """Datasets for the recipes: any source becomes the columns that TRL trains on, or an error says why not.
 
-The columns of each task are listed in `recipes.formats.tasks`, the schemas in `recipes.schemas` and docs/datasets.md.
+The columns of each task are listed in `recipes.data.tasks`, the schemas in `recipes.data.schemas`.
 Nothing here knows a model; a tokenizer is passed in where one is needed.
 """
 
@@ -13,15 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from recipes.formats.control_tokens import control_tokens
-from recipes.formats.digests import Digests
-from recipes.formats.formatter import Formatter, NeedsTools, as_rows
-from recipes.formats.loading import Rows, list_splits, load_rows
-from recipes.formats.mixtures import Source, check_fractions, combine
-from recipes.formats.report import Report
-from recipes.formats.tasks import features, group_id
-from recipes.formats.text_files import DataError, Row
-from recipes.schemas import detect
+from recipes.data.digests import Digests
+from recipes.data.formatter import Formatter, NeedsTools, as_rows
+from recipes.data.loading import Rows, list_splits, load_rows
+from recipes.data.mixtures import Source, check_fractions, combine
+from recipes.data.report import Report
+from recipes.data.schemas import detect
+from recipes.data.tasks import features, group_id
+from recipes.data.text_files import DataError, Row
+from recipes.models.control_tokens import control_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
+from recipes.cli.launch import check_launch
+from recipes.cli.run import finish, guard_output_dir, import_function, parse, run
 from recipes.formatting import FormattingArguments, load_formatted
-from recipes.launch import check_launch
-from recipes.modeling import load_ppo_models, read_reward_statistics
-from recipes.pairing import check_model, check_ppo_models
-from recipes.ppo_trainer import PPOConfig, PPOTrainer
-from recipes.runs import finish, guard_output_dir, import_function, parse, run
-from recipes.tokenization import load_tokenizer
+from recipes.models.compatibility import check_model, check_ppo_models
+from recipes.models.loading import load_ppo_models, read_reward_statistics
+from recipes.models.tokenization import load_tokenizer
+from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
 
 
 @dataclass

@@ -14,13 +14,18 @@ from dataclasses import dataclass, field
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig, ScriptArguments
 
+from recipes.cli.launch import check_launch
+from recipes.cli.run import finish, guard_output_dir, parse, run
 from recipes.formatting import FormattingArguments, load_formatted
-from recipes.launch import check_launch
-from recipes.modeling import keep_head_in_float32, load_reward_trainee, save_reward_statistics, score_conversations
-from recipes.pairing import check_model, check_reward_base
-from recipes.ranking_trainer import RankingRewardTrainer, majority_rankings
-from recipes.runs import finish, guard_output_dir, parse, run
-from recipes.tokenization import load_tokenizer
+from recipes.models.compatibility import check_model, check_reward_base
+from recipes.models.loading import (
+    keep_head_in_float32,
+    load_reward_trainee,
+    save_reward_statistics,
+    score_conversations,
+)
+from recipes.models.tokenization import load_tokenizer
+from recipes.trainers.ranking_trainer import RankingRewardTrainer, majority_rankings
 
 
 @dataclass

@@ -10,12 +10,12 @@ loss is on the response only: the last assistant turn, or every one with `--assi
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
+from recipes.cli.launch import check_launch
+from recipes.cli.run import finish, guard_output_dir, parse, run
 from recipes.formatting import FormattingArguments, load_formatted
-from recipes.launch import check_launch
-from recipes.modeling import hide_router_logits, load_policy
-from recipes.pairing import check_model
-from recipes.runs import finish, guard_output_dir, parse, run
-from recipes.tokenization import load_tokenizer
+from recipes.models.compatibility import check_model
+from recipes.models.loading import hide_router_logits, load_policy
+from recipes.models.tokenization import load_tokenizer
 
 
 def main():

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from transformers import TextStreamer
 from trl import ModelConfig
 
-from recipes.errors import UserError
-from recipes.runs import parse, run
-from recipes.sampling import SamplingArguments, derived_seed, generate, load_generator
+from recipes.cli.errors import UserError
+from recipes.cli.run import parse, run
+from recipes.models.sampling import SamplingArguments, derived_seed, generate, load_generator
 
 
 @dataclass

@@ -18,11 +18,11 @@ from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig
 from trl import ModelConfig, RewardConfig, ScriptArguments, SFTConfig, get_peft_config
 
-from recipes.errors import UserError, first_line
+from recipes.cli.errors import UserError, first_line
+from recipes.cli.run import RecipeParser, parse, run
 from recipes.formatting import FormattingArguments
-from recipes.memory import GIB, Estimate, Setting, estimate
-from recipes.runs import RecipeParser, parse, run
-from recipes.tokenization import adapter_base
+from recipes.models.tokenization import adapter_base
+from recipes.trainers.memory import GIB, Estimate, Setting, estimate
 
 STEPS = ("sft", "reward", "ppo")
 # Assumed, not measured: what CUDA's context and libraries take, and the share of the allocator's memory lost to gaps.
@@ -55,7 +55,7 @@ def recipe_arguments(step: str) -> tuple[type, ...]:
 
         return RewardScriptArguments, RewardConfig, ModelConfig, FormattingArguments
     from recipes.ppo import PPOScriptArguments
-    from recipes.ppo_config import PPOConfig
+    from recipes.trainers.ppo_config import PPOConfig
 
     return PPOScriptArguments, PPOConfig, ModelConfig, FormattingArguments
 

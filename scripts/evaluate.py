@@ -15,7 +15,10 @@ from pathlib import Path
 import numpy as np
 from trl import ModelConfig, ScriptArguments
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
+from recipes.cli.launch import world_size
+from recipes.cli.run import git_revision, parse, run
+from recipes.data.report import Report
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.llm_judge import LLMJudge
 from recipes.evaluation.measure import Evaluation
@@ -25,11 +28,8 @@ from recipes.evaluation.report import log_to_wandb, table, write_report
 from recipes.evaluation.reward_quality import reward_model_quality
 from recipes.evaluation.rewards import RewardModel, read_pairs
 from recipes.evaluation.summary import summarise
-from recipes.formats.report import Report
 from recipes.formatting import Formatter, FormattingArguments, list_splits, load_rows
-from recipes.launch import world_size
-from recipes.runs import git_revision, parse, run
-from recipes.sampling import Prompt
+from recipes.models.sampling import Prompt
 
 
 @dataclass

@@ -15,12 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipes.errors import UserError
-from recipes.formats.control_tokens import control_tokens
-from recipes.formats.preview import render
-from recipes.formats.report import Report
+from recipes.cli.errors import UserError
+from recipes.data.preview import render
+from recipes.data.report import Report
+from recipes.data.schemas import SCHEMAS, TASKS
 from recipes.formatting import Formatter, FormattingArguments, load_rows
-from recipes.schemas import SCHEMAS, TASKS
+from recipes.models.control_tokens import control_tokens
 
 SHOWN = 3
 
@@ -110,7 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         tokenizer = None
         if args.tokenizer:
-            from recipes.tokenization import load_tokenizer  # brings torch, seconds that nobody else should wait for
+            from recipes.models.tokenization import (
+                load_tokenizer,  # brings torch, seconds that nobody else should wait for
+            )
 
             tokenizer = load_tokenizer(args.tokenizer)
         show(write(args, report, tokenizer), tokenizer)

@@ -15,10 +15,10 @@ from peft import PeftConfig
 from transformers import AutoConfig
 from trl import ModelConfig
 
-from recipes.errors import UserError
-from recipes.modeling import load_policy, load_reward_model
-from recipes.runs import parse, run
-from recipes.tokenization import adapter_base, load_tokenizer
+from recipes.cli.errors import UserError
+from recipes.cli.run import parse, run
+from recipes.models.loading import load_policy, load_reward_model
+from recipes.models.tokenization import adapter_base, load_tokenizer
 
 
 @dataclass

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from recipes import labelling
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 from recipes.labelling.accounts import add_labeler, labelers, named_labeler
 from recipes.labelling.answers import JUSTIFICATIONS
 from recipes.labelling.database import Database

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig, ScriptArguments
 
-from recipes.errors import UserError
-from recipes.formats.control_tokens import control_tokens
-from recipes.formats.report import Report
+from recipes.cli.errors import UserError
+from recipes.cli.launch import world_size
+from recipes.cli.run import parse, run
+from recipes.data.report import Report
 from recipes.formatting import Formatter, FormattingArguments, load_rows
-from recipes.launch import world_size
-from recipes.runs import parse, run
-from recipes.sampling import Prompt, SamplingArguments, load_generator, sample_to_file
+from recipes.models.control_tokens import control_tokens
+from recipes.models.sampling import Prompt, SamplingArguments, load_generator, sample_to_file
 
 
 @dataclass

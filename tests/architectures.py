@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tests.models import word_tokenizer
+from tests.tiny_models import word_tokenizer
 
 SIZES = {
     "hidden_size": 32,

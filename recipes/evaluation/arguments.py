@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 from recipes.evaluation.policies import Sampled, checkpoints, named_paths
-from recipes.sampling import SamplingArguments
+from recipes.models.sampling import SamplingArguments
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
+from recipes.cli.run import import_function
 from recipes.evaluation.policies import Conversation, Sample
-from recipes.runs import import_function
 
 
 def judge_scores(path: str, prompts: list[Conversation], samples: list[list[Sample]]) -> list[list[float]]:

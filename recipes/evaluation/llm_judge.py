@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from recipes.errors import UserError, first_line
+from recipes.cli.errors import UserError, first_line
 from recipes.evaluation.policies import Conversation
 
 ATTEMPTS = 5

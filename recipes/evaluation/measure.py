@@ -17,8 +17,8 @@ from recipes.evaluation.metrics import kl_k1, kl_k3
 from recipes.evaluation.parts import Parts, fingerprint, identity
 from recipes.evaluation.policies import Conversation, Sample, Sampled, draw_samples, same_vocabulary, token_log_probs
 from recipes.evaluation.rewards import RewardModel
-from recipes.sampling import Prompt, SamplingArguments, check_lengths, load_generator
-from recipes.tokenization import load_tokenizer
+from recipes.models.sampling import Prompt, SamplingArguments, check_lengths, load_generator
+from recipes.models.tokenization import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 
 
 class Parts:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 from recipes.evaluation.policies import Conversation
 from recipes.formatting import load_rows
 

@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import selective_log_softmax_and_entropy
 
-from recipes.errors import UserError
-from recipes.fast.live_rows import LiveRowSampling
-from recipes.sampling import Response, SamplingArguments, sample
+from recipes.cli.errors import UserError
+from recipes.models.sampling import Response, SamplingArguments, sample
+from recipes.trainers.fast.live_rows import LiveRowSampling
 
 Conversation = list[dict]
 

@@ -7,14 +7,14 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from trl import ModelConfig
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
+from recipes.data.report import Report
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.parts import identity
 from recipes.evaluation.policies import Conversation, Sample
 from recipes.evaluation.reward_quality import Pair
-from recipes.formats.report import Report
 from recipes.formatting import Formatter, FormattingArguments, load_rows
-from recipes.modeling import load_reward_model, read_reward_statistics, score_conversations
+from recipes.models.loading import load_reward_model, read_reward_statistics, score_conversations
 
 
 class RewardModel:

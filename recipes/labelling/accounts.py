@@ -5,7 +5,7 @@ import secrets
 import time
 from dataclasses import dataclass
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 from recipes.labelling.database import Database
 
 SESSION_SECONDS = 14 * 24 * 3600

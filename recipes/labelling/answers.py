@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 
 ACTIONS = ("draft", "submit", "skip", "flag")
 FLAGS = {"harmful": "harmful", "untruthful": "untruthful", "did_not_answer": "did not answer"}

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 from recipes.labelling.schema import TABLES, TRIGGERS, VERSION
 
 BUSY_SECONDS = 10

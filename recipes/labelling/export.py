@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 from recipes.labelling.answers import Review, ranks_of
 from recipes.labelling.database import Database
 from recipes.labelling.rankings import Ranking, read_rankings

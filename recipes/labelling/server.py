@@ -16,7 +16,7 @@ from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
 from pydantic import BaseModel, ConfigDict, Field
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 from recipes.labelling import accounts
 from recipes.labelling.answers import FLAGS, MAX_TEXT, Answer, AnswerError, Review, ranks_of
 from recipes.labelling.store import ConflictError, NotAssignedError, Store

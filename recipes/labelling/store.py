@@ -8,7 +8,7 @@ import random
 import time
 from dataclasses import dataclass
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 from recipes.labelling.answers import Answer, Review, check
 from recipes.labelling.database import Database
 from recipes.labelling.tasks import SampledPrompt

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 from recipes.labelling.answers import tiers_of
 
 MAX_RESPONSES = 26  # they are called A to Z

@@ -18,15 +18,15 @@ from statistics import fmean
 
 from trl import ModelConfig
 
+from recipes.cli.run import run
 from recipes.evaluation.metrics import kl_k1
 from recipes.evaluation.policies import base_of, token_log_probs
 from recipes.evaluation.reward_quality import Pair
-from recipes.fast.live_rows import LiveRowSampling
 from recipes.formatting import format_dataset, load_rows
-from recipes.modeling import load_reward_model, read_reward_statistics, score_conversations
-from recipes.runs import run
-from recipes.sampling import Response, SamplingArguments, load_generator, sample
+from recipes.models.loading import load_reward_model, read_reward_statistics, score_conversations
+from recipes.models.sampling import Response, SamplingArguments, load_generator, sample
 from recipes.tiny_world import judge, labeler
+from recipes.trainers.fast.live_rows import LiveRowSampling
 
 DATA = Path(__file__).parent / "data"
 POLICIES = ("base", "sft", "ppo", "ppo_no_kl")

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from threading import Lock
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = "recipes/configs/tiny_world"

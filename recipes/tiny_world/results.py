@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from recipes.errors import UserError
+from recipes.cli.errors import UserError
 from recipes.tiny_world import quickstart
 from recipes.tiny_world.quickstart import CONFIGS, LAUNCH, ROOT, Quickstart, Stage
 

@@ -7,10 +7,10 @@ from statistics import fmean
 import numpy as np
 import yaml
 
+from recipes.cli.run import git_revision
 from recipes.evaluation.frontier import ENOUGH
 from recipes.evaluation.plots import draw_over_optimization, draw_reward_kl, plt
 from recipes.evaluation.report import estimate
-from recipes.runs import git_revision
 from recipes.tiny_world.report import NAMES
 
 

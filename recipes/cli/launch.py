@@ -1,0 +1,144 @@
+"""Checks that what runs is what was launched: the right number of processes, on the right device, as one run.
+
+Several ways of asking for more processes than one are ignored without an error on a CPU, and one of them trains
+independent copies that overwrite each other. The request is read from the command line of `accelerate launch`, this
+process's parent; what runs is what `torch.distributed` says.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+
+import psutil
+import torch
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+from trl.import_utils import is_vllm_available
+
+from recipes.cli.errors import UserError
+
+COMMANDS = (["accelerate", "launch"], ["accelerate-launch"], ["-m", "accelerate.commands.launch"])
+SHARDED = ("FSDP", "DEEPSPEED")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `accelerate launch` was asked for; `kind` is Accelerate's name of a distributed type."""
+
+    num_processes: int
+    kind: str
+    use_cpu: bool
+    config_file: str | None
+
+    def __str__(self) -> str:
+        source = self.config_file or "accelerate launch without a config file"
+        return f"{count(self.num_processes)} ({self.kind}{', CPU' if self.use_cpu else ''}, by {source})"
+
+
+def count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
+
+
+def world_size() -> int:
+    """Number of processes that the launcher (Accelerate, torchrun or mpirun) announced to this one."""
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
+
+
+def requested() -> Request | None:
+    """The request of the `accelerate launch` that started this process; `None` without one, or if it is hidden."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return None
+    names = [os.path.basename(word) for word in words]
+    for command in COMMANDS:
+        for start in range(3):
+            if names[start : start + len(command)] == command:
+                return read_request(words[start + len(command) :])
+    return None
+
+
+def read_request(launch_arguments: list[str]) -> Request:
+    """The request in the arguments of `accelerate launch`: flags first, then the config file."""
+    args = launch_command_parser().parse_args(launch_arguments)
+    config_file = args.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
+    if args.cpu and args.config_file is None:  # then Accelerate does not read its default file either
+        config_file = None
+    config = load_config_from_file(args.config_file) if config_file else None
+    flags = {"FSDP": args.use_fsdp, "DEEPSPEED": args.use_deepspeed, "MULTI_GPU": args.multi_gpu}
+    kind = next((name for name, given in flags.items() if given), None)
+    if kind is None:
+        kind = "NO" if config is None else DistributedType(config.distributed_type).value
+    num_processes = args.num_processes or getattr(config, "num_processes", None) or world_size()
+    use_cpu = bool(args.cpu or getattr(config, "use_cpu", False))
+    return Request(num_processes, kind, use_cpu, config_file)
+
+
+def check_devices() -> None:
+    """Refuse a GPU configuration without a GPU, and more processes than GPUs, before torch or TRL stumble over it.
+
+    Raises:
+        UserError: no GPU for a configuration that wants one, or fewer than the processes started on this machine.
+    """
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    request = requested()
+    if request and request.config_file and not request.use_cpu and not torch.accelerator.is_available():
+        instead = "cpu.yaml" if request.num_processes == 1 else "multi_cpu.yaml"
+        raise UserError(
+            f"Launched: {request}. No GPU was found: launch with accelerate_configs/{instead} and --use_cpu true."
+        )
+    if 0 < gpus < local and not (request and request.use_cpu):
+        raise UserError(
+            f"{count(local)} on {gpus} GPU{'s' * (gpus > 1)}: lower --num_processes of accelerate launch to {gpus}."
+        )
+
+
+def check_launch(training_args: TrainingArguments) -> None:
+    """Compare the request with what runs, and print both.
+
+    Raises:
+        UserError: another number of processes, another kind of distribution or another device than asked for;
+            rollouts by vLLM without vLLM, which TRL finds out only after the weights have loaded; PPO by DeepSpeed.
+    """
+    if getattr(training_args, "use_vllm", False) and not is_vllm_available():
+        raise UserError("use_vllm is true, but vLLM is not installed: pip install 'trl[vllm]', or set it to false.")
+    if getattr(training_args, "deepspeed_plugin", None) is not None and hasattr(training_args, "kl_coef"):
+        raise UserError(
+            "PPO does not run by DeepSpeed, which keeps the gradients that PPO leaves out and splits weights before "
+            "roles are copied: launch with accelerate_configs/fsdp2.yaml."
+        )
+    state = training_args.distributed_state
+    running = f"{count(state.num_processes)} on {training_args.device.type} ({state.distributed_type.value})"
+    request = requested()
+    problem = find_problem(request, state.num_processes, training_args)
+    asked = request or f"{count(world_size())} without accelerate launch"
+    if problem is not None:
+        raise UserError(f"Launched: {asked}. Running: {running}. {problem}")
+    if state.is_main_process:
+        print(f"Launched: {asked}. Running: {running}.", file=sys.stderr)
+
+
+def find_problem(request: Request | None, num_processes: int, training_args: TrainingArguments) -> str | None:
+    """What to do about a launch that did not do what was asked, or `None` where it did."""
+    on_cpu = training_args.device.type == "cpu"
+    if training_args.n_gpu > 1:
+        return "One process would split its batches over all GPUs: use --gpu_ids 0 or multi_gpu.yaml."
+    if request is not None and request.kind in SHARDED and on_cpu:
+        return f"{request.kind} shards nothing on a CPU: launch with accelerate_configs/multi_cpu.yaml."
+    if world_size() != num_processes:
+        if torch.cuda.is_available():
+            return "Each process would train by itself: launch with accelerate_configs/multi_gpu.yaml."
+        return "Each process would train by itself: add the training argument --use_cpu true."
+    if request is None:
+        return None
+    if request.num_processes != num_processes:
+        several = "multi_cpu.yaml and --use_cpu true" if on_cpu else "multi_gpu.yaml"
+        return f"For several processes launch with accelerate_configs/{several}; for one, --num_processes 1."
+    if request.use_cpu and not on_cpu:
+        return "Add the training argument --use_cpu true, or launch with accelerate_configs/single_gpu.yaml."
+    if on_cpu and not request.use_cpu and request.config_file is not None:
+        return "The training argument use_cpu is true: set it to false to train on the GPU, or launch with cpu.yaml."
+    return None

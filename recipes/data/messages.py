@@ -1,0 +1,298 @@
+"""Cells and messages: what the converters of `recipes.data.schemas` are written with.
+
+Every function takes the name of the column that it reads, so that errors and skips can name it. Contents of messages
+are never changed; texts that become messages lose outer whitespace only.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from recipes.data.text_files import RowError, check_surrogates
+
+Messages = list[dict[str, Any]]
+Roles = Mapping[str, str]
+
+ROLES = {
+    "system": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+}
+EXTRAS = {"tool_calls": list, "tool_call_id": str, "name": str, "reasoning_content": str}
+MESSAGE = "expected a message {role, content} or {from, value}"
+
+NOTHING = (None, "", [], "[]")
+FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+class Skip(Exception):
+    """The row is well formed but of no use, such as a tie; it is counted and left out."""
+
+    def __init__(self, reason: str, column: str | None = None):
+        super().__init__(reason)
+        self.reason, self.column = reason, column
+
+
+def describe(value: Any) -> str:
+    """A short description of an unexpected value, for error messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}{'...' if len(value) > 40 else ''}"
+    if isinstance(value, list):
+        return f"a list of {describe(value[0])}" if value else "an empty list"
+    if isinstance(value, dict):
+        return f"an object with {listed(value) or 'no keys'}"
+    return f"{str(value)[:40]} ({type(value).__name__})"
+
+
+def listed(names: Iterable) -> str:
+    return ", ".join(map(str, names))
+
+
+def cell(row: dict, column: str) -> Any:
+    if column not in row:
+        raise RowError(f"missing; there are {listed(row) or 'no columns'}", column)
+    return row[column]
+
+
+def text(row: dict, column: str) -> str:
+    """A required text without outer whitespace; an empty one skips the row."""
+    cell(row, column)
+    value = optional_text(row, column)
+    if not value:
+        raise Skip("empty text", column)
+    return value
+
+
+def optional_text(row: dict, column: str) -> str:
+    value = row.get(column)
+    if value is not None and not isinstance(value, str):
+        raise RowError(f"found {describe(value)}, expected text", column)
+    return (value or "").strip()
+
+
+def decoded(value: Any, column: str, kind: str) -> Any:
+    """A list or an object, which may be written as JSON text where the format knows none (CSV)."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowError(f"found {describe(value)}, expected {kind} (as JSON)", column) from None
+        check_surrogates(value, column)
+    return value
+
+
+def items(row: dict, column: str) -> list:
+    """A required list."""
+    value = decoded(cell(row, column), column, "a list")
+    if value is None or value == [] or value == "":
+        raise Skip("empty list", column)
+    if not isinstance(value, list):
+        raise RowError(f"found {describe(value)}, expected a list", column)
+    return value
+
+
+def objects(row: dict, column: str, *keys: str) -> list[tuple[str, dict]]:
+    """The objects of a required list, each with the name of its place; all of them have the keys."""
+    result = [(f"{column}[{index}]", item) for index, item in enumerate(items(row, column))]
+    for where, item in result:
+        if not isinstance(item, dict):
+            raise RowError(f"found {describe(item)}, expected an object with {listed(keys)}", where)
+        for key in keys:
+            if key not in item:
+                raise RowError(f"missing; there are {listed(item) or 'no keys'}", f"{where}.{key}")
+    return result
+
+
+def inner(value: Any, where: str) -> dict:
+    """An object inside a row, its keys renamed to their full place, to be read like a row."""
+    value = decoded(value, where, "an object")
+    if not isinstance(value, dict):
+        raise RowError(f"found {describe(value)}, expected an object", where)
+    return {f"{where}.{key}": item for key, item in value.items()}
+
+
+def number(value: Any, where: str) -> float:
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return value
+    except OverflowError:  # an integer beyond all floats
+        pass
+    raise RowError(f"found {describe(value)}, expected a number", where)
+
+
+def number_cell(row: dict, column: str) -> float:
+    """A required number, which may be written as text (CSV)."""
+    value = cell(row, column)
+    try:
+        return number(float(value) if isinstance(value, str) else value, column)
+    except ValueError:
+        return number(value, column)
+
+
+def flag(row: dict, column: str) -> bool | None:
+    """An optional yes or no, which may be written as text (CSV)."""
+    value = row.get(column)
+    found = FLAGS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
+    if found is None and value not in (None, ""):
+        raise RowError(f"found {describe(value)}, expected true or false", column)
+    return found
+
+
+def choice(row: dict, column: str, options: Iterable[int]) -> int:
+    """A required whole number out of a few."""
+    value = cell(row, column)
+    found = int(value) if isinstance(value, bool) else number_cell(row, column)
+    if found not in options:
+        raise RowError(f"found {describe(value)}, expected one of {listed(options)}", column)
+    return int(found)
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def normalise(raw: list, column: str, roles: Roles) -> Messages:
+    """Messages with the roles of chat templates and untouched contents; blank system messages are left out."""
+    result = []
+    for index, turn in enumerate(raw):
+        where = f"{column}[{index}]"
+        if not isinstance(turn, dict):
+            raise RowError(f"found {describe(turn)}, {MESSAGE}", where)
+        role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
+        if role_key not in turn or (content_key not in turn and not turn.get("tool_calls")):
+            raise RowError(f"found {describe(turn)}, {MESSAGE}", where)
+        role = _role(turn[role_key], f"{where}.{role_key}", roles)
+        content = _content(turn.get(content_key), f"{where}.{content_key}")
+        extras = _extras(turn, role, where) if len(turn) > 2 else {}
+        if turn[role_key] == "function_call":
+            content, extras = "", {"tool_calls": _tool_calls(content, f"{where}.{content_key}")}
+        if content.strip() or "tool_calls" in extras or role == "tool":
+            result.append({"role": role, "content": content, **extras})
+        elif role != "system":
+            raise Skip(f"empty {role} message", f"{where}.{content_key}")
+    return result
+
+
+def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
+    """What chat templates know beside role and content, where it is not empty."""
+    result = {}
+    for key, kind in EXTRAS.items():
+        value = turn.get(key)
+        if value in (None, "", []) or (key == "name" and role != "tool"):
+            continue
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(call, dict) for call in value)):
+            wanted = "a list of objects" if kind is list else "text"
+            raise RowError(f"found {describe(value)}, expected {wanted}", f"{where}.{key}")
+        result[key] = value
+    return result
+
+
+def _role(role: Any, where: str, roles: Roles) -> str:
+    if isinstance(role, str) and role.lower() in roles:
+        return roles[role.lower()]
+    known = listed(sorted(roles))
+    raise RowError(f"unknown role: found {describe(role)}, expected one of {known}; or map it: roles.NAME=user", where)
+
+
+def _content(content: Any, where: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(isinstance(block, dict) and block.get("type") == "text" for block in content):
+        texts = [block.get("text") for block in content]
+        if all(isinstance(part, str) for part in texts):
+            return "".join(texts)
+    raise RowError(f"found {describe(content)}, expected text or a list of text blocks", where)
+
+
+def _tool_calls(content: str, where: str) -> list[dict]:
+    try:
+        calls = json.loads(content)
+    except (ValueError, RecursionError):
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise RowError(f"found {describe(content)}, expected a function call as JSON {{name, arguments}}", where)
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def check_order(messages: Messages, column: str | None = None) -> None:
+    """Chat templates need [system,] user, assistant, user, assistant, …; tool results follow an assistant."""
+    allowed, last = ("system", "user"), None
+    after = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+    for turn in messages:
+        role = turn["role"]
+        if role not in allowed:
+            reason = f"turns do not alternate: {role} after {last}" if last else f"the first turn is {role}, not user"
+            raise Skip(reason, column)
+        allowed, last = after[role], role
+    if last in (None, "system"):
+        raise Skip("no user turn", column)
+
+
+def turns(row: dict, column: str, roles: Roles, role: str) -> Messages:
+    """A column that holds a text (said by `role`), one message or a list of messages."""
+    value = cell(row, column)
+    if isinstance(value, dict):
+        return normalise([value], column, roles)
+    if isinstance(value, list):
+        return normalise(items(row, column), column, roles)
+    return [message(role, text(row, column))]
+
+
+def asked(row: dict, column: str, roles: Roles) -> Messages:
+    """The messages of a prompt column, after the row's optional `system` and `history`.
+
+    A text is one user message, unless it is a transcript "\\n\\nHuman: …\\n\\nAssistant:" that waits for its answer.
+    """
+    value = row.get(column)
+    if isinstance(value, str) and value.startswith("\n\nHuman:") and value.rstrip().endswith("\n\nAssistant:"):
+        said = split_turns(value.rstrip().removesuffix("Assistant:"), column, HUMAN_ASSISTANT, roles)
+    else:
+        said = turns(row, column, roles, "user")
+    return in_context(row, said)
+
+
+def in_context(row: dict, said: Messages) -> Messages:
+    """Messages after the row's optional `system` (or `system_prompt`) and `history` of [user, assistant] texts."""
+    system = optional_text(row, "system") or optional_text(row, "system_prompt")
+    history = []
+    for index, pair in enumerate([] if row.get("history") in NOTHING else items(row, "history")):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowError(f"found {describe(pair)}, expected [user text, assistant text]", f"history[{index}]")
+        for side, role in enumerate(("user", "assistant")):
+            where = f"history[{index}][{side}]"
+            history.append(message(role, text({where: pair[side]}, where)))
+    if system and not (said and said[0]["role"] == "system"):
+        history.insert(0, message("system", system))
+    return history + said
+
+
+def split_turns(value: str, column: str, marker: re.Pattern, roles: Roles, first: str | None = None) -> Messages:
+    """Cuts a transcript at its markers, whose group 1 is the role; `first` says the text before the first marker."""
+    start, *rest = marker.split(value)
+    raw = [message(role, said.strip()) for role, said in zip(rest[::2], rest[1::2], strict=True)]
+    if first:
+        raw.insert(0, message(first, start.strip()))
+    elif start.strip() or not raw:
+        raise RowError(f"found {describe(value)}, expected turns that start with a marker such as Human:", column)
+    return normalise(raw, column, roles)
+
+
+def split_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+    """Cuts two conversations after the turns that they share: (prompt, chosen, rejected)."""
+    if chosen == rejected:
+        raise Skip("identical responses", "rejected")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0 or chosen[shared - 1]["role"] in ("assistant", "system"):
+        raise Skip("the prompts of chosen and rejected differ", "rejected")
+    if shared == min(len(chosen), len(rejected)):
+        raise Skip("one conversation is only the beginning of the other", "rejected")
+    return chosen[:shared], chosen[shared:], rejected[shared:]

@@ -1,0 +1,76 @@
+"""Several formatted datasets as one, with weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.data.messages import listed
+from recipes.data.tasks import features
+from recipes.data.text_files import DataError
+
+
+@dataclass
+class Source:
+    """One source of a mixture; the fields that TRL's `DatasetConfig` has too bear its names.
+
+    `fraction` is the share of the source in the mixture, on any scale; all sources have one, or none.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    data_files: Any = None
+    fraction: float | None = None
+    schema: str | None = None
+    mapping: Any = None
+
+    @classmethod
+    def parse(cls, item: str | Mapping) -> "Source":
+        """From `PATH`, `PATH=FRACTION` or a mapping of the fields."""
+        if isinstance(item, str):
+            path, _, fraction = item.partition("=")
+            item = {"path": path, "fraction": fraction or None}
+        if "path" not in item or item.keys() - cls.__dataclass_fields__.keys():
+            fields = listed(cls.__dataclass_fields__)
+            raise DataError(f"datasets: a source has path and perhaps more of {fields}; found {listed(item)}")
+        source = cls(**item)
+        try:
+            source.fraction = None if source.fraction is None else float(source.fraction)
+        except (TypeError, ValueError):
+            raise DataError(f"datasets: the fraction of {source.path} is {source.fraction!r}, not a number") from None
+        if source.fraction is not None and not 0 < source.fraction < float("inf"):
+            raise DataError(f"datasets: the fraction of {source.path} is {source.fraction}; expected more than 0")
+        return source
+
+
+def check_fractions(sources: list[Source]) -> None:
+    if len({source.fraction is None for source in sources}) > 1:
+        raise DataError("datasets: give every source a fraction, or none")
+
+
+def combine(parts: list, sources: list[Source], task: str, options: Mapping[str, Any], seed: int):
+    """One dataset out of formatted ones.
+
+    As in TRL, fractions are shares of the mixture, which is as large as it can be without repeating a row, and the
+    first rows of each source are taken. Streams are interleaved at random instead, until the first one ends.
+    """
+    from datasets import concatenate_datasets, interleave_datasets
+
+    shares = None
+    if sources[0].fraction is not None:
+        shares = [source.fraction / sum(each.fraction for each in sources) for source in sources]
+    if options.get("streaming"):
+        return interleave_datasets(parts, shares, seed) if shares else concatenate_datasets(parts)
+    if any("tools" in part.column_names for part in parts):
+        columns = features(task, options.get("prompt_completion", False), tools=True)
+        parts = [
+            part if "tools" in part.column_names else part.map(_without_tools, features=columns) for part in parts
+        ]
+    if shares:
+        total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
+        parts = [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]
+    return concatenate_datasets(parts)
+
+
+def _without_tools(row: dict) -> dict:
+    return {**row, "tools": None}  # all columns, or `datasets` cannot cast the messages

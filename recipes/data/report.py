@@ -1,0 +1,88 @@
+"""What became of the rows of a dataset: counts, reasons, places."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.data.text_files import DataError, Row
+
+KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # each list of a report, and what its entries say
+KEPT = 10_000  # entries of each list, and reasons that are counted by name; the sums are always complete
+SHOWN = 5  # errors in the text of a DataError
+
+
+@dataclass
+class Report:
+    """What became of the rows of one source. Each entry names file and line; lists end after 10,000 entries."""
+
+    source: str
+    task: str
+    schema: str | None = None
+    reason: str = ""
+    rows_in: int = 0
+    rows_out: int = 0
+    skipped: list[dict] = field(default_factory=list)
+    flags: list[dict] = field(default_factory=list)
+    errors: list[dict] = field(default_factory=list)
+    counts: dict[str, Counter] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
+    fingerprint: str = ""
+
+    def add(self, kind: str, row: Row, what: str, column: str | None = None) -> None:
+        """`kind` is "skipped", "flags" or "errors"."""
+        entries = getattr(self, kind)
+        counts = self.counts[kind]
+        counts[what if what in counts or len(counts) < KEPT else "others"] += 1  # messages quote what they found
+        if len(entries) < KEPT:
+            place = {"file": row.file, "line": row.line, **({} if kind == "flags" else {"column": column})}
+            entries.append({**place, KINDS[kind]: what})
+
+    def finish(self) -> None:
+        """Turns the errors, which were accepted, into skipped rows; refuses a source that gives nothing."""
+        self.counts["skipped"].update(self.counts["errors"])
+        self.counts["errors"].clear()
+        for error in self.errors:
+            self.skipped.append({KINDS["skipped"] if key == KINDS["errors"] else key: error[key] for key in error})
+        self.errors.clear()
+        self.skipped.sort(key=lambda entry: (entry["file"], entry["line"]))
+        if self.rows_in == 0:
+            raise self.error(f"{self.source}: no rows: the file or split is empty")
+        if self.rows_out == 0:
+            reasons = ", ".join(f"{what} ({count})" for what, count in self.counts["skipped"].most_common(SHOWN))
+            raise self.error(f"{self.source}: none of {self.rows_in} rows is of use for {self.task!r}: {reasons}")
+
+    def to_dict(self) -> dict[str, Any]:
+        keys = ("source", "task", "schema", "reason", "rows_in", "rows_out", *KINDS, "fingerprint")
+        counts = {f"{kind}_by_reason": dict(counter.most_common(100)) for kind, counter in self.counts.items()}
+        return {**{key: getattr(self, key) for key in keys}, **counts}
+
+    def save(self, path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        rows = f"{self.rows_in} rows in, {self.rows_out} out"
+        lines = [f"{self.source}: {rows}; task {self.task}, schema {self.schema} ({self.reason})"]
+        for kind in ("skipped", "flags"):
+            for what, count in self.counts[kind].most_common(10):
+                first = next((entry for entry in getattr(self, kind) if what in entry.values()), None)
+                where = f", first at {first['file']}:{first['line']}" if first else ""
+                lines.append(f"  {'skipped' if kind == 'skipped' else 'flagged'} {count}: {what}{where}")
+        return "\n".join(lines)
+
+    def error(self, message: str) -> DataError:
+        error = DataError(message)
+        error.report = self
+        return error
+
+    def errors_text(self) -> str:
+        """The first errors with their places, and how many there are."""
+        total = self.counts["errors"].total()
+        lines = [f"{self.source}: {total} of {self.rows_in} rows cannot be used for task {self.task!r}"]
+        for entry in self.errors[:SHOWN]:
+            column = f":{entry['column']}" if entry["column"] else ""
+            lines.append(f"  {entry['file']}:{entry['line']}{column}: {entry['message']}")
+        if total > SHOWN:
+            lines.append(f"  and {total - SHOWN} more")
+        return "\n".join(lines)

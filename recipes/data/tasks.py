@@ -1,0 +1,136 @@
+"""What each task makes of a `Dialogue` or a `Ranking`: the rows that TRL trains on.
+
+    sft         messages; or, with `prompt_completion`, prompt and completion, which is the last turn
+    preference  prompt, chosen, rejected, group_id and, where asked for, margin: one row per pair with unequal ranks
+    ranking     prompt, completions (best first), ranks, group_id: one row per ranked prompt
+    prompt      prompt, which ends with the user's turn
+
+All but `group_id`, a hash that is equal for equal prompts, and numbers are lists of {role, content}. SFT rows of a
+source with tool calls also have `tools`, as JSON text.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+
+from recipes.data.converters import Dialogue, Ranking
+from recipes.data.messages import Messages, Skip, check_order
+from recipes.data.text_files import RowError
+
+
+def outputs(
+    example: Dialogue | Ranking, task: str, prompt_completion: bool = False, margin: bool = False
+) -> Iterator[dict | Skip]:
+    """The rows for a task, and a `Skip` for each part of the example that is left out.
+
+    Raises:
+        Skip: all of the example is left out.
+        RowError: a margin was asked for and is not there.
+    """
+    if task == "sft":
+        yield _sft(example, prompt_completion)
+    elif task == "prompt":
+        yield {"prompt": _prompt(example)}
+    else:
+        yield from example.dropped
+        ranking = _ranking(example)
+        if task == "ranking":
+            yield ranking
+        else:
+            yield from _pairs(ranking, _margin(example) if margin else {})
+
+
+def group_id(prompt: Messages) -> str:
+    """16 hexadecimal digits that are equal for equal prompts."""
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def row_messages(row: dict) -> Iterator[dict]:
+    """All messages of a row of any task."""
+    for column in ("messages", "prompt", "completion", "chosen", "rejected"):
+        yield from row.get(column, ())
+    for completion in row.get("completions", ()):
+        yield from completion
+
+
+def has_tools(row: dict) -> bool:
+    return "tools" in row or any(len(turn) > 2 for turn in row_messages(row))
+
+
+def features(
+    task: str, prompt_completion: bool = False, margin: bool = False, tools: bool = False, keep: Iterable[str] = ()
+):
+    """The `datasets.Features` of a task's rows; messages with tool calls and the columns to `keep` are free JSON."""
+    from datasets import Features, List, Value
+
+    from recipes.data.exact_json import ExactJson
+
+    text, float64 = Value("string"), Value("float64")
+    messages = List(ExactJson()) if tools else List({"role": text, "content": text})
+    columns = {
+        "sft": dict.fromkeys(("prompt", "completion") if prompt_completion else ("messages",), messages),
+        "preference": dict.fromkeys(("prompt", "chosen", "rejected"), messages) | {"group_id": text},
+        "ranking": {"prompt": messages, "completions": List(messages), "ranks": List(float64), "group_id": text},
+        "prompt": {"prompt": messages},
+    }[task]
+    extra = {"margin": float64} if task == "preference" and margin else {"tools": text} if tools else {}
+    return Features(columns | extra | {name: ExactJson() for name in keep})
+
+
+def _sft(example: Dialogue, prompt_completion: bool) -> dict:
+    messages = example.messages
+    check_order(messages)
+    if messages[-1]["role"] != "assistant":
+        raise Skip(f"the last turn is {messages[-1]['role']}, not assistant")
+    row = {"prompt": messages[:-1], "completion": messages[-1:]} if prompt_completion else {"messages": messages}
+    return row | ({"tools": json.dumps(example.tools)} if example.tools else {})
+
+
+def _prompt(example: Dialogue | Ranking) -> Messages:
+    messages = example.prompt if isinstance(example, Ranking) else example.messages
+    check_order(messages)
+    _refuse_tools(messages)
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def _ranking(example: Ranking) -> dict:
+    for response in example.responses:
+        check_order(example.prompt + response)
+        _refuse_tools(example.prompt + response)
+        if example.prompt[-1]["role"] != "user" or response[-1]["role"] != "assistant":
+            raise Skip("a prompt must end with a user turn and a response with an assistant turn")
+    if len(example.responses) < 2:
+        raise Skip("fewer than two responses")
+    if len(set(example.ranks)) == 1:
+        raise Skip("tie: all responses have the same rank")
+    order = sorted(range(len(example.ranks)), key=example.ranks.__getitem__)
+    return {
+        "prompt": example.prompt,
+        "completions": [example.responses[index] for index in order],
+        "ranks": [float(example.ranks[index]) for index in order],
+        "group_id": group_id(example.prompt),
+    }
+
+
+def _refuse_tools(messages: Messages) -> None:
+    if any(turn["role"] == "tool" or len(turn) > 2 for turn in messages):
+        raise Skip("tool calls are supported for task 'sft' only")
+
+
+def _margin(example: Ranking) -> dict[str, float]:
+    if example.margin is None:
+        raise RowError("a margin was asked for, but this row has no margin and no scores", "margin")
+    return {"margin": float(example.margin)}
+
+
+def _pairs(ranking: dict, extra: dict) -> Iterator[dict | Skip]:
+    ranked = list(zip(ranking["completions"], ranking["ranks"], strict=True))
+    said = [[turn["content"].strip() for turn in completion] for completion, _ in ranked]
+    for better, (chosen, rank) in enumerate(ranked):
+        for worse in range(better + 1, len(ranked)):
+            rejected, lower = ranked[worse]
+            if said[better] == said[worse] and rank < lower:
+                yield Skip("identical responses")
+            elif rank < lower:
+                pair = {"prompt": ranking["prompt"], "chosen": chosen, "rejected": rejected}
+                yield pair | {"group_id": ranking["group_id"]} | extra

@@ -1,0 +1,310 @@
+"""Rows of JSON Lines, JSON and CSV files, each with its physical line, and what is wrong with them said by place.
+
+`datasets` would guess types (dates become timestamps, "NA" becomes null, 007 becomes 7.0) and name no line.
+"""
+
+import codecs
+import csv
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from recipes.cli.errors import UserError
+
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
+CHUNK = 2**20  # bytes of a list in JSON that are read at a time, or more where an element is larger
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# Messages in a cell of CSV, which knows no lists. With single quotes they are Python's, as pandas writes them.
+_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|tool_calls)["']\s*:""")
+
+
+class DataError(UserError):
+    """Data that cannot be used. `report` is the formatting report where formatting had begun, else None."""
+
+    report: Any = None
+
+
+class RowError(Exception):
+    """One row cannot be used; `message` says what was found, what was expected and what to do."""
+
+    def __init__(self, message: str, column: str | None = None):
+        super().__init__(message)
+        self.message, self.column = message, column
+
+
+class LostRows(RowError):
+    """What follows in the file cannot be read either, so that leaving out one row would leave out an unknown many."""
+
+
+class Row(NamedTuple):
+    """`line` is 1-based: the physical line in a text file (a CSV header is line 1), else the number of the row."""
+
+    file: str
+    line: int
+    data: Any  # a dict, the RowError that stands for it, or the line of JSON that holds it
+
+    def read(self) -> dict | RowError:
+        return _read_json_line(self.data) if isinstance(self.data, bytes) else self.data
+
+
+def read_text_file(path: Path) -> Iterator[Row]:
+    """The rows of a .jsonl, .ndjson, .json or .csv file, compressed or not.
+
+    Raises:
+        DataError: nothing of the file can be read, or its compressed form is damaged.
+    """
+    try:
+        with _open_text(path) as stream:
+            yield from _read_text(path, stream)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or f"the file is damaged: {error}"
+        raise DataError(f"{path}: {reason}") from error
+
+
+def _open_text(path: Path) -> BinaryIO:
+    if path.suffix.lower() not in COMPRESSED:
+        return path.open("rb")
+    import fsspec
+
+    try:
+        return fsspec.open(str(path), "rb", compression="infer").open()
+    except ValueError as error:
+        raise DataError(f"{path}: no package for {path.suffix} is installed; pip install zstandard") from error
+
+
+def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
+    file = str(path)
+    suffix = path.suffixes[-2 if path.suffix.lower() in COMPRESSED else -1].lower()
+    head = stream.read(64)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{file}: this is UTF-16; convert it, e.g. iconv -f UTF-16 -t UTF-8 {path.name}")
+    start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
+    stream.seek(start)
+    if suffix == ".csv":
+        yield from _read_csv(file, stream)
+    elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _read_json_list(file, stream)
+    elif suffix == ".json" and not stream.readline().rstrip().endswith(b"}"):
+        yield Row(file, 1, RowError("one JSON object over many lines; expected a list [...] or an object per line"))
+    else:
+        stream.seek(start)
+        yield from _read_jsonl(file, stream)
+
+
+def _read_jsonl(file: str, stream: Iterable[bytes]) -> Iterator[Row]:
+    return (Row(file, number, raw) for number, raw in enumerate(stream, 1) if not raw.isspace())
+
+
+def _read_json_line(raw: bytes) -> dict | RowError:
+    try:
+        text = raw.decode("utf-8")
+        data, end = _decode(text, _skip_space(text, 0))
+        if text[end:].strip():
+            return RowError(f"text after the JSON object, from character {end + 1} on; one object per line")
+        return data
+    except UnicodeDecodeError as error:
+        return RowError(_not_utf8(raw[error.start]))
+    except (ValueError, RecursionError) as error:
+        return RowError(_not_json(error))
+
+
+def _read_json_list(file: str, stream: BinaryIO) -> Iterator[Row]:
+    """The elements of one JSON list, each at the line it starts on. Nothing after the first syntax error is read."""
+    window = _Window(stream)
+    try:
+        window.skip_space()
+        window.position += 1  # the bracket
+        closed = window.skip_space() == "]"
+        while not closed:
+            line = window.line()
+            yield Row(file, line, window.decode())
+            separator = window.skip_space()
+            closed = separator == "]"
+            if not closed:
+                if separator != ",":
+                    raise json.JSONDecodeError("expected ',' or ']' after an element", window.text, window.position)
+                window.position += 1
+                window.skip_space()
+        window.position += 1
+        if window.skip_space():
+            raise json.JSONDecodeError("text after the end of the list", window.text, window.position)
+    except UnicodeDecodeError as error:
+        line = window.first_line + window.text.count("\n") + error.object.count(b"\n", 0, error.start)
+        yield Row(file, line, LostRows(_not_utf8(error.object[error.start])))
+    except json.JSONDecodeError as error:
+        error.colno += window.column if error.lineno == 1 else 0
+        line = window.first_line + error.lineno - 1
+        yield Row(file, line, LostRows(f"{_not_json(error)}; nothing after it was read"))
+    except (ValueError, RecursionError) as error:
+        yield Row(file, window.line(), LostRows(f"{_not_json(error)}; nothing after it was read"))
+
+
+class _Window:
+    """The part of a file of JSON that is in memory, which begins at `first_line` after `column` characters."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.text, self.position = stream, "", 0
+        self.first_line, self.column, self.ended = 1, 0, False
+        self.counted, self.counted_line = 0, 1
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def line(self) -> int:
+        """The line of the position, which only moves on."""
+        self.counted_line += self.text.count("\n", self.counted, self.position)
+        self.counted = self.position
+        return self.counted_line
+
+    def more(self) -> None:
+        """Leaves out what was read and appends what follows."""
+        last = self.text.rfind("\n", 0, self.position)
+        self.column = self.position - last - 1 + (self.column if last < 0 else 0)
+        self.first_line, self.text = self.line(), self.text[self.position :]
+        self.position = self.counted = 0
+        raw = self.stream.read(max(CHUNK, len(self.text)))
+        self.text += self.decoder.decode(raw, final=not raw)
+        self.ended = not raw
+
+    def skip_space(self) -> str:
+        """The next character that is no space; empty at the end."""
+        self.position = _skip_space(self.text, self.position)
+        while self.position == len(self.text) and not self.ended:
+            self.more()
+            self.position = _skip_space(self.text, self.position)
+        return self.text[self.position : self.position + 1]
+
+    def decode(self) -> dict | RowError:
+        """The element that starts here, however much of the file it takes."""
+        while True:
+            try:
+                value, end = _decode(self.text, self.position)
+                if end < len(self.text) or self.ended:
+                    self.position = end
+                    return value
+            except json.JSONDecodeError as error:
+                cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated string")
+                if self.ended or not cut:
+                    raise
+            self.more()
+
+
+def _skip_space(text: str, position: int) -> int:
+    return json.decoder.WHITESPACE.match(text, position).end()
+
+
+def _decode(text: str, position: int) -> tuple[dict | RowError, int]:
+    """The object that starts at `position`, or what is wrong with it, and where it ends."""
+    try:
+        value, end = _DECODER.raw_decode(text, position)
+        escapes = text.find("\\ud", position, end) >= 0 or text.find("\\uD", position, end) >= 0
+        return value if isinstance(value, dict) and not escapes else check_row(value), end
+    except RowError as error:
+        return error, json.JSONDecoder().raw_decode(text, position)[1]
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError(f"the key {twice!r} stands twice in one object; remove one of them", twice)
+    return result
+
+
+def _no_constant(constant: str):
+    raise RowError(f"{constant} is not valid JSON; write a number or null")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+
+
+def check_row(value: Any) -> dict:
+    """The row itself, if it is an object whose text can be stored; raises RowError."""
+    if not isinstance(value, dict):
+        raise RowError(f"found a {type(value).__name__}, expected an object {{...}} with named columns")
+    for column, cell in value.items():
+        check_surrogates(cell, column)
+    return value
+
+
+def check_surrogates(value: Any, column: str) -> None:
+    """Half a UTF-16 pair cannot be stored as UTF-8; `datasets` would fail on it much later."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):04x}"
+            raise RowError(f"the text holds half a character ({half}, a lone surrogate); repair it", column) from None
+    elif isinstance(value, list | dict):
+        for item in value if isinstance(value, list) else (*value, *value.values()):
+            check_surrogates(item, column)
+
+
+def _not_utf8(byte: int) -> str:
+    return f"not UTF-8 (byte 0x{byte:02x}), perhaps Latin-1; convert the file, e.g. iconv -f LATIN1 -t UTF-8"
+
+
+def _not_json(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off or edited by hand?"
+    return "the JSON is nested too deeply" if isinstance(error, RecursionError) else f"not usable as JSON: {error}"
+
+
+def _read_csv(file: str, stream: Iterable[bytes]) -> Iterator[Row]:
+    # Bytes that are not UTF-8 pass as surrogates, so that only their own row is refused.
+    reader = csv.reader((raw.decode("utf-8", "surrogateescape") for raw in stream), strict=True)
+    csv.field_size_limit(2**31 - 1)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Row(file, line, LostRows(f"not valid CSV: {error}; is a quote left open? Nothing after it was read"))
+            return
+        if not cells:
+            continue
+        if header is None:
+            header = _check_header(file, line, cells)
+        else:
+            yield Row(file, line, _csv_row(header, cells))
+
+
+def _check_header(file: str, line: int, header: list[str]) -> list[str]:
+    problem = None
+    if len(set(header)) < len(header):
+        problem = f"two columns are called {next(name for name in header if header.count(name) > 1)!r}"
+    elif not all(name.strip() for name in header):
+        problem = "a column has no name; name it, or leave out pandas' index with to_csv(index=False)"
+    elif len(header) == 1 and re.search("[;\t|]", header[0]):
+        problem = f"the only column is {header[0]!r}: columns must be separated by commas"
+    if problem:
+        raise DataError(f"{file}:{line}: CSV header: {problem}")
+    return header
+
+
+def _csv_row(header: list[str], cells: list[str]) -> dict | RowError:
+    if len(cells) != len(header):
+        return RowError(
+            f"found {len(cells)} fields, expected {len(header)} as in the header; quote fields that hold a comma"
+        )
+    row = dict(zip(header, cells, strict=True))
+    for column, cell in row.items():
+        bad = re.search("[\udc80-\udcff]", cell)
+        if bad:
+            return RowError(_not_utf8(ord(bad[0]) - 0xDC00), column)
+        if _MESSAGES.match(cell):
+            try:
+                row[column] = _DECODER.decode(cell)
+                check_surrogates(row[column], column)
+            except RowError as error:
+                return error
+            except (ValueError, RecursionError):
+                wanted = "messages that are not valid JSON; write them with json.dumps"
+                return RowError(f"found {cell[:40]!r}, {wanted}", column)
+    return row

@@ -1,0 +1,242 @@
+"""Samples responses from a policy: in length-sorted batches, and into a file that a stopped run completes."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.generation import BaseStreamer
+from trl import ModelConfig
+
+from recipes.cli.errors import UserError
+from recipes.models.loading import load_policy
+from recipes.models.tokenization import adapter_base, load_tokenizer
+
+ROUNDS = 5  # how often a prompt is tried again for a response it does not have yet
+
+
+@dataclass
+class SamplingArguments:
+    """How responses are sampled. The same arguments, prompts and model give the same responses.
+
+    Args:
+        generation_batch_size: responses sampled at once; it takes part in what is drawn, so it is kept on resuming.
+    """
+
+    num_generations: int = field(default=4, metadata={"help": "Responses per prompt."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits; 0 takes the likeliest token."})
+    top_k: int = field(default=50, metadata={"help": "Sample among this many likeliest tokens; 0 takes all."})
+    top_p: float = field(default=0.95, metadata={"help": "Sample among the likeliest tokens of this total share."})
+    max_completion_length: int = field(default=128, metadata={"help": "Longest response, in tokens."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    generation_batch_size: int = field(default=64, metadata={"help": "Responses sampled at once."})
+
+    def __post_init__(self):
+        positive = ("num_generations", "max_completion_length", "generation_batch_size")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: expected 1 or more.")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError("--temperature and --top_k must be 0 or more, --top_p above 0 and at most 1.")
+        if self.temperature == 0 and self.num_generations > 1:
+            raise UserError("--temperature 0 always gives the same response: set --num_generations 1 or sample.")
+
+
+@dataclass(frozen=True)
+class Response:
+    """`token_ids` end with EOS if the model `finished` by itself; `text` has no special tokens."""
+
+    text: str
+    finished: bool
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that a response is wanted for, and where it is from."""
+
+    id: str
+    messages: list[dict]
+    place: str
+
+
+def load_generator(
+    model_args: ModelConfig, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Policy and tokenizer of a base, a full model or an adapter folder, ready to generate on this machine's device.
+
+    Sampling defaults that came with the model (such as a repetition penalty) are dropped: only the arguments count.
+    """
+    name = model_args.model_name_or_path
+    tokenizer = load_tokenizer(name, model_args.model_revision, trust_remote_code)
+    model_args.use_peft = adapter_base(name) is not None
+    model = load_policy(model_args, trust_remote_code).eval().requires_grad_(False)
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        model = model.to(PartialState().device)
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends))
+    return model, tokenizer
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict]],
+    sampling: SamplingArguments,
+    seed: int,
+    streamer: BaseStreamer | None = None,
+) -> list[Response]:
+    """One response for each conversation, all in one batch; a `streamer` sees the tokens of a single one at once."""
+    ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
+    batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
+    if sampling.temperature == 0:
+        options = {"do_sample": False}
+    else:
+        options = {"do_sample": True, "temperature": sampling.temperature}
+        options |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
+    set_seed(seed)
+    output = model.generate(**batch, **options, max_new_tokens=sampling.max_completion_length, streamer=streamer)
+    ends = set(model.generation_config.eos_token_id)
+    responses = []
+    for tokens in output[:, batch["input_ids"].size(1) :].tolist():
+        end = next((place for place, token in enumerate(tokens) if token in ends), None)
+        tokens = tokens if end is None else tokens[: end + 1]
+        text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        responses.append(Response(text, end is not None, tokens))
+    return responses
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict]],
+    sampling: SamplingArguments,
+    title: str = "Sampling",
+) -> list[list[Response]]:
+    """`num_generations` independent responses for each conversation, in their order; `title` is shown on the way."""
+    rows = [row for row in range(len(conversations)) for _ in range(sampling.num_generations)]
+    rows.sort(key=lambda row: prompt_length(conversations[row]), reverse=True)
+    responses: list[list[Response]] = [[] for _ in conversations]
+    for start in tqdm(range(0, len(rows), sampling.generation_batch_size), desc=title, disable=None):
+        batch = rows[start : start + sampling.generation_batch_size]
+        seed = derived_seed(sampling.seed, start)
+        for row, response in zip(
+            batch, generate(model, tokenizer, [conversations[row] for row in batch], sampling, seed), strict=True
+        ):
+            responses[row].append(response)
+    return responses
+
+
+def prompt_length(messages: list[dict]) -> int:
+    """Length in characters, by which prompts are sorted so that a batch has little padding."""
+    return sum(len(message["content"]) for message in messages)
+
+
+def derived_seed(*parts) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4])
+
+
+def sample_to_file(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[Prompt],
+    sampling: SamplingArguments,
+    model_name: str,
+    output: str,
+) -> None:
+    """Append one JSON line per prompt to `output`; a run that was stopped goes on where it was.
+
+    Batches and seeds depend on nothing but the arguments, so a file made in several runs equals one made in one. The
+    longest prompts come first: a batch that does not fit into memory fails at once.
+
+    Raises:
+        UserError: `output` was made from other prompts, with another model or other arguments; a prompt is too long.
+    """
+    plan = sorted(prompts, key=lambda prompt: (-prompt_length(prompt.messages), prompt.id))
+    check_lengths(model, tokenizer, plan, sampling)
+    common = {"model": model_name, "sampling": asdict(sampling)}
+    done = read_done(output, plan, common)
+    if done:
+        print(f"{output}: {done} of {len(plan)} prompts were sampled before.")
+    per_batch = max(1, sampling.generation_batch_size // sampling.num_generations)
+    dropped = missing = 0
+    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+    with open(output, "a", encoding="utf-8") as file, tqdm(total=len(plan), initial=done, desc="Sampling") as bar:
+        for start in range(done - done % per_batch, len(plan), per_batch):
+            batch = plan[start : start + per_batch]
+            groups, repeats = sample_distinct(model, tokenizer, batch, sampling, start)
+            dropped += repeats
+            for place, (prompt, group) in enumerate(zip(batch, groups, strict=True), start):
+                if place < done:
+                    continue
+                missing += sampling.num_generations - len(group)
+                rows = [
+                    {"id": f"{prompt.id}-{number}", "text": response.text, "finished": response.finished}
+                    for number, response in enumerate(group)
+                ]
+                line = {"id": prompt.id, "prompt": prompt.messages, "responses": rows, **common}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                bar.update()
+            file.flush()
+            os.fsync(file.fileno())
+    print(f"{output}: {len(plan)} prompts; dropped {dropped} repeated responses; {missing} could not be replaced.")
+
+
+def sample_distinct(model, tokenizer, batch: list[Prompt], sampling: SamplingArguments, start: int):
+    """Up to `num_generations` different responses for each prompt, and how many repeated ones were dropped."""
+    groups: list[list[Response]] = [[] for _ in batch]
+    dropped = 0
+    for attempt in range(ROUNDS):
+        rows = [row for row, group in enumerate(groups) for _ in range(sampling.num_generations - len(group))]
+        if not rows:
+            break
+        seed = derived_seed(sampling.seed, start, attempt)
+        responses = generate(model, tokenizer, [batch[row].messages for row in rows], sampling, seed)
+        for row, response in zip(rows, responses, strict=True):
+            if response.text in (other.text for other in groups[row]):
+                dropped += 1
+            else:
+                groups[row].append(response)
+    return groups, dropped
+
+
+def check_lengths(model, tokenizer, plan: list[Prompt], sampling: SamplingArguments) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for prompt in plan:
+        length = len(tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=False))
+        if limit and length + sampling.max_completion_length > limit:
+            raise UserError(
+                f"{prompt.place}: {length} tokens and --max_completion_length {sampling.max_completion_length} "
+                f"are more than the {limit} positions of the model: shorten one of them."
+            )
+
+
+def read_done(output: str, plan: list[Prompt], common: dict) -> int:
+    """How many prompts of the plan `output` holds; cuts off a last line that was not written to its end."""
+    if not os.path.exists(output):
+        return 0
+    with open(output, "rb+") as file:
+        lines = file.read().split(b"\n")
+        if lines[-1]:
+            file.truncate(sum(len(line) + 1 for line in lines[:-1]))
+    for number, line in enumerate(lines[:-1]):
+        try:
+            row = json.loads(line)
+            same = {name: row[name] for name in ("model", "sampling")} == common
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{output}:{number + 1}: not a line of samples: choose another --output.") from error
+        if not same:
+            raise UserError(
+                f"{output} was sampled from {row['model']} with {row['sampling']}: choose another --output, or the "
+                "same model and arguments to complete it."
+            )
+        if number >= len(plan) or (row["id"], row["prompt"]) != (plan[number].id, plan[number].messages):
+            raise UserError(f"{output} was sampled from other prompts: choose another --output.")
+    return len(lines) - 1

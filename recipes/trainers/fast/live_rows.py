@@ -1,0 +1,179 @@
+"""Sampling without idle rows: finished responses leave the batch, and the samples' log-probabilities are kept."""
+
+import contextlib
+import functools
+
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
+
+from recipes.trainers.fast.packing import FEWEST_PIECES, pieces
+
+
+class RoomyLayer(DynamicLayer):
+    """A `DynamicLayer` that grows by a quarter at a time; the plain one copies all it holds for every token."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.buffers = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        seen = self.get_seq_length()
+        length = seen + key_states.shape[-2]
+        if self.buffers is None or self.buffers[0].shape[-2] < length:
+            room = length + max(16, length // 4)
+            held = [(self.keys, key_states), (self.values, value_states)]
+            self.buffers = [new.new_empty(*new.shape[:-2], room, new.shape[-1]) for _, new in held]
+            for buffer, (old, _) in zip(self.buffers, held, strict=True):
+                if seen:
+                    buffer[..., :seen, :] = old
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., seen:length, :] = new
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def fill(self, parts: list[tuple[torch.Tensor, torch.Tensor]], rows: list[torch.Tensor], width: int) -> None:
+        """Start with keys and values of several pieces of the batch, each `width` or fewer tokens and at the end."""
+        whole = [part.new_zeros(sum(map(len, rows)), part.size(1), width, part.size(3)) for part in parts[0]]
+        for part, piece in zip(parts, rows, strict=True):
+            for target, own in zip(whole, part, strict=True):
+                target[piece, :, width - own.size(2) :] = own
+        self.update(*whole)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.buffers = None
+
+
+class LiveRowSampling:
+    """A decoding loop for `generate(custom_generate=…)`; everything around the loop stays transformers' own.
+
+    After a call `logps` holds log p of each sampled token, (B, new tokens), float32 and 0 after the end, under the
+    whole distribution at the temperature, whatever top-k, top-p or penalties sampled from. It is None where the loop
+    left the work to transformers': beams, greedy decoding, caches whose rows cannot be selected.
+
+    Args:
+        piece_overhead: prompts are read in the pieces that [`packing.pieces`] cuts at this overhead.
+    """
+
+    # Selecting rows copies the cache, so it waits until this share of the batch has finished.
+    IDLE_SHARE = 1 / 8
+
+    def __init__(self, piece_overhead: float = FEWEST_PIECES):
+        self.piece_overhead = piece_overhead
+        self.logps: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def installed(self, model: PreTrainedModel):
+        """Let `model.generate` sample with this loop."""
+        model.generate = functools.partial(model.generate, custom_generate=self)
+        try:
+            yield
+        finally:
+            del model.generate
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config,
+        **model_kwargs,
+    ) -> torch.Tensor:
+        """Prompts and samples, (B, P + new tokens), padded at the end; arguments as in `GenerationMixin._sample`."""
+        self.logps = None
+        cache = model_kwargs.get("past_key_values")
+        plain = generation_config.do_sample and generation_config.num_beams == 1 and type(cache) is DynamicCache
+        if not plain or not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+            return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        filtered = any(not isinstance(processor, TemperatureLogitsWarper) for processor in logits_processor)
+        temperature, pad_token_id = generation_config.temperature or 1.0, generation_config._pad_token_tensor.item()
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        live = torch.ones_like(rows, dtype=torch.bool)
+        prompts, samples, logps = input_ids, [], []
+        # Every pass over the vocabulary goes here: memory taken anew for each token would cost more than the pass.
+        buffer = None
+        outputs = self._prefill(model, input_ids, generation_config, model_kwargs)
+        with model._optimize_model_for_decode():
+            while True:
+                model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+                logits = outputs.logits[:, -1].float()
+                buffer = torch.empty_like(logits) if buffer is None else buffer[: len(logits)]
+                top = logits.amax(1, keepdim=True)
+                weights = torch.sub(logits, top, out=buffer).div_(temperature).exp_()
+                total = weights.sum(1, keepdim=True)
+                if filtered:
+                    kept = logits_processor(input_ids, buffer.copy_(logits))
+                    weights = kept.sub_(kept.amax(1, keepdim=True)).exp_()
+                tokens = draw(weights)
+                token_logps = (logits.gather(1, tokens) - top) / temperature - total.log()
+                self._append(samples, tokens[:, 0], rows[live], live, len(prompts), pad_token_id)
+                self._append(logps, token_logps[:, 0], rows[live], live, len(prompts), 0.0)
+                input_ids = torch.cat([input_ids, tokens], 1)
+                live = live & ~stopping_criteria(input_ids, None)
+                if not live.any():
+                    break
+                if (~live).sum() >= self.IDLE_SHARE * len(live):
+                    model_kwargs["past_key_values"].batch_select_indices(live.nonzero()[:, 0])
+                    model_kwargs = {k: v[live] if by_row(v, live) else v for k, v in model_kwargs.items()}
+                    input_ids, rows, live = input_ids[live], rows[live], live[live]
+                inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+                outputs = model(**inputs, return_dict=True)
+        self.logps = torch.stack(logps, 1)
+        return torch.cat([prompts, torch.stack(samples, 1)], 1)
+
+    def _prefill(self, model: PreTrainedModel, input_ids: torch.Tensor, generation_config, model_kwargs: dict):
+        """`model._prefill`, in pieces of rows of similar length where their padding costs more than another start."""
+        cache, mask, width = model_kwargs["past_key_values"], model_kwargs.get("attention_mask"), input_ids.size(1)
+        plain = cache.layers and all(type(layer) is RoomyLayer for layer in cache.layers)
+        by_token = all(v.shape == input_ids.shape for v in model_kwargs.values() if isinstance(v, torch.Tensor))
+        whole = functools.partial(model._prefill, input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        if not (plain and by_token) or mask is None or self.piece_overhead == FEWEST_PIECES:
+            return whole()
+        lengths = width - mask.int().argmax(1)  # padded on the left
+        rows = pieces(lengths, len(mask), self.piece_overhead)
+        if len(rows) == 1:
+            return whole()
+        caches, logits = [], []
+        for piece in rows:
+            first = width - int(lengths[piece].max())
+            own = {k: v[piece, first:] if isinstance(v, torch.Tensor) else v for k, v in model_kwargs.items()}
+            own["past_key_values"] = DynamicCache()
+            outputs = model._prefill(input_ids[piece, first:], generation_config, own, is_first_iteration=True)
+            caches.append(own["past_key_values"])
+            logits.append(outputs.logits[:, -1:])
+        for number, layer in enumerate(cache.layers):
+            layer.fill([(part.layers[number].keys, part.layers[number].values) for part in caches], rows, width)
+        outputs.past_key_values, outputs.logits = cache, torch.cat(logits)[torch.cat(rows).argsort()]
+        return outputs
+
+    @staticmethod
+    def _append(columns: list, values: torch.Tensor, rows: torch.Tensor, live: torch.Tensor, count: int, fill) -> None:
+        column = values.new_full((count,), fill)
+        column[rows] = values[live]
+        columns.append(column)
+
+
+def draw(weights: torch.Tensor) -> torch.Tensor:
+    """One sample a row, (B, 1), in proportion to `weights` (B, V), which are summed up in place.
+
+    The running sum is inverted, with a single random number instead of V. It is above 0, so a token of weight 0 is
+    never drawn.
+    """
+    cumulated = weights.cumsum_(1)
+    chance = 1 - torch.rand(len(cumulated), 1, device=cumulated.device)
+    return torch.searchsorted(cumulated, chance * cumulated[:, -1:])
+
+
+def by_row(value, live: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == len(live)

@@ -1,0 +1,123 @@
+"""`PPOConfig`: the arguments of `PPOTrainer`, checked before any model loads."""
+
+import math
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from recipes.trainers.fast import FAST_PATHS
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """Arguments of [`PPOTrainer`]: TRL's `GRPOConfig` with PPO's own fields.
+
+    One rollout is `per_device_train_batch_size * steps_per_generation * processes` episodes. It is trained on
+    `num_iterations` times, in minibatches of `per_device_train_batch_size * gradient_accumulation_steps * processes`.
+    """
+
+    # GRPOConfig's fields with PPO's defaults
+    num_generations: int | None = field(default=1, metadata={"help": "Responses sampled for each prompt."})
+    num_generations_eval: int | None = field(default=1, metadata={"help": "The same, in evaluation."})
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout (num_ppo_epochs)."})
+    loss_type: str = field(
+        default="dapo",
+        metadata={
+            "help": "How token losses are averaged: `dapo` over all tokens of the batch, which does not depend on how "
+            "it is split; `bnpo` within each micro-batch, as TRL 1.12's PPOTrainer did."
+        },
+    )
+    scale_rewards: str = field(default="none", metadata={"help": "Unused: PPO whitens advantages instead."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Dropout off in every role."})
+
+    # Reward
+    kl_coef: float = field(default=0.05, metadata={"help": "Price of one nat of KL to the reference (beta)."})
+    kl_estimator: str = field(
+        default="k1", metadata={"help": "KL per token: `k1` (unbiased) or `k3` (less variance, never negative)."}
+    )
+    adaptive_kl_target: float | None = field(
+        default=None,
+        metadata={"help": "KL per response, in nats, that kl_coef is steered to. None: kl_coef is fixed."},
+    )
+    adaptive_kl_horizon: int = field(default=10_000, metadata={"help": "Episodes in which kl_coef adapts."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Subtracted from the score of a response without a stop token."}
+    )
+    score_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to ± this value."})
+    score_mean: float = field(default=0.0, metadata={"help": "Subtracted from the reward model's score."})
+    score_std: float = field(default=1.0, metadata={"help": "The reward model's score is divided by it."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1."})
+
+    # Advantages and critic
+    gamma: float = field(default=1.0, metadata={"help": "Discount of one token."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Range the value may move in per rollout."})
+    critic_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
+    critic_warmup_steps: int = field(default=0, metadata={"help": "First steps that train only the critic."})
+
+    # Update
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Stop training on a rollout once policy/approxkl_avg of a minibatch exceeds it."},
+    )
+    ptx_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the demonstrations' loss, its mean over tokens (PPO-ptx)."}
+    )
+    ptx_max_length: int = field(default=1024, metadata={"help": "Tokens of a demonstration; the rest is cut."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Keep the mean of the policy's adapter over updates, saved in ema/; InstructGPT: 0.992."},
+    )
+    total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
+
+    # Speed
+    fast_paths: list[str] = field(
+        default_factory=lambda: list(FAST_PATHS),
+        metadata={
+            "help": f"Savings that leave the numbers as they are, out of {', '.join(FAST_PATHS)}; fewer to compare."
+        },
+    )
+
+    def __post_init__(self):
+        if self.beta != 0.0:
+            raise ValueError(f"PPO has its KL in the reward: set kl_coef instead of beta ({self.beta}).")
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef must be at least 0, got {self.kl_coef}.")
+        if self.kl_estimator not in ("k1", "k3"):
+            raise ValueError(f"kl_estimator must be k1 or k3, got {self.kl_estimator}.")
+        if self.loss_type not in ("dapo", "bnpo"):
+            raise ValueError(f"loss_type must be dapo or bnpo for PPO, got {self.loss_type}.")
+        if unknown := set(self.fast_paths) - set(FAST_PATHS):
+            raise ValueError(f"fast_paths takes {', '.join(FAST_PATHS)}, not {', '.join(sorted(unknown))}.")
+        if self.score_std <= 0:
+            raise ValueError(f"score_std must be above 0, got {self.score_std}.")
+        if self.ptx_coef < 0:
+            raise ValueError(f"ptx_coef must be at least 0, got {self.ptx_coef}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, got {self.ema_decay}.")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        # Policy and critic are two forwards before one backward, which DDP's search for unused parameters and its
+        # buffer broadcast both break.
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            # GRPO compares responses of one prompt and needs two; PPO has a critic and needs one. It is GRPOConfig's
+            # last check but those on vLLM's importance sampling.
+            if self.num_generations != 1 or "at least 2 generations" not in str(error):
+                raise
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): a minibatch may not span rollouts."
+            )
+        if self.total_episodes is not None:
+            rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
+            minibatches = self.steps_per_generation // self.gradient_accumulation_steps
+            self.max_steps = rollouts * self.num_iterations * minibatches

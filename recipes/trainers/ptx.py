@@ -1,0 +1,77 @@
+"""Supervised batches beside PPO's, for PPO-ptx (2203.02155): they hold on to what the policy could do before."""
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import is_conversational
+
+from recipes.cli.errors import UserError
+
+IGNORED = -100
+
+
+class PtxBatches:
+    """Endless batches of demonstrations; which one a step gets depends on the seed and the step only.
+
+    Args:
+        dataset: rows with `prompt` and `completion`, as messages or text; only the completion is trained. Rows of
+            pretraining have `text`, all of which is trained.
+        max_length: tokens of a row; longer ones are cut at the end.
+
+    Raises:
+        UserError: there is no row, or a row has no token to train within `max_length`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        max_length: int,
+        seed: int,
+    ):
+        self.tokenizer, self.batch_size, self.max_length, self.seed = tokenizer, batch_size, max_length, seed
+        if not len(dataset):
+            raise UserError("The ptx dataset has no rows.")
+        self.rows = dataset.map(self._tokenize, with_indices=True, remove_columns=dataset.column_names)
+        self.epoch, self.order = None, None
+
+    def _tokenize(self, row: dict, index: int) -> dict[str, list[int]]:
+        if "text" in row:
+            prompt, ids = [], [*self.tokenizer(row["text"])["input_ids"], self.tokenizer.eos_token_id]
+        elif is_conversational(row):
+            render = self.tokenizer.apply_chat_template
+            prompt = render(row["prompt"], add_generation_prompt=True, return_dict=False)
+            ids = render(row["prompt"] + row["completion"], return_dict=False)
+        else:
+            prompt = self.tokenizer(row["prompt"])["input_ids"]
+            ids = [*self.tokenizer(row["prompt"] + row["completion"])["input_ids"], self.tokenizer.eos_token_id]
+        ids = ids[: self.max_length]
+        if len(prompt) >= len(ids):
+            raise UserError(
+                f"Row {index + 1} of the ptx dataset has nothing to train within {self.max_length} tokens: "
+                "raise ptx_max_length or drop it."
+            )
+        return {"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]}
+
+    def __call__(self, step: int, process_index: int, num_processes: int) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels` of one process at one micro-step, (batch_size, longest)."""
+        first = (step * num_processes + process_index) * self.batch_size
+        rows = [self._row(number) for number in range(first, first + self.batch_size)]
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(values: list[list[int]], fill: int) -> torch.Tensor:
+            return torch.tensor([value + [fill] * (longest - len(value)) for value in values])
+
+        return {
+            "input_ids": padded([row["input_ids"] for row in rows], self.tokenizer.pad_token_id),
+            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": padded([row["labels"] for row in rows], IGNORED),
+        }
+
+    def _row(self, number: int) -> dict[str, list[int]]:
+        epoch, place = divmod(number, len(self.rows))
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.rows), generator=generator).tolist()
+        return self.rows[self.order[place]]

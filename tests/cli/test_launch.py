@@ -1,0 +1,209 @@
+"""Every wrong way to launch that Accelerate accepts without an error, through the real `accelerate launch`."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from recipes.cli.errors import UserError
+from recipes.cli.launch import check_devices, find_problem, read_request
+from tests.conftest import ROOT, run_command
+
+PROBE = """
+import sys
+sys.modules["bitsandbytes"] = None  # not needed here, and slow to import
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from recipes.cli.launch import check_devices, check_launch
+from recipes.cli.run import run
+def main():
+    check_devices()
+    (training_args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+    check_launch(training_args)
+    total = training_args.distributed_state.process_index + torch.ones(1, device=training_args.device)
+    if training_args.distributed_state.num_processes > 1:
+        torch.distributed.all_reduce(total)
+    print(f"sum {total.item():.0f}")
+run(main)
+"""
+COMMON = "compute_environment: LOCAL_MACHINE\nnum_machines: 1\nmachine_rank: 0\nmixed_precision: 'no'\n"
+MULTI_CPU = COMMON + "distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
+CONFIGS = ROOT / "accelerate_configs"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+
+
+@pytest.fixture
+def launch(tmp_path):
+    def launch(launcher: list, training: list, ok: bool):
+        (tmp_path / "probe.py").write_text(PROBE)
+        (tmp_path / "old_multi_cpu.yaml").write_text(MULTI_CPU)
+        command = ["accelerate", "launch", *launcher, "probe.py", "--report_to", "none", *training]
+        return run_command(command, timeout=180, ok=ok, cwd=tmp_path).stdout
+
+    return launch
+
+
+def test_a_launch_that_runs_as_asked_says_so(launch):
+    output = launch(["--config_file", CONFIGS / "multi_cpu.yaml"], ["--use_cpu", "true"], ok=True)
+    assert output.count("Launched: 2 processes") == 1
+    assert "Running: 2 processes on cpu (MULTI_CPU)" in output
+    assert output.count("sum 3") == 2
+
+
+@pytest.mark.parametrize(
+    ("launcher", "training", "asked", "running", "advice"),
+    [
+        pytest.param(
+            ["--config_file", "old_multi_cpu.yaml"], ["--use_cpu", "true"],
+            "2 processes (MULTI_CPU, CPU, by old_multi_cpu.yaml)", "1 process on cpu", "multi_cpu.yaml and --use_cpu",
+            id="MULTI_CPU starts one process",
+        ),
+        pytest.param(
+            ["--cpu", "--num_processes", "2"], ["--use_cpu", "true"],
+            "2 processes (NO, CPU", "1 process on cpu", "multi_cpu.yaml and --use_cpu",
+            id="--cpu starts one process",
+        ),
+        pytest.param(
+            ["--config_file", CONFIGS / "multi_cpu.yaml"], [],
+            "2 processes", "1 process on cpu", "add the training argument --use_cpu true",
+            id="two processes train apart", marks=no_gpu,
+        ),
+        pytest.param(
+            ["--use_fsdp", "--num_processes", "2", "--main_process_port", "0"], ["--use_cpu", "true"],
+            "2 processes (FSDP", "2 processes on cpu (MULTI_CPU)", "FSDP shards nothing",
+            id="FSDP shards nothing on a CPU",
+        ),
+        pytest.param(
+            ["--config_file", CONFIGS / "single_gpu.yaml", "--num_processes", "2"], [],
+            "2 processes (NO", "1 process on", "for one, --num_processes 1",
+            id="single_gpu with two processes", marks=needs_gpu,
+        ),
+        pytest.param(
+            ["--config_file", CONFIGS / "cpu.yaml"], [],
+            "1 process (NO, CPU", "1 process on cuda", "--use_cpu true",
+            id="a CPU asked for, a GPU used", marks=needs_gpu,
+        ),
+    ],
+)  # fmt: skip
+def test_a_launch_that_runs_otherwise_stops(launch, launcher, training, asked, running, advice):
+    output = launch(launcher, training, ok=False)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    assert f"Launched: {asked}" in errors[0]
+    assert f"Running: {running}" in errors[0]
+    assert advice in errors[0]
+    assert "sum" not in output
+
+
+@needs_gpu
+def test_more_processes_than_gpus_stop(launch):
+    gpus = torch.cuda.device_count()
+    launcher = ["--config_file", CONFIGS / "multi_gpu.yaml", "--num_processes", str(gpus + 1)]
+    output = launch(launcher, [], ok=False)
+    assert f"error: {gpus + 1} processes on {gpus} GPU" in output
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    ("launcher", "use_cpu", "problem"),
+    [
+        (["--config_file", f"{CONFIGS}/cpu.yaml"], True, None),
+        (["--use_deepspeed"], True, "DEEPSPEED shards nothing"),
+        (["--config_file", f"{CONFIGS}/single_gpu.yaml"], True, "set it to false to train on the GPU"),
+        (["--config_file", f"{CONFIGS}/cpu.yaml", "--num_processes", "3"], True, "for one, --num_processes 1"),
+        (["--multi_gpu", "--num_processes", "2"], True, "multi_cpu.yaml and --use_cpu true"),
+        (["--cpu", "--num_processes", "1"], True, None),
+    ],
+)
+def test_what_is_wrong_with_one_process_on_a_cpu(tmp_path, launcher, use_cpu, problem):
+    training_args = TrainingArguments(str(tmp_path), use_cpu=use_cpu, report_to="none")
+    found = find_problem(read_request([*launcher, "train.py"]), 1, training_args)
+    assert found is problem or problem in found
+
+
+@pytest.mark.parametrize(
+    ("launcher", "num_processes", "n_gpu", "problem"),
+    [
+        (["--config_file", f"{CONFIGS}/single_gpu.yaml"], 1, 1, None),
+        (["--config_file", f"{CONFIGS}/single_gpu.yaml"], 1, 4, "split its batches over all GPUs"),
+        (["--config_file", f"{CONFIGS}/multi_gpu.yaml"], 2, 1, None),
+        (["--config_file", f"{CONFIGS}/fsdp2.yaml"], 2, 1, None),
+        (["--config_file", f"{CONFIGS}/deepspeed_zero2.yaml"], 2, 1, None),
+        (["--config_file", f"{CONFIGS}/deepspeed_zero3.yaml", "--num_processes", "8"], 8, 1, None),
+        (["--config_file", f"{CONFIGS}/multi_node.yaml", "--machine_rank", "1"], 16, 1, None),
+        (["--config_file", f"{CONFIGS}/multi_node.yaml"], 8, 1, "--num_processes 1"),
+        (["--config_file", f"{CONFIGS}/cpu.yaml"], 1, 1, "--use_cpu true"),
+        ([], 2, 1, None),
+    ],
+)
+def test_what_is_wrong_on_gpus(monkeypatch, launcher, num_processes, n_gpu, problem):
+    """The decision alone, with what transformers reports on a GPU, so that it is also tested without one."""
+    monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), n_gpu=n_gpu)
+    found = find_problem(read_request([*launcher, "train.py"]), num_processes, on_gpu)
+    assert found is problem or problem in found
+
+
+def test_more_processes_than_gpus_are_counted(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="3 processes on 2 GPUs: lower --num_processes .* to 2"):
+        check_devices()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    check_devices()
+
+
+@no_gpu
+@pytest.mark.parametrize("name", ["single_gpu", "multi_gpu", "fsdp2", "multi_node"])
+def test_a_gpu_configuration_without_a_gpu_is_one_line(monkeypatch, name):
+    request = read_request(["--config_file", f"{CONFIGS}/{name}.yaml", "train.py"])
+    monkeypatch.setattr("recipes.cli.launch.requested", lambda: request)
+    with pytest.raises(UserError, match=rf"{name}.yaml\)\. No GPU was found: .*/(multi_)?cpu.yaml and --use_cpu true"):
+        check_devices()
+
+
+FAILS = """
+import sys
+sys.modules["bitsandbytes"] = None  # not needed here, and slow to import
+from accelerate import PartialState
+from recipes.cli.errors import UserError
+from recipes.cli.run import run
+def main():
+    state = PartialState(cpu=True)
+    if state.process_index == 1:
+        raise {error}
+    state.wait_for_everyone()
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [("UserError('the second disk is full.')", "error: the second disk is full."), ("KeyError('a bug')", "Traceback")],
+)
+def test_a_process_that_fails_alone_is_heard_and_ends_the_others(tmp_path, error, expected):
+    (tmp_path / "fails.py").write_text(FAILS.format(error=error))
+    command = ["accelerate", "launch", "--config_file", CONFIGS / "multi_cpu.yaml", tmp_path / "fails.py"]
+    output = run_command(command, timeout=120, ok=False).stdout
+    assert expected in output
+
+
+ENDS = """
+import atexit, sys, threading
+sys.modules["bitsandbytes"] = None  # not needed here, and slow to import
+from accelerate import PartialState
+from recipes.cli.run import run
+def main():
+    PartialState(cpu=True).wait_for_everyone()
+    atexit.register(print, "closed")
+    threading.Thread(target=threading.Event().wait).start()
+run(main)
+"""
+
+
+def test_processes_that_are_done_end_although_a_thread_does_not(tmp_path):
+    (tmp_path / "ends.py").write_text(ENDS)
+    command = ["accelerate", "launch", "--config_file", CONFIGS / "multi_cpu.yaml", tmp_path / "ends.py"]
+    assert run_command(command, timeout=180).stdout.count("closed") == 2

@@ -1,0 +1,327 @@
+"""Rows keep their file and line, and what is wrong with a file is said once, by place."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import os
+
+import pytest
+
+from recipes.data.text_files import RowError
+from recipes.formatting import DataError, format_dataset, list_splits, load_rows
+
+GOOD = b'{"prompt": "q"}\n'
+
+
+def read(path, **options):
+    return [
+        (row.line, row.data.message if isinstance(row.data, RowError) else row.data)
+        for row in load_rows(path, **options)
+    ]
+
+
+@pytest.mark.parametrize(
+    "raw, expected",
+    [
+        (GOOD + b"\n \t\r\n" + GOOD, [(1, {"prompt": "q"}), (4, {"prompt": "q"})]),
+        (b"\xef\xbb\xbf" + GOOD, [(1, {"prompt": "q"})]),
+        (GOOD.replace(b"\n", b"\r\n") * 2, [(1, {"prompt": "q"}), (2, {"prompt": "q"})]),
+        (GOOD[:-1], [(1, {"prompt": "q"})]),
+        (b'{"prompt": "2026-11-22T00:00:00"}\n', [(1, {"prompt": "2026-11-22T00:00:00"})]),
+        (b'{"prompt": "a\\u2028b\xe2\x80\xa8c \\ud83d\\ude00"}\n', [(1, {"prompt": "a\u2028b\u2028c 😀"})]),
+        (b'{"a": 1, "a": 2}\n' + GOOD, [(1, "the key 'a' stands twice"), (2, {"prompt": "q"})]),
+        (b'{"m": [{"role": "user", "role": "x"}]}\n', [(1, "the key 'role' stands twice")]),
+        (GOOD + b'{"prompt": "q', [(1, {"prompt": "q"}), (2, "not valid JSON at character 12: Unterminated")]),
+        (b"garbage\n", [(1, "not valid JSON at character 1: Expecting value")]),
+        (b'{"prompt": "q"} {"prompt": "r"}\n', [(1, "text after the JSON object, from character 16 on")]),
+        (b'{"prompt": "half \\ud83d"}\n', [(1, "the text holds half a character (\\ud83d, a lone surrogate)")]),
+        (b'{"messages": [{"content": "\\uDC00"}]}\n', [(1, "the text holds half a character (\\udc00")]),
+        (b'{"prompt": "caf\xe9"}\n' + GOOD, [(1, "not UTF-8 (byte 0xe9), perhaps Latin-1"), (2, {"prompt": "q"})]),
+        (b'{"rank": NaN}\n', [(1, "NaN is not valid JSON")]),
+        (
+            b'{"a": ' + b"1" * 5000 + b"}\n" + GOOD,
+            [(1, "not usable as JSON: Exceeds the limit"), (2, {"prompt": "q"})],
+        ),
+        (b"7\n", [(1, "found a int, expected an object")]),
+        (b"[" * 100_000, [(1, "the JSON is nested too deeply")]),
+        (b'{"a":' * 100_000 + b"\n" + GOOD, [(1, "the JSON is nested too deeply"), (2, {"prompt": "q"})]),
+        (b"", []),
+        (b"\xef\xbb\xbf\n", []),
+    ],
+)
+def test_json_lines(tmp_path, raw, expected):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(raw)
+    check(read(path), expected)
+
+
+def check(found, expected):
+    assert len(found) == len(expected)
+    for (line, data), (expected_line, expected_data) in zip(found, expected, strict=True):
+        assert line == expected_line
+        assert data.startswith(expected_data) if isinstance(expected_data, str) else data == expected_data
+
+
+@pytest.mark.parametrize(
+    "raw, expected",
+    [
+        (b'[{"a": 1},\n\n {"a": 2}]\n', [(1, {"a": 1}), (3, {"a": 2})]),
+        (b' \n[\n  {\n    "a": 1\n  },\n  {\n    "a": 2\n  }\n]', [(3, {"a": 1}), (6, {"a": 2})]),
+        (b"[]", []),
+        (b"[ ]\n", []),
+        (b'[{"a": 1},\n 5,\n {"a": 2}]', [(1, {"a": 1}), (2, "found a int, expected an object"), (3, {"a": 2})]),
+        (b'[{"a": 1, "a": 2},\n {"b": 1}]', [(1, "the key 'a' stands twice"), (2, {"b": 1})]),
+        (b'[{"a": 1},\n {"a": ', [(1, {"a": 1}), (2, "not valid JSON at character 8: Expecting value")]),
+        (b'[{"a": 1}\n {"a": 2}]', [(1, {"a": 1}), (2, "not valid JSON at character 2: expected ',' or ']'")]),
+        (b'[{"a": 1},]', [(1, {"a": 1}), (1, "not valid JSON at character 11")]),
+        (b'[{"a": 1}]\nmore', [(1, {"a": 1}), (2, "not valid JSON at character 1: text after the end")]),
+        (b'[{"a": 1},\n{"a": "\xe9"}]', [(2, "not UTF-8 (byte 0xe9)")]),
+        (b'[{"a": "\\ud800"}, {"a": 1}]', [(1, "the text holds half a character"), (1, {"a": 1})]),
+        (b'{"a": 1}\n{"a": 2}\n', [(1, {"a": 1}), (2, {"a": 2})]),
+        (b'{\n "data": [{"a": 1}]\n}', [(1, "one JSON object over many lines; expected a list [...]")]),
+    ],
+)
+def test_json_lists(tmp_path, raw, expected):
+    path = tmp_path / "data.json"
+    path.write_bytes(raw)
+    check(read(path), expected)
+
+
+@pytest.mark.parametrize(
+    "raw, expected",
+    [
+        (b"a,b\n007,NA\n1e3,\nTrue,null\n", [(2, "007,NA"), (3, "1e3,"), (4, "True,null")]),
+        (b'\xef\xbb\xbfa,b\r\n"x\r\ny",2\r\n\r\n3,4\r\n', [(2, "x\r\ny,2"), (5, "3,4")]),
+        (b'a,b\n"say ""hi"", you",2\n', [(2, 'say "hi", you,2')]),
+        (b"a,b\n1,2,3\n4\n5,6\n", [(2, "found 3 fields, expected 2"), (3, "found 1 fields, expected 2"), (4, "5,6")]),
+        (b'a,b\n1,2\n3,"open\n4,5\n', [(2, "1,2"), (3, "not valid CSV: unexpected end of data")]),
+        (b"a,b\ncaf\xe9,2\n3,4\n", [(2, "not UTF-8 (byte 0xe9)"), (3, "3,4")]),
+        (b"a,b\n", []),
+        (b"", []),
+        (b"a,b\n" + b"x" * 300_000 + b",2\n", [(2, "x" * 300_000 + ",2")]),
+    ],
+)
+def test_csv_cells_stay_text(tmp_path, raw, expected):
+    path = tmp_path / "data.csv"
+    path.write_bytes(raw)
+    found = [(line, data if isinstance(data, str) else ",".join(data.values())) for line, data in read(path)]
+    check(found, expected)
+
+
+@pytest.mark.parametrize(
+    "header, problem",
+    [
+        (b"a,a\n", "two columns are called 'a'"),
+        (b"a,\n", "a column has no name"),
+        (b"a;b\n1;2\n", "columns must be separated by commas"),
+    ],
+)
+def test_csv_headers(tmp_path, header, problem):
+    path = tmp_path / "data.csv"
+    path.write_bytes(header)
+    with pytest.raises(DataError, match=f"data.csv:1: CSV header: .*{problem}"):
+        list(load_rows(path))
+
+
+def test_csv_can_hold_messages_as_json_and_numbers_as_text(tmp_path):
+    turns = [{"role": "user", "content": "q, é"}, {"role": "assistant", "content": "a"}]
+    with (tmp_path / "chat.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["messages"], [json.dumps(turns)]])
+    assert format_dataset(load_rows(tmp_path / "chat.csv"), "sft")[0].to_list() == [{"messages": turns}]
+    (tmp_path / "pairs.csv").write_text("history,human_ref_A,human_ref_B,labels\nq,007,2026-01-01,0\n")
+    (pair,) = format_dataset(load_rows(tmp_path / "pairs.csv"), "preference")[0]
+    assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("2026-01-01", "007")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["none.jsonl", "runs/none.parquet", "./none", "../none/here", "~/none", "/none/here", "a/b/c", "C:\\x", ""],
+)
+def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(source):
+    with pytest.raises(DataError, match="no such file or folder") as caught:
+        load_rows(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_name_that_cannot_be_reached_is_one_line():
+    with pytest.raises(
+        DataError, match="no file or folder 'nobody/nothing' is here, and `datasets` could not load"
+    ) as caught:
+        load_rows("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    (tmp_path / "data.xlsx").write_bytes(b"PK")
+    with pytest.raises(DataError, match="cannot read .xlsx; use .jsonl"):
+        load_rows(tmp_path / "data.xlsx")
+    (tmp_path / "wide.csv").write_bytes("a,b\n1,2\n".encode("utf-16"))
+    with pytest.raises(DataError, match="this is UTF-16; convert it"):
+        list(load_rows(tmp_path / "wide.csv"))
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match="bad.parquet"):
+        list(load_rows(tmp_path / "bad.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no .jsonl"):
+        load_rows(tmp_path / "empty")
+
+
+def test_splits_of_a_folder_come_from_file_names(tmp_path):
+    for name in ("train-1.jsonl", "train-0.jsonl", "validation.csv", "test.json", "README.md"):
+        (tmp_path / name).write_text("prompt\nv\n" if name.endswith("csv") else json.dumps({"prompt": name}) + "\n")
+    assert sorted(list_splits(tmp_path)) == ["test", "train", "validation"]
+    assert [(os.path.basename(row.file), row.line) for row in load_rows(tmp_path)] == [
+        ("train-0.jsonl", 1),
+        ("train-1.jsonl", 1),
+    ]
+    assert read(tmp_path, split="validation") == [(2, {"prompt": "v"})]
+    with pytest.raises(DataError, match="has no split 'dev'; it has train, validation, test"):
+        load_rows(tmp_path, split="dev")
+    with pytest.raises(DataError, match="its only split is 'train', but 'test' was asked for"):
+        load_rows(tmp_path / "train-0.jsonl", split="test")
+    assert read(tmp_path, data_files="test.json") == [(1, {"prompt": "test.json"})]
+    assert read("json", data_files=str(tmp_path / "test.json")) == [(1, {"prompt": "test.json"})]
+    assert read(tmp_path, data_files={"test": ["test.json"]}, split="test") == [(1, {"prompt": "test.json"})]
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: helpful
+  default: true
+  data_files:
+  - {split: train, path: helpful/part-*.jsonl}
+  - {split: test, path: held/*.csv}
+- config_name: harmless
+  data_dir: harmless
+---
+# A dataset
+"""
+
+
+def test_a_copy_of_a_hub_dataset_is_read_as_its_card_says(tmp_path):
+    for name in ("helpful/part-1", "helpful/part-0", "helpful/other", "harmless/train", "harmless/validation"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "x.csv").write_text("prompt\nheld\n")
+    (tmp_path / "README.md").write_text("# Words without YAML\n")
+    assert read(tmp_path) == [(1, {"prompt": "harmless/train"})]  # by the names of files
+
+    (tmp_path / "README.md").write_text(CARD)
+    assert list_splits(tmp_path) == ["train", "test"]
+    assert read(tmp_path) == [(1, {"prompt": "helpful/part-0"}), (1, {"prompt": "helpful/part-1"})]
+    assert read(tmp_path, split="test") == [(2, {"prompt": "held"})]
+    assert list_splits(tmp_path, "harmless") == ["train", "validation"]
+    assert read(tmp_path, name="harmless", split="validation") == [(1, {"prompt": "harmless/validation"})]
+    assert read(tmp_path, name="held") == [(2, {"prompt": "held"})]  # a subfolder
+    for options, message in (
+        ({"name": "nice"}, "no subfolder or configuration 'nice': its configurations are helpful, harmless"),
+        ({"split": "dev"}, "has no split 'dev'; it has train, test"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_rows(tmp_path, **options)
+
+    for card, message in (
+        (
+            CARD.replace("  default: true\n", ""),
+            "has the configurations helpful, harmless: choose one with --dataset_conf",
+        ),
+        (
+            CARD.replace("part-*", "no-*").replace("held", "no"),
+            "holds no .jsonl, .ndjson, .json, .csv or .parquet file",
+        ),
+        (CARD.replace("{split", "{{split"), "`datasets` could not load .*README.md"),
+        (CARD.replace("config_name: helpful", "name: helpful"), "README.md.*Each config must include `config_name`"),
+    ):
+        (tmp_path / "README.md").write_text(card)
+        with pytest.raises(DataError, match=message) as caught:
+            load_rows(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix, module", [(".gz", gzip), (".bz2", bz2), (".xz", lzma)])
+def test_compressed_files(tmp_path, suffix, module):
+    path = tmp_path / f"train.jsonl{suffix}"
+    packed = module.compress(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD * 5000)
+    path.write_bytes(packed)
+    assert read(path)[:2] == read(tmp_path)[:2] == [(1, {"prompt": "q"}), (3, {"prompt": "q"})]
+    (tmp_path / f"list.json{suffix}").write_bytes(module.compress(b'[{"a": 1},\n{"a": 2}]'))
+    assert read(tmp_path / f"list.json{suffix}") == [(1, {"a": 1}), (2, {"a": 2})]
+    for broken in (packed[: len(packed) // 2], packed[:20] + b"rubbish" + packed[27:], b"no archive"):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match=f"train.jsonl{suffix}: the file is damaged") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_script_is_never_run(tmp_path):
+    (tmp_path / "owner").mkdir()
+    script = tmp_path / "owner" / "owner.py"
+    script.write_text("raise SystemExit('the script ran')\n")
+    for source in (script, script.parent):
+        with pytest.raises(DataError, match="cannot read .py|holds no .jsonl"):
+            load_rows(source)
+
+
+def test_slices_and_saved_splits(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": str(number)}) + "\n" for number in range(9)))
+    assert [line for line, _ in read(path, split="train[2:5]")] == [3, 4, 5]
+    assert len(read(path, split="train[:4]")) == 4
+    with pytest.raises(DataError, match="not a split name"):
+        load_rows(path, split="train[:10%]")
+    parts = DatasetDict(train=Dataset.from_list([{"prompt": "a"}]), test=Dataset.from_list([{"prompt": "b"}]))
+    parts.save_to_disk(tmp_path / "saved")
+    assert list_splits(tmp_path / "saved") == ["train", "test"]
+    assert read(tmp_path / "saved", split="test") == [(1, {"prompt": "b"})]
+    with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
+        load_rows(tmp_path / "saved", split="dev")
+
+
+def test_parquet_does_not_fill_tool_calls_with_nulls(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def turns(**arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        user, done = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+        return [
+            user,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "3"},
+            done,
+        ]
+
+    rows = [{"messages": turns(a=1)}, {"messages": turns(b="x")}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "tools.parquet")
+    dataset, _ = format_dataset(load_rows(tmp_path / "tools.parquet"), "sft")
+    assert [row["messages"] for row in dataset] == [row["messages"] for row in rows]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 2**20])
+def test_json_lists_are_read_in_parts(tmp_path, monkeypatch, chunk):
+    """The same rows and errors, wherever a part ends."""
+    monkeypatch.setattr("recipes.data.text_files.CHUNK", chunk)
+    path = tmp_path / "data.json"
+    data = [{"a": f'é😀 "{n}"\n\\ ', "b": [n, -1.5e3, None, True, {"c": "x" * (n % 90)}]} for n in range(40)]
+    for indent in (None, 1):
+        path.write_text(json.dumps(data, indent=indent, ensure_ascii=indent is None), encoding="utf-8")
+        rows = read(path)
+        assert [row for _, row in rows] == data
+        lines = path.read_text("utf-8").split("\n")
+        assert all(lines[line - 1].lstrip(" [").startswith("{") for line, _ in rows)
+    text = path.read_text("utf-8")
+    for broken in (text[:-9], text.replace('"7\\"', '"7"'), text.replace("},\n {", "}\n {", 1), text + "]"):
+        path.write_text(broken, encoding="utf-8")
+        with pytest.raises(json.JSONDecodeError) as expected:
+            json.loads(broken)
+        line, message = read(path)[-1]
+        assert line == expected.value.lineno and f"at character {expected.value.colno}:" in message
+    path.write_bytes(text.encode().replace('😀 \\"30'.encode(), b'\xff \\"30'))
+    line, message = read(path)[-1]
+    assert '"30' in path.read_bytes().split(b"\n")[line - 1].decode("utf-8", "replace") and "byte 0xff" in message

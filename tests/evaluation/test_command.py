@@ -1,0 +1,269 @@
+"""scripts/evaluate.py on small random models: a full base, a LoRA policy, a full reward model, every judge."""
+
+import base64
+import json
+import math
+import re
+import runpy
+import sys
+import threading
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from recipes.cli.errors import UserError
+from recipes.evaluation.llm_judge import LLMJudge
+from recipes.evaluation.policies import token_log_probs
+from recipes.models.sampling import load_generator
+from tests import tiny_models as models
+from tests.conftest import ROOT, run_command
+
+PROMPTS = 12
+ATTACK = "<script>alert(1)</script>"
+
+
+def length_judge(prompts, completions, completion_ids, **kwargs):
+    """A judge of TRL's signature: fewer words are better."""
+    assert len(prompts) == len(completions) == len(completion_ids)
+    return [-len(completion[-1]["content"].split()) for completion in completions]
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """An OpenAI-compatible endpoint whose judge prefers more words, and sometimes fails, babbles or looks away."""
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        server.requests.append((self.path, dict(self.headers), request))
+        if len(server.requests) in server.failures:
+            return self.send_error(503)
+        text = request["messages"][-1]["content"]
+        a, b = (re.search(rf"<<<RESPONSE {x}>>>\n(.*?)\n<<<END", text, re.S)[1].split() for x in "AB")
+        fair = "A" if len(a) > len(b) else "B" if len(b) > len(a) else "TIE"
+        verdict = {"fair": fair, "first": "A", "silent": "?"}[server.judge]
+        body = json.dumps({"choices": [{"message": {"content": f"I think so. [[{verdict}]]"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def endpoint():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    server.requests, server.failures, server.judge = [], set(), "fair"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield SimpleNamespace(server=server, url=f"http://127.0.0.1:{server.server_address[1]}/v1")
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models and data; `ppo` is a run with three checkpoints."""
+    folder = tmp_path_factory.mktemp("models")
+    models.causal_lm(sharpness=2.0).save_pretrained(folder / "base")
+    models.word_tokenizer().save_pretrained(folder / "base")
+    for name, std in (("ppo/checkpoint-2", 0.1), ("ppo/checkpoint-4", 0.15), ("ppo/checkpoint-6", 0.2), ("ppo", 0.2)):
+        adapted = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(folder / "base"),
+            LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        torch.manual_seed(0)
+        for parameter, weight in adapted.named_parameters():
+            if "lora_B" in parameter:
+                torch.nn.init.normal_(weight, std=std)
+        adapted.save_pretrained(folder / name)
+    models.reward_model().save_pretrained(folder / "reward")
+    models.word_tokenizer().save_pretrained(folder / "reward")
+    (folder / "reward" / "reward_statistics.json").write_text('{"mean": 0.5, "std": 2.0, "n": 9, "source": "x"}')
+    rows = [{"prompt": messages} for messages in models.prompts(PROMPTS, length=3)]
+    rows[0]["prompt"] = [{"role": "user", "content": f"w1 {ATTACK} $x_1$"}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rankings = [
+        {
+            "prompt": f"w{number} w3",
+            "responses": [{"text": f"w{number} w{rank} " * rank, "rank": rank} for rank in (1, 2, 3)],
+            "annotator": f"labeler {number % 2}",
+        }
+        for number in range(6)
+    ]
+    (folder / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rankings))
+    return folder
+
+
+def command(folders, output, *more):
+    return [
+        "python", "scripts/evaluate.py", "--policies", f"base={folders}/base", f"ppo={folders}/ppo",
+        "--reward_model_name_or_path", f"{folders}/reward", "--dataset_name", f"{folders}/prompts.jsonl",
+        "--output_dir", output, "--max_completion_length", "6", "--best_of_n", "8", "--num_generations", "3",
+        "--curve_generations", "3", "--temperatures", "0.5", "--checkpoints", f"ppo={folders}/ppo",
+        "--generation_batch_size", "32", *more,
+    ]  # fmt: skip
+
+
+class Page(HTMLParser):
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def is_estimate(value) -> bool:
+    low, high = value["ci95"]
+    return low - 1e-9 <= value["mean"] <= high + 1e-9
+
+
+def test_everything_at_once_then_again_from_what_is_there(folders, endpoint, tmp_path, monkeypatch, capfd):
+    output, task = tmp_path / "evaluation", tmp_path / "task.jsonl"
+    extra = [
+        "--judges", "tests.evaluation.test_command.length_judge", "--preference_datasets", folders / "rankings.jsonl",
+        "--llm_judge_model", "judge-1", "--llm_judge_base_url", endpoint.url, "--report_to", "wandb",
+    ]  # fmt: skip
+    environment = {"OPENAI_API_KEY": "sk-very-secret", "PYTHONPATH": ".", "WANDB_SILENT": "true"}
+    run_command(command(folders, output, *extra, "--ranking_task", task), timeout=400, env=environment)
+
+    report = json.loads((output / "report.json").read_text())
+    assert list(report["policies"]) == ["base", "ppo"] and report["reference"] == "base"
+    for name, values in report["policies"].items():
+        for figure in ("reward", "length_judge", "length", "entropy", "truncated"):
+            assert is_estimate(values[figure]), figure
+        assert is_estimate(values["kl"]["k1"]) and is_estimate(values["kl"]["k3"])
+        assert 0 < values["distinct_2"] <= 1 and 1 <= values["length"]["mean"] <= 6
+        assert values["n"] == PROMPTS * (8 if name == "base" else 3)
+    assert report["policies"]["base"]["kl"]["k1"]["mean"] == 0 and report["policies"]["ppo"]["kl"]["k3"]["mean"] > 0
+    shown = set(report["policies"]["ppo"])
+    assert {"share_of_gain", "gain_over_best_of_n"} <= shown and "share_of_gain" not in report["policies"]["base"]
+    front = report["frontier"]
+    assert [row["n"] for row in front["best_of_n"]] == [1, 2, 4, 8]
+    assert [row["kl"] for row in front["best_of_n"]] == pytest.approx(
+        [math.log(n) - (n - 1) / n for n in (1, 2, 4, 8)]
+    )
+    rewards = [row["reward"] for row in front["best_of_n"]]
+    assert rewards == sorted(rewards) and rewards[0] == pytest.approx(report["policies"]["base"]["reward"]["mean"])
+    assert all({"beta", "kl", "reward", "se", "effective_samples"} <= set(row) for row in front["optimal"])
+    assert [row["step"] for row in front["checkpoints"]] == [2, 4, 6]
+    assert front["checkpoints"][2]["kl"] == pytest.approx(report["policies"]["ppo"]["kl"]["k1"]["mean"])
+    assert [row["temperature"] for row in front["sharpening"]] == [0.5]
+    assert front["share_of_gain"] == report["policies"]["ppo"]["share_of_gain"]
+
+    assert set(report["over_optimization"]["fits"]) == {"reward", "length_judge"}
+
+    rates = {row["judge"]: row for row in report["win_rates"]}
+    assert set(rates) == {"reward_model", "length_judge", "judge-1"}
+    for row in rates.values():
+        assert row["win"] + row["tie"] + row["loss"] == pytest.approx(1)
+        assert row["ci95"][0] <= row["win"] + row["tie"] / 2 <= row["ci95"][1]
+    assert rates["judge-1"]["consistent"] == 1 and rates["judge-1"]["unreadable"] == 0
+    quality = report["reward_model"]
+    assert quality["n_pairs"] == 18 and quality["longer_wins_baseline"] == 0 and is_estimate(quality["accuracy"])
+    assert set(quality["labelers"]) == {"labeler 0", "labeler 1"}
+    changes = [row["change"] for row in report["samples"]]
+    assert changes == sorted(changes) and len(changes) == PROMPTS
+
+    page = Page((output / "report.html").read_text())
+    assert not {"script", "img", "link", "iframe"} & set(page.tags) and page.tags.count("svg") == 4
+    assert ATTACK in "".join(page.text)
+    assert all(value.startswith("#") for name, value in page.attributes if name in ("src", "href", "xlink:href"))
+    for name in ("reward_kl", "win_rates", "over_optimization", "reward_model"):
+        assert (output / f"{name}.png").read_bytes().startswith(base64.b64decode("iVBORw0KGgo="))
+    assert len(task.read_text().splitlines()) <= PROMPTS
+    (logged,) = output.glob("wandb/offline-run-*/run-*.wandb")
+    assert logged.stat().st_size > 1000 and list(logged.parent.glob("files/media/table/eval/*.json"))
+    for path in output.rglob("*"):
+        assert path.is_dir() or b"sk-very-secret" not in path.read_bytes(), path
+
+    asked, before = len(endpoint.server.requests), (output / "report.json").read_text()
+    assert asked == 2 * sum(row["n"] for row in [rates["judge-1"]]) - 2 * count_equal(report, output)
+    main(command(folders, output, *extra[:6]), monkeypatch)
+    assert len(endpoint.server.requests) == asked and "samples-" not in capfd.readouterr().out  # nothing is made twice
+    assert (output / "report.json").read_text() == before
+    with pytest.raises(UserError, match="was made with another seed"):
+        main(command(folders, output, "--seed", "1"), monkeypatch)
+
+
+def main(arguments, monkeypatch) -> None:
+    """The same command in this process."""
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments[1:]])
+    runpy.run_path(str(ROOT / arguments[1]), run_name="command")["main"]()
+
+
+def count_equal(report, output) -> int:
+    """Prompts to which both policies gave the same first response: no judge is asked about them."""
+    first = [
+        [group[0]["text"] for group in json.loads((output / "parts" / f"samples-{name}.json").read_text())["values"]]
+        for name in report["policies"]
+    ]
+    return sum(a == b for a, b in zip(*first, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_log_probs_are_those_of_each_response_alone(folders, temperature):
+    model, tokenizer = load_generator(ModelConfig(model_name_or_path=str(folders / "ppo")))
+    pairs = [(models.prompts(1, length, seed=length)[0], [7, 8, 9, 1][: length % 4 + 1]) for length in range(1, 8)]
+    alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders / "base"), folders / "ppo").eval()
+    for (prompt, ids), (logps, entropy) in zip(
+        pairs, token_log_probs(model, tokenizer, pairs, temperature, batch_size=3), strict=True
+    ):
+        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        with torch.no_grad():
+            logits = alone(torch.tensor([start + ids])).logits[0, len(start) - 1 : -1] / temperature
+        expected = logits.log_softmax(-1)
+        assert logps == pytest.approx(expected[range(len(ids)), ids].tolist(), abs=1e-4)
+        assert entropy == pytest.approx(-(expected.exp() * expected).sum(-1).mean().item(), abs=1e-4)
+
+
+CASES = [[{"role": "user", "content": f"q{number}"}] for number in range(4)]
+LONG, SHORT = ["a a a"] * 3 + ["a"], ["b"] * 2 + ["b b b", "a"]  # wins, wins, ties, is the same
+
+
+def test_an_llm_judges_both_orders(endpoint, tmp_path):
+    judge = LLMJudge("m", endpoint.url, tmp_path / "verdicts.jsonl")
+    shares, behaviour = judge.compare(CASES, LONG, SHORT, "judging")
+    assert shares.tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
+    assert behaviour == {"consistent": 1.0, "first_preferred": 0.5, "unreadable": 0}
+    assert len(endpoint.server.requests) == 6 and endpoint.server.requests[0][0] == "/v1/chat/completions"
+    LLMJudge("m", endpoint.url, tmp_path / "verdicts.jsonl").compare(CASES, LONG, SHORT, "judging")
+    assert len(endpoint.server.requests) == 6  # remembered
+
+
+def test_a_judge_that_likes_what_comes_first_is_seen_and_decides_nothing(endpoint, tmp_path):
+    endpoint.server.judge = "first"
+    judge = LLMJudge("m", endpoint.url, tmp_path / "verdicts.jsonl")
+    shares, behaviour = judge.compare(CASES, LONG, SHORT, "judging")
+    assert shares[:, 1].tolist() == [1, 1, 1, 1]
+    assert behaviour == {"consistent": 0.0, "first_preferred": 1.0, "unreadable": 0}
+
+
+def test_an_unreadable_verdict_counts_for_nobody(endpoint, tmp_path):
+    endpoint.server.judge = "silent"
+    shares, behaviour = LLMJudge("m", endpoint.url, tmp_path / "v.jsonl").compare(CASES, LONG, SHORT, "judging")
+    assert np.isnan(shares[:3]).all() and behaviour["unreadable"] == 6 and behaviour["consistent"] is None
+
+
+def test_an_overloaded_endpoint_is_asked_again_and_a_wrong_one_is_named(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    endpoint.server.failures = {1, 3}
+    shares, _ = LLMJudge("m", endpoint.url, tmp_path / "v.jsonl").compare(CASES, LONG, SHORT, "judging")
+    assert shares[0].tolist() == [1, 0, 0] and len(endpoint.server.requests) == 8
+    with pytest.raises(UserError, match="The judge m at http://127.0.0.1:1/v1/chat/completions does not answer"):
+        LLMJudge("m", "http://127.0.0.1:1/v1", tmp_path / "w.jsonl").compare(CASES, LONG, SHORT, "judging")

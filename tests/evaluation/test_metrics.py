@@ -1,0 +1,293 @@
+"""The estimators of evaluation against cases whose answer is known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from recipes.cli.errors import UserError
+from recipes.evaluation import frontier, metrics, reward_quality
+from recipes.evaluation.arguments import EvaluationArguments
+from recipes.evaluation.parts import Parts
+from recipes.evaluation.people import people_outcomes, read_people, write_ranking_task
+from recipes.evaluation.policies import checkpoints
+from recipes.evaluation.reward_quality import Pair
+from recipes.labelling.tasks import read_tasks
+
+RNG = np.random.default_rng
+
+
+def test_an_interval_covers_the_mean_of_clustered_values():
+    """Prompts differ more than responses to one prompt: an interval over single responses would be far too narrow."""
+    hits = narrow = 0
+    for seed in range(200):
+        rng = RNG(seed)
+        values = rng.normal(0, 1, (60, 1)) + rng.normal(0, 0.3, (60, 8))
+        found = metrics.mean_interval(values)
+        low, high = found["ci95"]
+        assert found["mean"] == pytest.approx(values.mean())
+        hits += low <= 0 <= high
+        half = 1.96 * values.std() / values.size**0.5
+        narrow += abs(found["mean"]) <= half
+    assert 0.90 <= hits / 200 <= 0.99
+    assert narrow / 200 < 0.75
+
+
+def test_intervals_of_ratios_keep_groups_together():
+    groups = [group for group in range(50) for _ in range(1 + group % 4)]
+    right = [float(RNG(group).random() < 0.5) for group in groups]  # all pairs of a group alike
+    found = metrics.ratio_interval(right, [1.0] * len(right), groups)
+    assert found["mean"] == pytest.approx(np.mean(right))
+    alone = metrics.ratio_interval(right, [1.0] * len(right), range(len(right)))
+    width, narrower = (interval["ci95"][1] - interval["ci95"][0] for interval in (found, alone))
+    assert width > 1.3 * narrower
+
+
+def test_kl_of_a_two_token_policy():
+    """pi = (.8, .2) against (.5, .5), one token: both estimators average to the exact KL."""
+    pi, ref = np.array([0.8, 0.2]), np.array([0.5, 0.5])
+    exact = float(np.sum(pi * np.log(pi / ref)))
+    k1, k3 = ([which([np.log(pi[y])], [np.log(ref[y])]) for y in (0, 1)] for which in (metrics.kl_k1, metrics.kl_k3))
+    assert pi @ k1 == pytest.approx(exact) and pi @ k3 == pytest.approx(exact)
+    assert min(k1) < 0 <= min(k3)
+    assert metrics.kl_k1([-1.0, -2.0], [-1.5, -1.0]) == pytest.approx(-0.5)
+    tokens = [metrics.kl_k3([a], [b]) for a, b in ((-1.0, -1.5), (-2.0, -1.0))]
+    assert metrics.kl_k3([-1.0, -2.0], [-1.5, -1.0]) == pytest.approx(sum(tokens))
+
+
+def test_distinct_n():
+    assert metrics.distinct_n([[1, 2, 1, 2], [1, 2]], 1) == 2 / 6
+    assert metrics.distinct_n([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4  # (1, 2) three times and (2, 1)
+    assert metrics.distinct_n([[1]], 2) is None
+
+
+def test_identical_policies_win_half_within_the_interval():
+    inside = 0
+    for seed in range(100):
+        rng = RNG(seed)
+        prompt = rng.normal(0, 1, (80, 1))
+        a, b = (prompt + rng.normal(0, 1, (80, 4)) for _ in range(2))
+        found = metrics.win_rate(metrics.outcomes(a, b))
+        inside += found["ci95"][0] <= 0.5 <= found["ci95"][1]
+        assert found["win"] + found["tie"] + found["loss"] == pytest.approx(1)
+    assert 0.90 <= inside / 100 <= 0.99
+    same = metrics.win_rate(metrics.outcomes(a, a))
+    assert same["win_rate"] == 0.5 and same["tie"] == pytest.approx(0.25) and same["ci95"] == pytest.approx([0.5, 0.5])
+
+
+def test_win_rate_of_a_known_difference():
+    shares = metrics.outcomes(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0]]))
+    assert shares.tolist() == [[0.75, 0.25, 0.0]]
+    rng = RNG(0)
+    found = metrics.win_rate(metrics.outcomes(rng.normal(1, 1, (400, 4)), rng.normal(0, 1, (400, 4))))
+    truth = 0.5 * (1 + math.erf(0.5))  # P(N(1, 2) > 0)
+    assert found["ci95"][0] < truth < found["ci95"][1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 32])
+def test_best_of_n_is_unbiased(n):
+    """Uniform rewards: the best of n has the mean n / (n + 1), also where n is the number of samples."""
+    rewards = RNG(1).random((20_000, 32))
+    found = frontier.best_of_n(rewards, n)
+    assert found.mean() == pytest.approx(n / (n + 1), abs=4 * found.std() / len(found) ** 0.5)
+    exact = np.mean([max(rewards[0, [i, j]]) for i in range(32) for j in range(32) if i != j])
+    assert frontier.best_of_n(rewards[:1], 2)[0] == pytest.approx(exact)
+    with pytest.raises(ValueError, match="best of 33"):
+        frontier.best_of_n(rewards, 33)
+
+
+def test_what_best_of_n_picks_is_judged_by_another():
+    rewards, gold = np.array([[1.0, 3.0, 3.0, 2.0]]), np.array([[9.0, 0.0, 1.0, 5.0]])
+    assert frontier.best_of_n(rewards, 4, gold)[0] == pytest.approx(0.5)  # the two best tie
+    assert frontier.best_of_n(rewards, 1, gold)[0] == pytest.approx(15 / 4)
+    pairs = [(i, j) for i in range(4) for j in range(4) if i < j]
+    best = [np.mean(gold[0][[k for k in pair if rewards[0][k] == max(rewards[0][list(pair)])]]) for pair in pairs]
+    assert frontier.best_of_n(rewards, 2, gold)[0] == pytest.approx(np.mean(best))
+
+
+def test_kl_of_best_of_n():
+    assert frontier.best_of_n_kl(1) == 0 and frontier.best_of_n_kl(4) == pytest.approx(math.log(4) - 3 / 4)
+    for n in (2, 8, 64):  # a policy over 5000 rewards, none twice: the formula is its limit
+        uniform = np.arange(5000.0)[None]
+        assert frontier.best_of_n_kl_with_ties(uniform, n)[0] == pytest.approx(frontier.best_of_n_kl(n), abs=2e-3)
+    coin = np.array([[0.0, 1.0]])  # best of n gives the better of two tokens unless all n are the worse
+    better = 1 - 0.5**3
+    exact = better * math.log(better / 0.5) + (1 - better) * math.log((1 - better) / 0.5)
+    assert frontier.best_of_n_kl_with_ties(coin, 3)[0] == pytest.approx(exact)
+    assert exact < frontier.best_of_n_kl(3)
+    assert frontier.best_of_n_kl_with_ties(np.ones((1, 9)), 4)[0] == pytest.approx(0)
+
+
+def test_the_frontier_of_a_two_token_policy():
+    """p(better) = .3: the tilted policy has odds .3 e^(1/beta) / .7. Estimated from 32 samples a prompt."""
+    p, betas = 0.3, np.array([4.0, 1.0, 0.5])
+    rewards = (RNG(2).random((3000, 32)) < p).astype(float)
+    q = p * np.exp(1 / betas) / (p * np.exp(1 / betas) + 1 - p)
+    kl = q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
+    found = frontier.tilted(rewards, betas, 2 * rewards)
+    for name, exact in (("reward", q), ("value", 2 * q), ("kl", kl)):
+        se = found[name].std(0) / len(rewards) ** 0.5
+        assert np.all(np.abs(found[name].mean(0) - exact) < 4 * se + 2e-3), name
+    plain = frontier._tilted(rewards, betas, None)  # the jackknife takes most of the bias away
+    assert abs(found["kl"].mean(0)[2] - kl[2]) < abs(plain["kl"].mean(0)[2] - kl[2]) / 2
+    assert np.all(np.diff(found["effective_samples"].mean(0)) < 0)
+    assert found["effective_samples"].max() <= 32
+
+
+def test_share_of_the_possible_gain():
+    """A policy on the frontier has all of it, one that mixes it with the reference half of the gain has half."""
+    p, beta = 0.3, 1.0
+    rng = RNG(3)
+    rewards = (rng.random((2000, 64)) < p).astype(float)
+    betas = frontier.beta_grid(rewards)
+    curve = frontier.tilted(rewards, betas)
+    q = p * math.exp(1 / beta) / (p * math.exp(1 / beta) + 1 - p)
+
+    def policy(chance):
+        better = rng.random((2000, 16)) < chance
+        kl = np.where(better, math.log(chance / p), math.log((1 - chance) / (1 - p)))
+        return kl.mean(1), better.mean(1)
+
+    best = frontier.gain_at_equal_kl(policy(q), rewards.mean(1), (curve["kl"], curve["reward"]))
+    low, high = best["share"]["ci95"]
+    assert low < 1 < high and high - low < 0.2 and not best["beyond"]
+    assert abs(best["difference"]["mean"]) < 0.02
+    kl, reward = policy(q)
+    half = frontier.gain_at_equal_kl((kl, (reward + p) / 2), rewards.mean(1), (curve["kl"], curve["reward"]))
+    assert half["share"]["mean"] == pytest.approx(0.5, abs=0.07)
+    far = frontier.gain_at_equal_kl((kl + 50, reward), rewards.mean(1), (curve["kl"], curve["reward"]))
+    assert far["beyond"]
+
+
+@pytest.mark.parametrize("form", ["bon", "rl"])
+def test_over_optimization_fits_recover_their_coefficients(form):
+    kl = np.linspace(0.2, 40, 12)
+    d = np.sqrt(kl)
+    gain = d * (0.7 - 0.11 * (d if form == "bon" else np.log(d)))
+    fit = frontier.fit_over_optimization(kl, gain, form)
+    assert (fit["alpha"], fit["beta"]) == pytest.approx((0.7, 0.11)) and fit["residual"] < 1e-9
+    assert frontier.over_optimization_curve(kl, fit) == pytest.approx(gain)
+    noisy = frontier.fit_over_optimization(kl, gain + RNG(0).normal(0, 0.02, 12), form)
+    assert (noisy["alpha"], noisy["beta"]) == pytest.approx((0.7, 0.11), abs=0.03)
+    with pytest.raises(ValueError, match="two points"):
+        frontier.fit_over_optimization(kl[:1], gain[:1], form)
+
+
+def pair(margin, chosen_length=5, rejected_length=5, group="g", **more) -> Pair:
+    return Pair(group, "better", "worse", margin, 0.0, chosen_length, rejected_length, **more)
+
+
+def test_reward_model_accuracy_and_its_baseline():
+    pairs = [pair(1.0, 9, 5), pair(-1.0, 5, 9), pair(2.0, 5, 9, "h"), pair(0.0, 5, 5, "h")]
+    found = reward_quality.reward_model_quality(pairs)
+    assert found["accuracy"]["mean"] == 2.5 / 4 and found["n_pairs"] == 4
+    assert found["longer_wins_baseline"] == 1.5 / 4
+    assert "by_source" not in found and "labelers" not in found
+    rows = found["by_length_difference"]
+    assert [(row["from"], row["to"]) for row in rows] == [(-4, -4), (0, 0), (4, 4)]
+    assert [row["accuracy"]["mean"] for row in rows] == [0.5, 0.5, 1.0]
+    sources = [pair(1.0, source="a"), pair(-1.0, source="b"), pair(1.0, source="b")]
+    assert reward_quality.reward_model_quality(sources)["by_source"]["b"]["accuracy"]["mean"] == 0.5
+
+
+def test_calibration_of_a_model_that_is_as_right_as_it_says():
+    rng = RNG(4)
+    truth = rng.normal(0, 1.5, 20_000)
+    margins = np.where(rng.random(20_000) < 1 / (1 + np.exp(-truth)), truth, -truth)
+    honest = reward_quality.calibration([pair(margin) for margin in margins])
+    boaster = reward_quality.calibration([pair(4 * margin) for margin in margins])
+    assert honest["error"] < 0.02 < 0.1 < boaster["error"]
+    assert sum(row["n_pairs"] for row in honest["curve"]) == 20_000
+
+
+def test_labelers_agree_with_each_other():
+    def labelled(annotator, first_is_better, group):
+        texts = ("x", "y") if first_is_better else ("y", "x")
+        return Pair(group, *texts, 1.0, 0.0, 1, 1, annotator=annotator)
+
+    pairs = [labelled("ann", True, "g"), labelled("bob", True, "g"), labelled("ann", True, "h")]
+    pairs += [labelled("bob", False, "h"), labelled("ann", True, "alone")]
+    found = reward_quality.reward_model_quality(pairs)
+    assert found["labelers_with_each_other"]["mean"] == 0.5 and found["labelers_with_each_other"]["n_pairs"] == 2
+    assert found["labelers"]["bob"]["n_pairs"] == 2
+    assert reward_quality.labeler_agreement(pairs[-1:]) is None
+
+
+def conversation(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_people_judge_blind(tmp_path):
+    prompts = [conversation(f"question {number}") for number in range(3)]
+    texts = {"sft": ["s0", "s1", "same"], "ppo": ["p0", "p1", "same"]}
+    task = tmp_path / "task.jsonl"
+    assert write_ranking_task(task, prompts, texts) == 2
+    assert "ppo" not in task.read_text() and "sft" not in task.read_text()
+    tasks, left_out = read_tasks(task)  # as the ranking app reads it
+    assert [len(one.responses) for one in tasks] == [2, 2] and not any(left_out.values())
+    rows = [(0, {"p0": 1, "s0": 2}), (0, {"p0": 1, "s0": 1}), (1, {"p1": 2, "s1": 1})]
+    lines = [
+        {"prompt": prompts[number], "responses": [{"text": text, "rank": rank} for text, rank in ranks.items()]}
+        for number, ranks in rows
+    ]
+    rankings = tmp_path / "rankings.jsonl"
+    rankings.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    shares = people_outcomes(read_people(str(rankings)), prompts, texts["ppo"], texts["sft"])
+    assert shares[:2].tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]] and np.isnan(shares[2]).all()
+    rankings.write_text('{"prompt": "p"}\n')
+    with pytest.raises(UserError, match="rankings.jsonl:1: not a ranking"):
+        read_people(str(rankings))
+
+
+def test_parts_are_reused_and_never_mixed(tmp_path):
+    parts = Parts(str(tmp_path / "out"))
+    assert parts.get("x", {"seed": 1}, lambda: [1]) == [1]
+    assert Parts(str(tmp_path / "out")).get("x", {"seed": 1}, lambda: pytest.fail("made again")) == [1]
+    with pytest.raises(UserError, match="x.json was made with another seed"):
+        parts.get("x", {"seed": 2}, lambda: [2])
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("all of it")
+    with pytest.raises(UserError, match="holds no evaluation"):
+        Parts(str(tmp_path / "thesis"))
+
+
+def test_checkpoints_are_spread_and_end_with_the_last(tmp_path):
+    for step in (10, 20, 30, 40, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert [step for step, _ in checkpoints(str(tmp_path), 9)] == [10, 20, 30, 40, 100]
+    assert [step for step, _ in checkpoints(str(tmp_path), 2)] == [20, 100]
+    assert [step for step, _ in checkpoints(str(tmp_path), 1)] == [100]
+    with pytest.raises(UserError, match="no checkpoint-N folder"):
+        checkpoints(str(tmp_path / "none"), 3)
+
+
+ARGUMENTS = {"policies": ["base=a", "sft=b", "ppo=c", "other=d"], "reward_model_name_or_path": "r"}
+
+
+def test_what_is_planned():
+    args = EvaluationArguments(**ARGUMENTS, temperatures=[0.5], best_of_n=16)
+    assert (args.reference, args.headline) == ("sft", "ppo")
+    plan = {one.name: (one.path, one.num_generations, one.temperature) for one in args.plan()}
+    assert plan["sft"] == ("b", 16, 1.0) and plan["ppo"] == ("c", 4, 1.0)
+    assert plan["sft@T0.5"] == ("b", 2, 0.5) and len(plan) == 5
+    other = EvaluationArguments(policies=["x=1", "y=2"], reward_model_name_or_path="r")
+    assert (other.reference, other.headline) == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"policies": ["sft"]}, "--policies sft: write it as NAME=PATH"),
+        ({"policies": ["a=1", "a=2"]}, "the name a stands there twice"),
+        ({"policies": []}, "--policies NAME=PATH"),
+        ({"reference": "gpt"}, "--reference gpt is not among --policies"),
+        ({"top_k": 50}, "KL is not finite"),
+        ({"temperatures": [0.0]}, "must be above 0"),
+        ({"best_of_n": 1}, "--best_of_n 1"),
+        ({"num_prompts": 0}, "--num_prompts 0"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(change, message):
+    with pytest.raises(UserError, match=message):
+        EvaluationArguments(**ARGUMENTS | change)

@@ -1,0 +1,488 @@
+"""The labelling store, its files and its figures, without a server."""
+
+import json
+import math
+import os
+import pty
+import sqlite3
+import subprocess
+import sys
+import time
+from itertools import permutations
+
+import pytest
+
+from recipes.cli.errors import UserError
+from recipes.formatting import format_dataset, load_rows
+from recipes.labelling import accounts, store
+from recipes.labelling.agreement import agreement_report, kendalls_w, krippendorff_alpha, outcomes
+from recipes.labelling.answers import Answer, AnswerError, Review, ranks_of, tiers_of
+from recipes.labelling.export import export
+from recipes.labelling.report import as_html, as_text
+from recipes.labelling.store import ConflictError, NotAssignedError, Store
+from recipes.labelling.tasks import read_tasks
+from recipes.labelling.terminal import parse_marks, parse_ranking, visible
+from tests.labelling.labelling_server import SCRIPT, cli, write_samples
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes a store with so many prompts, gold tasks and labelers; returns it and the labelers' ids."""
+
+    def make(prompts=4, labelers=1, gold=0, responses=4, **options):
+        job = Store(tmp_path / "labels.db", create=True, guidelines="Rank.", **options)
+        tasks, _ = read_tasks(write_samples(tmp_path / "samples.jsonl", prompts, responses))
+        job.add_tasks(tasks, "samples.jsonl")
+        if gold:
+            job.add_tasks(gold_tasks(tmp_path, gold), "gold.jsonl")
+        for number in range(labelers):
+            accounts.add_labeler(job, f"labeler {number}")
+        return job, [labeler.id for labeler in accounts.labelers(job)]
+
+    return make
+
+
+def gold_tasks(folder, count):
+    """Gold tasks whose right order is good, fair, bad."""
+    responses = [{"text": "good", "rank": 1}, {"text": "fair", "rank": 2}, {"text": "bad", "rank": 3}]
+    rows = [{"id": f"g{n}", "prompt": f"Gold {n}?", "responses": responses} for n in range(count)]
+    (folder / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_tasks(folder / "gold.jsonl", gold=True)[0]
+
+
+def reviewed(task, tiers=None, reason="because"):
+    return Answer(tiers or task.answer.tiers, {id: Review(reason) for id, _ in task.responses})
+
+
+def submit(job, labeler, task, tiers=None):
+    return job.record(labeler, task.prompt_id, "submit", reviewed(task, tiers), key=os.urandom(16).hex())
+
+
+def by_text(task):
+    return {text: id for id, text in task.responses}
+
+
+# Files
+
+
+def test_import_is_idempotent_and_gives_new_responses_a_new_task(tmp_path, make):
+    job, _ = make(prompts=3)
+    tasks, _ = read_tasks(tmp_path / "samples.jsonl")
+    assert job.add_tasks(tasks, "samples.jsonl") == 0 and job.size()["prompt"] == 3
+    more, _ = read_tasks(write_samples(tmp_path / "more.jsonl", prompts=4, responses=3))
+    assert job.add_tasks(more, "more.jsonl") == 4, "other responses to a known prompt are another comparison"
+
+
+def test_repeated_responses_are_left_out_and_counted(tmp_path):
+    rows = [
+        {"prompt": "a", "responses": [{"text": "x"}, {"text": "x"}, {"text": "y"}]},
+        {"prompt": "b", "responses": [{"text": "x"}, {"text": "x"}]},
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    tasks, left_out = read_tasks(tmp_path / "s.jsonl")
+    assert [[r.text for r in task.responses] for task in tasks] == [["x", "y"]]
+    assert left_out == {"repeated_responses": 2, "too_few_responses": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: expected an object"),
+        ('{"responses": []}', "line 2: 'prompt' is missing"),
+        ('{"prompt": "q"}', "line 2: 'responses' is missing"),
+        ('{"prompt": [], "responses": []}', "line 2: 'prompt' must be"),
+        ('{"prompt": [{"role": "user"}], "responses": []}', "line 2: every message"),
+        ('{"prompt": "q", "responses": ["a", "b"]}', "line 2: 'responses' must be a list of objects"),
+        ('{"prompt": "q", "responses": [{"text": 1}]}', "line 2: the 'text' of response 1"),
+        ('{"prompt": "q", "responses": [{"text": "\\ud800"}, {"text": "b"}]}', "line 2: 'utf-8' codec"),
+        ('{"prompt": "q", "model": {}, "responses": [{"text": "a"}]}', "line 2: the 'model' of response 1"),
+        (json.dumps({"prompt": "q", "responses": [{"text": str(n)} for n in range(27)]}), "line 2: 27 responses"),
+    ],
+)
+def test_bad_lines_are_named_and_nothing_is_made(tmp_path, line, expected):
+    good = json.dumps({"prompt": "q", "responses": [{"text": "a"}, {"text": "b"}]})
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(f"{good}\n{line}\n")
+    refused = cli("terminal", "--database", tmp_path / "labels.db", "--samples", samples, check=False)
+    assert refused.returncode == 1 and f"{samples}, {expected}" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1 and not (tmp_path / "labels.db").exists()
+
+
+def test_gold_needs_ranks_that_do_not_contradict(tmp_path, make):
+    job, _ = make()
+    for rank in (None, True, "1"):
+        (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "q", "responses": [{"text": "a", "rank": rank}]}))
+        with pytest.raises(UserError, match="'rank' of response 1 must be a number"):
+            read_tasks(tmp_path / "bad.jsonl", gold=True)
+    row = {"id": "g", "prompt": "q", "responses": [{"text": "a", "rank": 1}, {"text": "b", "rank": 2}]}
+    turned = row | {"responses": [{"text": "a", "rank": 2}, {"text": "b", "rank": 1}]}
+    (tmp_path / "two.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(turned))
+    with pytest.raises(UserError, match="two different gold rankings"):
+        job.add_tasks(read_tasks(tmp_path / "two.jsonl", gold=True)[0], "two.jsonl")
+    assert job.size()["gold"] == 0, "all or none"
+
+
+def test_files_that_are_no_labelling_database(tmp_path):
+    with pytest.raises(UserError, match="no such database"):
+        Store(tmp_path / "missing.db")
+    (tmp_path / "text.db").write_text("no database" * 100)
+    with pytest.raises(UserError, match="cannot be opened"):
+        Store(tmp_path / "text.db")
+    with sqlite3.connect(tmp_path / "other.db") as db:
+        db.execute("CREATE TABLE t (x)")
+    with pytest.raises(UserError, match="not a labelling database"):
+        Store(tmp_path / "other.db", create=True)
+
+
+# Who gets what
+
+
+def test_every_labeler_has_an_order_of_their_own(make):
+    job, labelers = make(prompts=1, labelers=6, responses=3, overlap=6)
+    orders = [tuple(id for id, _ in job.next_task(labeler).responses) for labeler in labelers]
+    assert set(orders) == set(permutations(orders[0])), "six labelers, six orders"
+    assert [tuple(id for id, _ in job.next_task(labeler).responses) for labeler in labelers] == orders
+
+
+def test_overlap_counts_people_at_work_and_frees_what_was_skipped_or_left(make, monkeypatch):
+    job, (ann, bob, cyd) = make(prompts=1, labelers=3, overlap=1)
+    task = job.next_task(ann)
+    assert job.next_task(bob) is None, "ann works on the only prompt"
+    job.record(ann, task.prompt_id, "skip", task.answer, key="k1")
+    assert job.next_task(ann) is None, "what was skipped does not come back by itself"
+    assert job.next_task(bob).prompt_id == task.prompt_id
+    assert job.next_task(cyd) is None
+    later = time.time() + store.LEASE_SECONDS + 1
+    monkeypatch.setattr(store.time, "time", lambda: later)
+    assert job.next_task(cyd).prompt_id == task.prompt_id, "bob has left it lying"
+    job.record(cyd, task.prompt_id, "flag", Answer(task.answer.tiers, comment="nonsense"), key="k2")
+    assert job.progress(ann)["left"] == 0
+
+
+@pytest.mark.parametrize("gold_every", [2, 4])
+def test_gold_tasks_come_once_in_so_many_and_nothing_gives_them_away(make, gold_every):
+    job, (ann,) = make(prompts=12, gold=3, gold_every=gold_every)
+    seen, left = [], []
+    while task := job.next_task(ann):
+        left.append(job.progress(ann)["left"])
+        seen.append(task.messages[0]["content"].startswith("Gold"))
+        assert "gold" not in json.dumps({k: v for k, v in vars(task).items() if k != "messages"}, default=vars).lower()
+        submit(job, ann, task)
+    assert left == list(range(15, 0, -1)), "the count of tasks left must not show which ones are gold"
+    for block in range(3):
+        assert sum(seen[block * gold_every : (block + 1) * gold_every]) == 1
+    assert sum(seen) == 3 and len(seen) == 15
+
+
+def test_no_gold_when_switched_off_and_a_job_of_gold_alone(make, tmp_path):
+    job, (ann,) = make(prompts=2, gold=2, gold_every=0)
+    for _ in range(2):
+        submit(job, ann, job.next_task(ann))
+    assert job.next_task(ann) is None
+    only = Store(tmp_path / "only.db", create=True)
+    only.add_tasks(gold_tasks(tmp_path, 2), "gold.jsonl")
+    accounts.add_labeler(only, "ann")
+    submit(only, 1, only.next_task(1))
+    assert only.next_task(1) is not None
+
+
+# What counts
+
+
+def test_events_are_written_once(make):
+    job, (ann,) = make()
+    submit(job, ann, job.next_task(ann))
+    for table in ("event", "review", "assignment", "prompt", "response", "guideline"):
+        for statement in (f"DELETE FROM {table}", f"UPDATE {table} SET rowid = rowid"):
+            with pytest.raises(sqlite3.Error, match="written once"), job.transaction(write=True) as db:
+                db.execute(statement)
+
+
+def test_undo_goes_back_one_answer_at_a_time(make):
+    job, (ann,) = make()
+    task = job.next_task(ann)
+    ids = [id for id, _ in task.responses]
+    first = submit(job, ann, task, [[id] for id in ids])
+    second = submit(job, ann, task, [ids])
+    with pytest.raises(ConflictError):
+        job.undo(ann, first, "u0")
+    for _ in range(2):
+        assert job.undo(ann, second, "u1") == task.prompt_id, "the same key undoes once"
+    assert job.task(ann, task.prompt_id).answer.tiers == [[id] for id in ids]
+    job.undo(ann, first, "u2")
+    again = job.task(ann, task.prompt_id)
+    assert again.standing is None and again.answer.tiers == [[id] for id in ids] and job.progress(ann)["last"] is None
+    with pytest.raises(ConflictError):
+        job.undo(ann, first, "u3")
+
+
+def test_a_draft_over_a_submitted_ranking_does_not_count(make):
+    job, (ann,) = make()
+    task = job.next_task(ann)
+    ids = [id for id, _ in task.responses]
+    submit(job, ann, task, [[id] for id in ids])
+    job.record(ann, task.prompt_id, "draft", Answer([ids]), key="d")
+    now = job.task(ann, task.prompt_id)
+    assert now.answer.tiers == [ids] and now.standing == "submit" and now.has_draft
+    (row,) = (ranking for ranking in export_rows(job))
+    assert [response["rank"] for response in row["responses"]] == [1, 2, 3, 4]
+
+
+def export_rows(job):
+    output = job.path.with_name(f"{time.time_ns()}.jsonl")
+    export(job, output)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_justifications_may_be_optional_or_off(make):
+    job, (ann,) = make()
+    task = job.next_task(ann)
+    for reason in ("", "  \n"):
+        with pytest.raises(AnswerError, match="4 of 4 responses lack a reason"):
+            job.record(ann, task.prompt_id, "submit", reviewed(task, reason=reason), key="k")
+    job.justifications = "optional"
+    job.record(ann, task.prompt_id, "submit", Answer(task.answer.tiers), key="k")
+    assert "justification" not in export_rows(job)[0]["responses"][0]
+
+
+def test_nobody_can_answer_what_was_not_assigned(make):
+    job, (ann, bob) = make(labelers=2)
+    task = job.next_task(ann)
+    with pytest.raises(NotAssignedError):
+        job.record(bob, task.prompt_id, "submit", reviewed(task), key="k")
+    with pytest.raises(NotAssignedError):
+        job.task(bob, task.prompt_id)
+
+
+def test_time_is_summed_over_events_and_never_more_than_has_passed(make, monkeypatch):
+    job, (ann,) = make()
+    now = time.time()
+    monkeypatch.setattr(store.time, "time", lambda: now)
+    task = job.next_task(ann)
+    for number, (passed, claimed) in enumerate([(10, 4), (10, 7.5), (5, 1000)]):
+        now += passed
+        job.record(ann, task.prompt_id, "draft", task.answer, key=str(number), active_seconds=claimed)
+    assert job.task(ann, task.prompt_id).active_seconds == pytest.approx(4 + 7.5 + 5)
+
+
+def test_backup_is_a_whole_database_and_overwrites_nothing(make, tmp_path):
+    job, (ann,) = make()
+    submit(job, ann, job.next_task(ann))
+    copy = tmp_path / "copy.db"
+    cli("backup", "--database", job.path, "--output", copy)
+    assert export_rows(Store(copy))[0]["annotator"] == "labeler 0"
+    assert copy.stat().st_mode & 0o077 == 0 == job.path.stat().st_mode & 0o077, "for its owner only"
+    again = cli("backup", "--database", job.path, "--output", copy, check=False)
+    assert again.returncode == 1 and "exists already" in again.stderr
+
+
+# Export
+
+
+def test_ranks_and_tiers_are_inverse():
+    tiers = [["a"], ["b", "c"], ["d"]]
+    assert ranks_of(tiers) == {"a": 1, "b": 2, "c": 2, "d": 4}
+    assert tiers_of(ranks_of(tiers)) == tiers
+    assert tiers_of({"x": 7.5, "y": -1}) == [["y"], ["x"]]
+
+
+def test_export_counts_ties_and_the_formatting_module_takes_it(make, tmp_path):
+    job, (ann, bob) = make(prompts=3, labelers=2, gold=1, gold_every=2, overlap=2)
+    rankings = 0
+    for labeler in (ann, bob):
+        while task := job.next_task(labeler):
+            ids = [id for id, _ in task.responses]
+            is_gold = len(ids) == 3
+            tiers = [[id] for id in ids] if is_gold else [[ids[0]], ids[1:3], [ids[3]]]
+            if task.messages[0]["content"] == "Question 2?":
+                tiers = [ids]
+            submit(job, labeler, task, tiers)
+            rankings += not is_gold
+    output = tmp_path / "rankings.jsonl"
+    counts = export(job, output)
+    assert counts == {
+        "rankings": 6, "prompts": 3, "labelers": 2, "gold_left_out": 2,
+        "pairs": 4 * 5, "tied_pairs": 4 * 1 + 2 * 6, "all_tied": 2,
+    }  # fmt: skip
+    pairs, report = format_dataset(load_rows(str(output)), "preference")
+    assert len(pairs) == counts["pairs"] and not report.errors
+    assert len(report.skipped) == counts["all_tied"]
+    assert len(set(pairs["group_id"])) == 2, "all pairs of a prompt stay together"
+    row = pairs[0]
+    assert row["prompt"][0]["content"].startswith("Question") and row["chosen"][0]["role"] == "assistant"
+    ranked, _ = format_dataset(load_rows(str(output)), "ranking")
+    assert len(ranked) == 4 and ranked[0]["ranks"] == [1.0, 2.0, 2.0, 4.0]
+
+    assert export(job, tmp_path / "all.jsonl", include_gold=True)["rankings"] == 8
+    tasks, _ = read_tasks(tmp_path / "rankings.jsonl", gold=True)
+    assert len(tasks) == 6 and all(task.gold for task in tasks), "rankings can become gold tasks"
+
+
+def test_nothing_to_export_is_an_error(make, tmp_path):
+    job, _ = make()
+    nothing = cli("export", "--database", job.path, "--output", tmp_path / "r.jsonl", check=False)
+    assert nothing.returncode == 1 and "no submitted rankings" in nothing.stderr
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+# Agreement
+
+
+def test_krippendorff_alpha_gives_the_published_values():
+    """Four observers, twelve units, missing values: Krippendorff (2011), example D."""
+    observers = """
+        1 2 3 3 2 1 4 1 2 . . .
+        1 2 3 3 2 2 4 1 2 5 . 3
+        . 3 3 3 2 3 4 2 2 5 1 .
+        1 2 3 3 2 4 4 1 2 5 1 ."""
+    table = [line.split() for line in observers.strip().splitlines()]
+    units = [[int(value) for value in unit if value != "."] for unit in zip(*table, strict=True)]
+    published = {"nominal": 0.743, "ordinal": 0.815, "interval": 0.849}
+    assert {level: round(krippendorff_alpha(units, level), 3) for level in published} == published
+    assert krippendorff_alpha([[1, 1], [1, 1]]) is None and krippendorff_alpha([[1], [2]]) is None
+    assert krippendorff_alpha([[1, 1], [2, 2]]) == 1
+
+
+def test_kendalls_w_gives_the_published_values():
+    """Three executives and six applicants, W = .16: Siegel, Nonparametric Statistics (1956), chapter 9."""
+
+    def tiers(ranks):
+        return tiers_of(dict(enumerate(ranks)))
+
+    executives = [[1, 6, 3, 2, 5, 4], [1, 5, 6, 4, 2, 3], [6, 3, 2, 5, 4, 1]]
+    assert round(kendalls_w([tiers(ranks) for ranks in executives]), 2) == 0.16
+    # With ties: Friedman's chi-square over m (n - 1), which scipy corrects for ties the same way.
+    tied = [[1, 2, 2, 4], [1, 1, 3, 4], [1, 2, 2, 2]]
+    assert kendalls_w([tiers(ranks) for ranks in tied]) == pytest.approx(0.8194444444)
+    assert kendalls_w([[["a", "b"]], [["a", "b"]]]) is None
+    assert kendalls_w([[["a"], ["b"]], [["b"], ["a"]]]) == 0
+
+
+def test_pair_outcomes():
+    assert outcomes([["b"], ["a", "c"]]) == {("a", "b"): -1, ("a", "c"): 0, ("b", "c"): 1}
+
+
+def test_agreement_report_counts_by_hand(make, tmp_path):
+    """Two prompts of three responses: one ranked alike, one turned round with a tie; a gold task failed by one."""
+    job, (ann, bob) = make(prompts=2, labelers=2, responses=3, gold=1, gold_every=3, overlap=2)
+    for labeler in (ann, bob):
+        while task := job.next_task(labeler):
+            id = by_text(task)
+            if "good" in id:
+                order = ["good", "fair", "bad"] if labeler == ann else ["bad", "fair", "good"]
+                submit(job, labeler, task, [[id[text]] for text in order])
+                continue
+            question = task.messages[0]["content"][9]
+            a, b, c = (id[f"Answer {number} to question {question}."] for number in range(3))
+            if labeler == ann or question == "0":
+                submit(job, labeler, task, [[a], [b], [c]])
+            else:
+                submit(job, labeler, task, [[c], [a, b]])
+    report = agreement_report(job)
+    # Prompt 0: three pairs alike. Prompt 1: a>b against a tie, a>c and b>c turned round.
+    assert report["pairwise"]["with_ties"]["share"] == pytest.approx(3 / 6)
+    assert report["pairwise"]["without_ties"]["share"] == pytest.approx(3 / 5)
+    assert report["pairwise"]["without_ties"]["pairs"] == 5
+    low, high = report["pairwise"]["without_ties"]["ci95"]
+    assert low == 0 and high == 1, "prompt 0 twice, or prompt 1 twice"
+    # W is 1 on prompt 0; on prompt 1 the rank sums are 1 + 2.5, 2 + 2.5, 3 + 1.
+    spread = sum((total - 4) ** 2 for total in (3.5, 4.5, 4.0))
+    assert report["kendalls_w"] == pytest.approx((1 + 12 * spread / (4 * 24 - 2 * 6)) / 2)
+    # Twelve values (six pairs, both ways round): five each of better and worse, and two ties.
+    both_ways = [[1, 1], [-1, -1]] * 3 + [[1, 0], [-1, 0]] + [[1, -1], [-1, 1]] * 2
+    assert report["krippendorff_alpha"]["nominal"] == pytest.approx(krippendorff_alpha(both_ways))
+    first, second = report["labelers"]["labeler 0"], report["labelers"]["labeler 1"]
+    assert first["gold"] == {"tasks": 1, "share": 1.0, "ci95": None, "pairs": 3, "disagreed": []}
+    assert second["gold"]["share"] == 0 and second["gold"]["disagreed"] == ["g0"]
+    assert first["ranked"] == 3 and second["tied"] == pytest.approx(1 / 9)
+    assert report["prompts_shared"] == 2, "gold tasks do not flatter the agreement"
+
+    text = as_text(report)
+    assert "60.0 %" in text and "72.6 %" in text and "77.3 %" in text and "disagreed with gold tasks: g0" in text
+    page = as_html(report, "<Agreement>")
+    assert "<svg" in page and "&lt;Agreement&gt;" in page and "60.0 %" in page
+    assert "<script" not in page and "http://" not in page and "https://" not in page
+    printed = json.loads(cli("agreement", "--database", job.path, "--format", "json"))
+    assert printed == json.loads(json.dumps(report))
+    for _ in range(2):
+        done = cli(
+            "agreement", "--database", job.path, "--format", "html", "--output", tmp_path / "a.html", check=False
+        )
+    assert done.returncode == 1 and "exists already" in done.stderr
+
+
+def test_alpha_does_not_depend_on_which_response_comes_first(make):
+    """Labelers who differ at random reach about 0, wherever the better responses happen to stand in the file."""
+    job, labelers = make(prompts=60, labelers=2, responses=2, overlap=2)
+    for index, labeler in enumerate(labelers):
+        for turn in range(60):
+            task = job.next_task(labeler)
+            ids = sorted(id for id, _ in task.responses)
+            submit(job, labeler, task, [[id] for id in (ids if index == 0 or turn % 2 else ids[::-1])])
+    report = agreement_report(job)
+    assert report["pairwise"]["with_ties"]["share"] == 0.5
+    assert math.isclose(report["krippendorff_alpha"]["nominal"], 0, abs_tol=0.01)
+
+
+def test_reports_before_anybody_agrees_on_anything(make):
+    job, _ = make()
+    report = agreement_report(job)
+    assert report["pairwise"]["with_ties"] == {"share": None, "ci95": None, "pairs": 0}
+    assert "--overlap 2" in as_text(report) and "--overlap 2" in as_html(report, "Agreement")
+
+
+# Terminal
+
+
+@pytest.mark.parametrize("text", ["B > A = C > D", "b a=c d", "ba=cd", "b>a =c,d", "B > a=c>D"])
+def test_rankings_can_be_typed_in_several_ways(text):
+    assert parse_ranking(text, "ABCD") == [["B"], ["A", "C"], ["D"]]
+
+
+@pytest.mark.parametrize("text", ["", "ABC", "ABCDD", "A==BCD", "=ABCD", "A>B>C>E", "1 2 3 4", "ABCD!", "A B C D ="])
+def test_what_is_no_ranking_is_refused(text):
+    with pytest.raises(AnswerError):
+        parse_ranking(text, "ABCD")
+
+
+def test_marks():
+    assert parse_marks("A6 b2u Chn", "ABC") == {
+        "A": (6, ()), "B": (2, ("untruthful",)), "C": (None, ("harmful", "did_not_answer")),
+    }  # fmt: skip
+    for text in ("D5", "A8", "A5x", "5A"):
+        with pytest.raises(AnswerError):
+            parse_marks(text, "ABC")
+
+
+def test_model_text_cannot_steer_the_terminal():
+    assert visible("a\x1b]0;title\x07\x9b2J\u202eb\r\n\tc") == "a\\x1b]0;title\\x07\\x9b2J\\u202eb\\r\n\tc"
+
+
+def test_ranking_in_a_terminal_from_draft_to_export(tmp_path):
+    """A pseudo-terminal: quit in the middle, come back to the draft, submit, undo, skip; then export."""
+    samples = write_samples(tmp_path / "samples.jsonl", prompts=2, responses=3, model="hidden-model")
+    database = tmp_path / "labels.db"
+    args = ["--database", database, "--labeler", "ann"]
+
+    def session(*lines):
+        main, side = pty.openpty()
+        command = [sys.executable, str(SCRIPT), "terminal", *map(str, args), "--samples", str(samples)]
+        process = subprocess.Popen(command, stdin=side, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        os.write(main, "".join(f"{line}\n" for line in lines).encode() + b"\x04")
+        printed, _ = process.communicate(timeout=60)
+        os.close(main), os.close(side)
+        assert process.returncode == 0, printed
+        assert "hidden-model" not in printed
+        return printed
+
+    printed = session("B > A", "C > A=B", "first reason")
+    assert "use each of A, B, C once" in printed and "kept as a draft" in printed
+    printed = session("", "", "second", "third", "A6 Bu", "", "skip")
+    assert "Ranking [C > A=B]" in printed and "[first reason]" in printed and "Saved." in printed
+    assert "Nothing is left to rank" in printed and "1 rankings submitted" in printed
+    (row,) = export_rows(Store(database))
+    assert [response["rank"] for response in row["responses"]] == [1, 2, 2]
+    assert {r["justification"] for r in row["responses"]} == {"first reason", "second", "third"}
+    assert [r.get("rating") for r in row["responses"]].count(6) == 1
+    assert [r.get("flags") for r in row["responses"]].count(["untruthful"]) == 1

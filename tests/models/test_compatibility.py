@@ -1,0 +1,131 @@
+"""Base, adapters and tokenizer that do not belong together are refused before weights load: no base here has any."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Qwen2Config
+from trl import ModelConfig
+
+from recipes import ppo, reward, sft
+from recipes.cli.errors import UserError
+from recipes.models.compatibility import check_model, check_vocabulary
+from recipes.models.tokenization import load_tokenizer
+from tests import tiny_models as models
+from tests.conftest import ROOT
+
+LORA = {"r": 4, "target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """Bases without weights, `base` and `wide`, and SFT and reward adapters that were made on them."""
+    folder = tmp_path_factory.mktemp("files")
+    sizes = {"base": {}, "wide": {"hidden_size": 48, "num_attention_heads": 4}, "deep": {"num_hidden_layers": 3}}
+    for base, changes in sizes.items():
+        causal, scorer = models.causal_lm(**changes), models.reward_model(**changes)
+        for model in (causal, scorer):
+            model.config.save_pretrained(folder / base)
+            model.name_or_path = str(folder / base)
+        models.word_tokenizer().save_pretrained(folder / base)
+        causal.config.save_pretrained(folder / base)
+        head = LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **LORA)
+        adapters = {"sft": (causal, LoraConfig(task_type="CAUSAL_LM", **LORA)), "reward": (scorer, head)}
+        for name, (model, config) in adapters.items():
+            get_peft_model(model, config).save_pretrained(folder / f"{base}_{name}")
+            models.word_tokenizer().save_pretrained(folder / f"{base}_{name}")
+    rows = [{"prompt": prompt} for prompt in models.prompts(64)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def on_base(files, tmp_path, adapter: str) -> Path:
+    """A copy of an adapter that says it was made on `base`."""
+    shutil.copytree(files[adapter], tmp_path / adapter)
+    config = tmp_path / adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(files["base"])}))
+    return tmp_path / adapter
+
+
+def refusal(recipe, arguments: dict, files, tmp_path, monkeypatch) -> str:
+    name = recipe.__name__.rpartition(".")[2]
+    line = [name, "--config", str(ROOT / "recipes" / "configs" / "tiny_world" / f"{name}.yaml")]
+    arguments = {"dataset_name": files["prompts.jsonl"], "output_dir": tmp_path / "out"} | arguments
+    monkeypatch.setattr(
+        sys, "argv", line + [str(word) for key, value in arguments.items() for word in (f"--{key}", value)]
+    )
+    with pytest.raises(UserError) as error:
+        recipe.main()
+    assert not (tmp_path / "out").exists()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("recipe", [sft, reward, ppo])
+@pytest.mark.parametrize(
+    ("adapter", "why"),
+    [
+        ("wide_sft", r"lora_A.weight is \[4, 48\], where the base needs \[4, 32\]"),
+        ("deep_sft", r"no place for .*layers\.2\."),
+    ],
+)
+def test_an_adapter_of_another_base(files, tmp_path, monkeypatch, recipe, adapter, why):
+    arguments = {"model_name_or_path": on_base(files, tmp_path, adapter)}
+    if recipe is ppo:
+        arguments["reward_model_name_or_path"] = files["base_reward"]
+    line = refusal(recipe, arguments, files, tmp_path, monkeypatch)
+    assert f"The adapter {tmp_path / adapter} does not fit the base {files['base']}" in line
+    assert re.search(why, line), line
+
+
+def test_a_reward_adapter_of_another_base(files, tmp_path, monkeypatch):
+    arguments = {"model_name_or_path": files["base_sft"]}
+    arguments["reward_model_name_or_path"] = on_base(files, tmp_path, "wide_reward")
+    line = refusal(ppo, arguments, files, tmp_path, monkeypatch)
+    assert f"The adapter {tmp_path / 'wide_reward'} does not fit the base {files['base']}" in line
+    arguments["reward_model_name_or_path"] = files["wide_reward"]
+    assert "was trained on the base" in refusal(ppo, arguments, files, tmp_path, monkeypatch)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(files, tmp_path, monkeypatch):
+    shutil.copytree(files["base"], tmp_path / "base")
+    models.word_tokenizer(words=70).save_pretrained(tmp_path / "base")
+    line = refusal(sft, {"model_name_or_path": tmp_path / "base"}, files, tmp_path, monkeypatch)
+    assert "its token 'w59' has the id 64, and the model's vocabulary has 64 tokens" in line
+
+
+@pytest.mark.parametrize("adapter", ["base_sft", "base_reward"])
+def test_an_adapter_with_the_tokenizer_of_another(files, tmp_path, monkeypatch, adapter):
+    wrong = on_base(files, tmp_path, adapter)
+    models.word_tokenizer(prefix="v").save_pretrained(wrong)
+    names = {"base_sft": "model_name_or_path", "base_reward": "reward_model_name_or_path"}
+    arguments = {name: files[adapter] for adapter, name in names.items()} | {names[adapter]: wrong}
+    line = refusal(ppo, arguments, files, tmp_path, monkeypatch)
+    assert f"The tokenizer in {wrong} is another than that of {files['base']}: the token 'w" in line
+
+
+def test_a_tokenizer_that_transformers_loads_as_another_kind(tmp_path):
+    """It takes qwen2's for byte-level BPE, whatever the file says, and words become nothing."""
+    Qwen2Config(vocab_size=64).save_pretrained(tmp_path)
+    models.word_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="gives no tokens for text: transformers loads it as Qwen2Tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_what_belongs_together_passes(files):
+    for name in ("base", "base_sft", "base_reward", "deep_reward"):
+        check_model(ModelConfig(model_name_or_path=str(files[name])), load_tokenizer(str(files[name])))
+
+
+def test_a_token_that_nothing_writes_may_lie_beyond_the_vocabulary(files):
+    tokenizer = load_tokenizer(str(files["base"]))
+    config = AutoModelForCausalLM.from_config(models.llama_config()).config
+    tokenizer.add_tokens(["<image>"])
+    check_vocabulary(tokenizer, config, "base")
+    tokenizer.pad_token = "<image>"
+    with pytest.raises(UserError, match="'<image>' has the id 64"):
+        check_vocabulary(tokenizer, config, "base")

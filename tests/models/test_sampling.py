@@ -1,0 +1,186 @@
+"""Sampling: real generation from small models, into a file that survives being stopped anywhere."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from recipes.cli.errors import UserError
+from recipes.models.sampling import Prompt, SamplingArguments, load_generator, sample, sample_to_file
+from tests import tiny_models as models
+from tests.conftest import run_command
+
+SAMPLING = SamplingArguments(
+    num_generations=3, top_k=0, top_p=1.0, max_completion_length=6, seed=7, generation_batch_size=9
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """A random base and an adapter on it that answers differently."""
+    folder = tmp_path_factory.mktemp("models")
+    models.causal_lm(sharpness=2.0).save_pretrained(folder / "base")
+    models.word_tokenizer().save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(folder / "adapter")
+    return {"base": str(folder / "base"), "adapter": str(folder / "adapter")}
+
+
+@pytest.fixture(scope="module")
+def generator(folders):
+    return load_generator(ModelConfig(model_name_or_path=folders["base"]))
+
+
+@pytest.fixture
+def prompts() -> list[Prompt]:
+    """Ten prompts of one to five words, each length twice."""
+    rows = [models.prompts(1, length=1 + number % 5, seed=number)[0] for number in range(10)]
+    return [Prompt(f"p{number}", messages, f"prompts.jsonl:{number + 1}") for number, messages in enumerate(rows)]
+
+
+def write(generator, prompts, output, sampling=SAMPLING, name="base") -> bytes:
+    sample_to_file(*generator, prompts, sampling, name, str(output))
+    return output.read_bytes()
+
+
+def read(output) -> list[dict]:
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_line_holds_what_the_contract_says(generator, prompts, tmp_path):
+    write(generator, prompts, tmp_path / "samples.jsonl")
+    rows = read(tmp_path / "samples.jsonl")
+    assert Counter(row["id"] for row in rows) == Counter(prompt.id for prompt in prompts)
+    given = {prompt.id: prompt.messages for prompt in prompts}
+    for row in rows:
+        assert list(row) == ["id", "prompt", "responses", "model", "sampling"]
+        assert row["prompt"] == given[row["id"]] and row["model"] == "base"
+        assert row["sampling"]["seed"] == 7 and row["sampling"]["temperature"] == 1.0
+        texts = [response["text"] for response in row["responses"]]
+        assert len(set(texts)) == len(texts) == 3
+        assert not any("<" in text for text in texts)
+    ids = [response["id"] for row in rows for response in row["responses"]]
+    assert len(set(ids)) == len(ids) == 30
+    assert {response["finished"] for row in rows for response in row["responses"]} == {True, False}
+
+
+def test_finished_means_that_the_model_stopped(generator, prompts):
+    groups = sample(*generator, [prompt.messages for prompt in prompts], SAMPLING)
+    assert [len(group) for group in groups] == [3] * 10
+    end = generator[1].eos_token_id
+    for response in (response for group in groups for response in group):
+        assert response.finished == (response.token_ids[-1] == end)
+        assert end not in response.token_ids[:-1]
+        assert response.finished or len(response.token_ids) == 6
+        words = [token for token in response.token_ids if token >= len(models.SPECIAL_TOKENS)]
+        assert response.text.split() == generator[1].convert_ids_to_tokens(words)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4, 9, 10])
+def test_a_resumed_file_equals_an_uninterrupted_one(generator, prompts, tmp_path, keep):
+    whole = write(generator, prompts, tmp_path / "whole.jsonl")
+    lines = whole.splitlines(keepends=True)
+    half_a_line = lines[keep][:20] if keep < len(lines) else b""
+    (tmp_path / "stopped.jsonl").write_bytes(b"".join(lines[:keep]) + half_a_line)
+    assert write(generator, prompts, tmp_path / "stopped.jsonl") == whole
+
+
+def test_the_seed_decides(generator, prompts, tmp_path):
+    first = write(generator, prompts, tmp_path / "a.jsonl")
+    assert write(generator, list(reversed(prompts)), tmp_path / "b.jsonl") == first
+    write(generator, prompts, tmp_path / "c.jsonl", replace(SAMPLING, seed=8))
+    texts = [[[r["text"] for r in row["responses"]] for row in read(tmp_path / f"{name}.jsonl")] for name in "ac"]
+    assert sum(a == b for a, b in zip(*texts, strict=True)) <= 2
+
+
+def test_what_a_sure_model_repeats_is_dropped_and_counted(generator, prompts, tmp_path, capsys):
+    write(generator, prompts, tmp_path / "samples.jsonl", replace(SAMPLING, temperature=0.01))
+    rows = read(tmp_path / "samples.jsonl")
+    kept = [len(row["responses"]) for row in rows]
+    assert len(rows) == 10 and min(kept) >= 1 and sum(kept) < 30
+    for row in rows:
+        texts = [response["text"] for response in row["responses"]]
+        assert len(set(texts)) == len(texts)
+    assert f"{30 - sum(kept)} could not be replaced" in capsys.readouterr().out
+
+
+def test_a_file_of_something_else_is_refused_and_kept(generator, prompts, tmp_path):
+    output = tmp_path / "samples.jsonl"
+    before = write(generator, prompts, output)
+    others = [replace(prompt, messages=[{"role": "user", "content": "w1 w2"}]) for prompt in prompts]
+    for changed in (
+        {"sampling": replace(SAMPLING, temperature=0.5)},
+        {"sampling": replace(SAMPLING, seed=8)},
+        {"name": "another model"},
+        {"prompts": others},
+    ):
+        with pytest.raises(UserError, match="another --output|other prompts"):
+            write(generator, output=output, **({"prompts": prompts} | changed))
+        assert output.read_bytes() == before
+    output.write_text("not samples\n")
+    with pytest.raises(UserError, match=r"samples\.jsonl:1: not a line of samples"):
+        write(generator, prompts, output)
+    assert output.read_text() == "not samples\n"
+
+
+def test_a_prompt_that_does_not_fit_is_named(generator, prompts, tmp_path):
+    long = Prompt("long", models.prompts(1, length=130)[0], "prompts.jsonl:11")
+    with pytest.raises(UserError, match=r"prompts\.jsonl:11: \d+ tokens .* 128 positions"):
+        write(generator, [*prompts, long], tmp_path / "samples.jsonl")
+    assert not (tmp_path / "samples.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_generations": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"temperature": 0.0},
+        {"max_completion_length": 0},
+    ],
+)
+def test_impossible_arguments(wrong):
+    with pytest.raises(UserError, match="--"):
+        SamplingArguments(**wrong)
+
+
+def test_an_adapter_samples_as_itself(folders, generator, prompts):
+    adapter = load_generator(ModelConfig(model_name_or_path=folders["adapter"]))
+    conversations = [prompt.messages for prompt in prompts]
+    greedy = replace(SAMPLING, num_generations=1, temperature=0.0)
+    own, base = sample(*adapter, conversations, greedy), sample(*generator, conversations, greedy)
+    assert own != base
+    with adapter[0].disable_adapter():
+        assert sample(*adapter, conversations, greedy) == base
+
+
+def test_command_line(folders, tmp_path):
+    """By its real command, from an adapter: a first run, then one with another temperature that is refused."""
+    rows = [{"id": f"q{number}", "prompt": f"w{number} w{number + 1}"} for number in range(6)]
+    data, output = tmp_path / "prompts.jsonl", tmp_path / "out" / "samples.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = [sys.executable, "scripts/sample_responses.py", "--model_name_or_path", folders["adapter"]]
+    line += ["--dataset_name", str(data), "--num_generations", "2", "--max_completion_length", "5"]
+    line += ["--output", str(output)]
+    run_command(line)
+    samples = read(output)
+    assert {row["id"] for row in samples} == {row["id"] for row in rows}
+    assert samples[0]["model"] == folders["adapter"]
+    assert all(len(row["responses"]) == 2 for row in samples)
+    before = output.read_bytes()
+    result = run_command([*line, "--temperature", "0.7"], ok=False)
+    errors = [text for text in result.stdout.splitlines() if "error" in text.lower()]
+    assert len(errors) == 1 and "choose another --output" in errors[0]
+    assert "Traceback" not in result.stdout
+    assert output.read_bytes() == before

@@ -1,0 +1,128 @@
+"""Merging adapters and talking with policies, on small random models."""
+
+import io
+import shutil
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from recipes.cli.errors import UserError
+from scripts import chat, merge_adapter
+from tests import tiny_models as models
+
+
+def adapter(model, base, folder, task_type):
+    model.name_or_path = str(base)
+    heads = ["score"] if task_type == "SEQ_CLS" else None
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task_type, modules_to_save=heads)
+    adapted = get_peft_model(model, config)
+    torch.manual_seed(3)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name or "score.modules_to_save" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(folder)
+    models.word_tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    models.causal_lm().save_pretrained(folder / "base")
+    models.word_tokenizer().save_pretrained(folder / "base")
+    adapter(models.causal_lm(), folder / "base", folder / "policy", "CAUSAL_LM")
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+    adapter(classifier, folder / "base", folder / "reward", "SEQ_CLS")
+    (folder / "reward" / "reward_statistics.json").write_text('{"mean": 0.5, "std": 2.0}')
+    return folder
+
+
+def merge(source, target, **kwargs):
+    merge_adapter.merge(merge_adapter.MergeArguments(str(source), str(target), **kwargs))
+
+
+IDS = torch.tensor([[3, 10, 11, 12, 1]])
+
+
+@torch.no_grad()
+def test_a_merged_policy_gives_the_adapter_s_logits_without_peft(folders, tmp_path):
+    merge(folders / "policy", tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    plain = base(IDS).logits
+    expected = PeftModel.from_pretrained(base, folders / "policy")(IDS).logits
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits
+    assert torch.allclose(logits, expected, atol=1e-4)
+    assert not torch.allclose(logits, plain, atol=1e-1)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == models.CHAT_TEMPLATE
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+@torch.no_grad()
+def test_a_merged_reward_model_keeps_head_and_statistics(folders, tmp_path):
+    merge(folders / "reward", tmp_path / "merged")
+    base = AutoModelForSequenceClassification.from_pretrained(folders / "base", num_labels=1)
+    adapted = PeftModel.from_pretrained(base, folders / "reward")
+    adapted.config.pad_token_id = 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 1
+    assert torch.allclose(merged(IDS).logits, adapted(IDS).logits, atol=1e-4)
+    assert merged(IDS).logits.abs().item() > 1e-3
+    assert (tmp_path / "merged" / "reward_statistics.json").read_text() == '{"mean": 0.5, "std": 2.0}'
+
+
+def test_the_result_has_the_base_s_precision_unless_told(folders, tmp_path):
+    shutil.copytree(folders / "policy", tmp_path / "policy")
+    AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    config = tmp_path / "policy" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(folders / "base"), str(tmp_path / "base")))
+    for wish, dtype in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        merge(tmp_path / "policy", tmp_path / wish, dtype=wish)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / wish).dtype == dtype
+
+
+def test_what_would_lose_something_is_refused(folders, tmp_path):
+    with pytest.raises(UserError, match="not an adapter"):
+        merge(folders / "base", tmp_path / "merged")
+    with pytest.raises(UserError, match="nothing is ever written over"):
+        merge(folders / "policy", folders / "base")
+    shutil.copytree(folders / "policy", tmp_path / "qlora")
+    record = {"recipe": "sft", "arguments": {"load_in_4bit": True}}
+    (tmp_path / "qlora" / "train_config.yaml").write_text(yaml.safe_dump(record))
+    with pytest.raises(UserError, match="trained on a quantised base.*--allow_quantized_merge true"):
+        merge(tmp_path / "qlora", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    merge(tmp_path / "qlora", tmp_path / "merged", allow_quantized_merge=True)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_a_quantised_base_is_refused(folders, tmp_path):
+    shutil.copytree(folders / "policy", tmp_path / "policy")
+    shutil.copytree(folders / "base", tmp_path / "base")
+    for path, old, new in (
+        (tmp_path / "policy" / "adapter_config.json", str(folders / "base"), str(tmp_path / "base")),
+        (tmp_path / "base" / "config.json", "{", '{"quantization_config": {"quant_method": "bitsandbytes"},'),
+    ):
+        path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match="is quantised.*--allow_quantized_merge true"):
+        merge(tmp_path / "policy", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_chat_compares_two_policies_and_forgets_on_reset(folders, monkeypatch, capsys):
+    base, policy = str(folders / "base"), str(folders / "policy")
+    flags = ["--model_name_or_path", base, "--compare", policy, "--max_completion_length", "5", "--temperature", "0"]
+    monkeypatch.setattr("sys.argv", ["chat.py", *flags, "--num_generations", "1"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\nw3\n/reset\nw1 w2\n\n/quit\nw9\n"))
+    chat.main()
+    answers = [line for line in capsys.readouterr().out.splitlines() if line.startswith((base, policy))]
+    assert len(answers) == 6
+    assert answers[0:2] == answers[4:6]
+    assert answers[0].removeprefix(base) != answers[1].removeprefix(policy)
+
+
+def test_model_text_cannot_drive_the_terminal(capsys):
+    streamer = chat.SafeStreamer(models.word_tokenizer())
+    streamer.on_finalized_text("a\x1b[2Jb\x07\r\nc", stream_end=True)
+    assert capsys.readouterr().out == "a[2Jb\nc\n"

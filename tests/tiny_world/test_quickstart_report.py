@@ -1,0 +1,224 @@
+"""The quickstart's own commands, shortened to a few steps, then its evaluation and its report."""
+
+import importlib
+import json
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from recipes.models.sampling import Response, SamplingArguments
+from recipes.tiny_world import evaluate, judge, quickstart
+from recipes.tiny_world.report import NAMES, table, write_report
+
+POLICIES = ("base", "sft", "ppo", "ppo_no_kl")
+SHORT = {
+    "sft": ["--max_steps", "3"],
+    "reward": ["--max_steps", "3", "--per_device_train_batch_size", "4"],
+    "ppo": ["--max_steps", "4", "--per_device_train_batch_size", "8"],
+    "ppo_no_kl": ["--max_steps", "4", "--per_device_train_batch_size", "8"],
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A quickstart folder; every stage ran its printed command, in this process, with fewer steps and prompts."""
+    folder, data = tmp_path_factory.mktemp("quickstart"), tmp_path_factory.mktemp("data")
+    for split in ("train", "validation", "heldout"):
+        lines = (evaluate.DATA / f"prompts_{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (data / f"prompts_{split}.jsonl").write_text("".join(lines[:24]), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(quickstart.ROOT)
+        patch.setattr(evaluate, "DATA", data)
+        for stage in (stage for group in quickstart.stages(str(folder), seed=3) for stage in group):
+            command = stage.command[4:] if stage.command[0] == "accelerate" else stage.command[1:]
+            patch.setattr(sys, "argv", command + SHORT.get(stage.name, []))
+            if stage.name == "sample":
+                sys.argv += ["--dataset_name", str(data / "prompts_train.jsonl")]
+            if command[0] == "-m":
+                sys.argv.pop(0)
+                importlib.import_module(command[1]).main()
+            else:
+                runpy.run_path(command[0], run_name="recipe")["main"]()
+            assert (folder / stage.output).exists()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(finished) -> dict:
+    write_report(finished, 3, {"sft": 1.26, "ppo": 2.0, "ppo_no_kl": 3.0, "total": 4.26})
+    return json.loads((finished / "report.json").read_text(encoding="utf-8"))
+
+
+def test_the_report_keeps_its_contract(report):
+    assert set(report) == {"seed", "seconds", "policies", "sft_low_temperature", "reward_model", "samples"}
+    assert report["seed"] == 3 and report["seconds"] == {"sft": 1.3, "ppo": 2.0, "ppo_no_kl": 3.0, "total": 4.3}
+    assert tuple(report["policies"]) == POLICIES
+    parts = set(judge.WEIGHTS)
+    for values in report["policies"].values():
+        assert set(values) == parts | {"gold", "proxy_reward", "kl", "length", "gold_greedy", "n"}
+        assert values["n"] == 24 * 4 and 0 < values["length"] <= 40 and 0 <= values["gold_greedy"] <= 1
+        assert values["gold"] == pytest.approx(sum(weight * values[part] for part, weight in judge.WEIGHTS.items()))
+    assert report["policies"]["sft"]["kl"] == 0 != report["policies"]["base"]["kl"]  # an estimate may be below 0
+    assert set(report["sft_low_temperature"]) == {"temperature", "gold", "kl"}
+    assert report["sft_low_temperature"]["temperature"] in evaluate.TEMPERATURES
+    model = report["reward_model"]
+    assert set(model) == {"accuracy", "accuracy_on_gold_order", "longer_wins_baseline", "n_pairs"}
+    assert model["n_pairs"] > 24 and all(0 <= model[name] <= 1 for name in set(model) - {"n_pairs"})
+    for sample in report["samples"]:
+        assert set(sample) == {"prompt", *POLICIES} and all(isinstance(text, str) for text in sample.values())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_log_probs_are_those_of_the_saved_adapter_alone(finished, tiny_base, name):
+    policies = evaluate.Policies(finished)
+    prompts = evaluate.read_prompts("validation")[:5]
+    pairs = evaluate.flat(prompts, policies.sample(name, prompts, SamplingArguments(num_generations=1, top_k=0)))
+    alone = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    if name != "base":
+        alone = PeftModel.from_pretrained(alone, finished / name).eval()
+    for temperature in (1.0, 0.5):
+        for (prompt, response), found in zip(pairs, policies.log_probs(name, pairs, temperature), strict=True):
+            start = policies.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+            with torch.no_grad():
+                logits = alone(torch.tensor([start + response.token_ids])).logits[0] / temperature
+            steps = logits.log_softmax(-1)[len(start) - 1 : -1]
+            assert found == pytest.approx(steps[range(len(steps)), response.token_ids].sum().item(), abs=1e-3)
+
+
+def test_reward_model_accuracy_of_known_scores():
+    prompts = [[{"role": "user", "content": "What is the capital of France?"}]] * 3
+    texts = ["Paris.", "The capital of France is Paris.", "You are stupid.", "The capital of France is Rome, I think."]
+    group = [Response(text, True, list(range(len(text)))) for text in texts]
+    groups = [group, group[::-1], [group[0]] * 4]
+    gold = {text: judge.judge(prompts[0][0]["content"], text, True)["gold"] for text in texts}
+
+    def accuracy(score) -> dict:
+        return evaluate.reward_model_accuracy(
+            lambda pairs: [score(response.text) for _, response in pairs], prompts, groups, seed=0
+        )
+
+    by_gold = accuracy(gold.get)
+    assert by_gold["accuracy_on_gold_order"] == 1 and by_gold["accuracy"] > 0.8
+    assert by_gold["n_pairs"] <= 12  # equal texts tie, and a tie is no pair
+    by_length = accuracy(len)
+    assert by_length["accuracy"] == by_length["longer_wins_baseline"] == by_gold["longer_wins_baseline"]
+    assert accuracy(lambda text: -gold[text])["accuracy_on_gold_order"] == 0
+
+
+class Tags(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_stands_alone_and_escapes_what_models_say(finished, report, tmp_path):
+    for run in ("ppo", "ppo_no_kl"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "trainer_state.json").write_bytes((finished / run / "trainer_state.json").read_bytes())
+    attack = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    samples = [report["samples"][0] | {"ppo": attack}]
+    (tmp_path / "evaluation.json").write_text(json.dumps(report | {"samples": samples}))
+    write_report(tmp_path, 3, {"total": 1.0})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    tags = Tags(page)
+    assert tags.tags.count("svg") == 4
+    assert not {"script", "img", "link", "iframe", "object"} & set(tags.tags)
+    assert attack in "".join(tags.text)
+    references = [value for name, value in tags.attributes if name in ("src", "href", "xlink:href")]
+    assert all(value.startswith("#") for value in references)
+    assert not re.search(r"url\((?!#)|@import", page)
+    assert all(name in page for name in NAMES.values())
+
+
+def test_table(report):
+    lines = table(report).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:5]] == list(NAMES.values())
+    assert (
+        f"{report['policies']['ppo']['gold']:.2f}" in lines[3] and f"{report['policies']['ppo']['kl']:.2f}" in lines[3]
+    )
+
+
+def test_a_finished_quickstart_only_reports_again(finished, capsys):
+    groups = quickstart.stages(str(finished), 3)
+    names = {stage.name: stage.command for group in groups for stage in group}
+    state = {"seed": 3, "seconds": dict.fromkeys(names, 1.0), "commands": names}
+    (finished / "quickstart.json").write_text(json.dumps(state))
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    assert quickstart.main(["--output_dir", str(finished), "--seed", "3"]) == 0
+    output = capsys.readouterr().out
+    seconds = json.loads((finished / "report.json").read_text(encoding="utf-8"))["seconds"]
+    assert seconds["total"] == len(names) - 1  # the two PPO runs share their time
+    assert output.count("finished before") == len(names) and "$ " not in output
+    assert output.splitlines()[-1] == quickstart.REAL_MODEL
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
+
+    assert quickstart.main(["--output_dir", str(finished), "--seed", "4"]) == 1
+    assert "seed 3" in capsys.readouterr().err
+    state["commands"]["ppo"] = [*state["commands"]["ppo"], "--kl_coef", "9"]
+    (finished / "quickstart.json").write_text(json.dumps(state))
+    assert quickstart.main(["--output_dir", str(finished), "--seed", "3"]) == 1
+    assert "ppo" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    assert quickstart.main(["--output_dir", str(tmp_path)]) == 1
+    assert "is not empty and holds no quickstart" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_ctrl_c_ends_the_running_commands(tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recipes.tiny_world.quickstart", "--output_dir", str(folder)],
+        cwd=quickstart.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell lets what it starts in the background ignore Ctrl-C, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+    def commands() -> list[psutil.Process]:
+        found = []
+        for other in psutil.process_iter(["cmdline"]):
+            words = other.info["cmdline"] or []
+            if f"{folder}/sft" in words and other.status() != psutil.STATUS_ZOMBIE:
+                found.append(other)
+        return found
+
+    try:
+        deadline = time.monotonic() + 60
+        while not commands() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert commands()
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        psutil.wait_procs(commands(), timeout=20)
+        assert process.returncode == 130 and "Run the same command to go on" in output
+        assert not commands()
+    finally:
+        process.kill()
+        for other in commands():
+            other.kill()

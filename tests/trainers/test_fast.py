@@ -1,0 +1,291 @@
+"""The savings of `recipes.trainers.fast` leave the numbers as they are."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from recipes.trainers.fast import FAST_PATHS
+from recipes.trainers.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
+from recipes.trainers.fast.live_rows import LiveRowSampling, draw
+from recipes.trainers.fast.packing import (
+    FEWEST_PIECES,
+    in_pieces,
+    pieces,
+    response_states,
+    right_align,
+    sort_by_length,
+)
+from tests import tiny_models as models
+from tests.trainers.test_ppo_trainer import make_trainer, world  # noqa: F401
+
+PAD = 0
+
+
+def rows_of(lengths: list[tuple[int, int]]) -> dict:
+    """Prompts (left padded) and completions (right padded) of given lengths, every token another number."""
+    width, span = max(p for p, _ in lengths), max(c for _, c in lengths)
+    numbers = iter(range(1, 10_000))
+    batch = {name: [] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")}
+    for prompt, completion in lengths:
+        batch["prompt_ids"].append([PAD] * (width - prompt) + [next(numbers) for _ in range(prompt)])
+        batch["prompt_mask"].append([0] * (width - prompt) + [1] * prompt)
+        batch["completion_ids"].append([next(numbers) for _ in range(completion)] + [PAD] * (span - completion))
+        batch["completion_mask"].append([1] * completion + [0] * (span - completion))
+        batch["advantages"].append([float(x) for x in batch["completion_ids"][-1]])
+    return {name: torch.tensor(value) for name, value in batch.items()} | {"num_items_in_batch": torch.tensor(7)}
+
+
+def test_states_predict_the_response_tokens_of_right_aligned_rows():
+    batch = rows_of([(3, 2), (1, 4), (5, 1)])
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    aligned = right_align(ids, attention)
+    assert aligned.shape == (3, 6)
+    assert [row[row != PAD].tolist() for row in aligned] == [row[row != PAD].tolist() for row in ids]
+    rows, columns = response_states(attention, 4)
+    following = aligned[rows, columns + 1]
+    assert following.tolist() == batch["completion_ids"][batch["completion_mask"].bool()].tolist()
+
+
+def test_sorted_micro_batches_hold_the_same_rows_and_no_empty_column():
+    batch = rows_of([(3, 2), (1, 9), (5, 1), (2, 2), (8, 7), (1, 1)])
+    halves = [
+        {name: value[i : i + 3] if value.dim() else value for name, value in batch.items()} for i in range(0, 6, 3)
+    ]
+    ordered = sort_by_length(halves)
+    assert [part["prompt_ids"].shape for part in ordered] == [(3, 3), (3, 8)]
+    assert [part["completion_ids"].shape for part in ordered] == [(3, 2), (3, 9)]
+
+    def content(parts):
+        return sorted(
+            (p[pm.bool()].tolist(), c[cm.bool()].tolist(), a[cm.bool()].tolist())
+            for part in parts
+            for p, pm, c, cm, a in zip(
+                *(part[name] for name in batch if name != "num_items_in_batch"),
+                strict=True,
+            )
+        )
+
+    assert content(ordered) == content(halves)
+    assert all(part["num_items_in_batch"] == 7 for part in ordered)
+
+
+@pytest.mark.parametrize(
+    ("overhead", "expected"),
+    [
+        (None, [[5, 1, 4], [9, 3, 8]]),
+        (FEWEST_PIECES, [[1, 3, 4], [5, 8, 9]]),
+        (2.5, [[1], [3, 4, 5], [8, 9]]),
+        (0.5, [[1], [3], [4], [5], [8], [9]]),
+    ],
+)
+def test_pieces_come_back_in_order_and_are_cut_where_padding_is_dear(overhead, expected):
+    lengths = torch.tensor([5, 1, 4, 9, 3, 8])
+    cut = pieces(lengths, 3, overhead)
+    assert [lengths[rows].tolist() for rows in cut] == expected
+    results, nothing = in_pieces(lambda rows: (rows * 10, None), cut)
+    assert results.tolist() == [0, 10, 20, 30, 40, 50] and nothing is None
+
+
+def test_no_other_cut_costs_less():
+    torch.manual_seed(0)
+    for overhead in (0.0, 3.0, 10.0, 40.0, FEWEST_PIECES):
+        lengths = torch.randint(1, 30, (9,))
+        ordered = lengths.sort()[0].tolist()
+
+        def cost(sizes, ordered=ordered, overhead=overhead):
+            ends = list(itertools.accumulate(sizes))
+            return sum(ordered[end - 1] * size + overhead for end, size in zip(ends, sizes, strict=True))
+
+        found = [len(rows) for rows in pieces(lengths, 4, overhead)]
+        ways = (sizes for n in range(1, 10) for sizes in itertools.product(range(1, 5), repeat=n) if sum(sizes) == 9)
+        assert cost(found) == min(map(cost, ways))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_frozen_head_equals_autograd(monkeypatch, temperature):
+    monkeypatch.setattr("recipes.trainers.fast.frozen_head.ROWS_PER_BLOCK", 3)  # the last block has 1 row
+    monkeypatch.setattr("recipes.trainers.fast.frozen_head.LOGITS_PER_BLOCK", 3 * 7)  # and 7 columns, the last has 1
+    torch.manual_seed(0)
+    weight, targets = torch.randn(50, 8), torch.randint(50, (10,))
+    ours = torch.randn(10, 8, requires_grad=True)
+    plain = ours.detach().clone().requires_grad_()
+    logps, entropies = FrozenHeadLogProbs.apply(ours, weight, targets, temperature, True)
+    table = (plain @ weight.T / temperature).log_softmax(-1)
+    expected = table.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logps, expected)
+    torch.testing.assert_close(entropies, -(table.exp() * table).sum(1))
+    direction = torch.randn(10)
+    (logps * direction).sum().backward()
+    (expected * direction).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert FrozenHeadLogProbs.apply(ours, weight, targets, temperature, False)[1] is None
+
+
+def test_only_a_plain_frozen_head_takes_the_short_way():
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    llama = models.causal_lm()
+    assert not has_frozen_linear_head(llama)  # it would be trained
+    assert has_frozen_linear_head(llama.requires_grad_(False))
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40, bos_token_id=1, eos_token_id=1))
+    assert has_frozen_linear_head(gpt2.requires_grad_(False))
+    soft_capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **tokens, head_dim=16, final_logit_softcapping=0.1))
+    soft_capped.lm_head.weight.data.normal_()
+    assert not has_frozen_linear_head(soft_capped.requires_grad_(False))
+    scaled = CohereForCausalLM(CohereConfig(**sizes, **heads, **tokens, logit_scale=4.0))
+    scaled.lm_head.weight.data.normal_()
+    assert not has_frozen_linear_head(scaled.requires_grad_(False))
+
+
+def test_draws_follow_the_probabilities_and_never_leave_their_support():
+    torch.manual_seed(0)
+    probabilities = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
+    counts = draw(probabilities.repeat(20_000, 1))[:, 0].bincount(minlength=6)
+    assert counts[[0, 2, 5]].sum() == 0
+    torch.testing.assert_close(counts / 20_000, probabilities, atol=0.015, rtol=0)
+
+
+def generate(model, loop, prompts, mask, **kwargs):
+    config = GenerationConfig(
+        max_new_tokens=12, do_sample=True, pad_token_id=0, eos_token_id=list(range(1, 12)), **kwargs
+    )
+    with loop.installed(model):
+        return model.generate(input_ids=prompts, attention_mask=mask, generation_config=config)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.5, "top_k": 10}], ids=["whole", "filtered"])
+def test_live_rows_keep_the_log_probabilities_of_what_they_sample(kwargs):
+    torch.manual_seed(0)
+    model, loop, temperature = models.causal_lm(sharpness=4.0), LiveRowSampling(), kwargs.get("temperature", 1.0)
+    prompts = torch.randint(12, 40, (16, 6))
+    mask = torch.ones_like(prompts)
+    mask[::2, :4] = 0
+    samples = generate(model, loop, prompts, mask, **({"top_k": 0} | kwargs))
+    assert torch.equal(samples[:, :6], prompts)
+    assert loop.logps.shape == samples[:, 6:].shape
+    ends = torch.isin(samples[:, 6:], torch.arange(1, 12)).int()
+    lengths = torch.where(ends.any(1), ends.argmax(1) + 1, ends.size(1))
+    assert len(set(lengths.tolist())) > 3, "the case needs rows that end at different times"
+    for row, length in enumerate(lengths.tolist()):
+        assert (samples[row, 6 + length :] == 0).all() and (loop.logps[row, length:] == 0).all()
+        ids = torch.cat([prompts[row][mask[row].bool()], samples[row, 6 : 6 + length]])[None]
+        with torch.no_grad():
+            table = (model(input_ids=ids).logits[0, -length - 1 : -1] / temperature).log_softmax(-1)
+        expected = table.gather(1, ids[0, -length:, None])[:, 0]
+        torch.testing.assert_close(loop.logps[row, :length], expected, rtol=1e-4, atol=1e-5)
+        if "top_k" in kwargs:
+            assert (table > expected[:, None]).sum(1).max() < 10
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prompts_read_in_pieces_give_the_same_samples(family):
+    """GPT-2's positions are absolute: a piece without its padding must not move them."""
+    gpt2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
+    torch.manual_seed(0)
+    model = models.causal_lm(sharpness=4.0) if family == "llama" else GPT2LMHeadModel(GPT2Config(**gpt2)).eval()
+    lengths = torch.tensor([3, 20, 4, 19, 20, 3])
+    prompts = torch.randint(12, 40, (6, 20))
+    mask = (torch.arange(20) >= 20 - lengths[:, None]).long()
+    found = {}
+    for overhead in (FEWEST_PIECES, 3.0, 0.0):
+        loop, widths = LiveRowSampling(overhead), []
+        handle = model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, args, widths=widths: widths.append(tuple(args[0].shape))
+        )
+        torch.manual_seed(1)
+        found[overhead] = generate(model, loop, prompts, mask, top_k=0), loop.logps
+        handle.remove()
+        assert [shape for shape in widths if shape[1] > 1] == {
+            FEWEST_PIECES: [(6, 20)],
+            3.0: [(3, 4), (3, 20)],
+            0.0: [(2, 3), (1, 4), (1, 19), (2, 20)],
+        }[overhead]
+    for samples, logps in found.values():
+        assert torch.equal(samples, found[FEWEST_PIECES][0])
+        torch.testing.assert_close(logps, found[FEWEST_PIECES][1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_sampling_is_left_to_transformers():
+    model, loop = models.causal_lm(), LiveRowSampling()
+    prompts = torch.randint(12, 40, (2, 6))
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=1)
+    plain = model.generate(input_ids=prompts, generation_config=config)
+    with loop.installed(model):
+        assert torch.equal(model.generate(input_ids=prompts, generation_config=config), plain)
+    assert loop.logps is None
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({}, True),
+        ({"steps_per_generation": 4}, False),
+        ({"loss_type": "bnpo"}, False),
+        ({"fast_paths": ["old_values"]}, False),
+    ],
+    ids=["one update", "two minibatches", "means of micro-batches", "one backward"],
+)
+def test_the_critic_learns_from_the_old_values_where_a_rollout_is_one_update(world, tmp_path, kwargs, expected):  # noqa: F811
+    trainer = make_trainer(world, tmp_path, **({"steps_per_generation": 2} | kwargs))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._generate_and_score_completions([{"prompt": prompt} for prompt in trainer.train_dataset["prompt"][:4]])
+    gradients = [p.grad for name, p in trainer.model.named_parameters() if ".critic." in name and p.requires_grad]
+    assert len(gradients) == 29  # 2 layers x 7 linear maps x (A, B), and the head
+    assert {gradient is not None for gradient in gradients} == {expected}
+
+
+@pytest.mark.parametrize("off", FAST_PATHS)
+def test_an_update_is_the_same_without_each_saving(world, tmp_path, monkeypatch, off):  # noqa: F811
+    """The same responses, of very different lengths, with all savings and with all but one."""
+    monkeypatch.setattr(
+        "recipes.trainers.fast.savings.piece_overhead", lambda model: 1.0
+    )  # so small a model is not cut
+    weights, metrics = [], []
+    for name, fast_paths in (("all", FAST_PATHS), ("fewer", [path for path in FAST_PATHS if path != off])):
+        trainer = make_trainer(
+            world,
+            tmp_path / name,
+            fast_paths=list(fast_paths),
+            num_iterations=2,
+            max_steps=2,
+            gradient_accumulation_steps=4,
+            optim="sgd",
+            learning_rate=0.3,
+            max_grad_norm=0.0,
+            temperature=0.8,
+        )
+        draws = iter(torch.rand(10_000, generator=torch.Generator().manual_seed(4)).split(16))
+
+        def responses(prompt_ids, *args, draws=draws, **kwargs):
+            lengths = [1 + 7 * (i % 4 == 0) + i % 3 for i in range(len(prompt_ids))]
+            words = [(next(draws)[: n - 1] * 40 + 4).long().tolist() for n in lengths]
+            return [[*row, 1] if n < 8 else [*row, 5] for row, n in zip(words, lengths, strict=True)], None
+
+        if off in ("response_logps", "length_sorting"):
+            monkeypatch.setattr(trainer, "_generate_single_turn", responses)
+        elif off == "live_rows":
+            # The loops draw differently: pick the most likely token through the sampling loop of either.
+            trainer.generation_config.top_k = 1
+        trainer.train()
+        weights.append({n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad})
+        metrics.append(trainer.state.log_history[0])
+    for name in ("objective/scores", "objective/entropy", "loss/policy_avg", "loss/value_avg", "loss"):
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-3, abs=1e-5), name
+    assert metrics[0]["val/ratio"] == pytest.approx(1, abs=1e-5)
+    for name, whole in weights[0].items():
+        torch.testing.assert_close(weights[1][name], whole, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")

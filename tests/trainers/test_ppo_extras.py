@@ -1,0 +1,233 @@
+"""What PPO can do beside its loop: demonstrations (PPO-ptx), the mean of the policy, warnings that say why."""
+
+import logging
+import math
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+from transformers import TrainerCallback
+
+from recipes.cli.errors import UserError
+from recipes.trainers.ppo_monitor import POOR_CRITIC_ROLLOUTS, Health
+from recipes.trainers.ptx import IGNORED, PtxBatches
+from tests import tiny_models as models
+from tests.trainers.test_ppo_trainer import config, history, make_trainer, world  # noqa: F401
+
+DEMONSTRATIONS = {
+    "prompt": models.prompts(6, seed=5),
+    "completion": [[{"role": "assistant", "content": " ".join(["w7"] * (i + 1))}] for i in range(6)],
+}
+
+
+def ptx_batches(rows: dict, batch_size: int = 2, max_length: int = 32) -> PtxBatches:
+    return PtxBatches(Dataset.from_dict(rows), models.word_tokenizer(), batch_size, max_length, seed=0)
+
+
+def trained_text(batches: PtxBatches, step: int) -> list[str]:
+    batch = batches(step, 0, 1)
+    return [
+        batches.tokenizer.decode(row[labels != IGNORED])
+        for row, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+
+
+def test_ptx_trains_the_answer_and_nothing_else():
+    batch = ptx_batches(DEMONSTRATIONS, batch_size=6)(0, 0, 1)
+    assert batch["attention_mask"].sum(1).tolist() == [(row != 0).sum().item() for row in batch["input_ids"]]
+    texts = trained_text(ptx_batches(DEMONSTRATIONS, batch_size=6), 0)
+    assert sorted(texts) == [" ".join(["w7"] * (i + 1)) + " <eos>" for i in range(6)]
+
+
+def test_ptx_text_is_trained_whole():
+    assert trained_text(ptx_batches({"text": ["w1 w2 w3"]}, batch_size=1), 0) == ["w1 w2 w3 <eos>"]
+
+
+def test_ptx_processes_share_an_epoch_and_each_has_another_order():
+    batches = ptx_batches({"text": [f"w{i}" for i in range(8)]})
+    seen = [[row[0].item() for row in batches(step, index, 2)["input_ids"]] for step in range(4) for index in range(2)]
+    first, second = sum(seen[:4], []), sum(seen[4:], [])
+    assert sorted(first) == sorted(second) == sorted({*first}) and first != second
+    again = ptx_batches({"text": [f"w{i}" for i in range(8)]})
+    assert [row[0].item() for row in again(3, 1, 2)["input_ids"]] == seen[-1]  # a resumed run needs no state
+
+
+def test_a_demonstration_without_room_for_its_answer_is_refused():
+    with pytest.raises(UserError, match="Row 1 of the ptx dataset has nothing to train within 4 tokens"):
+        ptx_batches(DEMONSTRATIONS, max_length=4)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1.0])
+def test_ptx_teaches_the_demonstrations_beside_ppo(world, tmp_path, coefficient):  # noqa: F811
+    trainer = make_trainer(
+        world,
+        tmp_path,
+        trainer_kwargs={"ptx_dataset": Dataset.from_dict(DEMONSTRATIONS)} if coefficient else {},
+        ptx_coef=coefficient,
+        ptx_max_length=32,
+        learning_rate=1e-2,
+        max_steps=24,
+    )
+    batch = ptx_batches(DEMONSTRATIONS, batch_size=6)(0, 0, 1)
+
+    def loss():
+        with torch.no_grad():
+            return trainer.model(**batch).loss.item()
+
+    before = loss()
+    trainer.train()
+    if coefficient:
+        logged = history(trainer, "loss/ptx_avg")
+        assert logged[0] == pytest.approx(before, rel=0.3)
+        assert logged[-1] < 0.5 * logged[0] and loss() < 0.5 * before
+    else:
+        assert loss() > 0.5 * before and not history(trainer, "loss/ptx_avg")
+
+
+def test_ptx_without_demonstrations_is_refused(world, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="ptx_coef needs demonstrations"):
+        make_trainer(world, tmp_path, ptx_coef=1.0)
+
+
+def test_the_mean_of_the_policy_is_kept_saved_and_resumed(world, tmp_path):  # noqa: F811
+    decay, states = 0.7, []
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            states.append({n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n})
+
+    whole = make_trainer(
+        world,
+        tmp_path / "whole",
+        trainer_kwargs={"callbacks": [Record()]},
+        ema_decay=decay,
+        save_strategy="steps",
+        save_steps=3,
+        max_steps=6,
+    )
+    mean = {n: p.detach().clone() for n, p in whole.model.named_parameters() if ".default." in n}
+    whole.train()
+    for state in states:
+        mean = {name: decay * value + (1 - decay) * state[name] for name, value in mean.items()}
+    for name, value in mean.items():
+        torch.testing.assert_close(whole.model.get_parameter(name.replace(".default.", ".ema.")), value)
+        assert not torch.equal(value, states[-1][name])
+    whole.save_model()
+    loaded = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "whole" / "ema"))
+    for name, value in mean.items():
+        torch.testing.assert_close(loaded.get_parameter(name), value)
+
+    resumed = make_trainer(world, tmp_path / "resumed", ema_decay=decay, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+
+
+def test_the_mean_of_a_full_model_is_refused(world, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="ema_decay averages the policy's adapter: it needs LoRA"):
+        make_trainer(
+            world,
+            tmp_path,
+            model=models.causal_lm(),
+            trainer_kwargs={"reward_model": models.reward_model()},
+            ema_decay=0.9,
+        )
+
+
+HEALTHY = {"kl": torch.tensor([0.1, 0.4, 0.2]), "scores": torch.tensor([0.0, 1.0, 2.0]), "cut_share": 0.1}
+HEALTHY["explained_variance"] = 0.3
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "numbers", "expected"),
+    [
+        ({"top_k": 5}, {"kl": torch.tensor([-2.0, -3.0, -2.5])}, r"is -2.50 nats .* but through top_k=5"),
+        ({"generation_kwargs": {"min_new_tokens": 4}}, {"kl": torch.full((3,), -1.0)}, "through min_new_tokens=4"),
+        ({}, {"kl": torch.full((3,), -1.0)}, "generation config's temperature"),
+        ({}, {"kl": torch.tensor([60.0, 70.0, 80.0])}, r"is 70 nats .* Raise kl_coef"),
+        ({"adaptive_kl_target": 2.0}, {"kl": torch.tensor([10.0, 11.0, 12.0])}, r"is 11 nats"),
+        ({}, {"cut_share": 1.0}, r"cut at max_completion_length \(8\).* pads with EOS"),
+        ({}, {"scores": torch.full((3,), 0.5)}, "scored 0.5: there is nothing to learn"),
+    ],
+)
+def test_a_rollout_that_looks_wrong_is_said_once_and_why(tmp_path, caplog, kwargs, numbers, expected):
+    health = Health(config(tmp_path, **kwargs), pad_is_eos=True, ratio_tolerance=1e-3)
+    with caplog.at_level(logging.WARNING):
+        health.rollout(**HEALTHY)
+        assert not caplog.records
+        health.rollout(**(HEALTHY | numbers))
+        health.rollout(**(HEALTHY | numbers))
+    assert len(caplog.records) == 1
+    (message,) = caplog.messages
+    assert re.search(expected, message), message
+
+
+def test_noise_around_no_kl_is_not_called_negative(tmp_path, caplog):
+    health = Health(config(tmp_path), pad_is_eos=False, ratio_tolerance=1e-3)
+    health.rollout(**(HEALTHY | {"kl": torch.tensor([-1.5, 1.0, -0.8])}))
+    assert not caplog.records
+
+
+def test_a_poor_critic_is_said_after_ten_rollouts_running(tmp_path, caplog):
+    health = Health(config(tmp_path), pad_is_eos=False, ratio_tolerance=1e-3)
+    poor = HEALTHY | {"explained_variance": -0.2}
+    for numbers in [poor] * (POOR_CRITIC_ROLLOUTS - 1) + [HEALTHY] + [poor] * (POOR_CRITIC_ROLLOUTS - 1):
+        health.rollout(**numbers)
+    assert not caplog.records
+    health.rollout(**poor)
+    assert "explained_variance was below 0 in 10 rollouts" in caplog.messages[0]
+
+
+def constant(prompts, completions, **kwargs):
+    return [1.0] * len(prompts)
+
+
+def test_a_real_run_says_what_is_wrong_with_it(world, tmp_path, caplog):  # noqa: F811
+    """Filtered sampling, one score for all, a limit that cuts all, and a policy that is not the rollout's."""
+    trainer = make_trainer(
+        world,
+        tmp_path,
+        model=models.causal_lm(sharpness=2.0),
+        trainer_kwargs={"reward_funcs": constant, "ref_model": models.causal_lm(sharpness=4.0)},
+        top_k=2,
+        max_completion_length=1,
+        max_steps=2,
+        fast_paths=[],
+    )
+    generate = trainer._generate_and_score_completions
+
+    def other_policy(inputs):
+        batch = generate(inputs)
+        with torch.no_grad():
+            trainer.model.model.norm.weight.mul_(1.5)
+        return batch
+
+    trainer._generate_and_score_completions = other_policy
+    trainer.train()
+    text = " ".join(caplog.messages)
+    assert "scored 1: there is nothing to learn" in text
+    assert "cut at max_completion_length (1)" in text
+    assert "before the first update on a rollout, not 1" in text
+
+
+def test_a_healthy_run_says_nothing(world, tmp_path, caplog):  # noqa: F811
+    make_trainer(world, tmp_path, max_steps=4, max_completion_length=48).train()
+    assert not [record for record in caplog.records if record.name == "recipes.trainers.ppo_monitor"]
+
+
+def test_a_loss_that_is_nan_stops_with_rows_and_the_last_checkpoint(world, tmp_path):  # noqa: F811
+    trainer = make_trainer(world, tmp_path, save_strategy="steps", save_steps=2, max_steps=8)
+    losses = trainer._compute_loss
+
+    def poisoned(model, inputs):
+        if trainer.state.global_step == 3:
+            inputs["returns"][1, 0] = math.nan
+            with torch.no_grad():
+                trainer.model.get_base_model().score.modules_to_save["critic"].weight.fill_(math.nan)
+        return losses(model, inputs)
+
+    trainer._compute_loss = poisoned
+    with pytest.raises(UserError, match=r"Step 3: the loss is nan, .* rows \[0, 1, 2, 3\] .*checkpoint-2"):
+        trainer.train()
