@@ -13,7 +13,7 @@ from trl.trainer.utils import selective_log_softmax_and_entropy
 
 from recipes.cli.errors import UserError
 from recipes.models.sampling import Response, SamplingArguments, sample
-from recipes.trainers.fast.live_rows import LiveRowSampling
+from recipes.trainers.fast.drop_finished import DropFinishedSampler
 
 Conversation = list[dict]
 
@@ -55,7 +55,7 @@ def draw_samples(
     name: str,
 ) -> list[list[Sample]]:
     """`num_generations` samples of the policy for each prompt, in their order."""
-    with LiveRowSampling().installed(base_of(model)):
+    with DropFinishedSampler().installed(base_of(model)):
         groups = sample(model, tokenizer, prompts, sampling, f"Sampling {name}")
     pairs = [(prompt, r.token_ids) for prompt, group in zip(prompts, groups, strict=True) for r in group]
     known = iter(token_log_probs(model, tokenizer, pairs, sampling.temperature, batch_size, f"Log-probs of {name}"))

@@ -26,7 +26,7 @@ from recipes.formatting import format_dataset, load_rows
 from recipes.models.loading import load_reward_model, read_reward_statistics, score_conversations
 from recipes.models.sampling import Response, SamplingArguments, load_generator, sample
 from recipes.tiny_world import judge, labeler
-from recipes.trainers.fast.live_rows import LiveRowSampling
+from recipes.trainers.fast.drop_finished import DropFinishedSampler
 
 DATA = Path(__file__).parent / "data"
 POLICIES = ("base", "sft", "ppo", "ppo_no_kl")
@@ -56,7 +56,7 @@ class Policies:
         return nullcontext()
 
     def sample(self, name: str, prompts: list[list[dict]], sampling: SamplingArguments) -> list[list[Response]]:
-        with self.use(name), LiveRowSampling().installed(base_of(self.model)):
+        with self.use(name), DropFinishedSampler().installed(base_of(self.model)):
             return sample(self.model, self.tokenizer, prompts, sampling)
 
     def log_probs(self, name: str, pairs: list[tuple[list[dict], Response]], temperature: float = 1.0) -> list[float]:

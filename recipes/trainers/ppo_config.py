@@ -1,11 +1,58 @@
 """`PPOConfig`: the arguments of `PPOTrainer`, checked before any model loads."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 
 from trl import GRPOConfig
 
 from recipes.trainers.fast import FAST_PATHS
+
+# Fields of GRPOConfig and TrainingArguments that PPO has no use for, and why: any value but the default is refused.
+_GROUPS = "GRPO compares responses of one prompt; PPO has a critic and whitens advantages"
+_OTHER_LOSS = "it belongs to another loss than PPO's clipped one"
+_TEXT_ONLY = "PPO here answers text prompts, without tools and images"
+_LOADED_BEFORE = "PPOTrainer takes models that are loaded already; the recipe takes ModelConfig's arguments"
+_REFERENCE = "PPO's reference stays the policy as it was at the start"
+_ENTROPY = "only a constant entropy_coef is there"
+REFUSED = {
+    "beta": "PPO has its KL in the reward: set kl_coef instead of beta",
+    "scale_rewards": _GROUPS,
+    "multi_objective_aggregation": "scores are summed with reward_weights, then advantages are whitened",
+    "importance_sampling_level": "PPO's ratio is that of each token",
+    "delta": _OTHER_LOSS,
+    "sapo_temperature_neg": _OTHER_LOSS,
+    "sapo_temperature_pos": _OTHER_LOSS,
+    "vespo_k_pos": _OTHER_LOSS,
+    "vespo_lambda_pos": _OTHER_LOSS,
+    "vespo_k_neg": _OTHER_LOSS,
+    "vespo_lambda_neg": _OTHER_LOSS,
+    "off_policy_mask_threshold": _OTHER_LOSS,
+    "use_bias_correction_kl": "it belongs to beta, and PPO has its KL in the reward",
+    "top_entropy_quantile": "PPO trains every token of a response",
+    "use_adaptive_entropy": _ENTROPY,
+    "entropy_coef_min": _ENTROPY,
+    "entropy_coef_max": _ENTROPY,
+    "entropy_coef_delta": _ENTROPY,
+    "entropy_target": _ENTROPY,
+    "sync_ref_model": _REFERENCE,
+    "ref_model_mixup_alpha": _REFERENCE,
+    "ref_model_sync_steps": _REFERENCE,
+    "router_aux_loss_coef": "PPO has no load-balancing loss for experts",
+    "model_init_kwargs": _LOADED_BEFORE,
+    "ds3_gather_for_generation": "PPO does not run by DeepSpeed",
+    "max_tool_calling_iterations": _TEXT_ONLY,
+    "log_multimodal": _TEXT_ONLY,
+    "label_smoothing_factor": "PPO's loss has no labels to smooth",
+    "neftune_noise_alpha": "noise in the embeddings would make the policy another one than the one that sampled",
+    "train_sampling_strategy": "prompts are shuffled anew each epoch, or keep their order with shuffle_dataset: false",
+}
+
+
+class _OneResponse(int):
+    """1, as the number of responses a prompt, for GRPOConfig, which wants at least 2 to compare within a group."""
+
+    def __lt__(self, other):
+        return False
 
 
 @dataclass
@@ -27,7 +74,7 @@ class PPOConfig(GRPOConfig):
             "it is split; `bnpo` within each micro-batch, as TRL 1.12's PPOTrainer did."
         },
     )
-    scale_rewards: str = field(default="none", metadata={"help": "Unused: PPO whitens advantages instead."})
+    scale_rewards: str = field(default="none", metadata={"help": "Only none: PPO whitens advantages instead."})
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout off in every role."})
 
     # Reward
@@ -67,7 +114,9 @@ class PPOConfig(GRPOConfig):
     ptx_max_length: int = field(default=1024, metadata={"help": "Tokens of a demonstration; the rest is cut."})
     ema_decay: float | None = field(
         default=None,
-        metadata={"help": "Keep the mean of the policy's adapter over updates, saved in ema/; InstructGPT: 0.992."},
+        metadata={
+            "help": "Exponential moving average (EMA) of the policy's adapter, saved in ema/; InstructGPT: 0.992."
+        },
     )
     total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
 
@@ -75,13 +124,17 @@ class PPOConfig(GRPOConfig):
     fast_paths: list[str] = field(
         default_factory=lambda: list(FAST_PATHS),
         metadata={
-            "help": f"Savings that leave the numbers as they are, out of {', '.join(FAST_PATHS)}; fewer to compare."
+            "help": f"What makes PPO fast without changing its numbers: {', '.join(FAST_PATHS)}; fewer to compare."
         },
     )
 
     def __post_init__(self):
-        if self.beta != 0.0:
-            raise ValueError(f"PPO has its KL in the reward: set kl_coef instead of beta ({self.beta}).")
+        if self.scale_rewards is False:  # another way to write none
+            self.scale_rewards = "none"
+        for each in fields(self):
+            value, default = getattr(self, each.name), each.default
+            if each.name in REFUSED and default is not MISSING and value != default:
+                raise ValueError(f"{each.name} ({value}) is not used by PPO: {REFUSED[each.name]}.")
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef must be at least 0, got {self.kl_coef}.")
         if self.kl_estimator not in ("k1", "k3"):
@@ -105,13 +158,10 @@ class PPOConfig(GRPOConfig):
             self.ddp_find_unused_parameters = False
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            # GRPO compares responses of one prompt and needs two; PPO has a critic and needs one. It is GRPOConfig's
-            # last check but those on vLLM's importance sampling.
-            if self.num_generations != 1 or "at least 2 generations" not in str(error):
-                raise
+        if self.num_generations == 1:
+            self.num_generations = _OneResponse(1)
+        super().__post_init__()
+        self.num_generations = int(self.num_generations)
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
@@ -121,3 +171,8 @@ class PPOConfig(GRPOConfig):
             rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
             minibatches = self.steps_per_generation // self.gradient_accumulation_steps
             self.max_steps = rollouts * self.num_iterations * minibatches
+
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        """Micro-batches that a process trains on from one rollout to the next, over all epochs."""
+        return self.steps_per_generation * self.num_iterations

@@ -52,7 +52,7 @@ def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, kl
     return rewards
 
 
-def generalized_advantages(
+def compute_gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
 ) -> torch.Tensor:
     """Generalised advantage estimation (1506.02438), (B, T); the value after the last token is 0.
@@ -82,16 +82,21 @@ def value_losses(
     return 0.5 * torch.max(plain, cut), cut > plain
 
 
-def update_metrics(
+def policy_losses(
     log_ratio: torch.Tensor, advantages: torch.Tensor, epsilon_low: float, epsilon_high: float
-) -> dict[str, torch.Tensor]:
-    """What an update looks like at each token, (B, T) each, from log(new policy / rollout's policy)."""
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """PPO's clipped loss at each token, (B, T), and what the update looks like there, (B, T) each.
+
+    `-min(ratio * A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) * A)` (1707.06347, equation 7), with
+    `log_ratio = log(new policy / rollout's policy)`.
+    """
     ratio = log_ratio.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    return {
+    losses = torch.max(plain, clipped)
+    return losses, {
         "policy/approxkl_avg": 0.5 * log_ratio**2,
-        "policy/clipfrac_avg": (clipped > plain).float(),
-        "loss/policy_avg": torch.max(plain, clipped),
+        "policy/clipfrac_avg": clipped > plain,
+        "loss/policy_avg": losses,
         "val/ratio": ratio,
     }
 

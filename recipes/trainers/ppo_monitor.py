@@ -1,4 +1,4 @@
-"""What looks wrong with a PPO run while it runs, and why: one line a problem, said once."""
+"""Warnings about a PPO run while it runs, each with its likely cause: one line a problem, logged once."""
 
 import os
 
@@ -22,7 +22,7 @@ def last_good_state(output_dir: str) -> str:
     return "There is no checkpoint yet." if checkpoint is None else f"The last good checkpoint is {checkpoint}."
 
 
-class Health:
+class PPOMonitor:
     """Watches the numbers of each rollout and its first minibatch.
 
     Args:
@@ -33,7 +33,7 @@ class Health:
 
     def __init__(self, args: PPOConfig, pad_is_eos: bool, ratio_tolerance: float):
         self.args, self.pad_is_eos, self.ratio_tolerance = args, pad_is_eos, ratio_tolerance
-        self.said: set[str] = set()
+        self.warned: set[str] = set()
         self.poor_critic = 0
 
     def scores(self, scores: torch.Tensor, names: list[str], has_reward_model: bool, step: int) -> None:
@@ -55,30 +55,30 @@ class Health:
         """Check a rollout: `kl` and `scores` of its responses on all processes, (B,)."""
         mean, error = kl.mean().item(), kl.std().item() / len(kl) ** 0.5 if len(kl) > 1 else 0.0
         if mean < -0.1 - 3 * error:
-            self.say("negative KL", f"objective/kl is {mean:.2f} nats a response. {self.sampler_cause()}")
+            self.warn_once("negative KL", f"objective/kl is {mean:.2f} nats a response. {self.sampler_cause()}")
         limit = RUNAWAY_KL if self.args.adaptive_kl_target is None else 5 * self.args.adaptive_kl_target
         if mean > limit:
-            self.say(
+            self.warn_once(
                 "runaway KL",
                 f"objective/kl is {mean:.0f} nats a response: the policy has left the reference, and the reward model "
                 "what it was trained on. Raise kl_coef or lower learning_rate.",
             )
         if cut_share == 1:
             cause = "The tokenizer pads with EOS: was EOS trained in SFT? " if self.pad_is_eos else ""
-            self.say(
+            self.warn_once(
                 "cut",
                 f"Every response was cut at max_completion_length ({self.args.max_completion_length}), so fragments "
                 f"are scored. {cause}Raise the limit, or teach stopping with missing_eos_penalty.",
             )
         if len(scores) > 1 and scores.max() == scores.min():
-            self.say(
+            self.warn_once(
                 "equal scores",
                 f"Every response of the rollout scored {scores[0].item():.4g}: there is nothing to learn from. "
                 "Look at the reward's head and functions, and at score_clip.",
             )
         self.poor_critic = self.poor_critic + 1 if explained_variance < 0 else 0
         if self.poor_critic == POOR_CRITIC_ROLLOUTS:
-            self.say(
+            self.warn_once(
                 "poor critic",
                 f"val/explained_variance was below 0 in {POOR_CRITIC_ROLLOUTS} rollouts running: the critic adds "
                 "noise. Raise critic_learning_rate or critic_warmup_steps.",
@@ -87,7 +87,7 @@ class Health:
     def first_minibatch(self, ratio: float) -> None:
         """Check the mean ratio before any update of the rollout, which is 1 where both passes are the same policy."""
         if abs(ratio - 1) > self.ratio_tolerance:
-            self.say(
+            self.warn_once(
                 "ratio",
                 f"val/ratio is {ratio:.4f} before the first update on a rollout, not 1: rollout and training see two "
                 "policies. Look for dropout, another precision in one of them, or adapters set from outside.",
@@ -104,7 +104,7 @@ class Health:
             return "vLLM samples from other numbers than training computes: see sampling/sampling_logp_difference."
         return "Sampler and log-probabilities disagree: is the generation config's temperature the one of training?"
 
-    def say(self, problem: str, text: str) -> None:
-        if problem not in self.said:
-            self.said.add(problem)
+    def warn_once(self, problem: str, text: str) -> None:
+        if problem not in self.warned:
+            self.warned.add(problem)
             logger.warning(text)

@@ -1,13 +1,17 @@
 """PPO for language models on TRL's `GRPOTrainer`: the trainer that TRL carried until 1.12, with LoRA roles.
 
-`GRPOTrainer` owns prompts, chat templates, generation, the clipped policy loss, distributed launch and logging. PPO
-adds what needs a value for every token: a critic, per-token rewards with the KL penalty inside, generalised
-advantages and the value loss. `docs/ppo.md` walks through the loop and explains every metric.
+`GRPOTrainer` owns prompts, chat templates, generation, distributed launch, checkpoints and logging. PPO adds what
+needs a value for every token. A rollout has four steps, in this order in the file:
+
+1. sample      `_generate`: the policy answers prompts
+2. score       `_calculate_rewards`, `_score`: rewards, log-probabilities of policy and reference, values
+3. advantages  `_estimate_advantages`: the KL penalty enters the reward here, then GAE and whitening
+4. update      `_compute_loss`: clipped policy loss and value loss of one micro-batch
+
+`docs/ppo.md` explains every metric, and `recipes/trainers/ppo_math.py` has the formulas.
 """
 
-import contextlib
 import copy
-import functools
 import os
 import textwrap
 from collections.abc import Callable
@@ -18,47 +22,51 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
-from trl.models.utils import disable_gradient_checkpointing
+from trl.models.utils import prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from recipes.cli.errors import UserError
 from recipes.models.adapters import (
     AdapterEMA,
-    add_policy_copy,
-    add_role_forward,
+    add_copy,
     add_score_roles,
+    check_adapter_kind,
     checkpoint_under_roles,
-    critic_from_policy,
-    disable_dropout_rates,
-    is_fresh,
-    load_critic,
-    save_trained,
-    scalar_scores,
-    send_only_policy,
-    set_learning_rate,
-    train_roles,
+    float32_adapters,
+    train_only,
     use_role,
 )
+from recipes.models.dropout import disable_dropout_rates
+from recipes.models.heads import (
+    add_score_forward,
+    add_state_forward,
+    critic_from_policy,
+    load_critic,
+    save_trained,
+    use_float32_head,
+)
 from recipes.models.tokenization import turn_end
-from recipes.trainers.fast.packed_weights import packed_weights
-from recipes.trainers.fast.packing import at_responses, in_pieces, pieces, sequences, sort_by_length
-from recipes.trainers.fast.savings import Savings
+from recipes.models.vllm import send_only_policy
+from recipes.trainers.fast.fast_paths import FastPaths
 from recipes.trainers.ppo_config import PPOConfig
 from recipes.trainers.ppo_math import (
     AdaptiveKL,
+    compute_gae,
     explained_variance,
-    generalized_advantages,
+    policy_losses,
     token_kl,
     token_rewards,
-    update_metrics,
     value_losses,
     whiten,
 )
-from recipes.trainers.ppo_monitor import Health, last_good_state
+from recipes.trainers.ppo_monitor import PPOMonitor, last_good_state
 from recipes.trainers.ptx import PtxBatches
+from recipes.trainers.reward_functions import checked
+from recipes.trainers.rollout import Results, Rollout, at_responses, sequences
 
 
 class EpochSampler(RepeatSampler):
@@ -88,10 +96,16 @@ class PPOTrainer(GRPOTrainer):
         ptx_dataset: demonstrations trained beside PPO, for `args.ptx_coef` above 0 (see [`PtxBatches`]).
         callbacks, optimizers, peft_config: as in `GRPOTrainer`.
 
+    Hooks into TRL 1.16, which `tests/trainers/test_trl_contract.py` compares with the installed TRL. For a new rollout
+    `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate`,
+    `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and `_calculate_rewards`,
+    in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `_get_train_sampler`,
+    `_save`, `_save_checkpoint` and `_load_from_checkpoint` make a run resume where it was.
+
     Raises:
         ValueError: there is nothing to score with.
-        UserError: fewer prompts than one rollout, a reward model with several labels, a score or a loss that is not a
-            finite number.
+        UserError: fewer prompts than one rollout, a reward model with several labels, an adapter that cannot share its
+            base, a score or a loss that is not a finite number.
     """
 
     _tag_names = ["trl", "ppo"]
@@ -128,104 +142,126 @@ class PPOTrainer(GRPOTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # as GRPOTrainer does, before the adapter draws its initial weights
             model = get_peft_model(model, peft_config)
-        self._is_peft = isinstance(model, PeftModel)
-        base = model.get_base_model() if self._is_peft else model
         prompts = args.generation_batch_size // args.num_generations
         if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts:
             raise UserError(
                 f"One rollout is {prompts} prompts and the dataset has {len(train_dataset)}: "
                 "lower per_device_train_batch_size or steps_per_generation."
             )
+        if args.ptx_coef > 0 and ptx_dataset is None:
+            raise UserError("ptx_coef needs demonstrations: set ptx_dataset.")
 
-        # Reference
-        self._ref_role = None
-        if ref_model is None and self._is_peft and not is_fresh(model):
-            self._ref_role = "ref"
-            if "ref" not in model.peft_config:
-                add_policy_copy(model, "ref")
-        elif ref_model is None and not self._is_peft:
-            ref_model = copy.deepcopy(model)
-
-        # Critic
-        has_adapter = self._is_peft and "critic" in model.peft_config
-        if value_model is None and self._is_peft and not has_adapter:
-            add_score_roles(model, {"critic": None})
-        elif not has_adapter:
-            base.critic = critic_from_policy(model) if value_model is None else value_model
-            base.critic.requires_grad_(True)
+        self._policy, self._is_peft = model, isinstance(model, PeftModel)
+        self._base = model.get_base_model() if self._is_peft else model
+        ref_model = self._add_reference(ref_model)
+        self._add_critic(value_model)
         if args.ema_decay is not None:
-            if not self._is_peft:
-                raise UserError("ema_decay averages the policy's adapter: it needs LoRA (use_peft).")
-            callbacks = [*(callbacks or []), AdapterEMA(model, args.ema_decay)]
+            callbacks = [*(callbacks or []), self._add_ema(args.ema_decay)]
         if self._is_peft:
-            train_roles(model, ("default", "critic"))
+            train_only(model, ("default", "critic"))
+        reward_tokenizer = reward_processing_class or processing_class
+        reward_funcs = self._add_rewards(reward_model, reward_tokenizer, processing_class, reward_funcs)
 
-        # Scores
-        reward_funcs = (
-            [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
-        )
-        self._reward_module = None
-        self._has_reward_model = reward_model is not None or (self._is_peft and "reward" in model.peft_config)
-        text_processing_classes = [None] * (len(reward_funcs) + self._has_reward_model)
-        if reward_model is not None:
-            if reward_model.config.num_labels != 1:
-                raise UserError(f"reward_model has num_labels={reward_model.config.num_labels}, PPO needs 1.")
-            if (reward_processing_class or processing_class).get_vocab() == processing_class.get_vocab():
-                self._reward_module = reward_model.requires_grad_(False)
-            else:
-                text_processing_classes[0] = reward_processing_class
-        if self._has_reward_model:
-            reward_funcs.insert(0, reward_model if text_processing_classes[0] else self.reward_model)
-        if not reward_funcs:
-            raise ValueError("PPO needs a reward: reward_model, a policy with the adapter `reward`, or reward_funcs.")
-
-        # Reference and reward model come from the run's inputs; what a checkpoint needs is what training changes.
-        model.save_pretrained = functools.partial(save_trained, model)
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=text_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        with float32_adapters(model):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
 
         if self.use_vllm:
             send_only_policy(self.vllm_generation)
-        # The entropy bonus needs gradients that only TRL's head has.
-        response_logps = "response_logps" in args.fast_paths and not self._entropy_bonus_enabled
-        add_role_forward(base, self.temperature, response_logps)
-        if args.disable_dropout:
-            disable_dropout_rates(base)
-        if self._is_peft:
-            checkpoint_under_roles(model)
-            if has_adapter or value_model is None:
-                # Quantised bases hold adapters in bf16, too coarse for the steps of a scalar head.
-                base.score.modules_to_save["critic"].float()
-        if ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(ref_model.requires_grad_(False), evaluation_mode=True)
-            add_fused_lm_head(self.ref_model, self.temperature, args.cast_lm_head_to_fp32)
-            add_role_forward(self.ref_model, self.temperature, response_logps)
-        if self._reward_module is not None:
-            self._reward_module = self.accelerator.prepare_model(self._reward_module, evaluation_mode=True)
+        self._prepare_models(ref_model)
         self.kl_controller = AdaptiveKL(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
         self._update_stopped, self._update_sums, self._ptx = False, 0, None
         if args.ptx_coef > 0:
-            if ptx_dataset is None:
-                raise UserError("ptx_coef needs demonstrations: set ptx_dataset.")
             batch_size, max_length = args.per_device_train_batch_size, args.ptx_max_length
             self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed)
-        is_quantized = getattr(base, "is_quantized", False)
-        in_float32 = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32 and not is_quantized
         pad_is_eos = self._tokenizer.pad_token_id in self.eos_token_ids
-        self._health = Health(args, pad_is_eos, ratio_tolerance=1e-3 if in_float32 else 0.05)
-        self._savings = Savings(args, self.accelerator, base, in_float32, has_tools=bool(self.tools))
-        self._sampled_logps = None
+        self._monitor = PPOMonitor(args, pad_is_eos, ratio_tolerance=1e-3 if self._in_float32 else 0.05)
 
-    # Rollout: generate, score, and turn scores into advantages
+    # Construction
+
+    def _add_reference(self, ref_model: PreTrainedModel | None) -> PreTrainedModel | None:
+        """Give the policy the adapter `ref`, or return the model that is the reference."""
+        self._ref_role = None
+        if self._is_peft:
+            check_adapter_kind(self._policy)
+            if ref_model is None:
+                self._ref_role = "ref"
+                if "ref" not in self._policy.peft_config:
+                    add_copy(self._policy, "default", "ref")
+        elif ref_model is None:
+            ref_model = copy.deepcopy(self._policy)
+        return None if ref_model is None else ref_model.requires_grad_(False)
+
+    def _add_critic(self, value_model: PreTrainedModel | None) -> None:
+        if self._is_peft and "critic" in self._policy.peft_config:
+            return
+        if self._is_peft and value_model is None:
+            add_score_roles(self._policy, {"critic": None})
+            return
+        self._base.critic = critic_from_policy(self._policy) if value_model is None else value_model
+        self._base.critic.requires_grad_(True)
+        use_float32_head(self._base.critic)
+
+    def _add_ema(self, decay: float) -> TrainerCallback:
+        if not self._is_peft:
+            raise UserError("ema_decay averages the policy's adapter: it needs LoRA (use_peft).")
+        return AdapterEMA(self._policy, decay)
+
+    def _add_rewards(self, reward_model, reward_tokenizer, policy_tokenizer, reward_funcs) -> list[Callable]:
+        """What TRL calls for rewards: the reward model first, where there is one, then the functions."""
+        functions = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
+        functions = [checked(function) for function in functions]
+
+        def reward_model_function(**kwargs):
+            return self.score_responses(**kwargs)
+
+        reward_model_function.__name__ = "reward_model"  # its name in metrics and errors
+        self._reward_model, self._reward_tokenizer = reward_model, reward_tokenizer
+        self._scores_text = reward_tokenizer.get_vocab() != policy_tokenizer.get_vocab()
+        self._has_reward_model = reward_model is not None or (self._is_peft and "reward" in self._policy.peft_config)
+        if reward_model is not None:
+            if reward_model.config.num_labels != 1:
+                raise UserError(f"reward_model has num_labels={reward_model.config.num_labels}, PPO needs 1.")
+            add_score_forward(reward_model.requires_grad_(False).eval())
+        if self._has_reward_model:
+            functions.insert(0, reward_model_function)
+        if not functions:
+            raise ValueError("PPO needs a reward: reward_model, a policy with the adapter `reward`, or reward_funcs.")
+        return functions
+
+    def _prepare_models(self, ref_model: PreTrainedModel | None) -> None:
+        """Give every model the forward that PPO calls, and place frozen ones beside the policy."""
+        args, base = self.args, self._base
+        quantized = getattr(base, "is_quantized", False)
+        self._in_float32 = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32 and not quantized
+        self._fast = FastPaths(args, self.accelerator, base, self._in_float32)
+        add_state_forward(base, self.temperature, self._fast.frozen_head(base))
+        if args.disable_dropout:
+            disable_dropout_rates(base)
+        if self._is_peft:
+            checkpoint_under_roles(self._policy)
+        if ref_model is not None:
+            add_fused_lm_head(ref_model, self.temperature, args.cast_lm_head_to_fp32)
+            add_state_forward(ref_model, self.temperature, self._fast.frozen_head(ref_model))
+            self.ref_model = self._prepare_frozen(ref_model)
+        if self._reward_model is not None:
+            self._reward_model = self._prepare_frozen(self._reward_model)
+
+    def _prepare_frozen(self, model: PreTrainedModel) -> nn.Module:
+        """`model` on this process's device, or in shares where the policy is; as TRL prepares its reference."""
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
+
+    # Step 1: sample
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -235,342 +271,319 @@ class PPOTrainer(GRPOTrainer):
         return EpochSampler(**{name: getattr(sampler, name) for name in names})
 
     def _prepare_inputs(self, generation_batch):
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        is_new = self.model.training and (self._step % generate_every == 0 or self._buffered_inputs is None)
+        """One micro-batch; at the start of a rollout TRL makes it anew and deals it to micro-batches."""
+        before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        # Images are counted by micro-batch.
-        if not (is_new and self._savings.length_sorting) or "pixel_values" in inputs:
+        if self._buffered_inputs is before:
             return inputs
-        batches, window = self._buffered_inputs, self.args.gradient_accumulation_steps
-        self._buffered_inputs = [
-            batch
-            for start in range(0, len(batches), window)
-            for batch in sort_by_length(batches[start : start + window])
-        ]
+        self._buffered_inputs = self._fast.sort_by_length(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
-    def _generate_single_turn(self, *args, **kwargs):
-        base = self.accelerator.unwrap_model(self.model)
-        base = base.get_base_model() if self._is_peft else base
-        live_rows = self._savings.live_rows
-        with packed_weights(base) if self._savings.packed_weights else contextlib.nullcontext():
-            if live_rows is None:
-                return super()._generate_single_turn(*args, **kwargs)
-            live_rows.logps = None  # generation elsewhere, as in vLLM, does not call it
-            with live_rows.installed(base):
-                completion_ids, logps = super()._generate_single_turn(*args, **kwargs)
-        if self._savings.sampling_logps and live_rows.logps is not None:
-            width = max(map(len, completion_ids))
-            if self.pad_to_multiple_of is not None:
-                width += -width % self.pad_to_multiple_of
-            self._sampled_logps = nn.functional.pad(live_rows.logps, (0, width - live_rows.logps.size(1)))
-        return completion_ids, logps
-
     def _generate(self, prompts: list):
-        rollout = super()._generate(prompts)
-        self._prompt_ids, self._completion_ids = rollout[:2]
-        self._is_chat = is_conversational({"prompt": prompts[0]})
-        return rollout
+        """TRL's sampling of B prompts, whose ids the steps after it need."""
+        with self._fast.sampling():
+            samples = super()._generate(prompts)
+        self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
+        return samples
 
     @torch.no_grad()
-    def reward_model(self, prompts, completions, completion_ids, **kwargs) -> list[float]:
-        """The reward model's raw score of each sampled sequence, read where `RewardTrainer` trains it."""
-        stops = self.eos_token_ids if self._is_chat else []
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
+        """A rollout of B prompts, steps 1 to 3: the tensors of TRL's micro-batches and those of PPO's update."""
+        batch = super()._generate_and_score_completions(inputs)  # calls `_generate` and `_calculate_rewards`
+        rollout = self._rollout
+        rollout.ids, rollout.attention_mask, rollout.mask = sequences(batch)
+        rollout.logps = batch.get("old_per_token_logps")
+        self._score(rollout)
+        self._estimate_advantages(rollout)
+        kl = self._log_rollout(rollout)
+        if self.model.training:
+            self._update_stopped = False
+            self.kl_controller.update(kl, self.args.generation_batch_size)
+        return batch | rollout.training_tensors()
+
+    # Step 2: score
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        """TRL's question for the policy's log-probabilities of a new rollout: (B, T), and two values PPO does not use.
+
+        Sampling has computed them already where its numbers are those of training.
+        """
+        logps = self._fast.take_sampled_logps(logits_to_keep)
+        if logps is None:
+            logps, _ = self._logps(model, input_ids, attention_mask, logits_to_keep)
+        return logps, None, None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
+        """Raw rewards of all processes, (B * processes, functions); `rollout.scores` gets their weighted sum, (B,)."""
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        scores = rewards.clone()
+        if self._has_reward_model:
+            scores[:, 0] = (scores[:, 0] - self.args.score_mean) / self.args.score_std
+        self._monitor.scores(scores, self.reward_func_names, self._has_reward_model, self.state.global_step)
+        first = self.accelerator.process_index * len(prompts)
+        total = (scores * self.reward_weights.to(scores.device)).nansum(1)
+        self._rollout.scores = total[first : first + len(prompts)]
+        return rewards
+
+    @torch.no_grad()
+    def score_responses(self, prompts, completions, completion_ids, **kwargs) -> list[float]:
+        """The reward model's raw score of each response, read where `RewardTrainer` trains it.
+
+        With the policy's vocabulary it reads the sampled ids, else the text.
+        """
+        if not self._scores_text:
+            return self.score_sampled_ids(self._rollout)
+        tokenizer = self._reward_tokenizer
+        whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        if self._rollout.is_chat:
+            rows = tokenizer.apply_chat_template(whole, return_dict=False, **self.chat_template_kwargs)
+        else:
+            rows = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        return self._score_rows(rows)
+
+    def score_sampled_ids(self, rollout: Rollout) -> list[float]:
+        """Scores of the sampled ids, with what the chat template writes after a stop token put back: B numbers."""
+        stops = self.eos_token_ids if rollout.is_chat else []
         after_stop = turn_end(self._tokenizer, stops, **self.chat_template_kwargs) if stops else []
-        rows = [
-            [*prompt, *completion, *(after_stop if completion[-1] in stops else [])]
-            for prompt, completion in zip(self._prompt_ids, self._completion_ids, strict=True)
-        ]
-        pad_token_id = self._tokenizer.pad_token_id
-        longest = max(map(len, rows))
-        device = self.accelerator.device
+        return self._score_rows(
+            [
+                [*prompt, *completion, *(after_stop if completion[-1] in stops else [])]
+                for prompt, completion in zip(rollout.prompt_ids, rollout.completion_ids, strict=True)
+            ]
+        )
+
+    def _score_rows(self, rows: list[list[int]]) -> list[float]:
+        """Scores of whole sequences of token ids, in their order, at most a micro-batch at a time."""
+        pad_token_id, longest, device = (
+            self._reward_tokenizer.pad_token_id,
+            max(map(len, rows)),
+            self.accelerator.device,
+        )
         ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows], device=device)
         # transformers' rule for sequence classifiers: the last token that is not the padding token
         last = (torch.arange(longest, device=device) * (ids != pad_token_id)).argmax(1)
-        module, model = self._reward_module, self.accelerator.unwrap_model(self.model)
 
-        def score(rows):
+        def score(rows: torch.Tensor) -> Results:
             states = torch.arange(len(rows), device=device), last[rows]
             inputs = ids[rows, : last[rows].max() + 1]
-            if module is not None:
-                return (scalar_scores(self.accelerator.unwrap_model(module), inputs, states),)
-            return (model(input_ids=inputs, states=states, scalar_head="reward"),)
+            if self._reward_model is not None:
+                return (self._reward_model(input_ids=inputs, states=states),)
+            return (self.model(input_ids=inputs, states=states, scalar_head="reward"),)
 
-        with use_role(model, "reward"), self.accelerator.autocast():
-            return self._in_pieces(score, last)[0].tolist()
+        with use_role(self._policy, "reward"), self.accelerator.autocast():
+            (scores,) = self._fast.map_rows(score, last)
+        return scores.tolist()
 
-    def _in_pieces(self, run: Callable[[torch.Tensor], tuple], lengths: torch.Tensor) -> tuple:
-        """The results of `run(rows)` for all rows, each time of at most a micro-batch."""
-        return in_pieces(run, pieces(lengths, self.args.per_device_train_batch_size, self._savings.piece_overhead))
+    def _score(self, rollout: Rollout) -> None:
+        """Log-probabilities of policy and reference, values, and the final score of each response."""
+        rows = rollout.ids, rollout.attention_mask, rollout.mask.size(1)
+        if rollout.logps is None:
+            rollout.logps = self._get_per_token_logps_and_entropies(self.model, *rows)[0]
+        with use_role(self._policy, self._ref_role or "default"):
+            rollout.ref_logps, _ = self._logps(self.ref_model or self.model, *rows)
+        rollout.values = self._values(self.model, *rows) * rollout.mask
+        if self.args.missing_eos_penalty is not None:
+            rollout.scores = rollout.scores - self.args.missing_eos_penalty * rollout.is_unfinished(self.eos_token_ids)
+        if self.args.score_clip is not None:
+            rollout.scores = rollout.scores.clamp(-self.args.score_clip, self.args.score_clip)
 
-    def _values(
-        self, model: nn.Module, ids, attention_mask, width: int, learn: Callable | None = None
-    ) -> torch.Tensor:
-        """The critic's value of the state before each of the last `width` tokens, (B, width), 0 at padding.
+    def _logps(self, model, ids, attention_mask, width: int, compute_entropy: bool = False) -> Results:
+        """Log p of the last `width` tokens of each row, and entropies or None: (B, width) nats each, 0 at padding."""
 
-        `learn(rows, values)` is called on each piece, and its values are then cut from their graph.
-        """
+        def forward(ids, states, targets):
+            return model(input_ids=ids, states=states, targets=targets, compute_entropy=compute_entropy)
+
+        return self._map_responses(forward, ids, attention_mask, width)
+
+    def _values(self, model: nn.Module, ids, attention_mask, width: int) -> torch.Tensor:
+        """The critic's value of the state before each of the last `width` tokens, (B, width), 0 at padding."""
 
         def forward(ids, states, targets):
             return (model(input_ids=ids, states=states, scalar_head="critic"),)
 
-        def run(rows):
-            (values,) = at_responses(forward, ids[rows], attention_mask[rows], width)
-            if learn is None:
-                return (values,)
-            learn(rows, values)
-            return (values.detach(),)
+        with use_role(self._policy, "critic"):
+            return self._map_responses(forward, ids, attention_mask, width)[0]
 
-        with use_role(self.accelerator.unwrap_model(model), "critic"), self.accelerator.autocast():
-            return self._in_pieces(run, attention_mask.sum(1))[0]
+    def _map_responses(self, forward: Callable, ids, attention_mask, width: int) -> Results:
+        """The results of `forward` for all rows, at most a micro-batch at a time, each laid out as (B, width)."""
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        try:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        except ValueError as error:
-            if "rewards, but" in str(error):  # TRL's own check of how many a function returned
-                raise UserError(str(error)) from error
-            raise
-        per_process = slice(
-            self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
-        )
-        scores = rewards.clone()
-        if self._has_reward_model:
-            scores[:, 0] = (scores[:, 0] - self.args.score_mean) / self.args.score_std
-        self._health.scores(scores, self.reward_func_names, self._has_reward_model, self.state.global_step)
-        self._scores = (scores * self.reward_weights.to(scores.device)).nansum(1)[per_process]
-        return rewards
+        def run(rows: torch.Tensor) -> Results:
+            return at_responses(forward, ids[rows], attention_mask[rows], width)
+
+        with self.accelerator.autocast():
+            return self._fast.map_rows(run, attention_mask.sum(1))
+
+    # Step 3: advantages
+
+    def _estimate_advantages(self, rollout: Rollout) -> None:
+        """Token rewards with the KL penalty inside, generalised advantages, returns; advantages are whitened."""
+        args, mask = self.args, rollout.mask
+        rollout.kl = token_kl(rollout.logps, rollout.ref_logps, mask, args.kl_estimator)
+        rewards = token_rewards(rollout.scores, rollout.kl, mask, self.kl_controller.value)
+        if args.whiten_rewards:
+            rewards = whiten(rewards, mask, self._sum_over_processes, shift_mean=False)
+        advantages = compute_gae(rewards, rollout.values, mask, args.gamma, args.lam)
+        rollout.returns = advantages + rollout.values
+        rollout.advantages = whiten(advantages, mask, self._sum_over_processes)
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, reduction="sum")
 
-    @torch.no_grad()
-    def _generate_and_score_completions(self, inputs):
-        rollout = super()._generate_and_score_completions(inputs)
+    def _log_rollout(self, rollout: Rollout) -> float:
+        """Log what a rollout looks like, over the responses of all processes. Returns the KL, nats a response."""
         mode = "train" if self.model.training else "eval"
-        model = self.accelerator.unwrap_model(self.model)
-        ids, attention_mask, mask = sequences(rollout)
-        width = mask.size(1)
-
-        def logps_of(policy):
-            return self._get_per_token_logps_and_entropies(policy, ids, attention_mask, width)[0]
-
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            logps = rollout.get("old_per_token_logps")
-            logps = logps_of(self.model) if logps is None else logps
-            with use_role(model, self._ref_role):
-                ref_logps = logps_of(self.model if self.ref_model is None else self.ref_model)
-
-        scores = self._scores
-        if self.args.missing_eos_penalty is not None:
-            scores = scores - self.args.missing_eos_penalty * self._is_unfinished()
-        if self.args.score_clip is not None:
-            scores = scores.clamp(-self.args.score_clip, self.args.score_clip)
-        kl = token_kl(logps, ref_logps, mask, self.args.kl_estimator)
-        rewards = token_rewards(scores, kl, mask, self.kl_controller.value)
-        if self.args.whiten_rewards:
-            rewards = whiten(rewards, mask, self._sum_over_processes, shift_mean=False)
-
-        def learn(rows, values):  # as in `_compute_loss`, which then leaves the critic alone
-            values, of_rows = values * mask[rows], mask[rows]
-            old = values.detach()
-            returns = old + generalized_advantages(rewards[rows], old, of_rows, self.args.gamma, self.args.lam)
-            losses, _ = value_losses(values, old, returns, self.args.cliprange_value)
-            tokens = self._tokens_per_update(rollout, mask, mode)
-            self._backward_early(self.args.vf_coef * (losses * of_rows).sum() / tokens)
-
-        if mode == "train" and self._savings.old_values:
-            with torch.enable_grad():
-                values = mask * self._values(self.model, ids, attention_mask, width, learn)
-        else:
-            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                values = mask * self._values(self.model, ids, attention_mask, width)
-        advantages = generalized_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
-        returns = advantages + values
-        rollout |= {
-            "old_per_token_logps": logps,
-            "old_values": values,
-            "returns": returns,
-            "advantages": whiten(advantages, mask, self._sum_over_processes),
-        }
-        self._log_rollout(mode, rollout, mask, kl, scores)
-        if mode == "train":
-            self._update_stopped = False
-            kl_per_response = self._metrics[mode]["objective/kl"][-1]
-            self.kl_controller.update(kl_per_response, self.args.generation_batch_size)
-        return rollout
-
-    def _is_unfinished(self) -> torch.Tensor:
-        """1 for each response of this process without a stop token, else 0: (B,)."""
-        stops = set(self.eos_token_ids)
-        unfinished = [float(ids[-1] not in stops) for ids in self._completion_ids]
-        return torch.tensor(unfinished, device=self.accelerator.device)
-
-    def _log_rollout(self, mode: str, rollout: dict, mask, kl, scores) -> None:
-        logps, stops = rollout["old_per_token_logps"], torch.tensor(self.eos_token_ids, device=mask.device)
-        non_score = -self.kl_controller.value * kl.sum(1)
-        per_response = torch.stack([kl.sum(1), -(logps * mask).sum(1), non_score, scores, non_score + scores], 1)
+        mask, metrics, table = rollout.mask, self._metrics[mode], self._logs["extra"]
+        kl, entropy = rollout.kl.sum(1), -(rollout.logps * mask).sum(1)
+        non_score = -self.kl_controller.value * kl
+        per_response = torch.stack([kl, entropy, non_score, rollout.scores, non_score + rollout.scores], 1)
         names = ("kl", "entropy", "non_score_reward", "scores", "rlhf_reward")
         per_response = dict(zip(names, self.accelerator.gather(per_response).T, strict=True))
-        metrics = self._metrics[mode]
         for name, values in per_response.items():
             metrics[f"objective/{name}"].append(values.mean().item())
         metrics["objective/kl_coef"].append(self.kl_controller.value)
-        eos = (torch.isin(rollout["completion_ids"], stops) * mask).sum()
+        stops = torch.tensor(self.eos_token_ids, device=mask.device)
+        eos = (torch.isin(rollout.ids[:, -mask.size(1) :], stops) * mask).sum()
         metrics["val/num_eos_tokens"].append(self._sum_over_processes(eos).item())
-        metrics["val/explained_variance"].append(
-            explained_variance(rollout["old_values"], rollout["returns"], mask, self._sum_over_processes).item()
-        )
+        explained = explained_variance(rollout.values, rollout.returns, mask, self._sum_over_processes).item()
+        metrics["val/explained_variance"].append(explained)
         if mode == "train":
-            generate_every = self.args.steps_per_generation * self.num_iterations
-            metrics["episode"] = [(self._step // generate_every + 1) * self.args.generation_batch_size]
-            self._health.rollout(
-                per_response["kl"],
-                per_response["scores"],
-                cut_share=metrics["completions/clipped_ratio"][-1],
-                explained_variance=metrics["val/explained_variance"][-1],
-            )
+            unfinished = self.accelerator.gather(rollout.is_unfinished(self.eos_token_ids).float()).mean().item()
+            self._monitor.rollout(per_response["kl"], per_response["scores"], unfinished, explained)
+            rollouts = self._step // self.args.micro_batches_per_rollout + 1
+            metrics["episode"] = [rollouts * self.args.generation_batch_size]
         # GRPO's view of the rewards, by groups of one: its spread is always 0 and its sum misses PPO's normalisation.
         for name in ("reward", "reward_std", "frac_reward_zero_std"):
             metrics.pop(name, None)
-        table = self._logs["extra"]
-        table["kl"].extend(gather_object(kl.sum(1).tolist()))
-        table["score"].extend(gather_object(scores.tolist()))
-        advantages = gather_object((rollout["advantages"].sum(1) / mask.sum(1).clamp(min=1)).tolist())
+        table["kl"].extend(gather_object(kl.tolist()))
+        table["score"].extend(gather_object(rollout.scores.tolist()))
+        advantages = gather_object((rollout.advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist())
         for _ in advantages:
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(advantages)
+        return per_response["kl"].mean().item()
 
-    # Update: one forward per role, one backward
+    # Step 4: update
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        compute_aux_loss=False,
-        **images,
-    ):
-        in_training = torch.is_grad_enabled() or compute_entropy
-        if not in_training and self._sampled_logps is not None:
-            # TRL asks for the policy's log-probabilities of a rollout first.
-            logps, self._sampled_logps = self._sampled_logps, None
-            return logps, None, None
-        if compute_aux_loss or any(value is not None for value in images.values()):
-            batch_size = None if in_training else self.args.per_device_train_batch_size
-            result = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
-                **images,
-            )  # fmt: skip
-        else:
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """PPO's loss of one micro-batch, a scalar whose sum over the minibatch is a mean over its tokens.
 
-            def forward(ids, states, targets):
-                return model(input_ids=ids, states=states, targets=targets, compute_entropy=compute_entropy)
+        `policy loss - entropy_coef * entropy + ptx_coef * demonstrations' loss + vf_coef * value loss`. The parts with
+        forwards of their own are backwarded one after the other where that saves memory.
+        """
+        args, (ids, attention_mask, mask) = self.args, sequences(inputs)
+        tokens, width = self._tokens_per_update(inputs, mask), mask.size(1)
 
-            def run(rows):
-                return at_responses(forward, input_ids[rows], attention_mask[rows], logits_to_keep)
-
-            with self.accelerator.autocast():
-                result = (*self._in_pieces(run, attention_mask.sum(1)), None)
-        self._latest_logps = result[0].detach()
-        return result
-
-    def _compute_loss(self, model, inputs):
-        mode = "train" if self.model.training else "eval"
-        critic_has_learned = mode == "train" and self._savings.old_values and self._is_first_update()
-        loss = super()._compute_loss(model, inputs)
-        if self._ptx is not None or not critic_has_learned:  # the last part is backwarded by Trainer
-            loss = self._backward_early(loss)
-        logps = self._latest_logps
-        ids, attention_mask, mask = sequences(inputs)
-        if self._ptx is not None and mode == "train":
-            batch = self._ptx(self._step, self.accelerator.process_index, self.accelerator.num_processes)
-            ptx_loss = model(**{name: value.to(mask.device) for name, value in batch.items()}).loss
-            self._metrics[mode]["loss/ptx_avg"].append(self.accelerator.gather(ptx_loss.detach()).mean().item())
-            ptx_loss = self.args.ptx_coef * ptx_loss / self.current_gradient_accumulation_steps
-            loss = loss + (ptx_loss if critic_has_learned else self._backward_early(ptx_loss))
-        width = mask.size(1)
-        values = inputs["old_values"] if critic_has_learned else mask * self._values(model, ids, attention_mask, width)
-        losses, clipped = value_losses(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
-        value_loss = (losses * mask).sum() / self._tokens_per_update(inputs, mask, mode)
-        loss = loss + self.args.vf_coef * value_loss
+        logps, entropies = self._logps(model, ids, attention_mask, width, compute_entropy=True)
         log_ratio = (logps - inputs["old_per_token_logps"]) * mask
-        by_token = update_metrics(log_ratio, inputs["advantages"], self.epsilon_low, self.epsilon_high)
-        by_token |= {"loss/value_avg": losses.detach(), "val/clipfrac_avg": clipped.float()}
-        self._log_update(mode, by_token, mask)
-        if not loss.isfinite():
-            rows = (~(logps.isfinite() & values.isfinite()).all(1)).nonzero()[:, 0].tolist()
-            raise UserError(
-                f"Step {self.state.global_step}: the loss is {loss.item()}, by log-probabilities or values of rows "
-                f"{rows} of the micro-batch. Lower learning_rate, or look for a role in half precision. "
-                f"{last_good_state(self.args.output_dir)}"
-            )
+        losses, metrics = policy_losses(log_ratio, inputs["advantages"], self.epsilon_low, self.epsilon_high)
+        losses = losses * inputs.get("importance_sampling_ratio", 1)  # of vLLM's sampler, by TRL
+        if args.entropy_coef:
+            losses = losses - args.entropy_coef * entropies
+        loss = (losses * mask).sum() / tokens
+        self._check_finite(loss, "log-probabilities", logps)
+        loss = self._fast.backward_early(loss)
+
+        if self._ptx is not None and self.model.training:
+            loss = loss + self._fast.backward_early(self._ptx_loss(model))
+
+        values = self._values(model, ids, attention_mask, width) * mask
+        critic_losses, clipped = value_losses(values, inputs["old_values"], inputs["returns"], args.cliprange_value)
+        loss = loss + args.vf_coef * (critic_losses * mask).sum() / tokens
+        self._check_finite(loss, "values", values)
+
+        metrics |= {"policy/entropy_avg": entropies, "loss/value_avg": critic_losses, "val/clipfrac_avg": clipped}
+        self._log_update({name: value.detach().float() for name, value in metrics.items()}, mask)
         return loss
 
-    def _is_first_update(self) -> bool:
-        """Whether this micro-batch belongs to the first optimizer step of its rollout."""
-        position = self._step % (self.args.steps_per_generation * self.num_iterations)
-        return position < self.args.gradient_accumulation_steps
+    def _tokens_per_update(self, inputs: dict, mask: torch.Tensor) -> torch.Tensor:
+        """What the token losses of a micro-batch are divided by, so that their sum over a minibatch is its mean.
 
-    def _backward_early(self, loss: torch.Tensor) -> torch.Tensor:
-        """Free the activations of one part of the loss before the next part's forward, in a single process.
-
-        With several, all parts go through one backward: DDP reduces gradients once.
+        `loss_type` bnpo averages within each micro-batch instead, and then over micro-batches.
         """
-        if not self._savings.early_backward or not (loss.requires_grad and loss.isfinite()):
-            return loss
-        with torch.autocast(loss.device.type, enabled=False):
-            self.accelerator.backward(loss)
-        return loss.detach()
-
-    def _tokens_per_update(self, inputs: dict, mask: torch.Tensor, mode: str) -> torch.Tensor:
-        """What a micro-batch's token losses are divided by, the same for policy and critic (see `loss_type`)."""
+        accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
         if self.loss_type == "bnpo":
-            return mask.sum().clamp(min=1) * (self.current_gradient_accumulation_steps if mode == "train" else 1)
+            return mask.sum().clamp(min=1) * accumulated
+        # `num_items_in_batch` counts the whole rollout, of all processes.
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-        if mode == "train":
-            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return tokens
+        return tokens * accumulated / self.args.steps_per_generation if self.model.training else tokens
 
-    def _log_update(self, mode: str, by_token: dict[str, torch.Tensor], mask: torch.Tensor) -> None:
+    def _ptx_loss(self, model: nn.Module) -> torch.Tensor:
+        """`ptx_coef` times the mean token loss of this micro-step's demonstrations (PPO-ptx)."""
+        batch = self._ptx(self._step, self.accelerator.process_index, self.accelerator.num_processes)
+        loss = model(**{name: value.to(self.accelerator.device) for name, value in batch.items()}).loss
+        self._metrics["train"]["loss/ptx_avg"].append(self.accelerator.gather(loss.detach()).mean().item())
+        return self.args.ptx_coef * loss / self.current_gradient_accumulation_steps
+
+    def _check_finite(self, loss: torch.Tensor, cause: str, numbers: torch.Tensor) -> None:
+        """Stop before a loss that is not a finite number reaches the weights; `numbers` (B, T) it comes from."""
+        if not loss.isfinite():
+            rows = (~numbers.isfinite().all(1)).nonzero()[:, 0].tolist()
+            raise UserError(
+                f"Step {self.state.global_step}: the loss is {loss.item()}, by {cause} of rows {rows} of the "
+                "micro-batch. Lower learning_rate, or look for a role in half precision. "
+                f"{last_good_state(self.args.output_dir)}"
+            )
+
+    def _log_update(self, by_token: dict[str, torch.Tensor], mask: torch.Tensor) -> None:
         """Log the means of (B, T) numbers over the tokens of the whole minibatch, however it is split."""
+        mode = "train" if self.model.training else "eval"
         self._update_sums += torch.stack([(value * mask).sum() for value in by_token.values()] + [mask.sum()])
         if mode == "train" and not self.accelerator.sync_gradients:
             return
         *totals, count = self._sum_over_processes(self._update_sums).tolist()
         self._update_sums = 0
-        for name, total in zip(by_token, totals, strict=True):
-            self._metrics[mode][name].append(total / max(count, 1))
+        means = {name: total / max(count, 1) for name, total in zip(by_token, totals, strict=True)}
+        for name, mean in means.items():
+            self._metrics[mode][name].append(mean)
         if mode == "train":
-            if self._is_first_update():
-                self._health.first_minibatch(self._metrics[mode]["val/ratio"][-1])
+            if self._step % self.args.micro_batches_per_rollout < self.args.gradient_accumulation_steps:
+                self._monitor.first_minibatch(means["val/ratio"])
             if self.args.target_kl is not None:
-                self._update_stopped = self._metrics[mode]["policy/approxkl_avg"][-1] > self.args.target_kl
+                self._update_stopped = means["policy/approxkl_avg"] > self.args.target_kl
 
     def training_step(self, model, inputs, num_items_in_batch):
-        new_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        new_rollout = self._step % self.args.micro_batches_per_rollout == 0
         if self._update_stopped and not new_rollout:
             # Parameters without a gradient are left alone by the optimizer, its momentum included.
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.state.global_step < self.args.critic_warmup_steps:
-            for name, parameter in self.accelerator.unwrap_model(model).named_parameters():
-                if "critic" not in name:
+            for name, parameter in self._policy.named_parameters():
+                if "critic" not in name.split("."):
                     parameter.grad = None
         return loss
 
     def create_optimizer(self, model=None):
+        """TRL's optimizer, with groups of their own for the critic where it has its own learning rate."""
         optimizer = super().create_optimizer(model)
-        if self.args.critic_learning_rate is not None:
-            critic = [p for name, p in (model or self.model).named_parameters() if "critic" in name]
-            set_learning_rate(optimizer, critic, self.args.critic_learning_rate)
+        rate = self.args.critic_learning_rate
+        if rate is not None:
+            named = (model or self.model).named_parameters()
+            critic = {id(parameter) for name, parameter in named if "critic" in name.split(".")}
+            for group in list(optimizer.param_groups):
+                moved = [parameter for parameter in group["params"] if id(parameter) in critic]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
+                if moved:
+                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
         return optimizer
 
-    # Resume
+    # Saving and resuming
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As Trainer saves, but only what PPO trains: reference and reward model come from the run's inputs.
+
+        `critic/` and `ema/` get the tokenizer too, so that each folder is complete.
+        """
+        if not self.args.should_save:
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        save_trained(self._policy, output_dir, state_dict)
+        for folder in ("", "critic", "ema"):
+            if os.path.isdir(os.path.join(output_dir, folder)):
+                self.processing_class.save_pretrained(os.path.join(output_dir, folder))
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
@@ -590,7 +603,7 @@ class PPOTrainer(GRPOTrainer):
             load_critic(model, resume_from_checkpoint)
         # Trainer reloads every adapter but the active one as untrainable.
         if self._is_peft:
-            train_roles(model, ("default", "critic"))
+            train_only(self._policy, ("default", "critic"))
         path = os.path.join(resume_from_checkpoint, f"ppo_state_{self.accelerator.process_index}.pt")
         if not os.path.exists(path):
             raise UserError(f"{path} is missing: resume with the number of processes the checkpoint was written with.")

@@ -1,7 +1,8 @@
 """Every family goes through SFT, reward model and PPO by the same arguments but `model_name_or_path`.
 
 The table in docs/models.md is what this file found:
-`UPDATE_MATRIX=1 bash scripts/test.sh tests/models/test_architectures.py` writes it, and an ordinary run fails where it is stale.
+`UPDATE_MATRIX=1 bash scripts/test.sh tests/models/test_architectures.py` writes it, and an ordinary run fails where it
+is stale.
 """
 
 import json

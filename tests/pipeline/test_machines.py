@@ -18,7 +18,9 @@ from trl.generation.vllm_generation import VLLMGeneration
 from recipes.cli import run as runs
 from recipes.cli.errors import UserError
 from recipes.cli.launch import check_launch
-from recipes.models.adapters import add_score_roles, critic_from_policy, send_only_policy
+from recipes.models.adapters import add_score_roles
+from recipes.models.heads import critic_from_policy
+from recipes.models.vllm import send_only_policy
 from recipes.trainers.ppo_config import PPOConfig
 from tests import tiny_models as models
 from tests.cli.test_launch import PROBE

@@ -1,4 +1,4 @@
-"""The savings of `recipes.trainers.fast` leave the numbers as they are."""
+"""The fast paths of `recipes.trainers.fast` leave the numbers as they are."""
 
 import itertools
 
@@ -15,18 +15,12 @@ from transformers import (
 )
 
 from recipes.trainers.fast import FAST_PATHS
+from recipes.trainers.fast.drop_finished import DropFinishedSampler, draw
 from recipes.trainers.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
-from recipes.trainers.fast.live_rows import LiveRowSampling, draw
-from recipes.trainers.fast.packing import (
-    FEWEST_PIECES,
-    in_pieces,
-    pieces,
-    response_states,
-    right_align,
-    sort_by_length,
-)
+from recipes.trainers.fast.length_buckets import UNLIMITED, length_buckets, map_buckets, sort_by_length
+from recipes.trainers.rollout import response_states, right_align
 from tests import tiny_models as models
-from tests.trainers.test_ppo_trainer import make_trainer, world  # noqa: F401
+from tests.trainers.conftest import make_trainer
 
 PAD = 0
 
@@ -83,23 +77,22 @@ def test_sorted_micro_batches_hold_the_same_rows_and_no_empty_column():
 @pytest.mark.parametrize(
     ("overhead", "expected"),
     [
-        (None, [[5, 1, 4], [9, 3, 8]]),
-        (FEWEST_PIECES, [[1, 3, 4], [5, 8, 9]]),
+        (UNLIMITED, [[1, 3, 4], [5, 8, 9]]),
         (2.5, [[1], [3, 4, 5], [8, 9]]),
         (0.5, [[1], [3], [4], [5], [8], [9]]),
     ],
 )
-def test_pieces_come_back_in_order_and_are_cut_where_padding_is_dear(overhead, expected):
+def test_buckets_come_back_in_order_and_are_cut_where_padding_is_dear(overhead, expected):
     lengths = torch.tensor([5, 1, 4, 9, 3, 8])
-    cut = pieces(lengths, 3, overhead)
+    cut = length_buckets(lengths, 3, overhead)
     assert [lengths[rows].tolist() for rows in cut] == expected
-    results, nothing = in_pieces(lambda rows: (rows * 10, None), cut)
+    results, nothing = map_buckets(lambda rows: (rows * 10, None), cut)
     assert results.tolist() == [0, 10, 20, 30, 40, 50] and nothing is None
 
 
 def test_no_other_cut_costs_less():
     torch.manual_seed(0)
-    for overhead in (0.0, 3.0, 10.0, 40.0, FEWEST_PIECES):
+    for overhead in (0.0, 3.0, 10.0, 40.0, UNLIMITED):
         lengths = torch.randint(1, 30, (9,))
         ordered = lengths.sort()[0].tolist()
 
@@ -107,7 +100,7 @@ def test_no_other_cut_costs_less():
             ends = list(itertools.accumulate(sizes))
             return sum(ordered[end - 1] * size + overhead for end, size in zip(ends, sizes, strict=True))
 
-        found = [len(rows) for rows in pieces(lengths, 4, overhead)]
+        found = [len(rows) for rows in length_buckets(lengths, 4, overhead)]
         ways = (sizes for n in range(1, 10) for sizes in itertools.product(range(1, 5), repeat=n) if sum(sizes) == 9)
         assert cost(found) == min(map(cost, ways))
 
@@ -167,9 +160,9 @@ def generate(model, loop, prompts, mask, **kwargs):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.5, "top_k": 10}], ids=["whole", "filtered"])
-def test_live_rows_keep_the_log_probabilities_of_what_they_sample(kwargs):
+def test_the_sampler_keeps_the_log_probabilities_of_what_they_sample(kwargs):
     torch.manual_seed(0)
-    model, loop, temperature = models.causal_lm(sharpness=4.0), LiveRowSampling(), kwargs.get("temperature", 1.0)
+    model, loop, temperature = models.causal_lm(sharpness=4.0), DropFinishedSampler(), kwargs.get("temperature", 1.0)
     prompts = torch.randint(12, 40, (16, 6))
     mask = torch.ones_like(prompts)
     mask[::2, :4] = 0
@@ -191,8 +184,8 @@ def test_live_rows_keep_the_log_probabilities_of_what_they_sample(kwargs):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_prompts_read_in_pieces_give_the_same_samples(family):
-    """GPT-2's positions are absolute: a piece without its padding must not move them."""
+def test_prompts_read_in_buckets_give_the_same_samples(family):
+    """GPT-2's positions are absolute: a bucket without its padding must not move them."""
     gpt2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
     torch.manual_seed(0)
     model = models.causal_lm(sharpness=4.0) if family == "llama" else GPT2LMHeadModel(GPT2Config(**gpt2)).eval()
@@ -200,8 +193,8 @@ def test_prompts_read_in_pieces_give_the_same_samples(family):
     prompts = torch.randint(12, 40, (6, 20))
     mask = (torch.arange(20) >= 20 - lengths[:, None]).long()
     found = {}
-    for overhead in (FEWEST_PIECES, 3.0, 0.0):
-        loop, widths = LiveRowSampling(overhead), []
+    for overhead in (UNLIMITED, 3.0, 0.0):
+        loop, widths = DropFinishedSampler(overhead), []
         handle = model.get_input_embeddings().register_forward_pre_hook(
             lambda _, args, widths=widths: widths.append(tuple(args[0].shape))
         )
@@ -209,17 +202,17 @@ def test_prompts_read_in_pieces_give_the_same_samples(family):
         found[overhead] = generate(model, loop, prompts, mask, top_k=0), loop.logps
         handle.remove()
         assert [shape for shape in widths if shape[1] > 1] == {
-            FEWEST_PIECES: [(6, 20)],
+            UNLIMITED: [(6, 20)],
             3.0: [(3, 4), (3, 20)],
             0.0: [(2, 3), (1, 4), (1, 19), (2, 20)],
         }[overhead]
     for samples, logps in found.values():
-        assert torch.equal(samples, found[FEWEST_PIECES][0])
-        torch.testing.assert_close(logps, found[FEWEST_PIECES][1], rtol=1e-4, atol=1e-5)
+        assert torch.equal(samples, found[UNLIMITED][0])
+        torch.testing.assert_close(logps, found[UNLIMITED][1], rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_not_sampling_is_left_to_transformers():
-    model, loop = models.causal_lm(), LiveRowSampling()
+    model, loop = models.causal_lm(), DropFinishedSampler()
     prompts = torch.randint(12, 40, (2, 6))
     config = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=1)
     plain = model.generate(input_ids=prompts, generation_config=config)
@@ -229,31 +222,11 @@ def test_what_is_not_sampling_is_left_to_transformers():
     assert "generate" not in vars(model)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "expected"),
-    [
-        ({}, True),
-        ({"steps_per_generation": 4}, False),
-        ({"loss_type": "bnpo"}, False),
-        ({"fast_paths": ["old_values"]}, False),
-    ],
-    ids=["one update", "two minibatches", "means of micro-batches", "one backward"],
-)
-def test_the_critic_learns_from_the_old_values_where_a_rollout_is_one_update(world, tmp_path, kwargs, expected):  # noqa: F811
-    trainer = make_trainer(world, tmp_path, **({"steps_per_generation": 2} | kwargs))
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    trainer._generate_and_score_completions([{"prompt": prompt} for prompt in trainer.train_dataset["prompt"][:4]])
-    gradients = [p.grad for name, p in trainer.model.named_parameters() if ".critic." in name and p.requires_grad]
-    assert len(gradients) == 29  # 2 layers x 7 linear maps x (A, B), and the head
-    assert {gradient is not None for gradient in gradients} == {expected}
-
-
 @pytest.mark.parametrize("off", FAST_PATHS)
-def test_an_update_is_the_same_without_each_saving(world, tmp_path, monkeypatch, off):  # noqa: F811
-    """The same responses, of very different lengths, with all savings and with all but one."""
+def test_an_update_is_the_same_without_each_fast_path(world, tmp_path, monkeypatch, off):
+    """The same responses, of very different lengths, with all fast paths and with all but one."""
     monkeypatch.setattr(
-        "recipes.trainers.fast.savings.piece_overhead", lambda model: 1.0
+        "recipes.trainers.fast.fast_paths.bucket_overhead", lambda model: 1.0
     )  # so small a model is not cut
     weights, metrics = [], []
     for name, fast_paths in (("all", FAST_PATHS), ("fewer", [path for path in FAST_PATHS if path != off])):
@@ -278,7 +251,7 @@ def test_an_update_is_the_same_without_each_saving(world, tmp_path, monkeypatch,
 
         if off in ("response_logps", "length_sorting"):
             monkeypatch.setattr(trainer, "_generate_single_turn", responses)
-        elif off == "live_rows":
+        elif off == "drop_finished":
             # The loops draw differently: pick the most likely token through the sampling loop of either.
             trainer.generation_config.top_k = 1
         trainer.train()

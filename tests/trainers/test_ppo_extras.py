@@ -11,10 +11,10 @@ from peft import AutoPeftModelForCausalLM
 from transformers import TrainerCallback
 
 from recipes.cli.errors import UserError
-from recipes.trainers.ppo_monitor import POOR_CRITIC_ROLLOUTS, Health
+from recipes.trainers.ppo_monitor import POOR_CRITIC_ROLLOUTS, PPOMonitor
 from recipes.trainers.ptx import IGNORED, PtxBatches
 from tests import tiny_models as models
-from tests.trainers.test_ppo_trainer import config, history, make_trainer, world  # noqa: F401
+from tests.trainers.conftest import config, history, make_trainer
 
 DEMONSTRATIONS = {
     "prompt": models.prompts(6, seed=5),
@@ -60,7 +60,7 @@ def test_a_demonstration_without_room_for_its_answer_is_refused():
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 1.0])
-def test_ptx_teaches_the_demonstrations_beside_ppo(world, tmp_path, coefficient):  # noqa: F811
+def test_ptx_teaches_the_demonstrations_beside_ppo(world, tmp_path, coefficient):
     trainer = make_trainer(
         world,
         tmp_path,
@@ -86,12 +86,12 @@ def test_ptx_teaches_the_demonstrations_beside_ppo(world, tmp_path, coefficient)
         assert loss() > 0.5 * before and not history(trainer, "loss/ptx_avg")
 
 
-def test_ptx_without_demonstrations_is_refused(world, tmp_path):  # noqa: F811
+def test_ptx_without_demonstrations_is_refused(world, tmp_path):
     with pytest.raises(UserError, match="ptx_coef needs demonstrations"):
         make_trainer(world, tmp_path, ptx_coef=1.0)
 
 
-def test_the_mean_of_the_policy_is_kept_saved_and_resumed(world, tmp_path):  # noqa: F811
+def test_the_mean_of_the_policy_is_kept_saved_and_resumed(world, tmp_path):
     decay, states = 0.7, []
 
     class Record(TrainerCallback):
@@ -125,7 +125,7 @@ def test_the_mean_of_the_policy_is_kept_saved_and_resumed(world, tmp_path):  # n
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
 
 
-def test_the_mean_of_a_full_model_is_refused(world, tmp_path):  # noqa: F811
+def test_the_mean_of_a_full_model_is_refused(world, tmp_path):
     with pytest.raises(UserError, match="ema_decay averages the policy's adapter: it needs LoRA"):
         make_trainer(
             world,
@@ -153,7 +153,7 @@ HEALTHY["explained_variance"] = 0.3
     ],
 )
 def test_a_rollout_that_looks_wrong_is_said_once_and_why(tmp_path, caplog, kwargs, numbers, expected):
-    health = Health(config(tmp_path, **kwargs), pad_is_eos=True, ratio_tolerance=1e-3)
+    health = PPOMonitor(config(tmp_path, **kwargs), pad_is_eos=True, ratio_tolerance=1e-3)
     with caplog.at_level(logging.WARNING):
         health.rollout(**HEALTHY)
         assert not caplog.records
@@ -165,13 +165,13 @@ def test_a_rollout_that_looks_wrong_is_said_once_and_why(tmp_path, caplog, kwarg
 
 
 def test_noise_around_no_kl_is_not_called_negative(tmp_path, caplog):
-    health = Health(config(tmp_path), pad_is_eos=False, ratio_tolerance=1e-3)
+    health = PPOMonitor(config(tmp_path), pad_is_eos=False, ratio_tolerance=1e-3)
     health.rollout(**(HEALTHY | {"kl": torch.tensor([-1.5, 1.0, -0.8])}))
     assert not caplog.records
 
 
 def test_a_poor_critic_is_said_after_ten_rollouts_running(tmp_path, caplog):
-    health = Health(config(tmp_path), pad_is_eos=False, ratio_tolerance=1e-3)
+    health = PPOMonitor(config(tmp_path), pad_is_eos=False, ratio_tolerance=1e-3)
     poor = HEALTHY | {"explained_variance": -0.2}
     for numbers in [poor] * (POOR_CRITIC_ROLLOUTS - 1) + [HEALTHY] + [poor] * (POOR_CRITIC_ROLLOUTS - 1):
         health.rollout(**numbers)
@@ -184,7 +184,7 @@ def constant(prompts, completions, **kwargs):
     return [1.0] * len(prompts)
 
 
-def test_a_real_run_says_what_is_wrong_with_it(world, tmp_path, caplog):  # noqa: F811
+def test_a_real_run_says_what_is_wrong_with_it(world, tmp_path, caplog):
     """Filtered sampling, one score for all, a limit that cuts all, and a policy that is not the rollout's."""
     trainer = make_trainer(
         world,
@@ -212,12 +212,12 @@ def test_a_real_run_says_what_is_wrong_with_it(world, tmp_path, caplog):  # noqa
     assert "before the first update on a rollout, not 1" in text
 
 
-def test_a_healthy_run_says_nothing(world, tmp_path, caplog):  # noqa: F811
+def test_a_healthy_run_says_nothing(world, tmp_path, caplog):
     make_trainer(world, tmp_path, max_steps=4, max_completion_length=48).train()
     assert not [record for record in caplog.records if record.name == "recipes.trainers.ppo_monitor"]
 
 
-def test_a_loss_that_is_nan_stops_with_rows_and_the_last_checkpoint(world, tmp_path):  # noqa: F811
+def test_a_loss_that_is_nan_stops_with_rows_and_the_last_checkpoint(world, tmp_path):
     trainer = make_trainer(world, tmp_path, save_strategy="steps", save_steps=2, max_steps=8)
     losses = trainer._compute_loss
 

@@ -7,8 +7,8 @@ import torch
 
 from recipes.trainers.ppo_math import (
     AdaptiveKL,
+    compute_gae,
     explained_variance,
-    generalized_advantages,
     masked_moments,
     token_kl,
     token_rewards,
@@ -41,7 +41,7 @@ def test_the_score_lands_on_the_last_real_token():
     torch.testing.assert_close(rewards, torch.tensor([[-0.05, -0.1, 1.85], [-0.2, -1.25, 0.0]]))
 
 
-def test_generalized_advantages_by_hand():
+def test_compute_gae_by_hand():
     rewards = torch.tensor([[0.0, 0.0, 1.0], [0.5, 2.0, 0.0]])
     values = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.6, 7.0]])  # the 7 is padding
     gamma, lam = 0.9, 0.8
@@ -51,12 +51,12 @@ def test_generalized_advantages_by_hand():
     b1 = 2.0 - 0.6
     b0 = 0.5 + gamma * 0.6 - 0.4 + gamma * lam * b1
     expected = torch.tensor([[a0, a1, a2], [b0, b1, 0.0]])
-    torch.testing.assert_close(generalized_advantages(rewards, values, MASK, gamma, lam), expected)
+    torch.testing.assert_close(compute_gae(rewards, values, MASK, gamma, lam), expected)
 
 
 def test_lambda_one_gives_the_return_minus_the_value():
     rewards, values = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 0.25, -1.0]])
-    advantages = generalized_advantages(rewards, values, torch.ones(1, 3), 1.0, 1.0)
+    advantages = compute_gae(rewards, values, torch.ones(1, 3), 1.0, 1.0)
     torch.testing.assert_close(advantages, torch.tensor([[6.0, 5.0, 3.0]]) - values)
 
 

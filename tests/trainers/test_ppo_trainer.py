@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -17,67 +17,9 @@ from transformers import (
 
 from recipes.cli.errors import UserError
 from recipes.models.adapters import add_score_roles
-from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
+from recipes.trainers.ppo_trainer import PPOTrainer
 from tests import tiny_models as models
-
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A base, an SFT adapter and a reward adapter on disk, with random weights that change the outputs."""
-    folder = tmp_path_factory.mktemp("ppo")
-    paths = {name: str(folder / name) for name in ("base", "sft", "reward")}
-    models.causal_lm().save_pretrained(paths["base"])
-    models.word_tokenizer().save_pretrained(paths["base"])
-    torch.manual_seed(3)
-    policy = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(paths["base"]), LoraConfig(task_type="CAUSAL_LM", **LORA)
-    )
-    policy.save_pretrained(paths["sft"])
-    reward = AutoModelForSequenceClassification.from_pretrained(paths["base"], num_labels=1)
-    reward = get_peft_model(reward, LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **LORA))
-    reward.save_pretrained(paths["reward"])
-    return paths
-
-
-def config(output_dir, **kwargs) -> PPOConfig:
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "steps_per_generation": 4,
-        "num_iterations": 2,
-        "max_completion_length": 8,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "max_steps": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-    }
-    return PPOConfig(str(output_dir), **(defaults | kwargs))
-
-
-def shared_base_policy(world) -> PeftModel:
-    base = AutoModelForCausalLM.from_pretrained(world["base"])
-    model = PeftModel.from_pretrained(base, world["sft"], is_trainable=True)
-    add_score_roles(model, {"reward": world["reward"], "critic": world["reward"]})
-    return model
-
-
-def make_trainer(world, output_dir, model=None, rows=64, trainer_kwargs=None, **kwargs) -> PPOTrainer:
-    return PPOTrainer(
-        args=config(output_dir, **kwargs),
-        processing_class=AutoTokenizer.from_pretrained(world["base"]),
-        model=shared_base_policy(world) if model is None else model,
-        train_dataset=Dataset.from_dict({"prompt": models.prompts(rows)}),
-        **(trainer_kwargs or {}),
-    )
+from tests.trainers.conftest import config, history, make_trainer, shared_base_policy
 
 
 def rollout(trainer, n=4):
@@ -89,10 +31,6 @@ def rollout_of(trainer, prompts):
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
-
-
-def history(trainer, name) -> list[float]:
-    return [row[name] for row in trainer.state.log_history if name in row]
 
 
 def plain_logps(model, ids, mask, width, temperature=1.0):
@@ -477,7 +415,7 @@ def test_a_reward_model_with_another_vocabulary_scores_text(world, tmp_path):
     for row in rows:
         ids = shifted.apply_chat_template(row, return_tensors="pt", return_dict=False)
         expected.append(classifier(input_ids=ids).logits.item())
-    assert trainer._scores.tolist() == pytest.approx(expected, abs=1e-5)
+    assert trainer._rollout.scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_models_of_trls_ppo_trainer_are_taken_as_they_are(world, tmp_path):
@@ -526,7 +464,7 @@ def test_a_reward_function_of_the_wrong_length_is_one_line(world, tmp_path):
         return [0.0] * 3
 
     trainer = make_trainer(world, tmp_path, trainer_kwargs={"reward_funcs": short})
-    with pytest.raises(UserError, match=r"'short' returned 3 rewards, but 16 were expected"):
+    with pytest.raises(UserError, match=r"'short' returned 3 rewards; expected a list of 16 numbers"):
         trainer.train()
 
 
@@ -609,7 +547,9 @@ def test_plain_text_prompts_are_answered_and_scored_as_they_are(world, tmp_path)
     ids = ids[: 3 + batch["completion_mask"][0].sum()]
     classifier.config.pad_token_id = 0
     with torch.no_grad():
-        assert trainer._scores[0].item() == pytest.approx(classifier(input_ids=ids[None]).logits.item(), abs=1e-5)
+        assert trainer._rollout.scores[0].item() == pytest.approx(
+            classifier(input_ids=ids[None]).logits.item(), abs=1e-5
+        )
     trainer.train()
     assert len(history(trainer, "loss/value_avg")) == 2
 

@@ -1,11 +1,10 @@
-"""What makes PPO fast. `PPOConfig.fast_paths` switches each saving off to compare; docs/performance.md has figures."""
+"""What makes PPO fast. `PPOConfig.fast_paths` switches each part off to compare; docs/performance.md has figures."""
 
 FAST_PATHS = (
     "response_logps",
     "length_sorting",
     "sampling_logps",
-    "old_values",
-    "live_rows",
+    "drop_finished",
     "packed_weights",
     "fused_adapters",
     "early_backward",

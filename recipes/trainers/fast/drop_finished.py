@@ -13,10 +13,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from recipes.trainers.fast.packing import FEWEST_PIECES, pieces
+from recipes.trainers.fast.length_buckets import UNLIMITED, length_buckets
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A `DynamicLayer` that grows by a quarter at a time; the plain one copies all it holds for every token."""
 
     def __init__(self, *args, **kwargs):
@@ -41,11 +41,11 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def fill(self, parts: list[tuple[torch.Tensor, torch.Tensor]], rows: list[torch.Tensor], width: int) -> None:
-        """Start with keys and values of several pieces of the batch, each `width` or fewer tokens and at the end."""
+        """Start with keys and values of several buckets of the batch, each `width` or fewer tokens and at the end."""
         whole = [part.new_zeros(sum(map(len, rows)), part.size(1), width, part.size(3)) for part in parts[0]]
-        for part, piece in zip(parts, rows, strict=True):
+        for part, bucket in zip(parts, rows, strict=True):
             for target, own in zip(whole, part, strict=True):
-                target[piece, :, width - own.size(2) :] = own
+                target[bucket, :, width - own.size(2) :] = own
         self.update(*whole)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -53,7 +53,7 @@ class RoomyLayer(DynamicLayer):
         self.buffers = None
 
 
-class LiveRowSampling:
+class DropFinishedSampler:
     """A decoding loop for `generate(custom_generate=…)`; everything around the loop stays transformers' own.
 
     After a call `logps` holds log p of each sampled token, (B, new tokens), float32 and 0 after the end, under the
@@ -61,14 +61,14 @@ class LiveRowSampling:
     left the work to transformers': beams, greedy decoding, caches whose rows cannot be selected.
 
     Args:
-        piece_overhead: prompts are read in the pieces that [`packing.pieces`] cuts at this overhead.
+        bucket_overhead: prompts are read in the buckets that [`length_buckets`] cuts at this overhead.
     """
 
     # Selecting rows copies the cache, so it waits until this share of the batch has finished.
     IDLE_SHARE = 1 / 8
 
-    def __init__(self, piece_overhead: float = FEWEST_PIECES):
-        self.piece_overhead = piece_overhead
+    def __init__(self, bucket_overhead: float = UNLIMITED):
+        self.bucket_overhead = bucket_overhead
         self.logps: torch.Tensor | None = None
 
     @contextlib.contextmanager
@@ -95,7 +95,7 @@ class LiveRowSampling:
         plain = generation_config.do_sample and generation_config.num_beams == 1 and type(cache) is DynamicCache
         if not plain or not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
             return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
-        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         filtered = any(not isinstance(processor, TemperatureLogitsWarper) for processor in logits_processor)
         temperature, pad_token_id = generation_config.temperature or 1.0, generation_config._pad_token_tensor.item()
         rows = torch.arange(len(input_ids), device=input_ids.device)
@@ -133,23 +133,23 @@ class LiveRowSampling:
         return torch.cat([prompts, torch.stack(samples, 1)], 1)
 
     def _prefill(self, model: PreTrainedModel, input_ids: torch.Tensor, generation_config, model_kwargs: dict):
-        """`model._prefill`, in pieces of rows of similar length where their padding costs more than another start."""
+        """`model._prefill`, in buckets of rows of similar length where their padding costs more than another start."""
         cache, mask, width = model_kwargs["past_key_values"], model_kwargs.get("attention_mask"), input_ids.size(1)
-        plain = cache.layers and all(type(layer) is RoomyLayer for layer in cache.layers)
+        plain = cache.layers and all(type(layer) is PreallocatedLayer for layer in cache.layers)
         by_token = all(v.shape == input_ids.shape for v in model_kwargs.values() if isinstance(v, torch.Tensor))
         whole = functools.partial(model._prefill, input_ids, generation_config, model_kwargs, is_first_iteration=True)
-        if not (plain and by_token) or mask is None or self.piece_overhead == FEWEST_PIECES:
+        if not (plain and by_token) or mask is None or self.bucket_overhead == UNLIMITED:
             return whole()
         lengths = width - mask.int().argmax(1)  # padded on the left
-        rows = pieces(lengths, len(mask), self.piece_overhead)
+        rows = length_buckets(lengths, len(mask), self.bucket_overhead)
         if len(rows) == 1:
             return whole()
         caches, logits = [], []
-        for piece in rows:
-            first = width - int(lengths[piece].max())
-            own = {k: v[piece, first:] if isinstance(v, torch.Tensor) else v for k, v in model_kwargs.items()}
+        for bucket in rows:
+            first = width - int(lengths[bucket].max())
+            own = {k: v[bucket, first:] if isinstance(v, torch.Tensor) else v for k, v in model_kwargs.items()}
             own["past_key_values"] = DynamicCache()
-            outputs = model._prefill(input_ids[piece, first:], generation_config, own, is_first_iteration=True)
+            outputs = model._prefill(input_ids[bucket, first:], generation_config, own, is_first_iteration=True)
             caches.append(own["past_key_values"])
             logits.append(outputs.logits[:, -1:])
         for number, layer in enumerate(cache.layers):

@@ -1,0 +1,159 @@
+"""Scalar heads and log-probabilities of a causal LM at chosen states, all through the model's own forward.
+
+A reward model or a critic is the base's last hidden state times a `score` head of shape (1, hidden), the layout of
+`*ForSequenceClassification`: what `RewardTrainer` saves loads as is.
+"""
+
+import copy
+import functools
+import inspect
+import os
+import types
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+# Rows and columns, (N,) each, of chosen places in a batch of right-aligned rows.
+States = tuple[torch.Tensor, torch.Tensor]
+
+
+class ScoreHead(nn.Linear):
+    """The scalar head of a reward model or critic: float32 weights, and computed in float32 also under autocast.
+
+    In bf16 scores near 2 come in steps of 1/64, and at usual rates most of a trained head would never move.
+    """
+
+    def __init__(self, width: int, device: torch.device | None = None):
+        super().__init__(width, 1, bias=False, dtype=torch.float32, device=device)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) of any precision → (..., 1) float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float())
+
+
+def use_float32_head(model: PreTrainedModel) -> None:
+    """Replace a sequence classifier's linear `score` head with a [`ScoreHead`] of the same weights."""
+    if not isinstance(model.score, ScoreHead):
+        head = ScoreHead(model.score.in_features, model.score.weight.device)
+        head.weight.data = model.score.weight.data.float()
+        model.score = head.requires_grad_(model.score.weight.requires_grad)
+
+
+def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_head: Callable | None = None) -> None:
+    """Teach a causal LM with TRL's fused head to answer at chosen states of right-aligned rows only.
+
+    - `model(input_ids=ids, states=(rows, columns), targets=tokens, compute_entropy=bool)` gives log p of each target
+      at `temperature`, and the entropy (None where it was not asked for), both (N,) float32;
+    - `model(input_ids=ids, states=(rows, columns), scalar_head=role)` gives scores, (N,) float32: from the module
+      `model.critic` for the role `"critic"` where there is one (full fine-tuning), else from the last hidden state and
+      the head that the role's adapter carries.
+
+    All go through the model's own forward, so that DDP and FSDP see every pass. TRL's fused calls keep their form, and
+    count positions from the first real token, as `generate` does: absolute positions would otherwise see left padding.
+
+    Args:
+        frozen_head: `(hidden (N, H), weight (V, H), targets, temperature, compute_entropy) → (log p, entropy)`, taken
+            instead of TRL's fused head.
+    """
+    causal_lm_forward = model.forward
+    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+
+    def logps_and_entropies(ids, states, targets, compute_entropy):
+        if frozen_head is not None:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]
+            return frozen_head(hidden, model.get_output_embeddings().weight, targets, temperature, compute_entropy)
+        rows, columns = states
+        labels = torch.full_like(ids, -100).index_put_((rows, columns + 1), targets)
+        outputs = causal_lm_forward(input_ids=ids, labels=labels, fused_lm_head=True)
+        return outputs.log_probs[states], outputs.entropy[states] if compute_entropy else None
+
+    # Keep the original signature: `generate` validates its model kwargs against it.
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, states=None, targets=None, compute_entropy=False, scalar_head=None, **kwargs):
+        if states is None:
+            if takes_positions and kwargs.get("fused_lm_head"):
+                kwargs.setdefault("position_ids", token_positions(kwargs["attention_mask"]))
+            return causal_lm_forward(*args, **kwargs)
+        ids = kwargs["input_ids"]
+        if scalar_head is None:
+            return logps_and_entropies(ids, states, targets, compute_entropy)
+        if scalar_head == "critic" and hasattr(self, "critic"):
+            return scores_at(self.critic, ids, states)
+        hidden = self.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]
+        return self.score.modules_to_save[scalar_head](hidden).squeeze(-1)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def add_score_forward(model: PreTrainedModel) -> None:
+    """Teach a sequence classifier to score chosen states of right-aligned rows.
+
+    `model(input_ids=ids, states=(rows, columns))` gives (N,) float32. It goes through the model's own forward, as FSDP
+    needs it.
+    """
+    use_float32_head(model)
+    classifier_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, states=None, **kwargs):
+        return classifier_forward(*args, **kwargs) if states is None else scores_at(self, kwargs["input_ids"], states)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def scores_at(model: PreTrainedModel, input_ids: torch.Tensor, states: States) -> torch.Tensor:
+    """Scores of a sequence classifier with a [`ScoreHead`] at chosen states of right-aligned rows: (N,) float32."""
+    return model.score(model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[states]).squeeze(-1)
+
+
+def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of each token among the real ones, (B, T); padding gets 0."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def critic_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
+    """A full critic with the policy's backbone and a head of zeros, so it values every state at 0."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    critic = AutoModelForSequenceClassification.from_config(config).to(policy.dtype)
+    critic.base_model.load_state_dict(policy.base_model.state_dict())
+    critic.score.weight.data.zero_()
+    return critic
+
+
+def full_critic(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
+    """The critic that is a model of its own, beside the policy; `None` where it is an adapter."""
+    return getattr(model.get_base_model() if isinstance(model, PeftModel) else model, "critic", None)
+
+
+def save_trained(model: PreTrainedModel | PeftModel, folder: str, state_dict: dict | None = None) -> None:
+    """`save_pretrained` of what PPO trains: the policy, loadable by plain peft or transformers, `critic/` and `ema/`.
+
+    Args:
+        state_dict: whole weights, where the model holds shares of them (FSDP).
+    """
+    critic, prefix, weights = full_critic(model), "critic.", model.state_dict() if state_dict is None else state_dict
+    if isinstance(model, PeftModel):
+        prefix = "base_model.model.critic."
+        adapters = [name for name in ("default", "critic", "ema") if name in model.peft_config]
+        model.save_pretrained(folder, selected_adapters=adapters, state_dict=weights)
+    else:
+        policy = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+        model.save_pretrained(folder, state_dict=policy)
+    if critic is not None:
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        critic.save_pretrained(os.path.join(folder, "critic"), state_dict=own)
+
+
+def load_critic(model: PreTrainedModel | PeftModel, folder: str) -> None:
+    """Put the critic that [`save_trained`] wrote below `folder` back, where it is a model of its own."""
+    critic = full_critic(model)
+    if critic is not None:
+        # In float32 nothing is rounded on the way: the head is float32 whatever the backbone is.
+        saved = type(critic).from_pretrained(os.path.join(folder, "critic"), dtype=torch.float32)
+        critic.load_state_dict(saved.state_dict())

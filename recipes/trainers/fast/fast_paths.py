@@ -1,0 +1,105 @@
+"""The fast paths that a run can have: each is called from `PPOTrainer` in one line and leaves its numbers as they are.
+
+To read the algorithm, take every method here for what its docstring says it stands for.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from recipes.trainers.fast.drop_finished import DropFinishedSampler
+from recipes.trainers.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
+from recipes.trainers.fast.length_buckets import (
+    UNLIMITED,
+    bucket_overhead,
+    length_buckets,
+    map_buckets,
+    sort_by_length,
+)
+from recipes.trainers.fast.lora_linear import fuse_adapters
+from recipes.trainers.fast.packed_weights import packed_weights
+from recipes.trainers.ppo_config import PPOConfig
+from recipes.trainers.rollout import Results
+
+
+class FastPaths:
+    """`args.fast_paths` where they fit the model and the machine.
+
+    Args:
+        base: the policy's model without PEFT's wrapper; its LoRA layers are fused here.
+        in_float32: whether nothing of the run has another precision.
+    """
+
+    def __init__(self, args: PPOConfig, accelerator: Accelerator, base: PreTrainedModel, in_float32: bool):
+        self.args, self.accelerator, self.base = args, accelerator, base
+        self.on = set(args.fast_paths)
+        on_cpu, is_alone = accelerator.device.type == "cpu", accelerator.distributed_type == "NO"
+        if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):  # the model is in shares
+            self.on -= {"drop_finished", "packed_weights", "fused_adapters"}
+        if not on_cpu:  # a GPU has TRL's kernels for the head, and no packed layout
+            self.on -= {"response_logps", "packed_weights"}
+        if args.entropy_coef:  # the bonus needs gradients of the entropy, which only TRL's head has
+            self.on -= {"response_logps"}
+        if not in_float32:  # what a decoding step computes in half precision is not what training would
+            self.on -= {"sampling_logps"}
+        if not is_alone:  # DDP reduces gradients once, in one backward
+            self.on -= {"early_backward"}
+        # A GPU is idle while one more bucket starts, and several processes must make as many passes as each other.
+        sorts = "length_sorting" in self.on
+        self.overhead = bucket_overhead(base) if sorts and on_cpu and is_alone else UNLIMITED
+        self.sampler = None
+        if "drop_finished" in self.on:
+            self.sampler = DropFinishedSampler(bucket_overhead(base) if sorts and on_cpu else UNLIMITED)
+        if "fused_adapters" in self.on:
+            fuse_adapters(base)
+
+    def frozen_head(self, model: PreTrainedModel) -> Callable | None:
+        """What computes log-probabilities under a frozen LM head; `None` leaves them to TRL's fused head."""
+        fits = "response_logps" in self.on and has_frozen_linear_head(model)
+        return FrozenHeadLogProbs.apply if fits else None
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Around TRL's generation: rows that have ended leave the batch, and weights are packed for few rows."""
+        with contextlib.ExitStack() as stack:
+            if "packed_weights" in self.on:
+                stack.enter_context(packed_weights(self.base))
+            if self.sampler is not None:
+                self.sampler.logps = None  # generation elsewhere, as in vLLM, does not call it
+                stack.enter_context(self.sampler.installed(self.base))
+            yield
+
+    def take_sampled_logps(self, width: int) -> torch.Tensor | None:
+        """Log-probabilities that sampling has computed, (B, width), once; `None` where they are not training's."""
+        if self.sampler is None or self.sampler.logps is None or "sampling_logps" not in self.on:
+            return None
+        logps, self.sampler.logps = self.sampler.logps, None
+        return nn.functional.pad(logps, (0, width - logps.size(1)))
+
+    def sort_by_length(self, micro_batches: list[dict]) -> list[dict]:
+        """The micro-batches of a rollout; the rows of each optimizer step are dealt to its micro-batches by length."""
+        # A mean within each micro-batch would depend on who shares one.
+        if "length_sorting" not in self.on or self.args.loss_type != "dapo":
+            return micro_batches
+        window = self.args.gradient_accumulation_steps
+        starts = range(0, len(micro_batches), window)
+        return [batch for start in starts for batch in sort_by_length(micro_batches[start : start + window])]
+
+    def map_rows(self, run: Callable[[torch.Tensor], Results], lengths: torch.Tensor) -> Results:
+        """The results of `run(rows)` for all rows, at most a micro-batch at a time, similar lengths together."""
+        most = self.args.per_device_train_batch_size
+        if "length_sorting" in self.on:
+            return map_buckets(run, length_buckets(lengths, most, self.overhead))
+        return map_buckets(run, [*torch.arange(len(lengths), device=lengths.device).split(most)])
+
+    def backward_early(self, loss: torch.Tensor) -> torch.Tensor:
+        """`loss`, or, in a single process, its backward now: it frees the activations before the next forward."""
+        if "early_backward" not in self.on or not loss.requires_grad:
+            return loss
+        with torch.autocast(loss.device.type, enabled=False):
+            self.accelerator.backward(loss)
+        return loss.detach()
