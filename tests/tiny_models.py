@@ -37,7 +37,7 @@ def llama_config(vocabulary: int = 64, **kwargs) -> LlamaConfig:
 def causal_lm(seed: int = 0, sharpness: float = 8.0, **kwargs) -> LlamaForCausalLM:
     """Random weights; `sharpness` scales the last norm, so that samples are not uniform."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(llama_config(tie_word_embeddings=True, **kwargs)).eval()
+    model = LlamaForCausalLM(llama_config(**({"tie_word_embeddings": True} | kwargs))).eval()
     model.model.norm.weight.data.mul_(sharpness)
     return model
 

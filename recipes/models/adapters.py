@@ -156,7 +156,9 @@ def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
         UserError: an adapter does not fit the base or has no trained head.
     """
     base = model.get_base_model()
-    width = base.get_output_embeddings().in_features  # not always hidden_size: OPT-350M projects before its head
+    lm_head = base.get_output_embeddings()
+    # Not always hidden_size: OPT-350M projects before its head. A head that PEFT wraps may know its weights only.
+    width = getattr(lm_head, "in_features", None) or lm_head.weight.size(-1)
     base.score = ScoreHead(width, base.device)
     # PEFT keeps this as the wrapper's unused original: trainable, it would break DDP.
     nn.init.zeros_(base.score.weight)

@@ -61,6 +61,9 @@ def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_h
             instead of TRL's fused head.
     """
     causal_lm_forward = model.forward
+    lm_head = model.get_output_embeddings()
+    if not hasattr(lm_head, "bias"):  # PEFT's wrapper of an LM head that is tied to trained token embeddings
+        lm_head.bias = lm_head.original_module.bias
     takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
 
     def logps_and_entropies(ids, states, targets, compute_entropy):
