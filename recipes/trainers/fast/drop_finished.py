@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from recipes.trainers.fast.length_buckets import UNLIMITED, length_buckets
+from recipes.cli.errors import UserError
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -40,14 +40,6 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
         return self.keys, self.values
 
-    def fill(self, parts: list[tuple[torch.Tensor, torch.Tensor]], rows: list[torch.Tensor], width: int) -> None:
-        """Start with keys and values of several buckets of the batch, each `width` or fewer tokens and at the end."""
-        whole = [part.new_zeros(sum(map(len, rows)), part.size(1), width, part.size(3)) for part in parts[0]]
-        for part, bucket in zip(parts, rows, strict=True):
-            for target, own in zip(whole, part, strict=True):
-                target[bucket, :, width - own.size(2) :] = own
-        self.update(*whole)
-
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self.buffers = None
@@ -59,16 +51,12 @@ class DropFinishedSampler:
     After a call `logps` holds log p of each sampled token, (B, new tokens), float32 and 0 after the end, under the
     whole distribution at the temperature, whatever top-k, top-p or penalties sampled from. It is None where the loop
     left the work to transformers': beams, greedy decoding, caches whose rows cannot be selected.
-
-    Args:
-        bucket_overhead: prompts are read in the buckets that [`length_buckets`] cuts at this overhead.
     """
 
     # Selecting rows copies the cache, so it waits until this share of the batch has finished.
     IDLE_SHARE = 1 / 8
 
-    def __init__(self, bucket_overhead: float = UNLIMITED):
-        self.bucket_overhead = bucket_overhead
+    def __init__(self):
         self.logps: torch.Tensor | None = None
 
     @contextlib.contextmanager
@@ -103,7 +91,7 @@ class DropFinishedSampler:
         prompts, samples, logps = input_ids, [], []
         # Every pass over the vocabulary goes here: memory taken anew for each token would cost more than the pass.
         buffer = None
-        outputs = self._prefill(model, input_ids, generation_config, model_kwargs)
+        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
         with model._optimize_model_for_decode():
             while True:
                 model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -130,32 +118,12 @@ class DropFinishedSampler:
                 inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
                 outputs = model(**inputs, return_dict=True)
         self.logps = torch.stack(logps, 1)
+        if not self.logps.isfinite().all():
+            raise UserError(
+                "Sampling: the policy's logits are not finite numbers. Mostly an update has diverged, or half precision "
+                "has overflowed: lower learning_rate, or go back to an earlier checkpoint."
+            )
         return torch.cat([prompts, torch.stack(samples, 1)], 1)
-
-    def _prefill(self, model: PreTrainedModel, input_ids: torch.Tensor, generation_config, model_kwargs: dict):
-        """`model._prefill`, in buckets of rows of similar length where their padding costs more than another start."""
-        cache, mask, width = model_kwargs["past_key_values"], model_kwargs.get("attention_mask"), input_ids.size(1)
-        plain = cache.layers and all(type(layer) is PreallocatedLayer for layer in cache.layers)
-        by_token = all(v.shape == input_ids.shape for v in model_kwargs.values() if isinstance(v, torch.Tensor))
-        whole = functools.partial(model._prefill, input_ids, generation_config, model_kwargs, is_first_iteration=True)
-        if not (plain and by_token) or mask is None or self.bucket_overhead == UNLIMITED:
-            return whole()
-        lengths = width - mask.int().argmax(1)  # padded on the left
-        rows = length_buckets(lengths, len(mask), self.bucket_overhead)
-        if len(rows) == 1:
-            return whole()
-        caches, logits = [], []
-        for bucket in rows:
-            first = width - int(lengths[bucket].max())
-            own = {k: v[bucket, first:] if isinstance(v, torch.Tensor) else v for k, v in model_kwargs.items()}
-            own["past_key_values"] = DynamicCache()
-            outputs = model._prefill(input_ids[bucket, first:], generation_config, own, is_first_iteration=True)
-            caches.append(own["past_key_values"])
-            logits.append(outputs.logits[:, -1:])
-        for number, layer in enumerate(cache.layers):
-            layer.fill([(part.layers[number].keys, part.layers[number].values) for part in caches], rows, width)
-        outputs.past_key_values, outputs.logits = cache, torch.cat(logits)[torch.cat(rows).argsort()]
-        return outputs
 
     @staticmethod
     def _append(columns: list, values: torch.Tensor, rows: torch.Tensor, live: torch.Tensor, count: int, fill) -> None:
@@ -165,14 +133,17 @@ class DropFinishedSampler:
 
 
 def draw(weights: torch.Tensor) -> torch.Tensor:
-    """One sample a row, (B, 1), in proportion to `weights` (B, V), which are summed up in place.
+    """One sample a row, (B, 1), in proportion to `weights` (B, V), which are overwritten; never one of weight 0.
 
-    The running sum is inverted, with a single random number instead of V. It is above 0, so a token of weight 0 is
-    never drawn.
+    On a CPU the running sum is inverted, with a single random number above 0 instead of V. On a GPU, which sums in
+    parallel, a running sum may go back by a rounding error: there the largest `weight / Exp(1)` wins.
     """
+    if weights.device.type != "cpu":
+        return weights.div_(torch.empty_like(weights).exponential_()).argmax(1, keepdim=True)
     cumulated = weights.cumsum_(1)
     chance = 1 - torch.rand(len(cumulated), 1, device=cumulated.device)
-    return torch.searchsorted(cumulated, chance * cumulated[:, -1:])
+    # Weights that are not numbers end beyond the last token; the caller sees them in the log-probabilities.
+    return torch.searchsorted(cumulated, chance * cumulated[:, -1:]).clamp_(max=weights.size(1) - 1)
 
 
 def by_row(value, live: torch.Tensor) -> bool:

@@ -49,11 +49,8 @@ class FastPaths:
         if not is_alone:  # DDP reduces gradients once, in one backward
             self.on -= {"early_backward"}
         # A GPU is idle while one more bucket starts, and several processes must make as many passes as each other.
-        sorts = "length_sorting" in self.on
-        self.overhead = bucket_overhead(base) if sorts and on_cpu and is_alone else UNLIMITED
-        self.sampler = None
-        if "drop_finished" in self.on:
-            self.sampler = DropFinishedSampler(bucket_overhead(base) if sorts and on_cpu else UNLIMITED)
+        self.overhead = bucket_overhead(base) if on_cpu and is_alone else UNLIMITED
+        self.sampler = DropFinishedSampler() if "drop_finished" in self.on else None
         if "fused_adapters" in self.on:
             fuse_adapters(base)
 
