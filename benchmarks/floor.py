@@ -49,10 +49,9 @@ def products(shape: Shape) -> dict[str, float]:
         states = prompt + response - 1  # nothing is predicted from the last token
         flops["generate"] += forward(states) + head
         policy, critic = forward(states) + backward(states) + 2 * head, forward(states) + backward(states)
-        # Reference and reward model; the policy's log-probabilities are known from generation. The critic's old values
-        # are known from its first training pass, which comes here.
-        flops["score"] += forward(states, adapters=False) + head + forward(states + 1) + critic
-        flops["train"] += shape.epochs * policy + (shape.epochs - 1) * critic
+        # Reference, reward model and critic; the policy's log-probabilities are known from generation.
+        flops["score"] += forward(states, adapters=False) + head + forward(states + 1) + forward(states)
+        flops["train"] += shape.epochs * (policy + critic)
     return flops
 
 

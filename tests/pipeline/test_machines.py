@@ -1,6 +1,5 @@
 """Machines that are not here, as far as they can be tried: Slurm, shares of a model (FSDP2), missing packages."""
 
-import copy
 import json
 import os
 import subprocess
@@ -9,20 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from trl.distributed import DistributedBackend
-from trl.generation.vllm_generation import VLLMGeneration
 
 from recipes.cli import run as runs
 from recipes.cli.errors import UserError
 from recipes.cli.launch import check_launch
-from recipes.models.adapters import add_score_roles
-from recipes.models.heads import critic_from_policy
-from recipes.models.vllm import send_only_policy
 from recipes.trainers.ppo_config import PPOConfig
-from tests import tiny_models as models
 from tests.cli.test_launch import PROBE
 from tests.conftest import ROOT, run_command
 from tests.trainers.fsdp_worker import ADAM
@@ -126,23 +117,6 @@ def test_vllm_that_is_not_installed_stops_before_any_weights(monkeypatch):
     monkeypatch.setattr("recipes.cli.launch.is_vllm_available", lambda: False)
     with pytest.raises(UserError, match=r"vLLM is not installed: pip install 'trl\[vllm\]'"):
         check_launch(SimpleNamespace(use_vllm=True))
-
-
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_vllm_is_sent_the_merged_policy_and_no_other_role(full):
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    policy = models.causal_lm() if full else get_peft_model(models.causal_lm(), lora)
-    expected = copy.deepcopy(policy)
-    if full:
-        policy.critic = critic_from_policy(policy)
-    else:
-        expected = expected.merge_and_unload()
-        add_score_roles(policy, {"critic": None})
-    generation = VLLMGeneration.__new__(VLLMGeneration)  # making one whole starts vLLM
-    generation.model, generation._dist = policy, DistributedBackend(Accelerator(cpu=True))
-    send_only_policy(generation)
-    sent = {name: parameter.clone() for name, parameter in generation._iter_named_params()}
-    torch.testing.assert_close(sent, dict(expected.named_parameters()))
 
 
 def test_ppo_by_deepspeed_stops_before_any_weights():

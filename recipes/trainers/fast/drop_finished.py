@@ -120,8 +120,8 @@ class DropFinishedSampler:
         self.logps = torch.stack(logps, 1)
         if not self.logps.isfinite().all():
             raise UserError(
-                "Sampling: the policy's logits are not finite numbers. Mostly an update has diverged, or half precision "
-                "has overflowed: lower learning_rate, or go back to an earlier checkpoint."
+                "Sampling: the policy's logits are not finite numbers. An update has diverged, or half precision has "
+                "overflowed: lower learning_rate, or go back to an earlier checkpoint."
             )
         return torch.cat([prompts, torch.stack(samples, 1)], 1)
 
