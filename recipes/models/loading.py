@@ -30,7 +30,7 @@ def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, *
         # Every process holds the whole quantised base on its own device.
         kwargs |= {"quantization_config": quantization_config, "device_map": {"": PartialState().device}}
     try:
-        return auto_class.from_pretrained(
+        model = auto_class.from_pretrained(
             source.weights,
             revision=source.revision,
             dtype=model_args.dtype,
@@ -40,14 +40,32 @@ def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, *
         )
     except (OSError, ValueError) as error:
         raise UserError(f"The model {source.weights} could not be loaded: {first_line(error)}") from error
+    return never_pack(model)
 
 
 def _load_classifier(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel:
-    """The weights of `source` below a scalar head."""
+    """The weights of `source` below a scalar head, which is never quantised."""
     config = copy.deepcopy(source.config)
     config.num_labels = 1
+    # transformers leaves the last layer out, but not where a quantised checkpoint lists what to leave out.
+    quantized = getattr(config, "quantization_config", {})
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if quantized.get(name):
+            quantized[name] = [*quantized[name], "score"]
     with suppress_seqcls_warning():
         return _from_pretrained(AutoModelForSequenceClassification, source, model_args, config=config)
+
+
+def never_pack(model: nn.Module) -> nn.Module:
+    """Keep bitsandbytes from packing 4-bit weights on CPUs with AVX512-BF16, in place.
+
+    It packs a layer in its first forward in eval mode, and every later forward takes a kernel without a backward: a
+    rollout would end the training, with a UserWarning. Layers narrower than a block of 64 cannot be packed at all.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel | PeftModel:

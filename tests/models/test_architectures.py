@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import ModelConfig, get_quantization_config
 
 from recipes.cli.errors import UserError
+from recipes.models.loading import never_pack
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer, turn_end
 from tests.architectures import FAMILIES, TOKENIZERS
@@ -86,7 +87,7 @@ def load_plain(auto_class, folder: Path, base: str, mode: str, **kwargs):
         return auto_class.from_pretrained(folder, **kwargs).eval()
     if mode == "4-bit":
         kwargs["quantization_config"] = get_quantization_config(ModelConfig(load_in_4bit=True))
-    model = PeftModel.from_pretrained(auto_class.from_pretrained(base, **kwargs), folder)
+    model = PeftModel.from_pretrained(never_pack(auto_class.from_pretrained(base, **kwargs)), folder)
     return (model.float() if mode == "LoRA" else model).eval()
 
 
