@@ -57,6 +57,7 @@ def run_side(side: str, folder: Path, batch: int, turns: int, device: str) -> No
     from trl.scripts import sft as trl_script
 
     from recipes import sft as recipe
+    from recipes.cli.arguments import parse
 
     train = SFTTrainer.train
 
@@ -78,8 +79,7 @@ def run_side(side: str, folder: Path, batch: int, turns: int, device: str) -> No
         meter.start()
         meter.switch("prepare")
         if side == "ours":
-            sys.argv = ["sft.py", *words]
-            recipe.main()
+            recipe.main(*parse(recipe.ARGUMENTS, words))
         else:
             trl_script.main(*trl_script.make_parser().parse_args_and_config(args=words))
         meter.finish()

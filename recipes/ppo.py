@@ -10,17 +10,23 @@ and critic, one adapter each. Every flag of TRL's `ScriptArguments`, `GRPOConfig
 """
 
 import sys
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+
 from dataclasses import dataclass, field, replace
 
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments
 
+from recipes.cli.arguments import import_function
 from recipes.cli.errors import UserError
 from recipes.cli.launch import check_launch
-from recipes.cli.run import finish, guard_output_dir, import_function, parse, run
+from recipes.cli.run import finish, guard_output_dir, run
 from recipes.formatting import FormattingArguments, load_formatted
-from recipes.models.compatibility import check_model, check_ppo_models
+from recipes.models.compatibility import check_ppo_models
 from recipes.models.loading import load_ppo_models, read_reward_statistics
+from recipes.models.source import ModelSource, resolve_model
 from recipes.models.tokenization import load_tokenizer
 from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
 
@@ -55,12 +61,19 @@ class PPOScriptArguments(ScriptArguments):
     )
 
 
+ARGUMENTS = (PPOScriptArguments, PPOConfig, ModelConfig, FormattingArguments)
+
+
 def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -> None:
-    """Refuse what cannot give a reward or would go unused, before anything is loaded."""
+    """Refuse what cannot run, cannot give a reward or would go unused, before anything is loaded."""
+    if training_args.deepspeed_plugin is not None:
+        raise UserError(
+            "PPO does not run by DeepSpeed, which keeps the gradients that PPO leaves out and splits weights before "
+            "roles are copied: launch with accelerate_configs/fsdp2.yaml."
+        )
     if (training_args.ptx_coef > 0) != (script_args.ptx_dataset_name is not None):
         raise UserError("PPO-ptx needs both --ptx_coef above 0 and --ptx_dataset_name.")
-    sources = [script_args.reward_model_name_or_path or [], *(script_args.reward_funcs or [])]
-    sources = [source for source in sources if source]
+    sources = [*filter(None, [script_args.reward_model_name_or_path]), *(script_args.reward_funcs or [])]
     if not sources:
         raise UserError("There is nothing to score with: set --reward_model_name_or_path, --reward_funcs or both.")
     weights = training_args.reward_weights
@@ -70,44 +83,40 @@ def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -
         )
 
 
-def standardise(training_args: PPOConfig, reward_path: str) -> None:
+def load_score_statistics(training_args: PPOConfig, reward: ModelSource) -> None:
     """Take the mean and spread of scores from the reward model's folder, unless they were given."""
     given = (training_args.score_mean, training_args.score_std) != (0.0, 1.0)
-    statistics = None if given else read_reward_statistics(reward_path)
+    statistics = None if given else read_reward_statistics(reward.path)
     if statistics is not None:
         training_args.score_mean, training_args.score_std = statistics["mean"], statistics["std"]
-    source = "given" if given else "as they are, without statistics" if statistics is None else f"from {reward_path}"
+    origin = "given" if given else f"of {reward.path}" if statistics else f"there are no statistics in {reward.path}"
     if training_args.distributed_state.is_main_process:
         mean, std = training_args.score_mean, training_args.score_std
-        print(f"Scores: minus {mean:.4g}, divided by {std:.4g}, {source}.", file=sys.stderr)
+        print(f"Scores: minus {mean:.4g}, divided by {std:.4g} ({origin}).", file=sys.stderr)
 
 
-def main():
-    script_args, training_args, model_args, format_args = parse(
-        (PPOScriptArguments, PPOConfig, ModelConfig, FormattingArguments)
-    )
+def main(
+    script_args: PPOScriptArguments,
+    training_args: PPOConfig,
+    model_args: ModelConfig,
+    format_args: FormattingArguments,
+) -> PPOTrainer:
+    """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
     check_arguments(script_args, training_args)
     guard_output_dir(training_args)
-    reward_path = script_args.reward_model_name_or_path
-    if reward_path and script_args.normalize_scores:
-        standardise(training_args, reward_path)
 
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
-    )
-    check_model(model_args, tokenizer, training_args.trust_remote_code)
-    separate, trusted = script_args.separate_reward_model, training_args.trust_remote_code
-    check_ppo_models(model_args, tokenizer, reward_path, separate, trusted)
-    datasets = load_formatted(
-        "prompt",
-        script_args,
-        format_args,
-        tokenizer,
-        evaluate=training_args.eval_strategy != "no",
-        seed=training_args.seed,
-    )
+    trusted = training_args.trust_remote_code
+    policy, reward = resolve_model(model_args.model_name_or_path, model_args.model_revision, trusted), None
+    if script_args.reward_model_name_or_path:
+        reward = resolve_model(script_args.reward_model_name_or_path, trust_remote_code=trusted)
+        if script_args.normalize_scores:
+            load_score_statistics(training_args, reward)
+    tokenizer = load_tokenizer(policy)
+    check_ppo_models(policy, reward, tokenizer, script_args.separate_reward_model, model_args.use_peft)
 
+    evaluate = training_args.eval_strategy != "no"
+    datasets = load_formatted("prompt", script_args, format_args, tokenizer, evaluate, training_args.seed)
     if script_args.ptx_dataset_name is not None:
         ptx_source = replace(script_args, dataset_name=script_args.ptx_dataset_name, dataset_config=None)
         ptx = load_formatted("sft", ptx_source, FormattingArguments(), tokenizer, prompt_completion=True)
@@ -121,16 +130,15 @@ def main():
         eval_dataset=datasets.get("eval"),
         ptx_dataset=datasets.get("ptx"),
         reward_funcs=[import_function(path, "--reward_funcs") for path in script_args.reward_funcs or []],
-        **load_ppo_models(model_args, reward_path, separate, trusted),
+        **load_ppo_models(policy, reward, model_args, script_args.separate_reward_model),
     )
     prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
-    if prompts % rollout:
-        trainer.accelerator.print(
-            f"Each epoch leaves out {prompts % rollout} of {prompts} prompts, other ones each time."
-        )
+    if left := prompts % rollout:
+        trainer.accelerator.print(f"Each epoch leaves out {left} of {prompts} prompts, other ones each time.")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    finish(trainer, "ppo", datasets, script_args, training_args, model_args, format_args)
+    finish(trainer, "ppo", datasets.reports, script_args, training_args, model_args, format_args)
+    return trainer
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGUMENTS)

@@ -9,13 +9,18 @@ chosen/rejected pairs are rankings of two. It starts from the SFT adapter, as in
 model works too. Every flag of TRL's `ScriptArguments`, `RewardConfig` and `ModelConfig` works.
 """
 
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+
 from dataclasses import dataclass, field
 
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig, ScriptArguments
 
 from recipes.cli.launch import check_launch
-from recipes.cli.run import finish, guard_output_dir, parse, run
+from recipes.cli.run import finish, guard_output_dir, run
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.compatibility import check_model, check_reward_base
 from recipes.models.loading import (
@@ -24,6 +29,7 @@ from recipes.models.loading import (
     save_reward_statistics,
     score_conversations,
 )
+from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 from recipes.trainers.ranking_trainer import RankingRewardTrainer, majority_rankings
 
@@ -48,6 +54,9 @@ class RewardScriptArguments(ScriptArguments):
     )
 
 
+ARGUMENTS = (RewardScriptArguments, RewardConfig, ModelConfig, FormattingArguments)
+
+
 def reference_conversations(script_args, format_args, datasets, tokenizer) -> tuple[list[list[dict]], str]:
     """The conversations whose scores PPO normalises by, and where they are from."""
     if script_args.reference_dataset_name is None:
@@ -60,35 +69,36 @@ def reference_conversations(script_args, format_args, datasets, tokenizer) -> tu
     return list(demonstrations["train"]["messages"]), script_args.reference_dataset_name
 
 
-def main():
-    script_args, training_args, model_args, format_args = parse(
-        (RewardScriptArguments, RewardConfig, ModelConfig, FormattingArguments)
-    )
+def main(
+    script_args: RewardScriptArguments,
+    training_args: RewardConfig,
+    model_args: ModelConfig,
+    format_args: FormattingArguments,
+) -> RankingRewardTrainer:
+    """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
     guard_output_dir(training_args)
 
-    check_reward_base(model_args, training_args.trust_remote_code)
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
-    )
-    check_model(model_args, tokenizer, training_args.trust_remote_code)
+    start = resolve_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
+    check_reward_base(start)
+    tokenizer = load_tokenizer(start)
+    check_model(start, tokenizer)
     evaluate = training_args.eval_strategy != "no"
     datasets = load_formatted(
         "ranking",
         script_args,
         format_args,
         tokenizer,
-        evaluate,
-        training_args.seed,
+        evaluate=evaluate,
         num_proc=training_args.dataset_num_proc,
+        seed=training_args.seed,
     )
-
     if script_args.aggregation == "majority":
         datasets["train"] = majority_rankings(datasets["train"])
 
     set_seed(training_args.seed)
     trainer = RankingRewardTrainer(
-        model=load_reward_trainee(model_args, training_args.trust_remote_code),
+        model=load_reward_trainee(start, model_args),
         args=training_args,
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
@@ -104,8 +114,9 @@ def main():
         model = trainer.accelerator.unwrap_model(trainer.model).eval()
         scores = score_conversations(model, tokenizer, conversations, training_args.per_device_eval_batch_size)
         save_reward_statistics(training_args.output_dir, scores, source)
-    finish(trainer, "reward", datasets, script_args, training_args, model_args, format_args)
+    finish(trainer, "reward", datasets.reports, script_args, training_args, model_args, format_args)
+    return trainer
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGUMENTS)

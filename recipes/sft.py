@@ -7,31 +7,41 @@ Every flag of TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig` works, in t
 loss is on the response only: the last assistant turn, or every one with `--assistant_only_loss true`.
 """
 
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
 from recipes.cli.launch import check_launch
-from recipes.cli.run import finish, guard_output_dir, parse, run
+from recipes.cli.run import finish, guard_output_dir, run
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.compatibility import check_model
-from recipes.models.loading import hide_router_logits, load_policy
+from recipes.models.loading import disable_router_logits, load_policy
+from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 
+ARGUMENTS = (ScriptArguments, SFTConfig, ModelConfig, FormattingArguments)
 
-def main():
-    script_args, training_args, model_args, format_args = parse(
-        (ScriptArguments, SFTConfig, ModelConfig, FormattingArguments)
-    )
+
+def main(
+    script_args: ScriptArguments,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    format_args: FormattingArguments,
+) -> SFTTrainer:
+    """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
     guard_output_dir(training_args)
 
     if training_args.assistant_only_loss and format_args.on_special == "flag":
         # Here transformers cannot tell a template's control tokens from those that stand in a message.
         format_args.on_special = "drop"
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
-    )
-    check_model(model_args, tokenizer, training_args.trust_remote_code)
+    base = resolve_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
+    tokenizer = load_tokenizer(base)
+    check_model(base, tokenizer)
     datasets = load_formatted(
         "sft",
         script_args,
@@ -45,16 +55,17 @@ def main():
 
     set_seed(training_args.seed)
     trainer = SFTTrainer(
-        model=load_policy(model_args, training_args.trust_remote_code),
+        model=load_policy(base, model_args),
         args=training_args,
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    hide_router_logits(trainer.accelerator.unwrap_model(trainer.model))
-    finish(trainer, "sft", datasets, script_args, training_args, model_args, format_args)
+    disable_router_logits(trainer.accelerator.unwrap_model(trainer.model))
+    finish(trainer, "sft", datasets.reports, script_args, training_args, model_args, format_args)
+    return trainer
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGUMENTS)

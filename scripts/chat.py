@@ -6,15 +6,17 @@
 sample work here too.
 """
 
-import copy
 import sys
-from dataclasses import dataclass, field
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+
+from dataclasses import dataclass, field, replace
 
 from transformers import TextStreamer
 from trl import ModelConfig
 
-from recipes.cli.errors import UserError
-from recipes.cli.run import parse, run
+from recipes.cli.run import run
 from recipes.models.sampling import SamplingArguments, derived_seed, generate, load_generator
 
 
@@ -23,6 +25,9 @@ class ChatArguments:
     compare: str | None = field(default=None, metadata={"help": "A second model that answers the same."})
     system: str | None = field(default=None, metadata={"help": "System message."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the models."})
+
+
+ARGUMENTS = (SamplingArguments, ModelConfig, ChatArguments)
 
 
 class SafeStreamer(TextStreamer):
@@ -46,14 +51,10 @@ def turns():
             yield None if text == "/reset" else text
 
 
-def main():
-    sampling, model_args, chat_args = parse((SamplingArguments, ModelConfig, ChatArguments))
-    if model_args.model_name_or_path is None:
-        raise UserError("Command line: --model_name_or_path is required.")
+def main(sampling: SamplingArguments, model_args: ModelConfig, chat_args: ChatArguments):
     policies = {}
-    for name in filter(None, (model_args.model_name_or_path, chat_args.compare)):
-        own_args = copy.copy(model_args)
-        own_args.model_name_or_path = name
+    for name in (model_args.model_name_or_path, *([chat_args.compare] if chat_args.compare else [])):
+        own_args = replace(model_args, model_name_or_path=name)
         policies[name] = load_generator(own_args, chat_args.trust_remote_code)
     opening = [{"role": "system", "content": chat_args.system}] if chat_args.system else []
     conversations = {name: list(opening) for name in policies}
@@ -71,4 +72,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGUMENTS)

@@ -8,20 +8,24 @@ of a launch line estimate it too. Reward and PPO take a base that is not given, 
 beside the config. No weights are loaded. Exit code 0: it fits; 1: it does not. More in docs/memory.md.
 """
 
-import os
 import sys
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+
+import importlib
+import os
 from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
-from peft import LoraConfig, PeftConfig
-from transformers import AutoConfig
-from trl import ModelConfig, RewardConfig, ScriptArguments, SFTConfig, get_peft_config
+from peft import LoraConfig
+from trl import ModelConfig, get_peft_config
 
-from recipes.cli.errors import UserError, first_line
-from recipes.cli.run import RecipeParser, parse, run
-from recipes.formatting import FormattingArguments
-from recipes.models.tokenization import adapter_base
+from recipes.cli.arguments import RecipeParser, parse
+from recipes.cli.errors import UserError
+from recipes.cli.run import run
+from recipes.models.source import ModelSource, resolve_model
 from recipes.trainers.memory import GIB, Estimate, Setting, estimate
 
 STEPS = ("sft", "reward", "ppo")
@@ -48,16 +52,7 @@ class DeviceArguments:
 
 
 def recipe_arguments(step: str) -> tuple[type, ...]:
-    if step == "sft":
-        return ScriptArguments, SFTConfig, ModelConfig, FormattingArguments
-    if step == "reward":
-        from recipes.reward import RewardScriptArguments
-
-        return RewardScriptArguments, RewardConfig, ModelConfig, FormattingArguments
-    from recipes.ppo import PPOScriptArguments
-    from recipes.trainers.ppo_config import PPOConfig
-
-    return PPOScriptArguments, PPOConfig, ModelConfig, FormattingArguments
+    return importlib.import_module(f"recipes.{step}").ARGUMENTS
 
 
 def split_step(words: list[str]) -> tuple[str, str | None, list[str]]:
@@ -91,26 +86,17 @@ def add_base(model_args: ModelConfig, step: str, config: str | None) -> ModelCon
     )
 
 
-def adapter_config(model_args: ModelConfig) -> LoraConfig | None:
+def adapter_config(source: ModelSource, model_args: ModelConfig) -> LoraConfig | None:
     """The adapter that is trained: that of an adapter folder, else a new one."""
-    if not model_args.use_peft:
-        return None
-    name = model_args.model_name_or_path
-    if adapter_base(name) is None:
+    if not model_args.use_peft or source.base is None:
         return get_peft_config(model_args)
-    lora = PeftConfig.from_pretrained(name)
+    lora = source.peft_config
     lora.task_type, lora.modules_to_save, lora.inference_mode = "CAUSAL_LM", None, False
     return lora
 
 
 def read_setting(step: str, training_args, model_args: ModelConfig, args: EstimateArguments, on_cpu: bool) -> Setting:
-    name = adapter_base(model_args.model_name_or_path) or model_args.model_name_or_path
-    try:
-        config = AutoConfig.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"No config.json could be read from {name}: {first_line(error)}") from error
+    source = resolve_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
     response_tokens = training_args.max_completion_length if step == "ppo" else 0
     tokens = args.prompt_tokens + response_tokens if step == "ppo" else training_args.max_length
     if tokens is None:
@@ -123,13 +109,13 @@ def read_setting(step: str, training_args, model_args: ModelConfig, args: Estima
         quantization = "4bit nested" if model_args.use_bnb_nested_quant else "4bit"
     return Setting(
         step=step,
-        config=config,
+        config=source.config,
         rows=rows * args.responses_per_prompt if step == "reward" else rows,
         tokens=tokens,
         response_tokens=response_tokens,
         rollout_rows=rows * training_args.steps_per_generation if samples_here else 0,
-        lora=adapter_config(model_args),
-        dtype=getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32,
+        lora=adapter_config(source, model_args),
+        dtype=getattr(torch, dtype) if dtype != "auto" else source.config.dtype or torch.float32,
         autocast=training_args.bf16,
         quantization=quantization,
         checkpointing=training_args.gradient_checkpointing,

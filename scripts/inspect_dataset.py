@@ -110,11 +110,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         tokenizer = None
         if args.tokenizer:
-            from recipes.models.tokenization import (
-                load_tokenizer,  # brings torch, seconds that nobody else should wait for
-            )
+            # These bring torch, seconds that nobody else should wait for.
+            from recipes.models.source import resolve_model
+            from recipes.models.tokenization import load_tokenizer
 
-            tokenizer = load_tokenizer(args.tokenizer)
+            tokenizer = load_tokenizer(resolve_model(args.tokenizer))
         show(write(args, report, tokenizer), tokenizer)
         print(report)
     except (UserError, OSError) as error:

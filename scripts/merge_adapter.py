@@ -5,20 +5,24 @@
 The sum is computed in float32 and stored in the base's own precision, or in `--dtype`.
 """
 
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+
 import os
 import shutil
 from dataclasses import dataclass, field
 
 import torch
 import yaml
-from peft import PeftConfig
-from transformers import AutoConfig
 from trl import ModelConfig
 
 from recipes.cli.errors import UserError
-from recipes.cli.run import parse, run
+from recipes.cli.run import run
 from recipes.models.loading import load_policy, load_reward_model
-from recipes.models.tokenization import adapter_base, load_tokenizer
+from recipes.models.source import resolve_model
+from recipes.models.tokenization import load_tokenizer
 
 
 @dataclass
@@ -53,19 +57,18 @@ def merge(args: MergeArguments) -> None:
         UserError: not an adapter, a quantised base, a reward adapter without head, or a folder that is in use.
     """
     adapter, folder = args.model_name_or_path, args.output_dir
-    base = adapter_base(adapter)
-    if base is None:
+    source = resolve_model(adapter, trust_remote_code=args.trust_remote_code)
+    if source.base is None:
         raise UserError(f"{adapter} is not an adapter (it has no adapter_config.json): there is nothing to merge.")
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UserError(f"The output folder {folder} is in use, and nothing is ever written over: choose another.")
-    config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
-    quantized = getattr(config, "quantization_config", None) is not None
+    quantized = getattr(source.config, "quantization_config", None) is not None
     if not args.allow_quantized_merge:
         accept = "or accept the loss with --allow_quantized_merge true."
         if quantized:
             raise UserError(
-                f"The base {base} is quantised: rounding the sum to its few bits loses part of the adapter. Set "
-                f"base_model_name_or_path in adapter_config.json to the unquantised base, {accept}"
+                f"The base {source.base} is quantised: rounding the sum to its few bits loses part of the adapter. "
+                f"Set base_model_name_or_path in adapter_config.json to the unquantised base, {accept}"
             )
         if trained_on_quantized_base(adapter):
             raise UserError(
@@ -73,26 +76,20 @@ def merge(args: MergeArguments) -> None:
                 f"Use it unmerged with --load_in_4bit true, {accept}"
             )
 
-    model_args = ModelConfig(model_name_or_path=adapter, dtype="float32")
-    if PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS":
-        model, tokenizer = load_reward_model(adapter, model_args, args.trust_remote_code)
+    model_args = ModelConfig(dtype="float32")
+    if source.peft_config.task_type == "SEQ_CLS":
+        model, tokenizer = load_reward_model(source, model_args)
     else:
-        model = load_policy(model_args, args.trust_remote_code)
-        tokenizer = load_tokenizer(adapter, trust_remote_code=args.trust_remote_code)
+        model, tokenizer = load_policy(source, model_args), load_tokenizer(source)
     if not quantized:
-        model.to(config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype))
+        model.to(source.config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     statistics = os.path.join(adapter, "reward_statistics.json")
     if os.path.exists(statistics):
         shutil.copy(statistics, folder)
-    print(f"Merged {adapter} into {base}: {folder}")
-
-
-def main():
-    (args,) = parse((MergeArguments,))
-    merge(args)
+    print(f"Merged {adapter} into {source.base}: {folder}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(merge, (MergeArguments,))

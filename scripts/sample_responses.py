@@ -7,13 +7,18 @@ Repeated responses to a prompt are sampled again. Run the same line again to com
 of TRL's `ScriptArguments` and `ModelConfig` work too, and `--config FILE.yaml` holds any of them.
 """
 
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+
 from dataclasses import dataclass, field
 
 from trl import ModelConfig, ScriptArguments
 
 from recipes.cli.errors import UserError
 from recipes.cli.launch import world_size
-from recipes.cli.run import parse, run
+from recipes.cli.run import run
 from recipes.data.report import Report
 from recipes.formatting import Formatter, FormattingArguments, load_rows
 from recipes.models.control_tokens import control_tokens
@@ -24,6 +29,9 @@ from recipes.models.sampling import Prompt, SamplingArguments, load_generator, s
 class OutputArguments:
     output: str = field(metadata={"help": "JSON Lines file that the samples are appended to."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+
+ARGUMENTS = (ScriptArguments, SamplingArguments, ModelConfig, FormattingArguments, OutputArguments)
 
 
 def read_prompts(script_args: ScriptArguments, format_args: FormattingArguments, tokenizer) -> list[Prompt]:
@@ -41,18 +49,21 @@ def read_prompts(script_args: ScriptArguments, format_args: FormattingArguments,
     return list(prompts.values())
 
 
-def main():
-    script_args, sampling, model_args, format_args, output_args = parse(
-        (ScriptArguments, SamplingArguments, ModelConfig, FormattingArguments, OutputArguments)
-    )
+def main(
+    script_args: ScriptArguments,
+    sampling: SamplingArguments,
+    model_args: ModelConfig,
+    format_args: FormattingArguments,
+    output_args: OutputArguments,
+):
     if world_size() > 1:
         raise UserError("Sampling runs in one process: start it with python instead of accelerate launch.")
-    if script_args.dataset_name is None or model_args.model_name_or_path is None:
-        raise UserError("Command line: --model_name_or_path and --dataset_name are required.")
+    if script_args.dataset_name is None:
+        raise UserError("Command line: --dataset_name is required.")
     model, tokenizer = load_generator(model_args, output_args.trust_remote_code)
     prompts = read_prompts(script_args, format_args, tokenizer)
     sample_to_file(model, tokenizer, prompts, sampling, model_args.model_name_or_path, output_args.output)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGUMENTS)

@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread per process, and real commands that cannot hang."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def tiny_base() -> str:
     """Folder of the tiny world's base model."""
     return str(ROOT / "recipes" / "tiny_world" / "base")
+
+
+def flags(**arguments) -> list[str]:
+    """`--name value` for each argument; a list is several values."""
+    words = []
+    for name, value in arguments.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def recipe_line(step: str, config: Path | None = None, **arguments) -> list[str]:
+    """The arguments of a recipe: a YAML, by default the tiny world's, and flags that override it."""
+    config = config or ROOT / "recipes" / "configs" / "tiny_world" / f"{step}.yaml"
+    return ["--config", str(config), *flags(**arguments)]
+
+
+def run_recipe(step: str, config: Path | None = None, **arguments):
+    """Run a recipe in this process, as its command would, and return its trainer."""
+    from recipes.cli.arguments import parse
+
+    recipe = importlib.import_module(f"recipes.{step}")
+    return recipe.main(*parse(recipe.ARGUMENTS, recipe_line(step, config, **arguments)))
 
 
 def run_command(args, timeout=120, ok=True, env=None, cwd=ROOT) -> subprocess.CompletedProcess:

@@ -101,15 +101,10 @@ def check_launch(training_args: TrainingArguments) -> None:
 
     Raises:
         UserError: another number of processes, another kind of distribution or another device than asked for;
-            rollouts by vLLM without vLLM, which TRL finds out only after the weights have loaded; PPO by DeepSpeed.
+            rollouts by vLLM without vLLM, which TRL finds out only after the weights have loaded.
     """
     if getattr(training_args, "use_vllm", False) and not is_vllm_available():
         raise UserError("use_vllm is true, but vLLM is not installed: pip install 'trl[vllm]', or set it to false.")
-    if getattr(training_args, "deepspeed_plugin", None) is not None and hasattr(training_args, "kl_coef"):
-        raise UserError(
-            "PPO does not run by DeepSpeed, which keeps the gradients that PPO leaves out and splits weights before "
-            "roles are copied: launch with accelerate_configs/fsdp2.yaml."
-        )
     state = training_args.distributed_state
     running = f"{count(state.num_processes)} on {training_args.device.type} ({state.distributed_type.value})"
     request = requested()

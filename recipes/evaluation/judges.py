@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from recipes.cli.arguments import import_function
 from recipes.cli.errors import UserError
-from recipes.cli.run import import_function
 from recipes.evaluation.policies import Conversation, Sample
 
 

@@ -18,6 +18,7 @@ from recipes.evaluation.parts import Parts, fingerprint, identity
 from recipes.evaluation.policies import Conversation, Sample, Sampled, draw_samples, same_vocabulary, token_log_probs
 from recipes.evaluation.rewards import RewardModel
 from recipes.models.sampling import Prompt, SamplingArguments, check_lengths, load_generator
+from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 
 
@@ -126,7 +127,9 @@ class Evaluation:
         if spec == reference:
             return [[sample.logps for sample in group] for group in samples]
         model, tokenizer = self.load(reference.path)
-        if not same_vocabulary(load_tokenizer(spec.path, trust_remote_code=self.args.trust_remote_code), tokenizer):
+        if not same_vocabulary(
+            load_tokenizer(resolve_model(spec.path, trust_remote_code=self.args.trust_remote_code)), tokenizer
+        ):
             print(f"{spec.name} has another vocabulary than {reference.name}: there is no KL between them.")
             return None
         groups = zip(self.conversations, samples, strict=True)

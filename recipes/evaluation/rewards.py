@@ -15,6 +15,7 @@ from recipes.evaluation.policies import Conversation, Sample
 from recipes.evaluation.reward_quality import Pair
 from recipes.formatting import Formatter, FormattingArguments, load_rows
 from recipes.models.loading import load_reward_model, read_reward_statistics, score_conversations
+from recipes.models.source import resolve_model
 
 
 class RewardModel:
@@ -31,7 +32,9 @@ class RewardModel:
 
     def load(self):
         if self.loaded is None:
-            model, tokenizer = load_reward_model(self.path, self.model_args, self.args.trust_remote_code)
+            model, tokenizer = load_reward_model(
+                resolve_model(self.path, trust_remote_code=self.args.trust_remote_code), self.model_args
+            )
             self.loaded = (model.to(PartialState().device), tokenizer)
         return self.loaded
 

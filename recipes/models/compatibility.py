@@ -1,88 +1,104 @@
 """Whether base, adapters and tokenizer belong together, told by their small files before any weights load."""
 
+import copy
 import os
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from trl import ModelConfig
 
 from recipes.cli.errors import UserError, first_line
-from recipes.models.loading import check_reward_adapter
-from recipes.models.tokenization import adapter_base, load_tokenizer
+from recipes.models.source import ModelSource, same_weights
+from recipes.models.tokenization import load_tokenizer
 
 
-def check_model(model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
+def check_model(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check the model that a step trains: its tokenizer and, where it is an adapter, its base.
 
     Raises:
         UserError: the adapter or the tokenizer belongs to another base, or a configuration cannot be read.
     """
-    name = model_args.model_name_or_path
-    base = adapter_base(name)
-    config = read_config(base or name, model_args.model_revision, trust_remote_code)
-    check_vocabulary(tokenizer, config, name)
-    if base is not None:
-        check_adapter(name, base, config, trust_remote_code)
-        check_same_tokens(tokenizer, name, own_tokenizer(base, trust_remote_code), base)
+    check_vocabulary(tokenizer, source.config, source.path)
+    if source.base is not None:
+        check_adapter(source)
+        check_same_tokens(tokenizer, source.path, own_tokenizer(source.without_adapter), source.base)
 
 
-def check_reward_base(model_args: ModelConfig, trust_remote_code: bool = False) -> None:
+def check_reward_base(source: ModelSource) -> None:
     """Check that a reward model can be trained on this base.
 
     Raises:
         UserError: transformers has no sequence classifier for it.
     """
-    name = adapter_base(model_args.model_name_or_path) or model_args.model_name_or_path
-    config = read_config(name, model_args.model_revision, trust_remote_code)
-    if not has_classifier(config):
+    if not has_classifier(source.config):
         raise UserError(
-            f"transformers has no sequence classifier for models of the type {config.model_type}, such as {name}, to "
-            "keep a reward model in: train it on another base, and PPO takes it with --separate_reward_model true."
+            f"transformers has no sequence classifier for models of the type {source.config.model_type}, such as "
+            f"{source.weights}, to keep a reward model in: train it on another base, and PPO takes it with "
+            "--separate_reward_model true."
         )
 
 
 def check_ppo_models(
-    model_args: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    reward_path: str | None,
-    separate: bool,
-    trust_remote_code: bool = False,
+    policy: ModelSource, reward: ModelSource | None, tokenizer: PreTrainedTokenizerBase, separate: bool, use_peft: bool
 ) -> None:
-    """Check the reward model beside the policy, which [`check_model`] has passed.
+    """Check the policy with its `tokenizer`, and the reward model beside it.
 
     Raises:
-        UserError: the reward adapter does not fit its base, it reads other tokens than the policy writes, or full
-            fine-tuning has no critic of the policy's type.
+        UserError: something does not fit its base, the reward model has no trained score head, its adapter is on
+            another base or reads other tokens than the policy writes, or full fine-tuning has no critic of the
+            policy's type.
     """
-    policy = model_args.model_name_or_path
-    policy = adapter_base(policy) or policy
-    config = read_config(policy, model_args.model_revision, trust_remote_code)
-    if not model_args.use_peft and not has_classifier(config):
+    check_model(policy, tokenizer)
+    if not use_peft and not has_classifier(policy.config):
         raise UserError(
             "Full fine-tuning needs a critic of the policy's type, and transformers has no sequence classifier for "
-            f"models of the type {config.model_type}, such as {policy}: set use_peft: true (the critic is an adapter)."
+            f"models of the type {policy.config.model_type}, such as {policy.weights}: set use_peft: true (the critic "
+            "is an adapter)."
         )
-    base = None if reward_path is None else adapter_base(reward_path)
-    if base is not None:
-        check_adapter(reward_path, base, read_config(base, "main", trust_remote_code), trust_remote_code)
-        if not separate and check_reward_adapter(reward_path, policy):
-            check_same_tokens(own_tokenizer(reward_path, trust_remote_code), reward_path, tokenizer, policy)
+    if reward is None:
+        return
+    check_score_head(reward)
+    if reward.base is None:
+        return
+    check_adapter(reward)
+    if separate:
+        return
+    if not same_weights(reward, policy):
+        raise UserError(
+            f"The reward adapter {reward.path} was trained on the base {reward.base}, the policy on {policy.weights}. "
+            f"Train it on {policy.weights}, or load it on its own base beside the policy with "
+            "--separate_reward_model true (it then scores decoded text)."
+        )
+    check_same_tokens(own_tokenizer(reward), reward.path, tokenizer, policy.weights)
 
 
-def read_config(name: str, revision: str, trust_remote_code: bool) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The configuration of {name} could not be loaded: {first_line(error)}") from error
+def check_score_head(reward: ModelSource) -> None:
+    """Check that a reward model was trained as one.
+
+    Raises:
+        UserError: it has no trained score head, or more than one label.
+    """
+    if not reward.has_score_head:
+        if reward.base is not None:
+            raise UserError(
+                f"The reward adapter {reward.path} has no trained score head: train it with recipes/reward.py, "
+                'or with modules_to_save=["score"] and task_type="SEQ_CLS".'
+            )
+        raise UserError(
+            f"The reward model {reward.path} has no trained score head: its config.json says "
+            f"{reward.config.architectures}."
+        )
+    if reward.base is None and reward.config.num_labels != 1:
+        raise UserError(
+            f"The reward model {reward.path} has num_labels={reward.config.num_labels}; PPO needs exactly 1."
+        )
 
 
 def has_classifier(config: PretrainedConfig) -> bool:
@@ -106,20 +122,24 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
             )
 
 
-def check_adapter(folder: str, base: str, config: PretrainedConfig, trust_remote_code: bool = False) -> None:
-    """Compare the tensors of a local adapter, by its file's header, with those it would have on `config`."""
-    file = os.path.join(folder, "adapter_model.safetensors")
+def check_adapter(source: ModelSource) -> None:
+    """Compare the tensors of a local adapter, by its file's header, with those it would have on its base.
+
+    Raises:
+        UserError: it was trained on a base of another shape.
+    """
+    file = os.path.join(source.path, "adapter_model.safetensors")
     if not os.path.exists(file):
         return
-    peft_config = PeftConfig.from_pretrained(folder)
+    peft_config, config = source.peft_config, copy.deepcopy(source.config)
     auto_class = AutoModelForCausalLM
     if peft_config.task_type == "SEQ_CLS":
         auto_class, config.num_labels = AutoModelForSequenceClassification, 1
         if not has_classifier(config):
             return
-    wrong = f"The adapter {folder} does not fit the base {base}: it was trained on another"
+    wrong = f"The adapter {source.path} does not fit the base {source.base}: it was trained on another"
     with torch.device("meta"):
-        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class.from_config(config, trust_remote_code=source.trust_remote_code)
         try:
             model = get_peft_model(model, peft_config)
         except ValueError as error:
@@ -138,12 +158,12 @@ def check_adapter(folder: str, base: str, config: PretrainedConfig, trust_remote
         raise UserError(f"{wrong} (the base has no place for {unknown[0]}).")
 
 
-def own_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def own_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a model's own folder or repository, where it has one."""
-    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "tokenizer_config.json")):
+    if os.path.isdir(source.path) and not os.path.exists(os.path.join(source.path, "tokenizer_config.json")):
         return None
     try:
-        return load_tokenizer(name, trust_remote_code=trust_remote_code)
+        return load_tokenizer(source)
     except UserError:
         return None
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from accelerate import PartialState
@@ -15,7 +15,8 @@ from trl import ModelConfig
 
 from recipes.cli.errors import UserError
 from recipes.models.loading import load_policy
-from recipes.models.tokenization import adapter_base, load_tokenizer
+from recipes.models.source import resolve_model
+from recipes.models.tokenization import load_tokenizer
 
 ROUNDS = 5  # how often a prompt is tried again for a response it does not have yet
 
@@ -72,10 +73,9 @@ def load_generator(
 
     Sampling defaults that came with the model (such as a repetition penalty) are dropped: only the arguments count.
     """
-    name = model_args.model_name_or_path
-    tokenizer = load_tokenizer(name, model_args.model_revision, trust_remote_code)
-    model_args.use_peft = adapter_base(name) is not None
-    model = load_policy(model_args, trust_remote_code).eval().requires_grad_(False)
+    source = resolve_model(model_args.model_name_or_path, model_args.model_revision, trust_remote_code)
+    tokenizer = load_tokenizer(source)
+    model = load_policy(source, replace(model_args, use_peft=source.base is not None)).eval().requires_grad_(False)
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         model = model.to(PartialState().device)
     ends = model.generation_config.eos_token_id

@@ -1,14 +1,12 @@
 """Loads the tokenizer of a base or an adapter, with a chat template, and without TRL and PEFT, which take seconds."""
 
-import json
 import os
-import re
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 
 from recipes.cli.errors import UserError, first_line
 from recipes.models.control_tokens import keep_control_tokens_text
+from recipes.models.source import ModelSource
 
 # For bases whose tokenizer has no chat template. It adds no token to the vocabulary, ends each answer with EOS, and
 # marks what the assistant says for TRL's `assistant_only_loss`.
@@ -24,51 +22,22 @@ PLAIN_CHAT_TEMPLATE = (
 )
 
 
-def adapter_base(model_name_or_path: str) -> str | None:
-    """Name of the base an adapter was trained on, or `None` when `model_name_or_path` is not an adapter.
-
-    Raises:
-        UserError: an adapter's configuration cannot be read, or its local base folder is gone.
-    """
-    if not os.path.isdir(model_name_or_path) and not is_hub_name(model_name_or_path):
-        raise UserError(f"There is no folder {model_name_or_path}, and it is not the name of a Hub model.")
-    config = find_adapter_config_file(model_name_or_path)
-    if config is None:
-        return None
-    try:
-        with open(config, encoding="utf-8") as file:
-            base = json.load(file).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config} cannot be read: {first_line(error)}.") from error
-    if not base:
-        raise UserError(f"{model_name_or_path}/adapter_config.json names no base model (base_model_name_or_path).")
-    if not os.path.isdir(base) and not is_hub_name(base):
-        raise UserError(
-            f"{model_name_or_path} is an adapter on the base {base}, and there is no such folder here: "
-            f"run from where that path is valid, or correct base_model_name_or_path in its adapter_config.json."
-        )
-    return base
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether `name` has the form of a Hub repository, `model` or `owner/model`."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
-
-
-def load_tokenizer(
-    model_name_or_path: str, revision: str = "main", trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Tokenizer with a chat template and, where the vocabulary allows, a padding token that is not EOS.
 
     With pad = EOS the end of a response and padding look alike, and a model never learns to stop. Control tokens that
-    stand in messages are encoded as ordinary text.
+    stand in messages are encoded as ordinary text. An adapter without a tokenizer has its base's.
+
+    Raises:
+        UserError: there is no tokenizer, or none that can be used.
     """
-    name = model_name_or_path
-    base = adapter_base(name)
-    if base is not None and not os.path.exists(os.path.join(name, "tokenizer_config.json")):
-        name = base
+    name = source.path
+    if source.base is not None and not os.path.exists(os.path.join(name, "tokenizer_config.json")):
+        name = source.base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"No tokenizer could be loaded from {name}: {first_line(error)}") from error
     if not tokenizer.encode("Hello", add_special_tokens=False):

@@ -25,6 +25,7 @@ from recipes.evaluation.reward_quality import Pair
 from recipes.formatting import format_dataset, load_rows
 from recipes.models.loading import load_reward_model, read_reward_statistics, score_conversations
 from recipes.models.sampling import Response, SamplingArguments, load_generator, sample
+from recipes.models.source import resolve_model
 from recipes.tiny_world import judge, labeler
 from recipes.trainers.fast.drop_finished import DropFinishedSampler
 
@@ -142,7 +143,7 @@ def evaluate(folder: Path, seed: int, num_generations: int = 4, max_completion_l
     """The parts of report.json that are measured on held-out prompts."""
     prompts = read_prompts("heldout")
     policies = Policies(folder)
-    reward_model, reward_tokenizer = load_reward_model(str(folder / "reward"), ModelConfig())
+    reward_model, reward_tokenizer = load_reward_model(resolve_model(str(folder / "reward")), ModelConfig())
     statistics = read_reward_statistics(str(folder / "reward"))
     sampling = SamplingArguments(
         num_generations=num_generations,

@@ -1,4 +1,4 @@
-"""Around the training: arguments, output folders, the record of a run, and how a run fails."""
+"""Around the training: output folders, the record of a run, and how a run fails."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -10,62 +10,6 @@ from transformers import TrainingArguments
 from recipes.cli import run as runs
 from recipes.cli.errors import UserError
 from recipes.data.report import Report
-from recipes.formatting import FormattedDatasets
-
-
-@dataclass
-class Arguments:
-    name: str = field(metadata={"help": "required"})
-    steps: int = 10
-    rate: float = 0.1
-    use_peft: bool = False
-    modules: list[str] | None = None
-    options: dict | None = None
-
-
-def parse(tmp_path, text: str, *flags: str) -> Arguments:
-    config = tmp_path / "config.yaml"
-    config.write_text(text, encoding="utf-8")
-    (arguments,) = runs.parse((Arguments,), ["--config", str(config), *flags])
-    return arguments
-
-
-def test_flags_win_over_the_yaml_and_both_over_defaults(tmp_path):
-    text = "name: a\nsteps: 3\nrate: 1e-5\nuse_peft: true\nmodules: [q, v]\noptions: {x: 1}\n"
-    arguments = parse(tmp_path, text, "--name", "b", "--modules", "all")
-    assert arguments == Arguments("b", 3, 1e-5, True, ["all"], {"x": 1})
-    (arguments,) = runs.parse((Arguments,), [f"--config={tmp_path / 'config.yaml'}"])
-    assert arguments == Arguments("a", 3, 1e-5, True, ["q", "v"], {"x": 1})
-
-
-@pytest.mark.parametrize(
-    ("text", "flags", "expected"),
-    [
-        ("name: a\nstep: 3", (), r"config.yaml: .*no argument step; did you mean steps\?"),
-        ("name: a", ("--usepeft", "true"), r"Command line: .*usepeft; did you mean use_peft\?"),
-        ("name: a", ("--step", "3"), r"Command line: .*step; did you mean steps\?"),
-        ("name: a", ("surprise",), "Command line: .*surprise"),
-        ("name: a\nname: b", (), "config.yaml: name stands there twice"),
-        ("name: a\nsteps: 2.5", (), "config.yaml: steps takes a whole number, not 2.5"),
-        ("name: a\nrate: [1, 2]", (), "config.yaml: rate takes a number"),
-        ("name: a\nsteps: true", (), "config.yaml: steps takes a whole number"),
-        ("name: a\nsteps: many", (), "steps.*many"),
-        ("name: a", ("--rate", "fast"), "rate.*fast"),
-        ("name: a\n  steps: [", (), "config.yaml is not valid YAML"),
-        ("just words", (), "config.yaml: expected lines of the form"),
-        ("steps: 3", (), "name"),
-        ("name: a", ("--config",), "--config takes one YAML file"),
-    ],
-)
-def test_what_cannot_be_meant_is_one_line(tmp_path, text, flags, expected):
-    with pytest.raises(UserError, match=expected) as error:
-        parse(tmp_path, text, *flags)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_config_file_is_named():
-    with pytest.raises(UserError, match="nowhere.yaml: No such file"):
-        runs.parse((Arguments,), ["--config", "nowhere.yaml"])
 
 
 @pytest.fixture
@@ -116,10 +60,9 @@ class Secretive:
 
 def test_the_record_of_a_run_is_complete_and_holds_no_secret(training_args, tmp_path):
     (tmp_path / "out").mkdir()
-    datasets = FormattedDatasets()
-    datasets.reports["train"] = Report("rows.jsonl", "sft", rows_in=3, rows_out=2, fingerprint="abc")
+    reports = {"train": Report("rows.jsonl", "sft", rows_in=3, rows_out=2, fingerprint="abc")}
     args = training_args(learning_rate=3e-4, hub_token="another_secret")
-    runs.save_train_config(args.output_dir, "sft", datasets, (Secretive(), args))
+    runs.save_train_config(args.output_dir, "sft", reports, (Secretive(), args))
     text = (tmp_path / "out" / "train_config.yaml").read_text(encoding="utf-8")
     assert "secret" not in text
     record = yaml.safe_load(text)

@@ -7,7 +7,6 @@ is stale.
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, get_quantization_config
 
-from recipes import ppo, reward, sft
 from recipes.cli.errors import UserError
+from recipes.models.loading import never_pack
+from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer, turn_end
 from tests.architectures import FAMILIES, TOKENIZERS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_recipe
 
-STEPS = {"sft": sft, "reward": reward, "ppo": ppo}
 MODES = {"LoRA": {}, "full": {"use_peft": "false"}, "4-bit": {"load_in_4bit": "true"}}
 IN_4_BIT = ("Llama 3", "Qwen 3", "Gemma 2", "Mistral", "GPT-NeoX, Pythia")
 CASES = [(name, mode) for name in FAMILIES for mode in MODES if mode != "4-bit" or name in IN_4_BIT]
@@ -63,20 +62,12 @@ def data(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture
-def train(data, monkeypatch):
-    """`train(step, output_dir, **arguments)` runs the step's own `main()` and returns its trainer."""
+def train(data):
+    """`train(step, output_dir, **arguments)` runs the step's own `main` and returns its trainer."""
 
     def train(step: str, output_dir: Path, **arguments):
-        recipe, trainers = STEPS[step], []
-        save = recipe.finish
-        line = [step, "--config", str(ROOT / "recipes" / "configs" / "tiny_world" / f"{step}.yaml")]
-        arguments = COMMON | ARGUMENTS[step] | {"dataset_name": data[step], "output_dir": output_dir} | arguments
-        line += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", line)
-            patch.setattr(recipe, "finish", lambda trainer, *rest: (trainers.append(trainer), save(trainer, *rest)))
-            recipe.main()
-        return trainers[0]
+        own = {"dataset_name": data[step], "output_dir": output_dir}
+        return run_recipe(step, **COMMON | ARGUMENTS[step] | own | arguments)
 
     return train
 
@@ -96,7 +87,7 @@ def load_plain(auto_class, folder: Path, base: str, mode: str, **kwargs):
         return auto_class.from_pretrained(folder, **kwargs).eval()
     if mode == "4-bit":
         kwargs["quantization_config"] = get_quantization_config(ModelConfig(load_in_4bit=True))
-    model = PeftModel.from_pretrained(auto_class.from_pretrained(base, **kwargs), folder)
+    model = PeftModel.from_pretrained(never_pack(auto_class.from_pretrained(base, **kwargs)), folder)
     return (model.float() if mode == "LoRA" else model).eval()
 
 
@@ -135,7 +126,7 @@ def check_sft(trainer, folder: Path, base: str, mode: str) -> None:
 @torch.no_grad()
 def check_reward(trainer, folder: Path, base: str, mode: str) -> None:
     plain = load_plain(AutoModelForSequenceClassification, folder, base, mode, num_labels=1)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(resolve_model(str(folder)))
     plain.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     texts = [("w1", "w4 w5 w6"), ("w7 w8 w9", "w4 w5 w2")]
     turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": c}] for p, c in texts]
@@ -203,7 +194,7 @@ def other_reward(data, tmp_path_factory) -> Path:
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     lora = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["score"])
     get_peft_model(model, lora).save_pretrained(folder / "reward")
-    load_tokenizer(base).save_pretrained(folder / "reward")
+    load_tokenizer(resolve_model(base)).save_pretrained(folder / "reward")
     return folder / "reward"
 
 

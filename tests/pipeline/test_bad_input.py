@@ -1,5 +1,6 @@
 """What a user can get wrong with a recipe: one line, exit code 1, nothing written."""
 
+import importlib
 import json
 import re
 import shutil
@@ -11,12 +12,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from recipes import ppo, reward, sft
 from recipes.cli.run import run
 from tests import tiny_models as models
-from tests.conftest import ROOT
-
-CONFIGS = ROOT / "recipes" / "configs" / "tiny_world"
+from tests.conftest import ROOT, recipe_line, run_recipe
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +39,24 @@ def files(tmp_path_factory) -> dict[str, str]:
     return {path.name: str(path) for path in folder.iterdir()}
 
 
-def error_of(recipe, arguments: dict, tmp_path, monkeypatch, capsys, config=None) -> str:
-    """The one line a recipe prints; the output folder must not be touched."""
-    name = recipe.__name__.rpartition(".")[2]
-    line = [name, "--config", str(config or CONFIGS / f"{name}.yaml"), "--output_dir", str(tmp_path / "out")]
-    line += [str(word) for key, value in arguments.items() for word in (f"--{key}", value)]
-    monkeypatch.setattr(sys, "argv", line)
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stop:
-        run(recipe.main)
-    assert stop.value.code == 1
-    assert not (tmp_path / "out").exists()
-    lines = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+@pytest.fixture
+def error_of(tmp_path, monkeypatch, capsys):
+    """The one line that a recipe's command prints; the output folder must not be touched."""
+
+    def error_of(step: str, arguments: dict, config: Path | None = None) -> str:
+        recipe = importlib.import_module(f"recipes.{step}")
+        line = recipe_line(step, config, output_dir=tmp_path / "out", **arguments)
+        monkeypatch.setattr(sys, "argv", [step, *line])
+        monkeypatch.chdir(ROOT)
+        with pytest.raises(SystemExit) as stop:
+            run(recipe.main, recipe.ARGUMENTS)
+        assert stop.value.code == 1
+        assert not (tmp_path / "out").exists()
+        lines = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return error_of
 
 
 def ppo_files(files, **changes) -> dict:
@@ -63,87 +65,72 @@ def ppo_files(files, **changes) -> dict:
 
 
 CASES = [
-    (sft, {"dataset_name": "nowhere.jsonl"}, r"nowhere\.jsonl"),
-    (sft, {"dataset_name": "wrong.jsonl"}, r"wrong\.jsonl.*(question|reply)"),
-    (sft, {"model_name_or_path": "nowhere/at/all"}, r"nowhere/at/all"),
-    (sft, {"learning_rat": "1"}, r"no argument learning_rat; did you mean learning_rate\?"),
-    (sft, {"load_in_4bit": "true", "use_peft": "false"}, r"set use_peft: true"),
-    (reward, {"dataset_name": "wrong.jsonl", "model_name_or_path": "sft"}, r"wrong\.jsonl"),
-    (ppo, {"reward_model_name_or_path": "sft"}, r"has no trained score head"),
-    (ppo, {"reward_model_name_or_path": "other_reward"}, r"was trained on the base .*other, the policy on .*base"),
-    (ppo, {"reward_funcs": "no.such.function"}, r"--reward_funcs no\.such\.function: write it as module\.function"),
-    (ppo, {"reward_weights": "1 2 3"}, r"--reward_weights has 3 values for 1 rewards"),
-    (ppo, {"kl_coef": "-1"}, r"kl_coef must be at least 0"),
-    (ppo, {"beta": "0.1"}, r"set kl_coef instead of beta"),
-    (ppo, {"per_device_train_batch_size": "100"}, r"One rollout is 100 prompts and the dataset has 64"),
-    (ppo, {"resume_from_checkpoint": "true"}, r"there is no checkpoint in"),
+    ("sft", {"dataset_name": "nowhere.jsonl"}, r"nowhere\.jsonl"),
+    ("sft", {"dataset_name": "wrong.jsonl"}, r"wrong\.jsonl.*(question|reply)"),
+    ("sft", {"model_name_or_path": "nowhere/at/all"}, r"nowhere/at/all"),
+    ("sft", {"learning_rat": "1"}, r"no argument learning_rat; did you mean learning_rate\?"),
+    ("sft", {"load_in_4bit": "true", "use_peft": "false"}, r"set use_peft: true"),
+    ("reward", {"dataset_name": "wrong.jsonl", "model_name_or_path": "sft"}, r"wrong\.jsonl"),
+    ("ppo", {"reward_model_name_or_path": "sft"}, r"has no trained score head"),
+    ("ppo", {"reward_model_name_or_path": "other_reward"}, r"was trained on the base .*other, the policy on .*base"),
+    ("ppo", {"reward_funcs": "no.such.function"}, r"--reward_funcs no\.such\.function: write it as module\.function"),
+    ("ppo", {"reward_weights": [1, 2, 3]}, r"--reward_weights has 3 values for 1 rewards"),
+    ("ppo", {"kl_coef": "-1"}, r"kl_coef must be at least 0"),
+    ("ppo", {"beta": "0.1"}, r"set kl_coef instead of beta"),
+    ("ppo", {"per_device_train_batch_size": "100"}, r"One rollout is 100 prompts and the dataset has 64"),
+    ("ppo", {"resume_from_checkpoint": "true"}, r"there is no checkpoint in"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "changes", "message"), CASES, ids=[f"{r.__name__}-{list(c)[0]}" for r, c, _ in CASES]
+    ("step", "changes", "message"), CASES, ids=[f"{step}-{list(changes)[0]}" for step, changes, _ in CASES]
 )
-def test_one_line(files, tmp_path, monkeypatch, capsys, recipe, changes, message):
-    arguments = {key: files.get(value, value) for key, value in changes.items()}
-    if recipe is ppo:
-        arguments = ppo_files(files) | arguments
-    if recipe is sft:
-        arguments = {"model_name_or_path": files["base"]} | arguments
-    values = {key: value for key, value in arguments.items() if key != "reward_weights"}
-    line = error_of(recipe, values, tmp_path, monkeypatch, capsys) if "reward_weights" not in arguments else None
-    if line is None:
-        config = tmp_path / "weights.yaml"
-        config.write_text((CONFIGS / "ppo.yaml").read_text(encoding="utf-8") + "reward_weights: [1, 2, 3]\n")
-        line = error_of(recipe, values, tmp_path, monkeypatch, capsys, config)
+def test_one_line(files, error_of, step, changes, message):
+    arguments = {key: files.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+    arguments = (ppo_files(files) if step == "ppo" else {"model_name_or_path": files["base"]}) | arguments
+    line = error_of(step, arguments)
     assert re.search(message, line), line
 
 
-def test_an_unknown_key_in_the_yaml(files, tmp_path, monkeypatch, capsys):
+def test_an_unknown_key_in_the_yaml(files, error_of, tmp_path):
     config = tmp_path / "bad.yaml"
     config.write_text("lora_rank: 4\n", encoding="utf-8")
-    line = error_of(sft, {"model_name_or_path": files["base"]}, tmp_path, monkeypatch, capsys, config)
+    line = error_of("sft", {"model_name_or_path": files["base"]}, config)
     assert f"--config {config}: there is no argument lora_rank" in line
 
 
-def test_an_adapter_whose_base_is_gone(files, tmp_path, monkeypatch, capsys):
+def test_an_adapter_whose_base_is_gone(files, error_of, tmp_path):
     orphan = tmp_path / "orphan"
     shutil.copytree(files["sft"], orphan)
     config = json.loads((orphan / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (orphan / "adapter_config.json").write_text(json.dumps(config))
-    line = error_of(ppo, ppo_files(files) | {"model_name_or_path": orphan}, tmp_path, monkeypatch, capsys)
+    line = error_of("ppo", ppo_files(files) | {"model_name_or_path": orphan})
     assert f"{orphan} is an adapter on the base {tmp_path / 'gone'}" in line
 
 
-def test_an_adapter_that_does_not_fit_the_base_it_names(files, tmp_path, monkeypatch, capsys):
+def test_an_adapter_that_does_not_fit_the_base_it_names(files, error_of, tmp_path):
     wrong = tmp_path / "wrong"
     shutil.copytree(files["other_reward"], wrong)
     config = json.loads((wrong / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = files["base"]
     (wrong / "adapter_config.json").write_text(json.dumps(config))
-    line = error_of(ppo, ppo_files(files) | {"reward_model_name_or_path": wrong}, tmp_path, monkeypatch, capsys)
+    line = error_of("ppo", ppo_files(files) | {"reward_model_name_or_path": wrong})
     assert f"The adapter {wrong} does not fit the base {files['base']}" in line
 
 
-def test_a_reward_adapter_that_lost_its_head(files, tmp_path, monkeypatch, capsys):
+def test_a_reward_adapter_that_lost_its_head(files, error_of, tmp_path):
     headless = tmp_path / "headless"
     shutil.copytree(files["reward"], headless)
     weights = load_file(headless / "adapter_model.safetensors")
     save_file({k: v for k, v in weights.items() if "score" not in k}, headless / "adapter_model.safetensors")
-    line = error_of(ppo, ppo_files(files) | {"reward_model_name_or_path": headless}, tmp_path, monkeypatch, capsys)
+    line = error_of("ppo", ppo_files(files) | {"reward_model_name_or_path": headless})
     assert f"The reward adapter {headless} has no trained score head" in line
 
 
-def test_a_reward_model_of_another_base_is_taken_when_asked_for(files, tmp_path, monkeypatch):
+def test_a_reward_model_of_another_base_is_taken_when_asked_for(files, tmp_path):
     """Beside the policy, with its own base: nothing to refuse then."""
-    arguments = ppo_files(files) | {
-        "reward_model_name_or_path": files["other_reward"],
-        "separate_reward_model": "true",
-    }
+    arguments = ppo_files(files) | {"reward_model_name_or_path": files["other_reward"], "separate_reward_model": True}
     arguments |= {"per_device_train_batch_size": 8, "max_steps": 1, "max_completion_length": 4, "save_strategy": "no"}
-    line = ["ppo", "--config", str(CONFIGS / "ppo.yaml"), "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", line + [str(word) for k, v in arguments.items() for word in (f"--{k}", v)])
-    monkeypatch.chdir(ROOT)
-    run(ppo.main)
+    run_recipe("ppo", output_dir=tmp_path / "out", **arguments)
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    assert Path(files["prompts.jsonl"]).exists()

@@ -3,26 +3,21 @@
 import json
 import math
 import re
-import sys
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-import recipes.ppo
-import recipes.reward
-import recipes.sft
-from recipes.cli.run import parse
+from recipes.cli.arguments import parse
 from recipes.data.schemas import detect
 from scripts.estimate_memory import STEPS, recipe_arguments
 from tests import tiny_models as models
-from tests.conftest import ROOT
+from tests.conftest import ROOT, recipe_line, run_recipe
 from tests.trainers.test_memory import SHAPES
 
 CONFIGS = ROOT / "recipes" / "configs"
 BASES = sorted(path.parent.name for path in CONFIGS.glob("*/ppo.yaml") if path.parent.name != "tiny_world")
-RECIPES = {"sft": recipes.sft, "reward": recipes.reward, "ppo": recipes.ppo}
 TASKS = {"sft": "sft", "reward": "ranking", "ppo": "prompt"}
 # Hub datasets, and the file in tests/data/fixtures that holds rows of their schema
 DATASETS = {
@@ -72,7 +67,7 @@ def test_every_base_has_three_steps_and_a_page():
 @pytest.mark.parametrize("base", BASES)
 def test_a_config_parses_with_every_key_known(base, step):
     """`use_cpu` because a GPU's bf16 is refused where there is none."""
-    parsed = parse(recipe_arguments(step), ["--config", str(CONFIGS / base / f"{step}.yaml"), "--use_cpu", "true"])
+    parsed = parse(recipe_arguments(step), recipe_line(step, CONFIGS / base / f"{step}.yaml", use_cpu=True))
     given = {name: value for name, value in values(base, step).items() if name != "use_cpu"}
     known = {name: getattr(each, name) for each in parsed for name in given if hasattr(each, name)}
     differing = {name for name in given if given[name] != known[name] and str(given[name]) != str(known[name])}
@@ -154,7 +149,7 @@ def write_jsonl(path, rows: list[dict]) -> str:
 
 
 @pytest.mark.parametrize("base", ["smollm2_135m", "qwen3_0.6b", "pythia_1b_tldr"])
-def test_the_three_steps_run(base, tmp_path, monkeypatch):
+def test_the_three_steps_run(base, tmp_path):
     """LoRA with the CPU's config, a 4-bit base with activation checkpointing, and full fine-tuning of four models."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(small(base)).save_pretrained(tmp_path / "base")
@@ -180,9 +175,7 @@ def test_the_three_steps_run(base, tmp_path, monkeypatch):
             flags |= {"total_episodes": 64 if base != "pythia_1b_tldr" else 128}
         if config.get("reference_dataset_name"):
             flags["reference_dataset_name"] = files["sft"]
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", [step, "--config", str(CONFIGS / base / f"{step}.yaml"), *words])
-        RECIPES[step].main()
+        run_recipe(step, CONFIGS / base / f"{step}.yaml", **flags)
         record = yaml.safe_load((tmp_path / step / "train_config.yaml").read_text(encoding="utf-8"))["arguments"]
         changed = {name for name in config if name not in (*flags, "report_to") and record[name] != config[name]}
         assert not changed, f"{step} ran with other values than its config's"

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipes.cli import run as runs
+from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
 from recipes.cli.launch import check_launch
+from recipes.ppo import PPOScriptArguments, check_arguments
 from recipes.trainers.ppo_config import PPOConfig
 from tests.cli.test_launch import PROBE
 from tests.conftest import ROOT, run_command
@@ -120,9 +121,8 @@ def test_vllm_that_is_not_installed_stops_before_any_weights(monkeypatch):
 
 
 def test_ppo_by_deepspeed_stops_before_any_weights():
-    ppo = SimpleNamespace(use_vllm=False, deepspeed_plugin=object(), kl_coef=0.05)
     with pytest.raises(UserError, match="launch with accelerate_configs/fsdp2.yaml"):
-        check_launch(ppo)
+        check_arguments(PPOScriptArguments(), SimpleNamespace(deepspeed_plugin=object()))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs another check comes first")
@@ -132,7 +132,7 @@ def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", None)
     flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--deepspeed", "zero.json"]
     with pytest.raises(UserError, match="deepspeed") as error:
-        runs.parse((PPOConfig,), flags)
+        parse((PPOConfig,), flags)
     assert "\n" not in str(error.value)
 
 

@@ -9,6 +9,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
 from scripts import chat, merge_adapter
 from tests import tiny_models as models
@@ -113,9 +114,8 @@ def test_a_quantised_base_is_refused(folders, tmp_path):
 def test_chat_compares_two_policies_and_forgets_on_reset(folders, monkeypatch, capsys):
     base, policy = str(folders / "base"), str(folders / "policy")
     flags = ["--model_name_or_path", base, "--compare", policy, "--max_completion_length", "5", "--temperature", "0"]
-    monkeypatch.setattr("sys.argv", ["chat.py", *flags, "--num_generations", "1"])
     monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\nw3\n/reset\nw1 w2\n\n/quit\nw9\n"))
-    chat.main()
+    chat.main(*parse(chat.ARGUMENTS, [*flags, "--num_generations", "1"]))
     answers = [line for line in capsys.readouterr().out.splitlines() if line.startswith((base, policy))]
     assert len(answers) == 6
     assert answers[0:2] == answers[4:6]

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from recipes.cli.arguments import parse
 from recipes.models.sampling import Response, SamplingArguments
 from recipes.tiny_world import evaluate, judge, quickstart
 from recipes.tiny_world.report import NAMES, table, write_report
@@ -49,7 +50,8 @@ def finished(tmp_path_factory) -> Path:
                 sys.argv.pop(0)
                 importlib.import_module(command[1]).main()
             else:
-                runpy.run_path(command[0], run_name="recipe")["main"]()
+                recipe = runpy.run_path(command[0], run_name="recipe")
+                recipe["main"](*parse(recipe["ARGUMENTS"]))
             assert (folder / stage.output).exists()
     return folder
 

@@ -142,7 +142,7 @@ def test_the_base_and_its_adapter_come_from_the_config_beside_or_the_folder(monk
     found = estimate_memory.add_base(model_args, "ppo", str(tmp_path / "ppo.yaml"))
     assert (found.model_name_or_path, found.lora_r) == (str(tmp_path / "base"), 3)
     LoraConfig(r=5, base_model_name_or_path=str(tmp_path / "base")).save_pretrained(tmp_path / "sft")
-    found = estimate_memory.adapter_config(replace(model_args, model_name_or_path=str(tmp_path / "sft")))
+    found = estimate_memory.adapter_config(estimate_memory.resolve_model(str(tmp_path / "sft")), model_args)
     assert found.r == 5
 
 

@@ -1,0 +1,118 @@
+"""Where a model comes from, read once from its small files and handed down to all who load a part of it.
+
+It does without PEFT until an adapter's own parts are asked for: that import takes seconds, and a tokenizer needs none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import find_adapter_config_file
+
+from recipes.cli.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base or a full model, or an adapter and the base it was trained on; made by [`resolve_model`].
+
+    Args:
+        path: folder or Hub name, as it was given.
+        base: folder or Hub name of an adapter's base; `None` for a model that is no adapter.
+        revision: of the weights on the Hub, the base's for an adapter.
+        adapter: what an adapter's adapter_config.json says.
+    """
+
+    path: str
+    base: str | None = None
+    revision: str = "main"
+    trust_remote_code: bool = False
+    adapter: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def weights(self) -> str:
+        """Folder or Hub name of the model that the weights of all layers come from."""
+        return self.base or self.path
+
+    @property
+    def without_adapter(self) -> ModelSource:
+        return replace(self, path=self.weights, base=None, adapter={})
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the weights; copy it before changing it.
+
+        Raises:
+            UserError: there is none, or transformers cannot read it.
+        """
+        try:
+            return AutoConfig.from_pretrained(
+                self.weights, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"The configuration of {self.weights} could not be loaded: {first_line(error)}") from error
+
+    @property
+    def peft_config(self) -> PeftConfig:
+        """The configuration of an adapter, a new object each time."""
+        from peft import PeftConfig
+
+        return PeftConfig.from_peft_type(**self.adapter)
+
+    @cached_property
+    def has_score_head(self) -> bool:
+        """Whether a trained `score` head comes with an adapter or a full model, as in a reward model."""
+        if self.base is None:
+            return any(name.endswith("ForSequenceClassification") for name in self.config.architectures or [])
+        from peft.utils import load_peft_weights
+
+        return any(".score." in f".{name}" for name in load_peft_weights(self.path, device="cpu"))
+
+
+def resolve_model(name: str | None, revision: str = "main", trust_remote_code: bool = False) -> ModelSource:
+    """Find out what a `model_name_or_path` is, without loading weights.
+
+    Raises:
+        UserError: there is no such folder, an adapter's configuration cannot be read, or its base folder is gone.
+    """
+    if not name:
+        raise UserError("Command line: --model_name_or_path is required.")
+    if not os.path.isdir(name) and not is_hub_name(name):
+        raise UserError(f"There is no folder {name}, and it is not the name of a Hub model.")
+    config = find_adapter_config_file(name)
+    if config is None:
+        return ModelSource(name, None, revision, trust_remote_code)
+    try:
+        with open(config, encoding="utf-8") as file:
+            adapter = json.load(file)
+        base = adapter.get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config} cannot be read: {first_line(error)}.") from error
+    if not base:
+        raise UserError(f"{name}/adapter_config.json names no base model (base_model_name_or_path).")
+    if not os.path.isdir(base) and not is_hub_name(base):
+        raise UserError(
+            f"{name} is an adapter on the base {base}, and there is no such folder here: "
+            f"run from where that path is valid, or correct base_model_name_or_path in its adapter_config.json."
+        )
+    return ModelSource(name, base, revision, trust_remote_code, adapter)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form of a Hub repository, `model` or `owner/model`."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+
+
+def same_weights(a: ModelSource, b: ModelSource) -> bool:
+    """Whether two sources have the same weights below their adapters: equal Hub names, or the same local folder."""
+    one, other = a.weights, b.weights
+    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))

@@ -1,0 +1,88 @@
+"""What a model path turns out to be, and that it is found out once."""
+
+import json
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from recipes.cli.errors import UserError
+from recipes.models import source
+from recipes.models.source import is_hub_name, resolve_model, same_weights
+from tests import tiny_models as models
+from tests.conftest import run_recipe
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """A base, a full reward model, and the adapters `sft` and `reward` on the base."""
+    folder = tmp_path_factory.mktemp("models")
+    models.causal_lm().save_pretrained(folder / "base")
+    models.reward_model().save_pretrained(folder / "full_reward")
+    policy = AutoModelForCausalLM.from_pretrained(folder / "base")
+    scorer = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+    get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", r=3)).save_pretrained(folder / "sft")
+    get_peft_model(scorer, LoraConfig(task_type="SEQ_CLS", r=4)).save_pretrained(folder / "reward")
+    for name in ("base", "sft", "reward"):
+        models.word_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def test_a_base_an_adapter_and_a_reward_model_are_told_apart(folders):
+    base, sft, reward, full = (resolve_model(str(folders / name)) for name in ("base", "sft", "reward", "full_reward"))
+    assert (base.base, full.base) == (None, None)
+    assert sft.base == reward.base == sft.weights == base.weights == str(folders / "base")
+    assert [each.has_score_head for each in (base, sft, reward, full)] == [False, False, True, True]
+    assert (sft.peft_config.r, reward.peft_config.r) == (3, 4)
+    assert sft.without_adapter == base
+    assert sft.config.model_type == "llama" and sft.config.architectures == ["LlamaForCausalLM"]
+
+
+def test_the_same_weights(folders, tiny_base):
+    base, sft, reward = (resolve_model(str(folders / name)) for name in ("base", "sft", "reward"))
+    assert same_weights(sft, reward) and same_weights(base, resolve_model(f"{folders / 'base'}/"))
+    assert not same_weights(sft, resolve_model(tiny_base))
+
+
+def test_names_of_the_hub():
+    assert is_hub_name("Qwen/Qwen3-0.6B") and is_hub_name("gpt2")
+    assert not is_hub_name("runs/sft/checkpoint-3") and not is_hub_name("/tmp/model") and not is_hub_name("../model")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (None, "There is no folder .*adapter, and it is not the name of a Hub model"),
+        ("{", "adapter_config.json cannot be read"),
+        ("[]", "adapter_config.json cannot be read"),
+        ({}, "names no base model"),
+        ({"base_model_name_or_path": "runs/none/at/all"}, "an adapter on the base runs/none/at/all, and there is no"),
+    ],
+)
+def test_what_is_no_model_is_one_line(tmp_path, config, problem):
+    if config is not None:
+        text = config if isinstance(config, str) else json.dumps(config)
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=problem) as error:
+        resolve_model(str(tmp_path / "adapter"))
+    assert "\n" not in str(error.value)
+
+
+def test_one_launch_of_ppo_resolves_each_model_once(folders, tmp_path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in models.prompts(8)))
+    found, find = [], source.find_adapter_config_file
+    monkeypatch.setattr(source, "find_adapter_config_file", lambda name: found.append(name) or find(name))
+    run_recipe(
+        "ppo",
+        model_name_or_path=folders / "sft",
+        reward_model_name_or_path=folders / "reward",
+        dataset_name=tmp_path / "prompts.jsonl",
+        output_dir=tmp_path / "out",
+        per_device_train_batch_size=8,
+        max_completion_length=4,
+        max_steps=1,
+        save_strategy="no",
+    )
+    assert found == [str(folders / "sft"), str(folders / "reward")]
