@@ -20,7 +20,7 @@ from transformers import set_seed
 from trl import ModelConfig, RewardConfig, ScriptArguments
 
 from recipes.cli.launch import check_launch
-from recipes.cli.run import finish, guard_output_dir, run
+from recipes.cli.run import RunFolder, run
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.compatibility import check_model, check_reward_base
 from recipes.models.loading import (
@@ -77,7 +77,7 @@ def main(
 ) -> RankingRewardTrainer:
     """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
-    guard_output_dir(training_args)
+    folder = RunFolder("reward", script_args, training_args, model_args, format_args)
 
     start = resolve_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
     check_reward_base(start)
@@ -105,7 +105,7 @@ def main(
         processing_class=tokenizer,
     )
     keep_head_in_float32(trainer.accelerator.unwrap_model(trainer.model))
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    folder.train(trainer, datasets.reports)
     if evaluate:
         trainer.save_metrics("eval", trainer.evaluate())
 
@@ -114,7 +114,7 @@ def main(
         model = trainer.accelerator.unwrap_model(trainer.model).eval()
         scores = score_conversations(model, tokenizer, conversations, training_args.per_device_eval_batch_size)
         save_reward_statistics(training_args.output_dir, scores, source)
-    finish(trainer, "reward", datasets.reports, script_args, training_args, model_args, format_args)
+    folder.finish(trainer, datasets.reports)
     return trainer
 
 
