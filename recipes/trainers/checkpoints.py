@@ -183,10 +183,8 @@ class WholeCheckpoints(Trainer):
         if self._run_callback.asked_to_stop():
             number = signals.received() or signals.SIGNALS[0]
             newest, _ = newest_whole(self._get_output_dir(trial))
-            found = (
-                f"--resume_from_checkpoint true goes on from {newest}" if newest else "There is no whole checkpoint"
-            )
-            raise RunEnded(f"Stopped by {number.name} after step {self.state.global_step}. {found}.", 128 + number)
+            rest = f"--resume_from_checkpoint true goes on from {newest}" if newest else "Nothing to resume is saved"
+            raise RunEnded(f"Stopped by {number.name} after step {self.state.global_step}. {rest}.", 128 + number)
         self._initial_global_step = 0  # a resumed run reports loss and speed of all its steps
         return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
 
