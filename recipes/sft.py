@@ -18,8 +18,9 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 from recipes.cli.launch import check_launch
 from recipes.cli.run import finish, guard_output_dir, run
 from recipes.formatting import FormattingArguments, load_formatted
+from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model
-from recipes.models.loading import disable_router_logits, load_policy
+from recipes.models.loading import disable_router_logits, load_policy, report_half_precision
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 
@@ -54,13 +55,16 @@ def main(
     )
 
     set_seed(training_args.seed)
-    trainer = SFTTrainer(
-        model=load_policy(base, model_args),
-        args=training_args,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("eval"),
-        processing_class=tokenizer,
-    )
+    model = load_policy(base, model_args)
+    with float32_adapters(model):
+        trainer = SFTTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("eval"),
+            processing_class=tokenizer,
+        )
+    report_half_precision(model)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     disable_router_logits(trainer.accelerator.unwrap_model(trainer.model))
     finish(trainer, "sft", datasets.reports, script_args, training_args, model_args, format_args)
