@@ -5,6 +5,8 @@ All from N samples of the reference for each of P prompts and their rewards (P, 
 KL(policy || reference) of whole responses, in nats.
 """
 
+from math import comb
+
 import numpy as np
 
 from recipes.evaluation.metrics import interval, prompt_draws
@@ -46,21 +48,15 @@ def best_of_n(rewards: np.ndarray, n: int, values: np.ndarray | None = None) -> 
     size = rewards.shape[1]
     if not 1 <= n <= size:
         raise ValueError(f"best of {n} cannot be estimated from {size} samples")
-    weights = np.zeros(size)
-    weights[-1] = n / size
-    for place in range(size - 1, n - 1, -1):  # C(place - 1, n - 1) = C(place, n - 1) * (place - n + 1) / place
-        weights[place - 1] = weights[place] * (place - n + 1) / place
-    order = np.argsort(rewards, axis=1)
-    if values is None:
-        return np.take_along_axis(rewards, order, 1) @ weights
-    values = np.asarray(values, dtype=np.float64)
-    return np.stack([_mean_of_ties(*row) for row in zip(rewards, values, order, strict=True)]) @ weights
+    weights = np.array([comb(place, n - 1) / comb(size, n) for place in range(size)])
+    values = rewards if values is None else np.asarray(values, dtype=np.float64)
+    return np.array([_mean_of_ties(*row) @ weights for row in zip(rewards, values, strict=True)])
 
 
-def _mean_of_ties(rewards: np.ndarray, values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """`values` in the order of the rewards, each the mean over the responses with the same reward."""
-    _, level = np.unique(rewards[order], return_inverse=True)
-    return (np.bincount(level, weights=values[order]) / np.bincount(level))[level]
+def _mean_of_ties(rewards: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`values` (N,) in the order of the rewards, each the mean over the responses with the same reward."""
+    _, level = np.unique(rewards, return_inverse=True)
+    return (np.bincount(level, weights=values) / np.bincount(level))[np.sort(level)]
 
 
 def tilted(rewards: np.ndarray, betas: np.ndarray, values: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -80,32 +76,26 @@ def tilted(rewards: np.ndarray, betas: np.ndarray, values: np.ndarray | None = N
         estimate: each (P, M). KL cannot be estimated beyond log N.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    everything = _tilted(rewards, betas, values)
-    parts = [
-        _tilted(rewards[:, start::2], betas, None if values is None else np.asarray(values)[:, start::2])
-        for start in (0, 1)
-    ]
-    corrected = {
-        name: 2 * estimate - (parts[0][name] + parts[1][name]) / 2
-        for name, estimate in everything.items()
-        if name != "effective_samples"
-    }
-    return corrected | {"effective_samples": everything["effective_samples"]}
+    values = None if values is None else np.asarray(values, dtype=np.float64)
+    whole = _tilted(rewards, betas, values)
+    even, odd = (
+        _tilted(rewards[:, start::2], betas, None if values is None else values[:, start::2]) for start in (0, 1)
+    )
+    corrected = {name: 2 * whole[name] - (even[name] + odd[name]) / 2 for name in whole}
+    return corrected | {"effective_samples": whole["effective_samples"]}
 
 
 def _tilted(rewards: np.ndarray, betas: np.ndarray, values: np.ndarray | None) -> dict[str, np.ndarray]:
-    curves: dict[str, list[np.ndarray]] = {"kl": [], "reward": [], "effective_samples": []}
-    for beta in betas:
-        logits = rewards / beta
-        logits = logits - logits.max(1, keepdims=True)
-        log_weights = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        weights = np.exp(log_weights)
-        curves["kl"].append((weights * (log_weights + np.log(rewards.shape[1]))).sum(1))
-        curves["reward"].append((weights * rewards).sum(1))
-        curves["effective_samples"].append(1 / (weights**2).sum(1))
-        if values is not None:
-            curves.setdefault("value", []).append((weights * values).sum(1))
-    return {name: np.stack(columns, 1) for name, columns in curves.items()}
+    logits = rewards[:, None] / np.asarray(betas)[:, None]  # (P, M, N)
+    logits -= logits.max(-1, keepdims=True)
+    log_weights = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    weights = np.exp(log_weights)
+    averaged = {"reward": rewards} if values is None else {"reward": rewards, "value": values}
+    return {
+        "kl": (weights * (log_weights + np.log(rewards.shape[1]))).sum(-1),
+        "effective_samples": 1 / (weights**2).sum(-1),
+        **{name: (weights * each[:, None]).sum(-1) for name, each in averaged.items()},
+    }
 
 
 def beta_grid(rewards: np.ndarray, points: int = 32) -> np.ndarray:

@@ -3,11 +3,13 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from statistics import fmean
 
 import numpy as np
 
 from recipes.evaluation.metrics import ratio_interval
+from recipes.models.sampling import Response
 
 LENGTH_BINS = 5
 CALIBRATION_BINS = 10
@@ -42,33 +44,40 @@ class Pair:
         return (self.chosen_length > self.rejected_length) + 0.5 * (self.chosen_length == self.rejected_length)
 
 
+def sampled_pairs(samples: list[list[Response]], scores: np.ndarray, quality: np.ndarray) -> list[Pair]:
+    """All pairs of responses to the same prompt that differ in `quality`, the better one first.
+
+    Args:
+        scores: the reward model's, (prompts, responses).
+        quality: what is to be found again by the scores, (prompts, responses): a judge's scores, or minus the rank.
+    """
+    return [
+        Pair(str(row), a.text, b.text, *scores[row, [i, j]].tolist(), len(a.token_ids), len(b.token_ids))
+        for row, group in enumerate(samples)
+        for (i, a), (j, b) in permutations(enumerate(group), 2)
+        if quality[row, i] > quality[row, j]
+    ]
+
+
 def reward_model_quality(pairs: Sequence[Pair]) -> dict:
-    """Accuracy with its interval (prompts are drawn together), the baseline, and where the model is right."""
-    result = {
-        "accuracy": accuracy(pairs),
-        "longer_wins_baseline": fmean(pair.longer_wins for pair in pairs),
-        "n_pairs": len(pairs),
-        "by_length_difference": by_length_difference(pairs),
-        "calibration": calibration(pairs),
-    }
+    """Accuracy with its interval (prompts are resampled whole), the baseline, and where the model is right."""
+    result = ordering(pairs)
+    result |= {"by_length_difference": by_length_difference(pairs), "calibration": calibration(pairs)}
     sources, annotators = {pair.source for pair in pairs}, {pair.annotator for pair in pairs} - {None}
     if len(sources) > 1:
-        result["by_source"] = {name: _part(pairs, source=name) for name in sorted(sources)}
+        result["by_source"] = {name: ordering([p for p in pairs if p.source == name]) for name in sorted(sources)}
     if annotators:
-        result["labelers"] = {name: _part(pairs, annotator=name) for name in sorted(annotators)}
+        parts = {name: [p for p in pairs if p.annotator == name] for name in sorted(annotators)}
+        result["labelers"] = {name: ordering(part) for name, part in parts.items()}
         result["labelers_with_each_other"] = labeler_agreement(pairs)
     return result
 
 
-def accuracy(pairs: Sequence[Pair]) -> dict:
-    """`{"mean", "ci95"}`: the share of pairs that the scores order as the labels do."""
-    return ratio_interval([pair.right for pair in pairs], [1.0] * len(pairs), [pair.group for pair in pairs])
-
-
-def _part(pairs: Sequence[Pair], **wanted) -> dict:
-    part = [pair for pair in pairs if all(getattr(pair, name) == value for name, value in wanted.items())]
-    baseline = fmean(pair.longer_wins for pair in part)
-    return {"accuracy": accuracy(part), "longer_wins_baseline": baseline, "n_pairs": len(part)}
+def ordering(pairs: Sequence[Pair]) -> dict:
+    """The share of pairs that the scores order as the labels do, `{"mean", "ci95"}`, and what longer-wins gets."""
+    accuracy = ratio_interval([pair.right for pair in pairs], [1.0] * len(pairs), [pair.group for pair in pairs])
+    baseline = fmean(pair.longer_wins for pair in pairs)
+    return {"accuracy": accuracy, "longer_wins_baseline": baseline, "n_pairs": len(pairs)}
 
 
 def by_length_difference(pairs: Sequence[Pair], bins: int = LENGTH_BINS) -> list[dict]:
@@ -81,7 +90,7 @@ def by_length_difference(pairs: Sequence[Pair], bins: int = LENGTH_BINS) -> list
     for place in np.unique(places):
         part = [pair for pair, other in zip(ordered, places, strict=True) if other == place]
         low, high = (part[end].chosen_length - part[end].rejected_length for end in (0, -1))
-        rows.append({"from": low, "to": high, "accuracy": accuracy(part), "n_pairs": len(part)})
+        rows.append({"from": low, "to": high, "accuracy": ordering(part)["accuracy"], "n_pairs": len(part)})
     return rows
 
 

@@ -11,7 +11,7 @@ from recipes.cli.errors import UserError
 from recipes.data.report import Report
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.parts import identity
-from recipes.evaluation.policies import Conversation, Sample
+from recipes.evaluation.policies import Conversation, Sample, with_prompts
 from recipes.evaluation.reward_quality import Pair
 from recipes.formatting import Formatter, FormattingArguments, load_rows
 from recipes.models.loading import load_reward_model, read_reward_statistics, score_conversations
@@ -61,11 +61,10 @@ class RewardModel:
         """The reward of each sample of each prompt."""
         conversations = [
             prompt + [{"role": "assistant", "content": sample.text}]
-            for prompt, group in zip(prompts, samples, strict=True)
-            for sample in group
+            for prompt, sample in with_prompts(prompts, samples)
         ]
-        scores = iter(self.raw_scores(conversations, title))
-        return [[(next(scores) - self.mean) / self.std for _ in group] for group in samples]
+        scores = (np.array(self.raw_scores(conversations, title)) - self.mean) / self.std
+        return scores.reshape(len(prompts), -1).tolist()
 
     def pairs(self, rows: list[dict]) -> list[Pair]:
         """Pairs from `read_pairs`, with raw scores: `sigmoid` turns their differences into probabilities."""

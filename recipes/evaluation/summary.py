@@ -17,12 +17,14 @@ def summarise(
     args: EvaluationArguments, measured: dict[str, Measured], prompts: list[Conversation], unit: str
 ) -> dict:
     """report.json without the reward model's quality and the judges that are not Python."""
-    curves = Curves(measured[args.reference], args)
+    curves = Curves(measured[args.reference], args.best_of_n)
     policies = {name: policy_summary(measured[name], args.num_generations) for name in args.paths}
     for name in args.paths:
-        if name != args.reference and measured[name].k1 is not None:
+        if name != args.reference:
             policies[name] |= curves.compare(measured[name])
+    best_of_n = curves.best_of_n()
     checkpoints = [one for one in measured.values() if one.spec.run is not None]
+    shares = [curves.compare(one).get("share_of_gain") for one in checkpoints]
     sharper = [one for one in measured.values() if one.spec.temperature != args.temperature]
     return {
         "reference": args.reference,
@@ -33,16 +35,16 @@ def summarise(
         "policies": policies,
         "win_rates": score_win_rates(args, measured),
         "frontier": {
-            "best_of_n": curves.best_of_n(),
+            "best_of_n": best_of_n,
             "optimal": curves.optimal(),
             "sharpening": [{"temperature": one.spec.temperature, **point(one)} for one in sharper],
             "checkpoints": [
-                {"run": one.spec.run, "step": one.spec.step, **point(one), "share_of_gain": curves.share(one)}
-                for one in checkpoints
+                {"run": one.spec.run, "step": one.spec.step, **point(one), "share_of_gain": share and share["mean"]}
+                for one, share in zip(checkpoints, shares, strict=True)
             ],
             "share_of_gain": policies[args.headline].get("share_of_gain"),
         },
-        "over_optimization": over_optimization(measured[args.reference], checkpoints, curves.best_of_n()),
+        "over_optimization": over_optimization(measured[args.reference], checkpoints, best_of_n),
         "samples": side_by_side(args, measured, prompts),
     }
 
@@ -50,10 +52,9 @@ def summarise(
 def policy_summary(one: Measured, num_generations: int) -> dict:
     """Figures of one policy; distinct-n over `num_generations` responses a prompt, so that policies compare."""
     ids = [sample.token_ids for group in one.samples for sample in group[:num_generations]]
-    kl = None if one.k1 is None else {"k1": mean_interval(one.k1), "k3": mean_interval(one.k3)}
     return {
         **{name: mean_interval(values) for name, values in one.values().items()},
-        "kl": kl,
+        "kl": None if one.k1 is None else {"k1": mean_interval(one.k1), "k3": mean_interval(one.k3)},
         "length": mean_interval(one.each(lambda sample: len(sample.token_ids))),
         "entropy": mean_interval(one.each(lambda sample: sample.entropy)),
         "distinct_1": distinct_n(ids, 1),
@@ -74,9 +75,9 @@ def point(one: Measured) -> dict:
 class Curves:
     """What can be done with the reference's samples: best-of-n, and the best policy at every KL."""
 
-    def __init__(self, reference: Measured, args: EvaluationArguments):
+    def __init__(self, reference: Measured, best_of_n: int):
         self.reference = reference
-        self.ns = [2**power for power in range(args.best_of_n.bit_length()) if 2**power <= args.best_of_n]
+        self.ns = [2**power for power in range(best_of_n.bit_length())]
         self.betas = frontier.beta_grid(reference.reward)
         self.tilted = frontier.tilted(reference.reward, self.betas)
         self.bon_reward = np.stack([frontier.best_of_n(reference.reward, n) for n in self.ns], 1)
@@ -95,31 +96,22 @@ class Curves:
         return rows
 
     def optimal(self) -> list[dict]:
-        spread = (prompt_draws(len(self.reference.reward)) @ self.tilted["reward"]).std(0)
-        judged = {
-            name: frontier.tilted(self.reference.reward, self.betas, values)["value"].mean(0)
-            for name, values in self.reference.scores.items()
-        }
-        means = {name: values.mean(0) for name, values in self.tilted.items()}
-        return [
-            {
-                "beta": float(beta),
-                "kl": float(means["kl"][place]),
-                "reward": float(means["reward"][place]),
-                "se": float(spread[place]),
-                "effective_samples": float(means["effective_samples"][place]),
-                **{name: float(values[place]) for name, values in judged.items()},
-            }
-            for place, beta in enumerate(self.betas)
-        ]
+        columns = {"beta": self.betas, "kl": self.tilted["kl"].mean(0), "reward": self.tilted["reward"].mean(0)}
+        columns["se"] = (prompt_draws(len(self.reference.reward)) @ self.tilted["reward"]).std(0)
+        columns["effective_samples"] = self.tilted["effective_samples"].mean(0)
+        for name, values in self.reference.scores.items():
+            columns[name] = frontier.tilted(self.reference.reward, self.betas, values)["value"].mean(0)
+        return [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def compare(self, one: Measured) -> dict:
-        """The policy beside both curves at its own KL.
+        """The policy beside both curves at its own KL; nothing if it has none.
 
         `share_of_gain`: its gain over the reference as a share of the best possible one, with `beyond` where the
         estimate of the best does not reach its KL and so is too low, and `effective_samples` of that estimate.
         `gain_over_best_of_n`: its reward minus best-of-n's, `None` where no n has its KL.
         """
+        if one.k1 is None:
+            return {}
         policy = (one.k1.mean(1), one.reward.mean(1))
         start = self.reference.reward.mean(1)
         best = frontier.gain_at_equal_kl(policy, start, (self.tilted["kl"], self.tilted["reward"]))
@@ -131,11 +123,6 @@ class Curves:
             effective = float(np.interp(best["kl"], kls[order], counts[order]))
             share = share | {"beyond": best["beyond"], "effective_samples": effective}
         return {"share_of_gain": share, "gain_over_best_of_n": None if bon["beyond"] else bon["difference"]}
-
-    def share(self, one: Measured) -> float | None:
-        """`share_of_gain` of `compare` without its interval."""
-        found = None if one.k1 is None else self.compare(one)["share_of_gain"]
-        return found and found["mean"]
 
 
 def score_win_rates(args: EvaluationArguments, measured: dict[str, Measured]) -> list[dict]:
