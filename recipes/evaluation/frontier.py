@@ -59,7 +59,7 @@ def _mean_of_ties(rewards: np.ndarray, values: np.ndarray) -> np.ndarray:
     return (np.bincount(level, weights=values) / np.bincount(level))[np.sort(level)]
 
 
-def tilted(rewards: np.ndarray, betas: np.ndarray, values: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def tilted(rewards: np.ndarray, betas: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The policy with the highest reward at its KL, `pi_ref(y) exp(r(y) / beta) / Z`, by importance weighting.
 
     Samples of the reference get the weights `softmax(r / beta)`; then reward = sum w r and KL = sum w log(N w). Both
@@ -69,32 +69,30 @@ def tilted(rewards: np.ndarray, betas: np.ndarray, values: np.ndarray | None = N
     Args:
         rewards: (P, N), N >= 2.
         betas: (M,), in the unit of the rewards, from large (the reference) to small.
-        values: (P, N), averaged with the same weights.
+        scores: (P, N) each, the rewards and others, averaged with the weights.
 
     Returns:
-        "kl", "reward" (and "value"), and "effective_samples" 1 / sum w^2, which says how many samples carry the
-        estimate: each (P, M). KL cannot be estimated beyond log N.
+        "kl", which cannot be estimated beyond log N, `scores` by their names, and "effective_samples" 1 / sum w^2,
+        which says how many samples carry the estimate: each (P, M).
     """
-    rewards = np.asarray(rewards, dtype=np.float64)
-    values = None if values is None else np.asarray(values, dtype=np.float64)
-    whole = _tilted(rewards, betas, values)
+    whole = _tilted(rewards, betas, scores)
     even, odd = (
-        _tilted(rewards[:, start::2], betas, None if values is None else values[:, start::2]) for start in (0, 1)
+        _tilted(rewards[:, start::2], betas, {name: values[:, start::2] for name, values in scores.items()})
+        for start in (0, 1)
     )
     corrected = {name: 2 * whole[name] - (even[name] + odd[name]) / 2 for name in whole}
     return corrected | {"effective_samples": whole["effective_samples"]}
 
 
-def _tilted(rewards: np.ndarray, betas: np.ndarray, values: np.ndarray | None) -> dict[str, np.ndarray]:
-    logits = rewards[:, None] / np.asarray(betas)[:, None]  # (P, M, N)
+def _tilted(rewards: np.ndarray, betas: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    logits = rewards[:, None] / betas[:, None]  # (P, M, N)
     logits -= logits.max(-1, keepdims=True)
     log_weights = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     weights = np.exp(log_weights)
-    averaged = {"reward": rewards} if values is None else {"reward": rewards, "value": values}
     return {
         "kl": (weights * (log_weights + np.log(rewards.shape[1]))).sum(-1),
         "effective_samples": 1 / (weights**2).sum(-1),
-        **{name: (weights * each[:, None]).sum(-1) for name, each in averaged.items()},
+        **{name: (weights * values[:, None]).sum(-1) for name, values in scores.items()},
     }
 
 

@@ -31,22 +31,21 @@ class Measured:
     Args:
         k1, k3: estimates of KL to the reference per response, in nats; `None` where the vocabularies differ, or where
             it is infinite because the policy was decoded greedily.
-        reward: the reward model's. scores: each Python judge's, by name.
+        scores: "reward", the reward model's, and each Python judge's by its name.
     """
 
     spec: PolicySpec
     samples: list[list[Sample]]
     k1: np.ndarray | None
     k3: np.ndarray | None
-    reward: np.ndarray
     scores: dict[str, np.ndarray]
+
+    @property
+    def reward(self) -> np.ndarray:
+        return self.scores["reward"]
 
     def each(self, what: Callable[[Sample], float]) -> np.ndarray:
         return np.array([[what(sample) for sample in group] for group in self.samples], dtype=np.float64)
-
-    def values(self) -> dict[str, np.ndarray]:
-        """The reward and the judges' scores by name."""
-        return {"reward": self.reward} | self.scores
 
 
 class Evaluation:
@@ -81,17 +80,16 @@ class Evaluation:
             )
         self.loaded = (None, None, None)
         for spec in plan:
+            groups = samples[spec.name]
+            made_from = self.made_from(spec) | {"reward model": self.reward.made_from}
             rewards = self.parts.get(
-                f"rewards-{spec.name}",
-                self.made_from(spec) | {"reward model": self.reward.made_from},
-                lambda s=spec: self.reward.rewards(self.conversations, samples[s.name], f"Rewards of {s.name}"),
+                f"rewards-{spec.name}", made_from, lambda g=groups: self.reward.rewards(self.conversations, g)
             )
-            k1, k3 = (estimates(which, samples[spec.name], ref_logps[spec.name]) for which in (kl_k1, kl_k3))
-            scores = {
-                path.rpartition(".")[2]: judge_scores(path, self.conversations, samples[spec.name])
-                for path in self.args.judges
-            }
-            measured[spec.name] = Measured(spec, samples[spec.name], k1, k3, np.array(rewards), scores)
+            k1, k3 = (estimates(which, groups, ref_logps[spec.name]) for which in (kl_k1, kl_k3))
+            scores = {"reward": np.array(rewards)}
+            for path in self.args.judges:
+                scores[path.rpartition(".")[2]] = judge_scores(path, self.conversations, groups)
+            measured[spec.name] = Measured(spec, groups, k1, k3, scores)
         return measured
 
     def temperature_at(self, kl: float, temperatures: Sequence[float]) -> float:

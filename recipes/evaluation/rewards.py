@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 from accelerate import PartialState
-from tqdm.auto import tqdm
 from trl import ModelConfig
 
 from recipes.cli.errors import UserError
@@ -35,7 +34,7 @@ class RewardModel:
             self.loaded = (model.to(PartialState().device), tokenizer)
         return self.loaded
 
-    def raw_scores(self, conversations: list[Conversation], title: str) -> list[float]:
+    def raw_scores(self, conversations: list[Conversation]) -> list[float]:
         """Scores of conversations, in their order; one that is there twice runs once.
 
         Raises:
@@ -44,33 +43,26 @@ class RewardModel:
         model, tokenizer = self.load()
         keys = [json.dumps(conversation) for conversation in conversations]
         distinct = dict(zip(keys, conversations, strict=True))
-        order = sorted(distinct, key=len)
-        scores: dict[str, float] = {}
-        size = 16 * self.args.eval_batch_size
-        for start in tqdm(range(0, len(order), size), desc=title, disable=None):
-            chunk = order[start : start + size]
-            values = score_conversations(model, tokenizer, [distinct[key] for key in chunk], self.args.eval_batch_size)
-            scores |= zip(chunk, values, strict=True)
-        if not np.isfinite(list(scores.values())).all():
+        values = score_conversations(model, tokenizer, list(distinct.values()), self.args.eval_batch_size)
+        if not np.isfinite(values).all():
             raise UserError(f"The reward model {self.path} gives scores that are not finite numbers.")
+        scores = dict(zip(distinct, values, strict=True))
         return [scores[key] for key in keys]
 
-    def rewards(
-        self, prompts: list[Conversation], samples: list[list[Sample]], title: str = "Rewards"
-    ) -> list[list[float]]:
+    def rewards(self, prompts: list[Conversation], samples: list[list[Sample]]) -> list[list[float]]:
         """The reward of each sample of each prompt."""
         conversations = [
             prompt + [{"role": "assistant", "content": sample.text}]
             for prompt, sample in with_prompts(prompts, samples)
         ]
-        scores = (np.array(self.raw_scores(conversations, title)) - self.mean) / self.std
+        scores = (np.array(self.raw_scores(conversations)) - self.mean) / self.std
         return scores.reshape(len(prompts), -1).tolist()
 
     def pairs(self, rows: list[dict]) -> list[Pair]:
         """Pairs from `read_pairs`, with raw scores: `sigmoid` turns their differences into probabilities."""
         _, tokenizer = self.load()
         sides = ("chosen", "rejected")
-        scores = iter(self.raw_scores([row["prompt"] + row[side] for row in rows for side in sides], "Pairs"))
+        scores = iter(self.raw_scores([row["prompt"] + row[side] for row in rows for side in sides]))
         pairs = []
         for row in rows:
             texts = ["\n".join(turn["content"] for turn in row[side]) for side in sides]
@@ -88,14 +80,12 @@ def read_pairs(sources: list[str], format_args: FormattingArguments) -> list[dic
     pairs = []
     for source in sources:
         rows = load_rows(source)
-        about = {}
-        for row in rows:
-            if isinstance(row.data, dict):
-                annotator = row.data.get("annotator")
-                origin = {"source": str(row.data.get("source") or source)}
-                about[row.file, row.line] = origin | {"annotator": None if annotator is None else str(annotator)}
+        known = {(row.file, row.line): row.data for row in rows if isinstance(row.data, dict)}
         report = Report(rows.source, "preference")
         formatter = Formatter("preference", **format_args.options())
-        pairs += [output | about[row.file, row.line] for row, output in formatter(rows, report)]
+        for row, output in formatter(rows, report):
+            data = known[row.file, row.line]
+            annotator = None if data.get("annotator") is None else str(data["annotator"])
+            pairs.append(output | {"source": str(data.get("source") or source), "annotator": annotator})
         print(report)
     return pairs

@@ -53,7 +53,7 @@ def policy_summary(one: Measured, num_generations: int) -> dict:
     """Figures of one policy; distinct-n over `num_generations` responses a prompt, so that policies compare."""
     ids = [sample.token_ids for group in one.samples for sample in group[:num_generations]]
     return {
-        **{name: mean_interval(values) for name, values in one.values().items()},
+        **{name: mean_interval(values) for name, values in one.scores.items()},
         "kl": None if one.k1 is None else {"k1": mean_interval(one.k1), "k3": mean_interval(one.k3)},
         "length": mean_interval(one.each(lambda sample: len(sample.token_ids))),
         "entropy": mean_interval(one.each(lambda sample: sample.entropy)),
@@ -67,9 +67,8 @@ def policy_summary(one: Measured, num_generations: int) -> dict:
 def point(one: Measured) -> dict:
     """A policy on the plot of reward against KL: `kl`, and `reward` with its `ci95`; each judge's mean by name."""
     kl = None if one.k1 is None else float(one.k1.mean())
-    reward = mean_interval(one.reward)
     judged = {name: float(values.mean()) for name, values in one.scores.items()}
-    return {"kl": kl, "reward": reward["mean"], "ci95": reward["ci95"], **judged}
+    return {"kl": kl, "reward": judged.pop("reward"), "ci95": mean_interval(one.reward)["ci95"], **judged}
 
 
 class Curves:
@@ -79,28 +78,24 @@ class Curves:
         self.reference = reference
         self.ns = [2**power for power in range(best_of_n.bit_length())]
         self.betas = frontier.beta_grid(reference.reward)
-        self.tilted = frontier.tilted(reference.reward, self.betas)
+        self.tilted = frontier.tilted(reference.reward, self.betas, reference.scores)
         self.bon_reward = np.stack([frontier.best_of_n(reference.reward, n) for n in self.ns], 1)
         self.bon_kl = np.stack([frontier.best_of_n_kl_with_ties(reference.reward, n) for n in self.ns], 1)
 
     def best_of_n(self) -> list[dict]:
         rows = []
         for place, n in enumerate(self.ns):
-            reward = mean_interval(self.bon_reward[:, place])
+            kls = {"kl": frontier.best_of_n_kl(n), "kl_with_ties": float(self.bon_kl[:, place].mean())}
             judged = {
                 name: float(frontier.best_of_n(self.reference.reward, n, values).mean())
                 for name, values in self.reference.scores.items()
             }
-            kls = {"kl": frontier.best_of_n_kl(n), "kl_with_ties": float(self.bon_kl[:, place].mean())}
-            rows.append({"n": n, **kls, "reward": reward["mean"], "ci95": reward["ci95"], **judged})
+            rows.append({"n": n, **kls, **judged, "ci95": mean_interval(self.bon_reward[:, place])["ci95"]})
         return rows
 
     def optimal(self) -> list[dict]:
-        columns = {"beta": self.betas, "kl": self.tilted["kl"].mean(0), "reward": self.tilted["reward"].mean(0)}
+        columns = {"beta": self.betas} | {name: values.mean(0) for name, values in self.tilted.items()}
         columns["se"] = (prompt_draws(len(self.reference.reward)) @ self.tilted["reward"]).std(0)
-        columns["effective_samples"] = self.tilted["effective_samples"].mean(0)
-        for name, values in self.reference.scores.items():
-            columns[name] = frontier.tilted(self.reference.reward, self.betas, values)["value"].mean(0)
         return [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def compare(self, one: Measured) -> dict:
@@ -129,8 +124,8 @@ def score_win_rates(args: EvaluationArguments, measured: dict[str, Measured]) ->
     """Win rates of each policy against those named before it, by the reward model and by each Python judge."""
     rows = []
     for b, a in combinations(args.paths, 2):
-        for judge, scores in measured[a].values().items():
-            shares = outcomes(scores, measured[b].values()[judge])
+        for judge, scores in measured[a].scores.items():
+            shares = outcomes(scores, measured[b].scores[judge])
             name = "reward_model" if judge == "reward" else judge
             rows.append({"a": a, "b": b, "judge": name, **win_rate(shares)})
     return rows
@@ -146,20 +141,21 @@ def over_optimization(reference: Measured, checkpoints: list[Measured], best_of_
         return None
     kl = np.array([one.k1.mean() for one in runs])
     fits = {}
-    for name, values in reference.values().items():
-        gains = [one.values()[name].mean() - values.mean() for one in runs]
+    for name, values in reference.scores.items():
+        gains = [one.scores[name].mean() - values.mean() for one in runs]
         best = [(row["kl"], row[name] - values.mean()) for row in best_of_n if row["n"] > 1]
         fits[name] = {
             "rl": frontier.fit_over_optimization(kl, np.array(gains), "rl"),
             "bon": frontier.fit_over_optimization(*np.array(best).T, "bon"),
         }
-    return {"start": {name: float(values.mean()) for name, values in reference.values().items()}, "fits": fits}
+    return {"start": {name: float(values.mean()) for name, values in reference.scores.items()}, "fits": fits}
 
 
 def side_by_side(args: EvaluationArguments, measured: dict[str, Measured], prompts: list[Conversation]) -> list[dict]:
     """The first response of each policy; first the prompts on which the headline policy loses most."""
-    judge = next(iter(measured[args.headline].scores), "reward")
-    change = measured[args.headline].values()[judge][:, 0] - measured[args.reference].values()[judge][:, 0]
+    headline, reference = measured[args.headline].scores, measured[args.reference].scores
+    judge = next((name for name in headline if name != "reward"), "reward")
+    change = headline[judge][:, 0] - reference[judge][:, 0]
     return [
         {
             "prompt": "\n\n".join(turn["content"] for turn in prompts[row]),

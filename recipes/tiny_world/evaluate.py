@@ -79,12 +79,12 @@ def evaluate(folder: Path, seed: int) -> dict:
     policies = {}
     for name in POLICIES:
         one = measured[name]
-        policies[name] = {part: float(scores.mean()) for part, scores in one.scores.items()} | {
-            "proxy_reward": float(one.reward.mean()),
+        policies[name] = {part: float(one.scores[part].mean()) for part in judge.REWARD_FUNCTIONS} | {
+            "proxy_reward": float(one.scores["reward"].mean()),
             "kl": float(one.k1.mean()),
             "length": float(one.each(lambda sample: len(sample.token_ids)).mean()),
             "gold_greedy": float(measured[greedy[name].name].scores["gold"].mean()),
-            "n": one.reward.size,
+            "n": one.k1.size,
         }
     return {
         "policies": policies,
