@@ -36,7 +36,7 @@ class EvaluationArguments(SamplingArguments):
     num_checkpoints: int = field(default=6, metadata={"help": "Checkpoints of each run, spread evenly."})
     temperatures: list[float] = field(
         default_factory=lambda: [0.8, 0.6, 0.4, 0.2],
-        metadata={"help": "The reference is also sampled at these: what mere sharpening gains."},
+        metadata={"help": "The reference is also sampled at these: what sharpening gains without RL."},
     )
     best_of_n: int = field(
         default=64, metadata={"help": "Samples of the reference per prompt, for best-of-n and the frontier."}

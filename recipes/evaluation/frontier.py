@@ -96,10 +96,10 @@ def _tilted(rewards: np.ndarray, betas: np.ndarray, scores: dict[str, np.ndarray
     }
 
 
-def beta_grid(rewards: np.ndarray, points: int = 32) -> np.ndarray:
-    """Betas (points,) from hardly any tilt to almost the best sample, scaled by the spread of rewards to a prompt."""
+def beta_grid(rewards: np.ndarray) -> np.ndarray:
+    """Betas (32,) from hardly any tilt to almost the best sample, scaled by the spread of rewards to a prompt."""
     spread = float(np.asarray(rewards).std(1).mean())
-    return (spread if spread > 0 else 1.0) * np.geomspace(20.0, 0.02, points)
+    return (spread if spread > 0 else 1.0) * np.geomspace(20.0, 0.02, 32)
 
 
 def gain_at_equal_kl(

@@ -80,11 +80,11 @@ def ordering(pairs: Sequence[Pair]) -> dict:
     return {"accuracy": accuracy, "longer_wins_baseline": baseline, "n_pairs": len(pairs)}
 
 
-def by_length_difference(pairs: Sequence[Pair], bins: int = LENGTH_BINS) -> list[dict]:
+def by_length_difference(pairs: Sequence[Pair]) -> list[dict]:
     """Accuracy in bins of about equally many pairs, by how much longer (in tokens) the better response is."""
     ordered = sorted(pairs, key=lambda pair: pair.chosen_length - pair.rejected_length)
     differences = np.array([pair.chosen_length - pair.rejected_length for pair in ordered])
-    edges = np.unique(np.quantile(differences, np.linspace(0, 1, bins + 1)[1:-1]))
+    edges = np.unique(np.quantile(differences, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]))
     places = np.searchsorted(edges, differences, side="left")
     rows = []
     for place in np.unique(places):
@@ -94,7 +94,7 @@ def by_length_difference(pairs: Sequence[Pair], bins: int = LENGTH_BINS) -> list
     return rows
 
 
-def calibration(pairs: Sequence[Pair], bins: int = CALIBRATION_BINS) -> dict:
+def calibration(pairs: Sequence[Pair]) -> dict:
     """Whether the model is right as often as it claims.
 
     It claims to be right with probability `sigmoid(|margin|)`, between 0.5 and 1. For equal bins of it: the mean
@@ -103,15 +103,11 @@ def calibration(pairs: Sequence[Pair], bins: int = CALIBRATION_BINS) -> dict:
     """
     claims = 1 / (1 + np.exp(-np.abs([pair.margin for pair in pairs])))
     right = np.array([pair.right for pair in pairs])
-    places = np.minimum(((claims - 0.5) * 2 * bins).astype(int), bins - 1)
-    curve = [
-        {
-            "claimed": float(claims[places == place].mean()),
-            "right": float(right[places == place].mean()),
-            "n_pairs": int((places == place).sum()),
-        }
-        for place in np.unique(places)
-    ]
+    places = np.minimum(((claims - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    curve = []
+    for place in np.unique(places):
+        mean = [float(values[places == place].mean()) for values in (claims, right)]
+        curve.append({"claimed": mean[0], "right": mean[1], "n_pairs": int((places == place).sum())})
     error = sum(abs(row["claimed"] - row["right"]) * row["n_pairs"] for row in curve) / len(pairs)
     return {"error": float(error), "curve": curve}
 

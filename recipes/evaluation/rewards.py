@@ -1,6 +1,7 @@
 """The reward model as a judge of samples, and of the pairs that it is measured on."""
 
 import json
+from functools import cached_property
 
 import numpy as np
 from accelerate import PartialState
@@ -26,13 +27,11 @@ class RewardModel:
         self.mean, self.std = (statistics["mean"], statistics["std"]) if statistics else (0.0, 1.0)
         self.unit = "standard deviations of the ranked responses' scores" if statistics else "raw scores"
         self.made_from = identity(self.path) | {"mean": self.mean, "std": self.std}
-        self.loaded = None
 
-    def load(self):
-        if self.loaded is None:
-            model, tokenizer = load_reward_model(self.path, self.model_args, self.args.trust_remote_code)
-            self.loaded = (model.to(PartialState().device), tokenizer)
-        return self.loaded
+    @cached_property
+    def loaded(self):
+        model, tokenizer = load_reward_model(self.path, self.model_args, self.args.trust_remote_code)
+        return model.to(PartialState().device), tokenizer
 
     def raw_scores(self, conversations: list[Conversation]) -> list[float]:
         """Scores of conversations, in their order; one that is there twice runs once.
@@ -40,7 +39,7 @@ class RewardModel:
         Raises:
             UserError: a score is not a finite number.
         """
-        model, tokenizer = self.load()
+        model, tokenizer = self.loaded
         keys = [json.dumps(conversation) for conversation in conversations]
         distinct = dict(zip(keys, conversations, strict=True))
         values = score_conversations(model, tokenizer, list(distinct.values()), self.args.eval_batch_size)
@@ -60,7 +59,7 @@ class RewardModel:
 
     def pairs(self, rows: list[dict]) -> list[Pair]:
         """Pairs from `read_pairs`, with raw scores: `sigmoid` turns their differences into probabilities."""
-        _, tokenizer = self.load()
+        tokenizer = self.loaded[1]
         sides = ("chosen", "rejected")
         scores = iter(self.raw_scores([row["prompt"] + row[side] for row in rows for side in sides]))
         pairs = []

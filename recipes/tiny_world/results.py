@@ -1,4 +1,4 @@
-"""Makes docs/results.md: the quickstart's claims over several seeds, and PPO at several prices of a nat.
+"""Makes docs/results.md: the quickstart's claims over several seeds, and PPO at several `kl_coef`.
 
     python -m recipes.tiny_world.results --runs runs/results/seed0 runs/results/seed1 runs/results/seed2 \\
         --output docs/results.md
