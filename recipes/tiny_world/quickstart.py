@@ -28,6 +28,7 @@ from recipes.cli.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNNING: list[subprocess.Popen] = []  # what other threads end
 PROGRESS = re.compile(r"(\d+)/(\d+) \[")
+INTERVAL = 15.0  # seconds between two lines of progress
 REAL_MODEL = (
     "accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/sft.py "
     "--model_name_or_path Qwen/Qwen3-0.6B-Base --use_peft true --learning_rate 2e-4 "
@@ -37,7 +38,7 @@ REAL_MODEL = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, what it leaves in the output folder, and the metrics worth a line (with their share of text).
+    """One command, what it leaves in the output folder, and the metrics to show at its end, each with its label.
 
     `continues`: the command itself goes on with what a stopped run left.
     """
@@ -92,28 +93,6 @@ PIPELINE = [  # each entry the stages that run at the same time
 ]
 
 
-class Progress:
-    """The state of a running stage in one line: rewritten on a terminal where it runs alone, else now and then."""
-
-    def __init__(self, name: str, alone: bool):
-        self.name, self.start = name, time.monotonic()
-        self.shown = self.start
-        self.live = alone and sys.stdout.isatty()
-        self.interval = 0.2 if self.live else 30.0
-
-    def update(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self.shown >= self.interval:
-            self.shown = now
-            line = f"  {now - self.start:4.0f} s  {self.name}: {text}"
-            print(f"\r{line:<78}" if self.live else line, end="" if self.live else "\n", flush=True)
-
-    def finish(self, text: str) -> float:
-        seconds = time.monotonic() - self.start
-        print(f"{chr(13) if self.live else ''}{f'  {self.name}: done in {seconds:.0f} s  {text}':<78}", flush=True)
-        return seconds
-
-
 class Quickstart:
     """The stages in one output folder, and in `quickstart.json` their commands and which are finished."""
 
@@ -139,13 +118,13 @@ class Quickstart:
         self.save()
 
     def save(self) -> None:
-        partial = self.state_file.with_suffix(".partial")
+        unfinished = self.state_file.with_suffix(".partial")
         state = {"seed": self.seed, "seconds": self.seconds, "commands": self.commands}
         with self.lock:
-            partial.write_text(json.dumps(state, indent=2), encoding="utf-8")
-            partial.replace(self.state_file)
+            unfinished.write_text(json.dumps(state, indent=2), encoding="utf-8")
+            unfinished.replace(self.state_file)
 
-    def run(self, stage: Stage, alone: bool) -> None:
+    def run(self, stage: Stage) -> None:
         command = stage.command(self.written, self.seed)
         if self.commands.setdefault(stage.name, command) != command:
             raise UserError(
@@ -159,12 +138,14 @@ class Quickstart:
         self.save()
         command += self.continuation(stage)
         print(f"\n{stage.title}\n$ {shlex.join(command)}", flush=True)
-        log, progress = self.folder / "logs" / f"{stage.name}.log", Progress(stage.name, alone)
-        if execute(command, log, progress) != 0:
+        log, started = self.folder / "logs" / f"{stage.name}.log", time.monotonic()
+        if execute(command, log, stage.name) != 0:
             tail = "\n".join(re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").strip())[-15:])
             raise UserError(f"{stage.title} failed; the end of {log}:\n{tail}")
-        self.seconds[stage.name] = progress.finish(headline(self.folder / stage.output, stage.metrics))
+        self.seconds[stage.name] = seconds = time.monotonic() - started
         self.save()
+        found = headline(self.folder / stage.output, stage.metrics)
+        print(f"  {stage.name}: done in {seconds:.0f} s  {found}".rstrip(), flush=True)
 
     def continuation(self, stage: Stage) -> list[str]:
         """Flags to go on with what a stopped run left; what cannot be continued is put aside, never deleted."""
@@ -196,8 +177,8 @@ def run_parallel(jobs: Sequence[Callable[[], None]], workers: int) -> None:
         pool.shutdown()
 
 
-def execute(command: list[str], log: Path, progress: Progress) -> int:
-    """Run a command with its output in `log` and its progress on the terminal; return its exit code."""
+def execute(command: list[str], log: Path, name: str) -> int:
+    """Run a command with its output in `log` and a line of progress now and then; return its exit code."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # So small a model gains nothing from a second thread, and loses much where another program wants the core.
@@ -212,14 +193,15 @@ def execute(command: list[str], log: Path, progress: Progress) -> int:
         start_new_session=True,
     )
     RUNNING.append(process)
-    text = "starting"
+    started = shown = time.monotonic()
     with log.open("wb") as file:
         while chunk := os.read(process.stdout.fileno(), 65536):
             file.write(chunk)
             file.flush()
-            if steps := PROGRESS.findall(chunk.decode(errors="replace")):
-                text = f"{steps[-1][0]} of {steps[-1][1]}"
-            progress.update(text)
+            steps = PROGRESS.findall(chunk.decode(errors="replace"))
+            if steps and (now := time.monotonic()) - shown >= INTERVAL:
+                shown = now
+                print(f"  {now - started:4.0f} s  {name}: {steps[-1][0]} of {steps[-1][1]}", flush=True)
     return process.wait()
 
 
@@ -257,7 +239,7 @@ def quickstart(folder: Path, seed: int) -> None:
     state = Quickstart(folder, seed)
     print(f"The whole pipeline on a CPU, seed {seed}, into {state.written} (commands run in {ROOT})")
     for group in PIPELINE:
-        run_parallel([partial(state.run, stage, len(group) == 1) for stage in group], len(group))
+        run_parallel([partial(state.run, stage) for stage in group], len(group))
 
     from recipes.tiny_world.report import table, write_report
 

@@ -60,7 +60,7 @@ def run_all(runs: list[Quickstart]) -> None:
 
     def work(run: Quickstart, stages: list[Stage]) -> None:
         for stage in stages:
-            run.run(stage, alone=False)
+            run.run(stage)
 
     run_parallel([partial(work, run, stages) for run in runs for stages in evaluated(run.seed)], WORKERS)
     run_parallel([partial(work, run, [evaluation(run.seed)]) for run in runs], WORKERS)
