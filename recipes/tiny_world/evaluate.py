@@ -107,8 +107,8 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of a quickstart")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    result = evaluate(args.output_dir, args.seed)
-    (args.output_dir / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(evaluate(args.output_dir, args.seed), indent=2, ensure_ascii=False)
+    (args.output_dir / "evaluation.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
