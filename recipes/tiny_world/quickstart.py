@@ -27,7 +27,7 @@ from recipes.cli.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNNING: list[subprocess.Popen] = []  # what other threads end
-PROGRESS = re.compile(r"(\d+)/(\d+) \[")
+PROGRESS = re.compile(r"(\d+/\d+) \[|parts: (\S+)")  # of a progress bar; of an evaluation
 INTERVAL = 15.0  # seconds between two lines of progress
 REAL_MODEL = (
     "accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/sft.py "
@@ -181,6 +181,7 @@ def execute(command: list[str], log: Path, name: str) -> int:
     """Run a command with its output in `log` and a line of progress now and then; return its exit code."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of loading, not of training
     # So small a model gains nothing from a second thread, and loses much where another program wants the core.
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     process = subprocess.Popen(
@@ -198,10 +199,10 @@ def execute(command: list[str], log: Path, name: str) -> int:
         while chunk := os.read(process.stdout.fileno(), 65536):
             file.write(chunk)
             file.flush()
-            steps = PROGRESS.findall(chunk.decode(errors="replace"))
-            if steps and (now := time.monotonic()) - shown >= INTERVAL:
+            found = PROGRESS.findall(chunk.decode(errors="replace"))
+            if found and (now := time.monotonic()) - shown >= INTERVAL:
                 shown = now
-                print(f"  {now - started:4.0f} s  {name}: {steps[-1][0]} of {steps[-1][1]}", flush=True)
+                print(f"  {now - started:4.0f} s  {name}: {''.join(found[-1])}", flush=True)
     return process.wait()
 
 
