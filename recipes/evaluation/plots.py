@@ -42,7 +42,7 @@ def plain(text: str) -> str:
 
 
 def colors(report: dict) -> dict[str, str]:
-    """One colour for each policy; the reference is grey."""
+    """One colour for each policy; the reference is black."""
     others = [name for name in report["policies"] if name != report["reference"]]
     return {report["reference"]: "black"} | {name: COLORS[place % len(COLORS)] for place, name in enumerate(others)}
 

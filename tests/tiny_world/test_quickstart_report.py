@@ -101,14 +101,19 @@ def test_log_probs_are_those_of_the_saved_adapter_alone(finished, report, tiny_b
     known = f"{name}@T{temperature:g}" if sharpened else name
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
 
-    def alone(policy: str, question: str, ids: list[int], temperature: float) -> list[float]:
+    def load(policy: str):
         model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
-        if policy != "base":
-            model = PeftModel.from_pretrained(model, finished / policy).eval()
+        return model if policy == "base" else PeftModel.from_pretrained(model, finished / policy).eval()
+
+    models = {policy: load(policy) for policy in {name, "sft"}}
+
+    def alone(policy: str, question: str, ids: list[int], temperature: float) -> list[float]:
         chat = [{"role": "user", "content": question}]
         start = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         with torch.no_grad():
-            steps = (model(torch.tensor([start + ids])).logits[0] / temperature).log_softmax(-1)[len(start) - 1 : -1]
+            steps = (models[policy](torch.tensor([start + ids])).logits[0] / temperature).log_softmax(-1)[
+                len(start) - 1 : -1
+            ]
         return steps[range(len(steps)), ids].tolist()
 
     samples, reference = part(finished, f"samples-{known}"), part(finished, f"reference-{known}")
