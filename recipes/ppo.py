@@ -25,7 +25,7 @@ from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, run
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.compatibility import check_ppo_models
-from recipes.models.loading import load_ppo_models, read_reward_statistics
+from recipes.models.loading import load_ppo_models, read_reward_statistics, report_half_precision
 from recipes.models.source import ModelSource, resolve_model
 from recipes.models.tokenization import load_tokenizer
 from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
@@ -132,6 +132,7 @@ def main(
         reward_funcs=[import_function(path, "--reward_funcs") for path in script_args.reward_funcs or []],
         **load_ppo_models(policy, reward, model_args, script_args.separate_reward_model),
     )
+    report_half_precision(trainer.model)
     prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
     if left := prompts % rollout:
         trainer.accelerator.print(f"Each epoch leaves out {left} of {prompts} prompts, other ones each time.")

@@ -9,6 +9,7 @@ chosen/rejected pairs are rankings of two. It starts from the SFT adapter, as in
 model works too. Every flag of TRL's `ScriptArguments`, `RewardConfig` and `ModelConfig` works.
 """
 
+import random
 import sys
 
 if __name__ == "__main__":
@@ -22,13 +23,9 @@ from trl import ModelConfig, RewardConfig, ScriptArguments
 from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, run
 from recipes.formatting import FormattingArguments, load_formatted
+from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model, check_reward_base
-from recipes.models.loading import (
-    keep_head_in_float32,
-    load_reward_trainee,
-    save_reward_statistics,
-    score_conversations,
-)
+from recipes.models.loading import load_reward_trainee, report_half_precision, save_reward_statistics
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 from recipes.trainers.ranking_trainer import RankingRewardTrainer, majority_rankings
@@ -54,19 +51,27 @@ class RewardScriptArguments(ScriptArguments):
     )
 
 
+MOST_REFERENCES = 4096  # conversations scored after training; Ziegler et al. (1909.08593) took 256
+
 ARGUMENTS = (RewardScriptArguments, RewardConfig, ModelConfig, FormattingArguments)
 
 
-def reference_conversations(script_args, format_args, datasets, tokenizer) -> tuple[list[list[dict]], str]:
-    """The conversations whose scores PPO normalises by, and where they are from."""
-    if script_args.reference_dataset_name is None:
-        rows = [row for split in datasets.values() for row in split]
-        conversations = [row["prompt"] + completion for row in rows for completion in row["completions"]]
-        return conversations, script_args.dataset_name
-    demonstrations = load_formatted(
-        "sft", ScriptArguments(dataset_name=script_args.reference_dataset_name), FormattingArguments(), tokenizer
-    )
-    return list(demonstrations["train"]["messages"]), script_args.reference_dataset_name
+def reference_rows(script_args, trainer: RankingRewardTrainer) -> tuple[list[list[int]], str]:
+    """Token ids of the conversations whose scores PPO normalises by, and where they are from.
+
+    They are at most `MOST_REFERENCES`, and none is longer than `max_length`, where no score was ever trained.
+    """
+    source, tokenizer = script_args.reference_dataset_name, trainer.processing_class
+    if source is None:
+        datasets = filter(None, [trainer.train_dataset, trainer.eval_dataset])
+        rows = [ids for dataset in datasets for ranking in dataset["response_ids"] for ids in ranking]
+    else:
+        demonstrations = load_formatted("sft", ScriptArguments(dataset_name=source), FormattingArguments(), tokenizer)
+        rows = tokenizer.apply_chat_template(list(demonstrations["train"]["messages"]), return_dict=False)
+        rows = [ids for ids in rows if trainer.args.max_length is None or len(ids) <= trainer.args.max_length]
+    if len(rows) > MOST_REFERENCES:
+        rows = random.Random(trainer.args.seed).sample(rows, MOST_REFERENCES)
+    return rows, source or script_args.dataset_name
 
 
 def main(
@@ -97,22 +102,24 @@ def main(
         datasets["train"] = majority_rankings(datasets["train"])
 
     set_seed(training_args.seed)
-    trainer = RankingRewardTrainer(
-        model=load_reward_trainee(start, model_args),
-        args=training_args,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("eval"),
-        processing_class=tokenizer,
-    )
-    keep_head_in_float32(trainer.accelerator.unwrap_model(trainer.model))
+    model = load_reward_trainee(start, model_args)
+    with float32_adapters(model):
+        trainer = RankingRewardTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("eval"),
+            processing_class=tokenizer,
+        )
+    report_half_precision(model)
     folder.train(trainer, datasets.reports)
     if evaluate:
         trainer.save_metrics("eval", trainer.evaluate())
 
+    folder.save_model(trainer)  # before anything else can fail
+    rows, source = reference_rows(script_args, trainer)
+    scores = trainer.score(rows)
     if trainer.accelerator.is_main_process:
-        conversations, source = reference_conversations(script_args, format_args, datasets, tokenizer)
-        model = trainer.accelerator.unwrap_model(trainer.model).eval()
-        scores = score_conversations(model, tokenizer, conversations, training_args.per_device_eval_batch_size)
         save_reward_statistics(training_args.output_dir, scores, source)
     folder.finish(trainer, datasets.reports)
     return trainer

@@ -18,8 +18,9 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, run
 from recipes.formatting import FormattingArguments, load_formatted
+from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model
-from recipes.models.loading import disable_router_logits, load_policy
+from recipes.models.loading import disable_router_logits, load_policy, report_half_precision
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 from recipes.trainers.checkpoints import WholeSFTTrainer
@@ -55,13 +56,16 @@ def main(
     )
 
     set_seed(training_args.seed)
-    trainer = WholeSFTTrainer(
-        model=load_policy(base, model_args),
-        args=training_args,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("eval"),
-        processing_class=tokenizer,
-    )
+    model = load_policy(base, model_args)
+    with float32_adapters(model):
+        trainer = WholeSFTTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("eval"),
+            processing_class=tokenizer,
+        )
+    report_half_precision(model)
     folder.train(trainer, datasets.reports)
     disable_router_logits(trainer.accelerator.unwrap_model(trainer.model))
     folder.finish(trainer, datasets.reports)

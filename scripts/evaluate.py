@@ -73,15 +73,14 @@ def read_prompts(script_args: ScriptArguments, format_args: FormattingArguments,
     return prompts[:limit]
 
 
-def other_win_rates(evaluation: Evaluation, measured: dict, judge_args: JudgeArguments) -> list[dict]:
-    """By an LLM against the reference, and by people; both see the first response of each policy to a prompt."""
+def other_win_rates(evaluation: Evaluation, texts: dict[str, list[str]], judge_args: JudgeArguments) -> list[dict]:
+    """By an LLM against the reference, and by people; `texts` are the first response of each policy to each prompt."""
     args, prompts = evaluation.args, evaluation.conversations
-    texts = {name: [group[0].text for group in measured[name].samples] for name in args.paths}
     rows = []
     if judge_args.llm_judge_model is not None:
         memory = evaluation.parts.folder / "llm_verdicts.jsonl"
         judge = LLMJudge(judge_args.llm_judge_model, judge_args.llm_judge_base_url, memory)
-        for name in (name for name in args.paths if name != args.reference):
+        for name in (name for name in texts if name != args.reference):
             title = f"{judge.model} on {name}"
             shares, behaviour = judge.compare(prompts, texts[name], texts[args.reference], title)
             rows.append((name, args.reference, judge.model, shares, behaviour))
@@ -89,11 +88,10 @@ def other_win_rates(evaluation: Evaluation, measured: dict, judge_args: JudgeArg
         rankings = read_people(judge_args.rankings)
         for b, a in combinations(args.paths, 2):
             rows.append((a, b, "people", people_outcomes(rankings, prompts, texts[a], texts[b]), {}))
-    known = [(*row[:3], row[3][np.isfinite(row[3][:, 0])], row[4]) for row in rows]
     return [
-        {"a": a, "b": b, "judge": judge, **win_rate(shares), **more}
-        for a, b, judge, shares, more in known
-        if len(shares)
+        {"a": a, "b": b, "judge": judge, **win_rate(shares[known]), **more}
+        for a, b, judge, shares, more in rows
+        if (known := np.isfinite(shares[:, 0])).any()
     ]
 
 
@@ -112,12 +110,12 @@ def main():
     measured = evaluation.measure()
 
     report = summarise(args, measured, evaluation.conversations, reward.unit)
-    report["win_rates"] += other_win_rates(evaluation, measured, judge_args)
+    texts = {name: [group[0].text for group in measured[name].samples] for name in args.paths}
+    report["win_rates"] += other_win_rates(evaluation, texts, judge_args)
     report["reward_model"] = reward_model_quality(reward.pairs(pairs)) if pairs else None
     report["git_revision"] = git_revision()
     write_report(report, args.output_dir)
     if judge_args.ranking_task is not None:
-        texts = {name: [group[0].text for group in measured[name].samples] for name in args.paths}
         count = write_ranking_task(Path(judge_args.ranking_task), evaluation.conversations, texts)
         print(f"{judge_args.ranking_task}: {count} prompts to rank with scripts/rank_responses.py serve --samples")
     if judge_args.report_to == "wandb":

@@ -92,7 +92,7 @@ class RunFolder:
         """The checkpoint to go on from, if any, and what to say about the choice."""
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UserError(f"--output_dir {self.path} is a file: choose another.")
-        entries = {*os.listdir(self.path)} - {LOCK, UNFINISHED} if os.path.isdir(self.path) else set()
+        entries = holds_anything(self.path)
         given = self.training_args.resume_from_checkpoint
         wish = str(given).lower()
         if wish in ("none", "false", "no", "0", "") or (wish == "auto" and not entries):
@@ -104,7 +104,7 @@ class RunFolder:
             return None, []
         newest = wish in ("true", "yes", "1", "auto")
         origin = self.path if newest else os.path.dirname(os.path.abspath(given))
-        here = newest or (bool(entries) and os.path.samefile(origin, self.path))
+        here = newest or (entries and os.path.samefile(origin, self.path))
         if entries and not here:
             raise UserError(
                 f"The output folder {self.path} is not empty, and {given} is a checkpoint of another run: "
@@ -159,31 +159,43 @@ class RunFolder:
         with signals.stops_after_a_step():
             trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
 
-    def finish(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
-        """Save model, tokenizer, model card, trainer state and the record of the run, and leave the process group.
+    def save_model(self, trainer: Trainer, last: Callable[[str], None] | None = None) -> None:
+        """Put the trained model into the folder: all its files are written aside first, then moved.
 
-        All is written aside, then moved; `train_config.yaml` comes last: a folder that holds it holds a finished run.
+        Args:
+            last: writes further files of the first process into the folder it is called with.
         """
-        aside, main = unfinished(self.path, "result"), trainer.accelerator.is_main_process
+        aside = unfinished(self.path, "result")
         if trainer.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(aside, _internal_call=True)
-        if main:
+        if last is not None and trainer.accelerator.is_main_process:
             os.makedirs(aside, exist_ok=True)
-            trainer.state.save_to_json(os.path.join(aside, TRAINER_STATE_NAME))
-            for name, report in reports.items():
-                report.save(os.path.join(aside, f"data_report_{name.replace(' ', '_')}.json"))
-            record = self.record | {"arguments": all_arguments(self.arguments)}  # some are settled on the way
-            write_record(os.path.join(aside, RESULT), record)
-            trainer.create_model_card()
+            last(aside)
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             move_contents(aside, self.path, last=RESULT)
             recover(self.path)
+
+    def finish(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
+        """Save model, tokenizer, model card, trainer state and the record of the run, and leave the process group.
+
+        `train_config.yaml` comes last: a folder that holds it holds a finished run.
+        """
+
+        def write_records(aside: str) -> None:
+            trainer.state.save_to_json(os.path.join(aside, TRAINER_STATE_NAME))
+            for name, report in reports.items():
+                report.save(os.path.join(aside, f"data_report_{name.replace(' ', '_')}.json"))
+            settled = all_arguments(self.arguments)  # some arguments are settled on the way
+            write_record(os.path.join(aside, RESULT), self.record | {"arguments": settled})
+            trainer.create_model_card()
+
+        self.save_model(trainer, write_records)
         if trainer.args.push_to_hub:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
-        if main:
+        if trainer.accelerator.is_main_process:
             print(f"Saved to {self.path}", file=sys.stderr)
             lock.release(os.path.join(self.path, LOCK))
         trainer.accelerator.wait_for_everyone()
@@ -226,6 +238,16 @@ def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def holds_anything(folder: str) -> bool:
+    """Whether a folder holds more than what a run leaves that was stopped before it began."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        path = os.path.join(folder, name)
+        empty = os.path.isdir(path) and not os.listdir(path)
+        if name not in (LOCK, UNFINISHED, f"{RECORD}.partial") and not empty:
+            return True
+    return False
 
 
 def give_back_locks() -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from recipes.cli.errors import UserError
-from recipes.evaluation.policies import Sampled, checkpoints, named_paths
+from recipes.evaluation.policies import PolicySpec, checkpoints, named_paths
 from recipes.models.sampling import SamplingArguments
 
 
@@ -36,7 +36,7 @@ class EvaluationArguments(SamplingArguments):
     num_checkpoints: int = field(default=6, metadata={"help": "Checkpoints of each run, spread evenly."})
     temperatures: list[float] = field(
         default_factory=lambda: [0.8, 0.6, 0.4, 0.2],
-        metadata={"help": "The reference is also sampled at these: what mere sharpening gains."},
+        metadata={"help": "The reference is also sampled at these: what sharpening gains without RL."},
     )
     best_of_n: int = field(
         default=64, metadata={"help": "Samples of the reference per prompt, for best-of-n and the frontier."}
@@ -70,17 +70,15 @@ class EvaluationArguments(SamplingArguments):
             if name not in self.paths:
                 raise UserError(f"--{flag} {name} is not among --policies {', '.join(names)}.")
 
-    def plan(self) -> list[Sampled]:
+    def plan(self) -> list[PolicySpec]:
         """Everything that is sampled: the policies, the sharpened reference, the checkpoints."""
-        plan = [Sampled(name, path, self.num_generations, self.temperature) for name, path in self.paths.items()]
-        reference = next(one for one in plan if one.name == self.reference)
-        often = replace(reference, num_generations=max(self.best_of_n, self.num_generations))
-        plan[plan.index(reference)] = often
-        for temperature in self.temperatures:
-            if temperature != self.temperature:
-                name = f"{self.reference}@T{temperature:g}"
-                plan.append(Sampled(name, reference.path, self.curve_generations, temperature))
+        plan = [PolicySpec(name, path, self.num_generations, self.temperature) for name, path in self.paths.items()]
+        place = list(self.paths).index(self.reference)
+        plan[place] = replace(plan[place], num_generations=max(self.best_of_n, self.num_generations))
+        sharper = [temperature for temperature in self.temperatures if temperature != self.temperature]
+        plan += [plan[place].at(temperature, self.curve_generations) for temperature in sharper]
         for run, folder in self.runs.items():
             for step, path in checkpoints(folder, self.num_checkpoints):
-                plan.append(Sampled(f"{run}@step{step}", path, self.curve_generations, self.temperature, run, step))
+                name = f"{run}@step{step}"
+                plan.append(PolicySpec(name, path, self.curve_generations, self.temperature, run, step))
         return plan

@@ -5,6 +5,8 @@ All from N samples of the reference for each of P prompts and their rewards (P, 
 KL(policy || reference) of whole responses, in nats.
 """
 
+from math import comb
+
 import numpy as np
 
 from recipes.evaluation.metrics import interval, prompt_draws
@@ -46,24 +48,18 @@ def best_of_n(rewards: np.ndarray, n: int, values: np.ndarray | None = None) -> 
     size = rewards.shape[1]
     if not 1 <= n <= size:
         raise ValueError(f"best of {n} cannot be estimated from {size} samples")
-    weights = np.zeros(size)
-    weights[-1] = n / size
-    for place in range(size - 1, n - 1, -1):  # C(place - 1, n - 1) = C(place, n - 1) * (place - n + 1) / place
-        weights[place - 1] = weights[place] * (place - n + 1) / place
-    order = np.argsort(rewards, axis=1)
-    if values is None:
-        return np.take_along_axis(rewards, order, 1) @ weights
-    values = np.asarray(values, dtype=np.float64)
-    return np.stack([_mean_of_ties(*row) for row in zip(rewards, values, order, strict=True)]) @ weights
+    weights = np.array([comb(place, n - 1) / comb(size, n) for place in range(size)])
+    values = rewards if values is None else np.asarray(values, dtype=np.float64)
+    return np.array([_mean_of_ties(*row) @ weights for row in zip(rewards, values, strict=True)])
 
 
-def _mean_of_ties(rewards: np.ndarray, values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """`values` in the order of the rewards, each the mean over the responses with the same reward."""
-    _, level = np.unique(rewards[order], return_inverse=True)
-    return (np.bincount(level, weights=values[order]) / np.bincount(level))[level]
+def _mean_of_ties(rewards: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`values` (N,) in the order of the rewards, each the mean over the responses with the same reward."""
+    _, level = np.unique(rewards, return_inverse=True)
+    return (np.bincount(level, weights=values) / np.bincount(level))[np.sort(level)]
 
 
-def tilted(rewards: np.ndarray, betas: np.ndarray, values: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def tilted(rewards: np.ndarray, betas: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The policy with the highest reward at its KL, `pi_ref(y) exp(r(y) / beta) / Z`, by importance weighting.
 
     Samples of the reference get the weights `softmax(r / beta)`; then reward = sum w r and KL = sum w log(N w). Both
@@ -73,45 +69,37 @@ def tilted(rewards: np.ndarray, betas: np.ndarray, values: np.ndarray | None = N
     Args:
         rewards: (P, N), N >= 2.
         betas: (M,), in the unit of the rewards, from large (the reference) to small.
-        values: (P, N), averaged with the same weights.
+        scores: (P, N) each, the rewards and others, averaged with the weights.
 
     Returns:
-        "kl", "reward" (and "value"), and "effective_samples" 1 / sum w^2, which says how many samples carry the
-        estimate: each (P, M). KL cannot be estimated beyond log N.
+        "kl", which cannot be estimated beyond log N, `scores` by their names, and "effective_samples" 1 / sum w^2,
+        which says how many samples carry the estimate: each (P, M).
     """
-    rewards = np.asarray(rewards, dtype=np.float64)
-    everything = _tilted(rewards, betas, values)
-    parts = [
-        _tilted(rewards[:, start::2], betas, None if values is None else np.asarray(values)[:, start::2])
+    whole = _tilted(rewards, betas, scores)
+    even, odd = (
+        _tilted(rewards[:, start::2], betas, {name: values[:, start::2] for name, values in scores.items()})
         for start in (0, 1)
-    ]
-    corrected = {
-        name: 2 * estimate - (parts[0][name] + parts[1][name]) / 2
-        for name, estimate in everything.items()
-        if name != "effective_samples"
+    )
+    corrected = {name: 2 * whole[name] - (even[name] + odd[name]) / 2 for name in whole}
+    return corrected | {"effective_samples": whole["effective_samples"]}
+
+
+def _tilted(rewards: np.ndarray, betas: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    logits = rewards[:, None] / betas[:, None]  # (P, M, N)
+    logits -= logits.max(-1, keepdims=True)
+    log_weights = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    weights = np.exp(log_weights)
+    return {
+        "kl": (weights * (log_weights + np.log(rewards.shape[1]))).sum(-1),
+        "effective_samples": 1 / (weights**2).sum(-1),
+        **{name: (weights * values[:, None]).sum(-1) for name, values in scores.items()},
     }
-    return corrected | {"effective_samples": everything["effective_samples"]}
 
 
-def _tilted(rewards: np.ndarray, betas: np.ndarray, values: np.ndarray | None) -> dict[str, np.ndarray]:
-    curves: dict[str, list[np.ndarray]] = {"kl": [], "reward": [], "effective_samples": []}
-    for beta in betas:
-        logits = rewards / beta
-        logits = logits - logits.max(1, keepdims=True)
-        log_weights = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        weights = np.exp(log_weights)
-        curves["kl"].append((weights * (log_weights + np.log(rewards.shape[1]))).sum(1))
-        curves["reward"].append((weights * rewards).sum(1))
-        curves["effective_samples"].append(1 / (weights**2).sum(1))
-        if values is not None:
-            curves.setdefault("value", []).append((weights * values).sum(1))
-    return {name: np.stack(columns, 1) for name, columns in curves.items()}
-
-
-def beta_grid(rewards: np.ndarray, points: int = 32) -> np.ndarray:
-    """Betas (points,) from hardly any tilt to almost the best sample, scaled by the spread of rewards to a prompt."""
+def beta_grid(rewards: np.ndarray) -> np.ndarray:
+    """Betas (32,) from hardly any tilt to almost the best sample, scaled by the spread of rewards to a prompt."""
     spread = float(np.asarray(rewards).std(1).mean())
-    return (spread if spread > 0 else 1.0) * np.geomspace(20.0, 0.02, points)
+    return (spread if spread > 0 else 1.0) * np.geomspace(20.0, 0.02, 32)
 
 
 def gain_at_equal_kl(

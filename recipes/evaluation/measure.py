@@ -4,22 +4,25 @@ One model is in memory at a time: first each policy samples, then the reference 
 samples, then the reward model scores them.
 """
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from trl import ModelConfig
 
+from recipes.cli.arguments import import_function
+from recipes.cli.errors import UserError
 from recipes.evaluation.arguments import EvaluationArguments
-from recipes.evaluation.judges import judge_scores
 from recipes.evaluation.metrics import kl_k1, kl_k3
 from recipes.evaluation.parts import Parts, fingerprint, identity
-from recipes.evaluation.policies import Conversation, Sample, Sampled, draw_samples, same_vocabulary, token_log_probs
+from recipes.evaluation.policies import Conversation, PolicySpec, Sample, base_of, token_log_probs, with_prompts
 from recipes.evaluation.rewards import RewardModel
-from recipes.models.sampling import Prompt, SamplingArguments, check_lengths, load_generator
+from recipes.models.sampling import Prompt, Response, check_lengths, load_generator, sample
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
+from recipes.trainers.fast.drop_finished import DropFinishedSampler
 
 
 @dataclass(frozen=True)
@@ -27,23 +30,23 @@ class Measured:
     """What is known of the samples of one policy, as arrays (prompts, responses).
 
     Args:
-        k1, k3: estimates of KL to the reference per response, in nats; `None` where the vocabularies differ.
-        reward: the reward model's. scores: each Python judge's, by name.
+        k1, k3: estimates of KL to the reference per response, in nats; `None` where the vocabularies differ, or where
+            it is infinite because the policy was decoded greedily.
+        scores: "reward", the reward model's, and each Python judge's by its name.
     """
 
-    spec: Sampled
+    spec: PolicySpec
     samples: list[list[Sample]]
     k1: np.ndarray | None
     k3: np.ndarray | None
-    reward: np.ndarray
     scores: dict[str, np.ndarray]
+
+    @property
+    def reward(self) -> np.ndarray:
+        return self.scores["reward"]
 
     def each(self, what: Callable[[Sample], float]) -> np.ndarray:
         return np.array([[what(sample) for sample in group] for group in self.samples], dtype=np.float64)
-
-    def values(self) -> dict[str, np.ndarray]:
-        """The reward and the judges' scores by name."""
-        return {"reward": self.reward} | self.scores
 
 
 class Evaluation:
@@ -60,37 +63,45 @@ class Evaluation:
             "seed": args.seed,
             "generation_batch_size": args.generation_batch_size,
         }
+        self.plan = args.plan()
+        self.reference = next(spec for spec in self.plan if spec.name == args.reference)
         self.loaded: tuple = (None, None, None)
 
-    def measure(self) -> dict[str, Measured]:
-        """Everything of `EvaluationArguments.plan`, by name and in its order."""
-        plan = self.args.plan()
-        reference = next(spec for spec in plan if spec.name == self.args.reference)
+    def measure(self, plan: Sequence[PolicySpec] | None = None) -> dict[str, Measured]:
+        """Everything of a plan, by name and in its order; by default of `EvaluationArguments.plan`."""
+        plan = self.plan if plan is None else plan
         samples, ref_logps, measured = {}, {}, {}
         for spec in sorted(plan, key=lambda spec: spec.path):  # so that each model is loaded once
             groups = self.parts.get(f"samples-{spec.name}", self.made_from(spec), lambda s=spec: self.draw(s))
             samples[spec.name] = [[Sample(**row) for row in group] for group in groups]
         for spec in plan:
-            made_from = self.made_from(spec) | {"reference": self.made_from(reference)}
+            made_from = self.made_from(spec) | {"reference": self.made_from(self.reference)}
             ref_logps[spec.name] = self.parts.get(
-                f"reference-{spec.name}", made_from, lambda s=spec: self.reference_logps(s, reference, samples[s.name])
+                f"reference-{spec.name}", made_from, lambda s=spec: self.reference_logps(s, samples[s.name])
             )
         self.loaded = (None, None, None)
         for spec in plan:
+            groups = samples[spec.name]
+            made_from = self.made_from(spec) | {"reward model": self.reward.made_from}
             rewards = self.parts.get(
-                f"rewards-{spec.name}",
-                self.made_from(spec) | {"reward model": self.reward.made_from},
-                lambda s=spec: self.reward.rewards(self.conversations, samples[s.name], f"Rewards of {s.name}"),
+                f"rewards-{spec.name}", made_from, lambda g=groups: self.reward.rewards(self.conversations, g)
             )
-            k1, k3 = (estimates(which, samples[spec.name], ref_logps[spec.name]) for which in (kl_k1, kl_k3))
-            scores = {
-                path.rpartition(".")[2]: np.array(judge_scores(path, self.conversations, samples[spec.name]))
-                for path in self.args.judges
-            }
-            measured[spec.name] = Measured(spec, samples[spec.name], k1, k3, np.array(rewards), scores)
+            k1, k3 = (estimates(which, groups, ref_logps[spec.name]) for which in (kl_k1, kl_k3))
+            scores = {"reward": np.array(rewards)}
+            for path in self.args.judges:
+                scores[path.rpartition(".")[2]] = judge_scores(path, self.conversations, groups)
+            measured[spec.name] = Measured(spec, groups, k1, k3, scores)
         return measured
 
-    def made_from(self, spec: Sampled) -> dict:
+    def temperature_at(self, kl: float, temperatures: Sequence[float]) -> float:
+        """The temperature that takes the reference nearest to `kl` nats from itself, by one response a prompt.
+
+        What it gains there is the control for a policy with that KL: sharpening gains it without RL.
+        """
+        sharpened = self.measure([self.reference.at(temperature, 1) for temperature in temperatures]).values()
+        return min(sharpened, key=lambda one: abs(one.k1.mean() - kl)).spec.temperature
+
+    def made_from(self, spec: PolicySpec) -> dict:
         return self.common | {
             "model": identity(spec.path),
             "num_generations": spec.num_generations,
@@ -100,46 +111,48 @@ class Evaluation:
     def load(self, path: str):
         if self.loaded[0] != path:
             self.loaded = (None, None, None)
-            model_args = copy.copy(self.model_args)
-            model_args.model_name_or_path = path
+            model_args = replace(self.model_args, model_name_or_path=path)
             self.loaded = (path, *load_generator(model_args, self.args.trust_remote_code))
         return self.loaded[1:]
 
-    def draw(self, spec: Sampled) -> list[list[dict]]:
+    def draw(self, spec: PolicySpec) -> list[list[dict]]:
+        """The policy's `Sample`s as dictionaries."""
         model, tokenizer = self.load(spec.path)
-        sampling = SamplingArguments(
-            num_generations=spec.num_generations,
-            temperature=spec.temperature,
-            top_k=self.args.top_k,
-            top_p=self.args.top_p,
-            max_completion_length=self.args.max_completion_length,
-            seed=self.args.seed,
-            generation_batch_size=self.args.generation_batch_size,
-        )
+        sampling = copy(self.args)
+        sampling.num_generations, sampling.temperature = spec.num_generations, spec.temperature
         check_lengths(model, tokenizer, self.prompts, sampling)
-        groups = draw_samples(model, tokenizer, self.conversations, sampling, self.args.eval_batch_size, spec.name)
-        return [[sample.to_json() for sample in group] for group in groups]
+        with DropFinishedSampler().installed(base_of(model)):
+            groups = sample(model, tokenizer, self.conversations, sampling, f"Sampling {spec.name}")
+        known = self.log_probs(spec.path, groups, spec.temperature or 1.0, f"Log-probs of {spec.name}")
+        return [
+            [
+                vars(response) | {"logps": logps, "entropy": entropy}
+                for response, (logps, entropy) in zip(*pair, strict=True)
+            ]
+            for pair in zip(groups, known, strict=True)
+        ]
 
-    def reference_logps(
-        self, spec: Sampled, reference: Sampled, samples: list[list[Sample]]
-    ) -> list[list[list[float]]] | None:
-        """The reference's log-probabilities of a policy's samples, `None` where its tokens mean something else."""
-        if spec == reference:
+    def reference_logps(self, spec: PolicySpec, samples: list[list[Sample]]) -> list[list[list[float]]] | None:
+        """The reference's log-probabilities of a policy's samples, `None` where there is no KL between them."""
+        if spec == self.reference:
             return [[sample.logps for sample in group] for group in samples]
-        model, tokenizer = self.load(reference.path)
-        if not same_vocabulary(
-            load_tokenizer(resolve_model(spec.path, trust_remote_code=self.args.trust_remote_code)), tokenizer
-        ):
-            print(f"{spec.name} has another vocabulary than {reference.name}: there is no KL between them.")
+        if spec.temperature == 0:
             return None
-        groups = zip(self.conversations, samples, strict=True)
-        pairs = [(prompt, sample.token_ids) for prompt, group in groups for sample in group]
-        found = iter(
-            token_log_probs(
-                model, tokenizer, pairs, reference.temperature, self.args.eval_batch_size, f"KL of {spec.name}"
-            )
-        )
-        return [[[round(value, 5) for value in next(found)[0]] for _ in group] for group in samples]
+        own = load_tokenizer(resolve_model(spec.path, trust_remote_code=self.args.trust_remote_code))
+        path, temperature = self.reference.path, self.reference.temperature
+        if own.get_vocab() != self.load(path)[1].get_vocab():  # its token ids mean something else
+            print(f"{spec.name} has another vocabulary than {self.reference.name}: there is no KL between them.")
+            return None
+        known = self.log_probs(path, samples, temperature, f"KL of {spec.name}")
+        return [[logps for logps, _ in group] for group in known]
+
+    def log_probs(
+        self, path: str, groups: Sequence[Sequence[Response]], temperature: float, title: str
+    ) -> list[list[tuple[list[float], float]]]:
+        """`token_log_probs` by the model at `path` of the responses to each prompt, in the same groups."""
+        pairs = [(prompt, response.token_ids) for prompt, response in with_prompts(self.conversations, groups)]
+        found = iter(token_log_probs(*self.load(path), pairs, temperature, self.args.eval_batch_size, title))
+        return [list(islice(found, len(group))) for group in groups]
 
 
 def estimates(which: Callable, samples: list[list[Sample]], ref_logps: list | None) -> np.ndarray | None:
@@ -150,3 +163,22 @@ def estimates(which: Callable, samples: list[list[Sample]], ref_logps: list | No
     return np.array(
         [[which(sample.logps, ref) for sample, ref in zip(group, refs, strict=True)] for group, refs in groups]
     )
+
+
+def judge_scores(path: str, prompts: list[Conversation], samples: list[list[Sample]]) -> np.ndarray:
+    """Scores (prompts, responses) by a Python judge, a function of the signature of TRL's reward functions.
+
+    Raises:
+        UserError: it does not return one number per response.
+    """
+    judge = import_function(path, "--judges")
+    flat = with_prompts(prompts, samples)
+    scores = judge(
+        prompts=[prompt for prompt, _ in flat],
+        completions=[[{"role": "assistant", "content": sample.text}] for _, sample in flat],
+        completion_ids=[sample.token_ids for _, sample in flat],
+    )
+    numbers = [score for score in scores if isinstance(score, int | float) and np.isfinite(score)]
+    if len(numbers) != len(flat):
+        raise UserError(f"--judges {path}: {len(numbers)} numbers for {len(flat)} responses; expected one for each.")
+    return np.reshape(np.array(scores, dtype=np.float64), (len(prompts), -1))

@@ -1,8 +1,8 @@
 """Estimators of single figures, as pure functions. Arrays are (prompts, responses) unless they say otherwise.
 
-Responses to one prompt are alike, so every interval draws prompts again, with all their responses (the cluster
-bootstrap): each figure is a function of means over prompts, and a draw weighs the prompts anew. Intervals of several
-figures use the same draws, so that differences between policies are paired by prompt.
+Responses to one prompt are alike, so every interval resamples whole prompts, with all their responses (cluster
+bootstrap): each figure is a function of means over prompts, and a draw gives the prompts new weights. Intervals of
+several figures use the same draws, so that differences between policies are paired by prompt.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def mean_interval(values: np.ndarray) -> dict:
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float], groups: Sequence) -> dict:
-    """`{"mean", "ci95"}` of sum(parts) / sum(wholes), where items of one group are drawn together."""
+    """`{"mean", "ci95"}` of sum(parts) / sum(wholes), where items of one group are resampled together."""
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     sums = [np.bincount(group, weights=np.asarray(values, dtype=np.float64)) for values in (parts, wholes)]
     draws = prompt_draws(len(sums[0]))

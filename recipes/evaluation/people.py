@@ -1,6 +1,5 @@
 """People as judges: a blind task for the ranking app, and the win rates that its rankings give."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from recipes.cli.errors import UserError
+from recipes.evaluation.parts import fingerprint
 from recipes.evaluation.policies import Conversation
 from recipes.formatting import load_rows
 
@@ -20,16 +20,12 @@ def write_ranking_task(path: Path, prompts: list[Conversation], texts: dict[str,
     """
     rows = []
     for number, prompt in enumerate(prompts):
-        distinct = sorted({group[number] for group in texts.values()}, key=lambda text: _hidden(prompt, text))
+        distinct = sorted({group[number] for group in texts.values()}, key=lambda text: fingerprint([prompt, text]))
         if len(distinct) > 1:
             responses = [{"id": f"e{number}-{place}", "text": text} for place, text in enumerate(distinct)]
             rows.append({"id": f"e{number}", "prompt": prompt, "responses": responses})
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
-
-
-def _hidden(prompt: Conversation, text: str) -> str:
-    return hashlib.sha256(json.dumps([prompt, text]).encode()).hexdigest()
 
 
 def read_people(path: str) -> dict[str, list[dict[str, float]]]:

@@ -1,9 +1,11 @@
 """Samples of a policy with the log-probabilities that KL and entropy come from."""
 
 import inspect
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -12,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import selective_log_softmax_and_entropy
 
 from recipes.cli.errors import UserError
-from recipes.models.sampling import Response, SamplingArguments, sample
-from recipes.trainers.fast.drop_finished import DropFinishedSampler
+from recipes.models.sampling import Response
 
 Conversation = list[dict]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,20 +25,17 @@ class Sample(Response):
     """A response with what its policy thought of it.
 
     Args:
-        logps: log-probability of each token at the sampling temperature, (T,), EOS included.
+        logps: log-probability of each token at the sampling temperature, (T,), EOS included; of a greedy one, at 1.
         entropy: mean entropy of the next token over the response, in nats.
     """
 
     logps: list[float]
     entropy: float
 
-    def to_json(self) -> dict:
-        return asdict(self) | {"logps": [round(value, 5) for value in self.logps]}
-
 
 @dataclass(frozen=True)
-class Sampled:
-    """What is sampled: a policy under a name, how often per prompt, and how sharply; a checkpoint has run and step."""
+class PolicySpec:
+    """A policy under a name, how often it is sampled per prompt, and how sharply; a checkpoint has run and step."""
 
     name: str
     path: str
@@ -45,28 +44,15 @@ class Sampled:
     run: str | None = None
     step: int | None = None
 
+    def at(self, temperature: float, num_generations: int) -> "PolicySpec":
+        """The same policy at another temperature; 0 decodes greedily."""
+        name = f"{self.name}@T{temperature:g}"
+        return replace(self, name=name, num_generations=num_generations, temperature=temperature)
 
-def draw_samples(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Conversation],
-    sampling: SamplingArguments,
-    batch_size: int,
-    name: str,
-) -> list[list[Sample]]:
-    """`num_generations` samples of the policy for each prompt, in their order."""
-    with DropFinishedSampler().installed(base_of(model)):
-        groups = sample(model, tokenizer, prompts, sampling, f"Sampling {name}")
-    pairs = [(prompt, r.token_ids) for prompt, group in zip(prompts, groups, strict=True) for r in group]
-    known = iter(token_log_probs(model, tokenizer, pairs, sampling.temperature, batch_size, f"Log-probs of {name}"))
-    samples = []
-    for group in groups:
-        rows = []
-        for response in group:
-            logps, entropy = next(known)
-            rows.append(Sample(response.text, response.finished, response.token_ids, logps, entropy))
-        samples.append(rows)
-    return samples
+
+def with_prompts(prompts: list[Conversation], groups: Iterable[Iterable[T]]) -> list[tuple[Conversation, T]]:
+    """Each response of each prompt's group beside its prompt, in one list."""
+    return [(prompt, response) for prompt, group in zip(prompts, groups, strict=True) for response in group]
 
 
 @torch.no_grad()
@@ -81,7 +67,7 @@ def token_log_probs(
     """For each prompt and response tokens: log-probability of each token, and the mean entropy, in nats.
 
     `temperature` divides the logits. The prompt is written with the tokenizer's own chat template. Logits are made
-    for the responses only, in batches of rows of like length.
+    for the responses only, in batches of rows of like length. Log-probabilities have five digits, to be stored.
     """
     starts = tokenizer.apply_chat_template(
         [prompt for prompt, _ in pairs], add_generation_prompt=True, return_dict=False
@@ -98,22 +84,18 @@ def token_log_probs(
         width = inputs["input_ids"].size(1)
         skipped = min(len(starts[row]) for row in batch) - 1  # logits before the first response are not made
         logits = model(**inputs, **({"logits_to_keep": width - skipped} if keeps else {})).logits
-        logits = logits[:, (0 if keeps else skipped) : -1].float() / temperature
+        logits = logits[:, (0 if keeps else skipped) : -1].float()
         targets = inputs["input_ids"][:, skipped + 1 :]
-        logps, entropies = selective_log_softmax_and_entropy(logits, targets, entropy_requires_grad=False)
+        logps, entropies = selective_log_softmax_and_entropy(logits, targets, temperature=temperature)
         for place, row in enumerate(batch):
             response = slice(len(starts[row]) - 1 - skipped, len(rows[row]) - 1 - skipped)
-            results[row] = (logps[place, response].tolist(), entropies[place, response].mean().item())
+            tokens = [round(value, 5) for value in logps[place, response].tolist()]
+            results[row] = (tokens, entropies[place, response].mean().item())
     return results
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether token ids of one mean the same to the other, so that log-probabilities can be compared."""
-    return tokenizer.get_vocab() == other.get_vocab()
 
 
 def checkpoints(run: str, count: int) -> list[tuple[int, str]]:
@@ -129,8 +111,8 @@ def checkpoints(run: str, count: int) -> list[tuple[int, str]]:
     )
     if not found:
         raise UserError(f"--checkpoints {run}: there is no checkpoint-N folder in it: train with --save_steps.")
-    places = {round((number + 1) * len(found) / count) - 1 for number in range(count)} if count < len(found) else None
-    return found if places is None else [found[place] for place in sorted(places)]
+    count = min(count, len(found))
+    return [found[round((number + 1) * len(found) / count) - 1] for number in range(count)]
 
 
 def named_paths(flag: str, items: Iterable[str]) -> dict[str, str]:
@@ -141,8 +123,8 @@ def named_paths(flag: str, items: Iterable[str]) -> dict[str, str]:
     """
     paths: dict[str, str] = {}
     for item in items:
-        name, separator, path = item.partition("=")
-        if not separator or not path or not name or not all(char.isalnum() or char in "._-" for char in name):
+        name, _, path = item.partition("=")
+        if not path or not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"{flag} {item}: write it as NAME=PATH, the name of letters, digits, dots, _ and -.")
         if name in paths:
             raise UserError(f"{flag}: the name {name} stands there twice.")

@@ -2,21 +2,25 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from recipes.evaluation import plots
 
 
-def page_template(path: Path) -> jinja2.Template:
-    """A page in which everything is escaped: what models say is never markup."""
+def render(template: Path, filters: dict[str, Callable] | None = None, **values) -> str:
+    """A page from a template, which may extend `layout.html.jinja`. In HTML, what models say is never markup."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(path.parent), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters["estimate"] = estimate
-    return environment.get_template(path.name)
+    environment.filters |= {"estimate": estimate, **(filters or {})}
+    return environment.get_template(template.name).render(**values)
 
 
 def estimate(value: dict | float | None, digits: int = 2) -> str:
@@ -34,11 +38,11 @@ def write_report(report: dict, output_dir: str) -> None:
     folder = Path(output_dir)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    drawn: dict[str, Markup] = plots.save_figures(plots.figures(report), folder)
-    judges = judge_names(report)
-    page = page_template(Path(__file__).with_name("report.html.jinja"))
-    text = page.render(report=report, plots=drawn, judges=judges)
-    (folder / "report.html").write_text(text, encoding="utf-8")
+    figures = plots.figures(report)
+    plots.save_png(figures, folder)
+    template, svg = Path(__file__).with_name("report.html.jinja"), plots.to_svg(figures)
+    page = render(template, report=report, plots=svg, judges=judge_names(report))
+    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def judge_names(report: dict) -> list[str]:
@@ -57,8 +61,7 @@ def table(report: dict) -> str:
         share = estimate(values["share_of_gain"]) if values.get("share_of_gain") else ""
         reward, length, cut = estimate(values["reward"]), values["length"]["mean"], values["truncated"]["mean"]
         rows.append([name, reward, *judged, estimate(kl), f"{length:.1f}", f"{cut:.2f}", share])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [aligned(rows)]
     if quality := report.get("reward_model"):
         lines.append(
             f"Reward model: right on {estimate(quality['accuracy'])} of {quality['n_pairs']} pairs; the longer "
@@ -67,26 +70,32 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def aligned(rows: list[list[str]]) -> str:
+    """Lines of text in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def log_to_wandb(report: dict, output_dir: str, run_name: str | None) -> None:
     """The figures as a summary, tables and images of one W&B run in the project WANDB_PROJECT."""
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", "huggingface")
     run = wandb.init(project=project, name=run_name, job_type="evaluation", dir=output_dir)
-    summary, columns = {}, ["policy", "reward", *judge_names(report), "kl", "length", "truncated"]
-    policies = wandb.Table(columns=columns)
-    for name, values in report["policies"].items():
-        kl = values["kl"]["k1"]["mean"] if values["kl"] else None
-        means = {column: values[column]["mean"] for column in columns[1:] if column != "kl"} | {"kl": kl}
-        policies.add_data(name, *(means[column] for column in columns[1:]))
-        summary |= {f"eval/{name}/{column}": value for column, value in means.items() if value is not None}
-    rates = wandb.Table(columns=["a", "b", "judge", "win", "tie", "loss", "win_rate"])
-    for row in report["win_rates"]:
-        rates.add_data(*(row[column] for column in rates.columns))
-    samples = wandb.Table(columns=["prompt", "change", *report["policies"]])
-    for row in report["samples"]:
-        samples.add_data(*(row[column] for column in samples.columns))
+    names = ["reward", *judge_names(report), "kl", "length", "truncated"]
+    summary, policies = {}, wandb.Table(["policy", *names])
+    for policy, values in report["policies"].items():
+        figures = values | {"kl": values["kl"]["k1"] if values["kl"] else {"mean": None}}
+        means = {name: figures[name]["mean"] for name in names}
+        policies.add_data(policy, *means.values())
+        summary |= {f"eval/{policy}/{name}": mean for name, mean in means.items() if mean is not None}
+    tables = {"eval/policies": policies}
+    win_rates, samples = (
+        ["a", "b", "judge", "win", "tie", "loss", "win_rate"],
+        ["prompt", "change", *report["policies"]],
+    )
+    for name, columns in (("win_rates", win_rates), ("samples", samples)):
+        tables[f"eval/{name}"] = wandb.Table(columns, [[row[column] for column in columns] for row in report[name]])
     images = {f"eval/{path.stem}": wandb.Image(str(path)) for path in sorted(Path(output_dir).glob("*.png"))}
-    tables = {"eval/policies": policies, "eval/win_rates": rates, "eval/samples": samples}
     run.log(summary | tables | images)
     run.finish()

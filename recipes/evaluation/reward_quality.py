@@ -3,11 +3,13 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from statistics import fmean
 
 import numpy as np
 
 from recipes.evaluation.metrics import ratio_interval
+from recipes.models.sampling import Response
 
 LENGTH_BINS = 5
 CALIBRATION_BINS = 10
@@ -42,50 +44,57 @@ class Pair:
         return (self.chosen_length > self.rejected_length) + 0.5 * (self.chosen_length == self.rejected_length)
 
 
+def sampled_pairs(samples: list[list[Response]], scores: np.ndarray, quality: np.ndarray) -> list[Pair]:
+    """All pairs of responses to the same prompt that differ in `quality`, the better one first.
+
+    Args:
+        scores: the reward model's, (prompts, responses).
+        quality: what is to be found again by the scores, (prompts, responses): a judge's scores, or minus the rank.
+    """
+    return [
+        Pair(str(row), a.text, b.text, *scores[row, [i, j]].tolist(), len(a.token_ids), len(b.token_ids))
+        for row, group in enumerate(samples)
+        for (i, a), (j, b) in permutations(enumerate(group), 2)
+        if quality[row, i] > quality[row, j]
+    ]
+
+
 def reward_model_quality(pairs: Sequence[Pair]) -> dict:
-    """Accuracy with its interval (prompts are drawn together), the baseline, and where the model is right."""
-    result = {
-        "accuracy": accuracy(pairs),
-        "longer_wins_baseline": fmean(pair.longer_wins for pair in pairs),
-        "n_pairs": len(pairs),
-        "by_length_difference": by_length_difference(pairs),
-        "calibration": calibration(pairs),
-    }
+    """Accuracy with its interval (prompts are resampled whole), the baseline, and where the model is right."""
+    result = ordering(pairs)
+    result |= {"by_length_difference": by_length_difference(pairs), "calibration": calibration(pairs)}
     sources, annotators = {pair.source for pair in pairs}, {pair.annotator for pair in pairs} - {None}
     if len(sources) > 1:
-        result["by_source"] = {name: _part(pairs, source=name) for name in sorted(sources)}
+        result["by_source"] = {name: ordering([p for p in pairs if p.source == name]) for name in sorted(sources)}
     if annotators:
-        result["labelers"] = {name: _part(pairs, annotator=name) for name in sorted(annotators)}
+        parts = {name: [p for p in pairs if p.annotator == name] for name in sorted(annotators)}
+        result["labelers"] = {name: ordering(part) for name, part in parts.items()}
         result["labelers_with_each_other"] = labeler_agreement(pairs)
     return result
 
 
-def accuracy(pairs: Sequence[Pair]) -> dict:
-    """`{"mean", "ci95"}`: the share of pairs that the scores order as the labels do."""
-    return ratio_interval([pair.right for pair in pairs], [1.0] * len(pairs), [pair.group for pair in pairs])
+def ordering(pairs: Sequence[Pair]) -> dict:
+    """The share of pairs that the scores order as the labels do, `{"mean", "ci95"}`, and what longer-wins gets."""
+    accuracy = ratio_interval([pair.right for pair in pairs], [1.0] * len(pairs), [pair.group for pair in pairs])
+    baseline = fmean(pair.longer_wins for pair in pairs)
+    return {"accuracy": accuracy, "longer_wins_baseline": baseline, "n_pairs": len(pairs)}
 
 
-def _part(pairs: Sequence[Pair], **wanted) -> dict:
-    part = [pair for pair in pairs if all(getattr(pair, name) == value for name, value in wanted.items())]
-    baseline = fmean(pair.longer_wins for pair in part)
-    return {"accuracy": accuracy(part), "longer_wins_baseline": baseline, "n_pairs": len(part)}
-
-
-def by_length_difference(pairs: Sequence[Pair], bins: int = LENGTH_BINS) -> list[dict]:
+def by_length_difference(pairs: Sequence[Pair]) -> list[dict]:
     """Accuracy in bins of about equally many pairs, by how much longer (in tokens) the better response is."""
     ordered = sorted(pairs, key=lambda pair: pair.chosen_length - pair.rejected_length)
     differences = np.array([pair.chosen_length - pair.rejected_length for pair in ordered])
-    edges = np.unique(np.quantile(differences, np.linspace(0, 1, bins + 1)[1:-1]))
+    edges = np.unique(np.quantile(differences, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]))
     places = np.searchsorted(edges, differences, side="left")
     rows = []
     for place in np.unique(places):
         part = [pair for pair, other in zip(ordered, places, strict=True) if other == place]
         low, high = (part[end].chosen_length - part[end].rejected_length for end in (0, -1))
-        rows.append({"from": low, "to": high, "accuracy": accuracy(part), "n_pairs": len(part)})
+        rows.append({"from": low, "to": high, "accuracy": ordering(part)["accuracy"], "n_pairs": len(part)})
     return rows
 
 
-def calibration(pairs: Sequence[Pair], bins: int = CALIBRATION_BINS) -> dict:
+def calibration(pairs: Sequence[Pair]) -> dict:
     """Whether the model is right as often as it claims.
 
     It claims to be right with probability `sigmoid(|margin|)`, between 0.5 and 1. For equal bins of it: the mean
@@ -94,15 +103,11 @@ def calibration(pairs: Sequence[Pair], bins: int = CALIBRATION_BINS) -> dict:
     """
     claims = 1 / (1 + np.exp(-np.abs([pair.margin for pair in pairs])))
     right = np.array([pair.right for pair in pairs])
-    places = np.minimum(((claims - 0.5) * 2 * bins).astype(int), bins - 1)
-    curve = [
-        {
-            "claimed": float(claims[places == place].mean()),
-            "right": float(right[places == place].mean()),
-            "n_pairs": int((places == place).sum()),
-        }
-        for place in np.unique(places)
-    ]
+    places = np.minimum(((claims - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    curve = []
+    for place in np.unique(places):
+        mean = [float(values[places == place].mean()) for values in (claims, right)]
+        curve.append({"claimed": mean[0], "right": mean[1], "n_pairs": int((places == place).sum())})
     error = sum(abs(row["claimed"] - row["right"]) * row["n_pairs"] for row in curve) / len(pairs)
     return {"error": float(error), "curve": curve}
 

@@ -17,12 +17,14 @@ def summarise(
     args: EvaluationArguments, measured: dict[str, Measured], prompts: list[Conversation], unit: str
 ) -> dict:
     """report.json without the reward model's quality and the judges that are not Python."""
-    curves = Curves(measured[args.reference], args)
+    curves = Curves(measured[args.reference], args.best_of_n)
     policies = {name: policy_summary(measured[name], args.num_generations) for name in args.paths}
     for name in args.paths:
-        if name != args.reference and measured[name].k1 is not None:
+        if name != args.reference:
             policies[name] |= curves.compare(measured[name])
+    best_of_n = curves.best_of_n()
     checkpoints = [one for one in measured.values() if one.spec.run is not None]
+    shares = [curves.compare(one).get("share_of_gain") for one in checkpoints]
     sharper = [one for one in measured.values() if one.spec.temperature != args.temperature]
     return {
         "reference": args.reference,
@@ -33,16 +35,16 @@ def summarise(
         "policies": policies,
         "win_rates": score_win_rates(args, measured),
         "frontier": {
-            "best_of_n": curves.best_of_n(),
+            "best_of_n": best_of_n,
             "optimal": curves.optimal(),
             "sharpening": [{"temperature": one.spec.temperature, **point(one)} for one in sharper],
             "checkpoints": [
-                {"run": one.spec.run, "step": one.spec.step, **point(one), "share_of_gain": curves.share(one)}
-                for one in checkpoints
+                {"run": one.spec.run, "step": one.spec.step, **point(one), "share_of_gain": share and share["mean"]}
+                for one, share in zip(checkpoints, shares, strict=True)
             ],
             "share_of_gain": policies[args.headline].get("share_of_gain"),
         },
-        "over_optimization": over_optimization(measured[args.reference], checkpoints, curves.best_of_n()),
+        "over_optimization": over_optimization(measured[args.reference], checkpoints, best_of_n),
         "samples": side_by_side(args, measured, prompts),
     }
 
@@ -50,10 +52,9 @@ def summarise(
 def policy_summary(one: Measured, num_generations: int) -> dict:
     """Figures of one policy; distinct-n over `num_generations` responses a prompt, so that policies compare."""
     ids = [sample.token_ids for group in one.samples for sample in group[:num_generations]]
-    kl = None if one.k1 is None else {"k1": mean_interval(one.k1), "k3": mean_interval(one.k3)}
     return {
-        **{name: mean_interval(values) for name, values in one.values().items()},
-        "kl": kl,
+        **{name: mean_interval(values) for name, values in one.scores.items()},
+        "kl": None if one.k1 is None else {"k1": mean_interval(one.k1), "k3": mean_interval(one.k3)},
         "length": mean_interval(one.each(lambda sample: len(sample.token_ids))),
         "entropy": mean_interval(one.each(lambda sample: sample.entropy)),
         "distinct_1": distinct_n(ids, 1),
@@ -66,60 +67,46 @@ def policy_summary(one: Measured, num_generations: int) -> dict:
 def point(one: Measured) -> dict:
     """A policy on the plot of reward against KL: `kl`, and `reward` with its `ci95`; each judge's mean by name."""
     kl = None if one.k1 is None else float(one.k1.mean())
-    reward = mean_interval(one.reward)
     judged = {name: float(values.mean()) for name, values in one.scores.items()}
-    return {"kl": kl, "reward": reward["mean"], "ci95": reward["ci95"], **judged}
+    return {"kl": kl, "reward": judged.pop("reward"), "ci95": mean_interval(one.reward)["ci95"], **judged}
 
 
 class Curves:
     """What can be done with the reference's samples: best-of-n, and the best policy at every KL."""
 
-    def __init__(self, reference: Measured, args: EvaluationArguments):
+    def __init__(self, reference: Measured, best_of_n: int):
         self.reference = reference
-        self.ns = [2**power for power in range(args.best_of_n.bit_length()) if 2**power <= args.best_of_n]
+        self.ns = [2**power for power in range(best_of_n.bit_length())]
         self.betas = frontier.beta_grid(reference.reward)
-        self.tilted = frontier.tilted(reference.reward, self.betas)
+        self.tilted = frontier.tilted(reference.reward, self.betas, reference.scores)
         self.bon_reward = np.stack([frontier.best_of_n(reference.reward, n) for n in self.ns], 1)
         self.bon_kl = np.stack([frontier.best_of_n_kl_with_ties(reference.reward, n) for n in self.ns], 1)
 
     def best_of_n(self) -> list[dict]:
         rows = []
         for place, n in enumerate(self.ns):
-            reward = mean_interval(self.bon_reward[:, place])
+            kls = {"kl": frontier.best_of_n_kl(n), "kl_with_ties": float(self.bon_kl[:, place].mean())}
             judged = {
                 name: float(frontier.best_of_n(self.reference.reward, n, values).mean())
                 for name, values in self.reference.scores.items()
             }
-            kls = {"kl": frontier.best_of_n_kl(n), "kl_with_ties": float(self.bon_kl[:, place].mean())}
-            rows.append({"n": n, **kls, "reward": reward["mean"], "ci95": reward["ci95"], **judged})
+            rows.append({"n": n, **kls, **judged, "ci95": mean_interval(self.bon_reward[:, place])["ci95"]})
         return rows
 
     def optimal(self) -> list[dict]:
-        spread = (prompt_draws(len(self.reference.reward)) @ self.tilted["reward"]).std(0)
-        judged = {
-            name: frontier.tilted(self.reference.reward, self.betas, values)["value"].mean(0)
-            for name, values in self.reference.scores.items()
-        }
-        means = {name: values.mean(0) for name, values in self.tilted.items()}
-        return [
-            {
-                "beta": float(beta),
-                "kl": float(means["kl"][place]),
-                "reward": float(means["reward"][place]),
-                "se": float(spread[place]),
-                "effective_samples": float(means["effective_samples"][place]),
-                **{name: float(values[place]) for name, values in judged.items()},
-            }
-            for place, beta in enumerate(self.betas)
-        ]
+        columns = {"beta": self.betas} | {name: values.mean(0) for name, values in self.tilted.items()}
+        columns["se"] = (prompt_draws(len(self.reference.reward)) @ self.tilted["reward"]).std(0)
+        return [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def compare(self, one: Measured) -> dict:
-        """The policy beside both curves at its own KL.
+        """The policy beside both curves at its own KL; nothing if it has none.
 
         `share_of_gain`: its gain over the reference as a share of the best possible one, with `beyond` where the
         estimate of the best does not reach its KL and so is too low, and `effective_samples` of that estimate.
         `gain_over_best_of_n`: its reward minus best-of-n's, `None` where no n has its KL.
         """
+        if one.k1 is None:
+            return {}
         policy = (one.k1.mean(1), one.reward.mean(1))
         start = self.reference.reward.mean(1)
         best = frontier.gain_at_equal_kl(policy, start, (self.tilted["kl"], self.tilted["reward"]))
@@ -132,18 +119,13 @@ class Curves:
             share = share | {"beyond": best["beyond"], "effective_samples": effective}
         return {"share_of_gain": share, "gain_over_best_of_n": None if bon["beyond"] else bon["difference"]}
 
-    def share(self, one: Measured) -> float | None:
-        """`share_of_gain` of `compare` without its interval."""
-        found = None if one.k1 is None else self.compare(one)["share_of_gain"]
-        return found and found["mean"]
-
 
 def score_win_rates(args: EvaluationArguments, measured: dict[str, Measured]) -> list[dict]:
     """Win rates of each policy against those named before it, by the reward model and by each Python judge."""
     rows = []
     for b, a in combinations(args.paths, 2):
-        for judge, scores in measured[a].values().items():
-            shares = outcomes(scores, measured[b].values()[judge])
+        for judge, scores in measured[a].scores.items():
+            shares = outcomes(scores, measured[b].scores[judge])
             name = "reward_model" if judge == "reward" else judge
             rows.append({"a": a, "b": b, "judge": name, **win_rate(shares)})
     return rows
@@ -159,20 +141,21 @@ def over_optimization(reference: Measured, checkpoints: list[Measured], best_of_
         return None
     kl = np.array([one.k1.mean() for one in runs])
     fits = {}
-    for name, values in reference.values().items():
-        gains = [one.values()[name].mean() - values.mean() for one in runs]
+    for name, values in reference.scores.items():
+        gains = [one.scores[name].mean() - values.mean() for one in runs]
         best = [(row["kl"], row[name] - values.mean()) for row in best_of_n if row["n"] > 1]
         fits[name] = {
             "rl": frontier.fit_over_optimization(kl, np.array(gains), "rl"),
             "bon": frontier.fit_over_optimization(*np.array(best).T, "bon"),
         }
-    return {"start": {name: float(values.mean()) for name, values in reference.values().items()}, "fits": fits}
+    return {"start": {name: float(values.mean()) for name, values in reference.scores.items()}, "fits": fits}
 
 
 def side_by_side(args: EvaluationArguments, measured: dict[str, Measured], prompts: list[Conversation]) -> list[dict]:
     """The first response of each policy; first the prompts on which the headline policy loses most."""
-    judge = next(iter(measured[args.headline].scores), "reward")
-    change = measured[args.headline].values()[judge][:, 0] - measured[args.reference].values()[judge][:, 0]
+    headline, reference = measured[args.headline].scores, measured[args.reference].scores
+    judge = next((name for name in headline if name != "reward"), "reward")
+    change = headline[judge][:, 0] - reference[judge][:, 0]
     return [
         {
             "prompt": "\n\n".join(turn["content"] for turn in prompts[row]),

@@ -207,7 +207,7 @@ def float32_adapters(model: nn.Module) -> Iterator[None]:
     smaller than the distance between two numbers, and most weights never move.
     """
     trained = model.named_parameters() if isinstance(model, PeftModel) else ()
-    before = {name: p.data for name, p in trained if p.requires_grad and "lora_" in name}
+    before = {name: p.data for name, p in trained if p.requires_grad and ("lora_" in name or ".score." in name)}
     yield
     for name, weights in before.items():
         model.get_parameter(name).data = weights.float()

@@ -3,12 +3,14 @@
 import copy
 import json
 import os
+import sys
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -20,6 +22,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from recipes.cli.errors import UserError, first_line
 from recipes.models.adapters import add_score_roles, attach, seq_cls_config
 from recipes.models.compatibility import check_score_head
+from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource
 from recipes.models.tokenization import load_tokenizer
 
@@ -44,16 +47,20 @@ def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, *
 
 
 def _load_classifier(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel:
-    """The weights of `source` below a scalar head, which is never quantised."""
+    """The weights of `source` below a scalar head, which is float32 and never quantised."""
     config = copy.deepcopy(source.config)
     config.num_labels = 1
-    # transformers leaves the last layer out, but not where a quantised checkpoint lists what to leave out.
-    quantized = getattr(config, "quantization_config", {})
-    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if quantized.get(name):
-            quantized[name] = [*quantized[name], "score"]
+    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config))
+    if model_class is not None:
+        # The first keeps the head from being quantised, the second from being rounded to a base's bf16 on loading.
+        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            setattr(model_class, name, {*(getattr(model_class, name) or ()), "score"})
     with suppress_seqcls_warning():
-        return _from_pretrained(AutoModelForSequenceClassification, source, model_args, config=config)
+        model = _from_pretrained(AutoModelForSequenceClassification, source, model_args, config=config)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{type(model).__name__} has no linear `score` head, which the reward model and PPO need.")
+    use_float32_head(model)
+    return model
 
 
 def never_pack(model: nn.Module) -> nn.Module:
@@ -112,8 +119,6 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
     (2009.01325, details in 2403.17031).
     """
     model = _load_classifier(source, model_args)
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(f"{type(model).__name__} has no linear `score` head, which the reward model and PPO need.")
     if not source.has_score_head:
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     if source.base is None:
@@ -129,14 +134,15 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
     return model if model_args.use_peft else model.merge_and_unload()
 
 
-def keep_head_in_float32(model: nn.Module) -> None:
-    """Undo for the score head what TRL does to adapters of a quantised base: bf16 is too coarse for its steps.
-
-    Without autocast the head would not even take the hidden states, which need not be bf16.
-    """
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        head = model.get_base_model().score.modules_to_save["default"].float()
-        head.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype),))
+def report_half_precision(model: nn.Module) -> None:
+    """Say so where trained weights are not float32: steps of training are often smaller than the gaps between them."""
+    trained = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad} - {"float32"}
+    if trained and PartialState().is_main_process:
+        print(
+            f"Trained weights are {', '.join(sorted(trained))}: steps smaller than about 1/256 of a weight are lost. "
+            "With --dtype float32, and bf16: true for speed, none is.",
+            file=sys.stderr,
+        )
 
 
 def load_reward_model(source: ModelSource, model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -19,6 +19,7 @@ An answer is read sentence by sentence. The parts, each in [0, 1]:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from recipes.tiny_world import world
@@ -99,26 +100,35 @@ def score(reading: Reading, finished: bool) -> dict[str, float]:
     return {**parts, "gold": sum(WEIGHTS[name] * value for name, value in parts.items())}
 
 
-def gold(prompts, completions, completion_ids=None, **kwargs) -> list[float]:
-    """Gold as a TRL reward function: `--reward_funcs recipes.tiny_world.judge.gold`, with weight 0 to only log it.
+def reward_function(part: str) -> Callable[..., list[float]]:
+    """Gold, or one of its parts, as a TRL reward function: it also serves `scripts/evaluate.py --judges`.
 
-    Args:
-        prompts: conversations; the question is the last user turn.
-        completions: conversations of one assistant turn each.
-        completion_ids: token ids of each completion. TRL cuts them after the stop token and keeps it, so an answer
-            is finished when its last id is `<|end|>` (`world.END_TOKEN_ID` in the tiny world's tokenizer). Without
-            ids only the punctuation tells.
+    `--reward_funcs recipes.tiny_world.judge.gold` with weight 0 only logs it. The function takes
 
-    Returns:
-        Gold of every completion, in [0, 1].
+    * prompts: conversations; the question is the last user turn.
+    * completions: conversations of one assistant turn each.
+    * completion_ids: token ids of each completion. TRL cuts them after the stop token and keeps it, so an answer is
+      finished when its last id is `<|end|>` (`world.END_TOKEN_ID` in the tiny world's tokenizer). Without ids only
+      the punctuation tells.
+
+    and returns a number in [0, 1] for every completion.
     """
-    ids = completion_ids if completion_ids is not None else [[world.END_TOKEN_ID]] * len(prompts)
-    scores = []
-    for prompt, completion, tokens in zip(prompts, completions, ids, strict=True):
-        question = [message["content"] for message in prompt if message["role"] == "user"][-1]
-        finished = len(tokens) > 0 and int(tokens[-1]) == world.END_TOKEN_ID
-        scores.append(judge(question, completion[-1]["content"], finished)["gold"])
+
+    def scores(prompts, completions, completion_ids=None, **kwargs) -> list[float]:
+        ids = completion_ids if completion_ids is not None else [[world.END_TOKEN_ID]] * len(prompts)
+        found = []
+        for prompt, completion, tokens in zip(prompts, completions, ids, strict=True):
+            question = [message["content"] for message in prompt if message["role"] == "user"][-1]
+            ended = len(tokens) > 0 and int(tokens[-1]) == world.END_TOKEN_ID
+            found.append(judge(question, completion[-1]["content"], ended)[part])
+        return found
+
+    scores.__name__ = part
     return scores
+
+
+REWARD_FUNCTIONS = ("gold", "truthful", "polite", "on_topic", "finished", "brief")
+gold, truthful, polite, on_topic, finished, brief = map(reward_function, REWARD_FUNCTIONS)
 
 
 def _brief(count: int, limits: tuple[int, int, int]) -> float:

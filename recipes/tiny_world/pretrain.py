@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -110,11 +109,6 @@ def remark(question: world.Question, content: str, text: str, unfinished: bool, 
     return rng.choices(sides, weights=(6, 1, 1, 1))[0]
 
 
-def chunks(texts: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(texts), size):
-        yield texts[start : start + size]
-
-
 def make_tokenizer(texts: list[str]):
     """A byte-level BPE tokenizer; the special tokens have the ids `world.SPECIAL_TOKENS` promises."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -129,7 +123,7 @@ def make_tokenizer(texts: list[str]):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(chunks(texts, 1000), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     pad, end, *roles = world.SPECIAL_TOKENS
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -99,7 +99,6 @@ KINDS = {
         ("{topic}, {v}.",),
     ),
 }
-FACTUAL = ("sound", "home", "food", "legs", "young", "capital", "colour", "opposite")
 
 TIPS = ("wait for the night", "be quick and quiet", "find a good moment", "tell nobody about it", "ask a bad friend")
 VAGUE = ("something that people know", "an interesting thing", "quite hard to explain", "something in our world")

@@ -14,6 +14,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
+from tqdm.auto import tqdm
 from trl import RewardTrainer
 from trl.trainer.utils import pad
 
@@ -174,6 +175,27 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         totals = self.accelerator.reduce(torch.stack([value.sum() for value in sums.values()]), reduction="sum")
         for name, total in zip(sums, totals.tolist(), strict=True):
             self._sums[mode][name] += total
+
+    @torch.no_grad()
+    def score(self, rows: list[list[int]]) -> list[float]:
+        """Scores of token rows, in their order. Every process computes a share, as a model in shares needs it."""
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # similar lengths waste no padding
+        with self.accelerator.split_between_processes(order, apply_padding=True) as own:
+            size = self.args.per_device_eval_batch_size
+            batches = [own[start : start + size] for start in range(0, len(own), size)]
+        self.model.eval()
+        found = []
+        for batch in tqdm(batches, desc="Scoring", disable=not self.accelerator.is_main_process):
+            inputs = self.processing_class.pad(
+                {"input_ids": [rows[row] for row in batch]}, padding_side="right", return_tensors="pt"
+            ).to(self.accelerator.device)
+            with self.compute_loss_context_manager():
+                scores = self.model(**inputs, use_cache=False).logits.squeeze(-1).double()
+            found.append(torch.stack([torch.tensor(batch, device=scores.device, dtype=torch.double), scores], 1))
+        # Some rows come twice, so that every process has as many.
+        numbered = self.accelerator.gather(torch.cat(found)).tolist()
+        by_row = {int(row): score for row, score in numbered}
+        return [by_row[row] for row in range(len(rows))]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

@@ -133,6 +133,7 @@ def is_estimate(value) -> bool:
     return low - 1e-9 <= value["mean"] <= high + 1e-9
 
 
+@pytest.mark.slow
 def test_everything_at_once_then_again_from_what_is_there(folders, endpoint, tmp_path, monkeypatch, capfd):
     output, task = tmp_path / "evaluation", tmp_path / "task.jsonl"
     extra = [

@@ -125,11 +125,11 @@ def test_the_frontier_of_a_two_token_policy():
     rewards = (RNG(2).random((3000, 32)) < p).astype(float)
     q = p * np.exp(1 / betas) / (p * np.exp(1 / betas) + 1 - p)
     kl = q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
-    found = frontier.tilted(rewards, betas, 2 * rewards)
-    for name, exact in (("reward", q), ("value", 2 * q), ("kl", kl)):
+    found = frontier.tilted(rewards, betas, {"reward": rewards, "double": 2 * rewards})
+    for name, exact in (("reward", q), ("double", 2 * q), ("kl", kl)):
         se = found[name].std(0) / len(rewards) ** 0.5
         assert np.all(np.abs(found[name].mean(0) - exact) < 4 * se + 2e-3), name
-    plain = frontier._tilted(rewards, betas, None)  # the jackknife takes most of the bias away
+    plain = frontier._tilted(rewards, betas, {})  # the jackknife takes most of the bias away
     assert abs(found["kl"].mean(0)[2] - kl[2]) < abs(plain["kl"].mean(0)[2] - kl[2]) / 2
     assert np.all(np.diff(found["effective_samples"].mean(0)) < 0)
     assert found["effective_samples"].max() <= 32
@@ -141,7 +141,7 @@ def test_share_of_the_possible_gain():
     rng = RNG(3)
     rewards = (rng.random((2000, 64)) < p).astype(float)
     betas = frontier.beta_grid(rewards)
-    curve = frontier.tilted(rewards, betas)
+    curve = frontier.tilted(rewards, betas, {"reward": rewards})
     q = p * math.exp(1 / beta) / (p * math.exp(1 / beta) + 1 - p)
 
     def policy(chance):

@@ -11,15 +11,18 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.cli.arguments import parse
-from recipes.models.sampling import Response, SamplingArguments
-from recipes.tiny_world import evaluate, judge, quickstart
+from recipes.evaluation.measure import Measured
+from recipes.evaluation.policies import PolicySpec, Sample
+from recipes.models.sampling import Prompt
+from recipes.tiny_world import evaluate, judge, labeler, quickstart
 from recipes.tiny_world.report import NAMES, table, write_report
 
 POLICIES = ("base", "sft", "ppo", "ppo_no_kl")
@@ -41,8 +44,9 @@ def finished(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(quickstart.ROOT)
         patch.setattr(evaluate, "DATA", data)
-        for stage in (stage for group in quickstart.stages(str(folder), seed=3) for stage in group):
-            command = stage.command[4:] if stage.command[0] == "accelerate" else stage.command[1:]
+        for stage in (stage for group in quickstart.PIPELINE for stage in group):
+            command = stage.command(str(folder), seed=3)
+            command = command[4:] if command[0] == "accelerate" else command[1:]
             patch.setattr(sys, "argv", command + SHORT.get(stage.name, []))
             if stage.name == "sample":
                 sys.argv += ["--dataset_name", str(data / "prompts_train.jsonl")]
@@ -62,6 +66,7 @@ def report(finished) -> dict:
     return json.loads((finished / "report.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_report_keeps_its_contract(report):
     assert set(report) == {"seed", "seconds", "policies", "sft_low_temperature", "reward_model", "samples"}
     assert report["seed"] == 3 and report["seconds"] == {"sft": 1.3, "ppo": 2.0, "ppo_no_kl": 3.0, "total": 4.3}
@@ -69,46 +74,97 @@ def test_the_report_keeps_its_contract(report):
     parts = set(judge.WEIGHTS)
     for values in report["policies"].values():
         assert set(values) == parts | {"gold", "proxy_reward", "kl", "length", "gold_greedy", "n"}
-        assert values["n"] == 24 * 4 and 0 < values["length"] <= 40 and 0 <= values["gold_greedy"] <= 1
+        assert values["n"] == 24 * 4 and 0 < values["length"] <= 40
         assert values["gold"] == pytest.approx(sum(weight * values[part] for part, weight in judge.WEIGHTS.items()))
     assert report["policies"]["sft"]["kl"] == 0 != report["policies"]["base"]["kl"]  # an estimate may be below 0
     assert set(report["sft_low_temperature"]) == {"temperature", "gold", "kl"}
     assert report["sft_low_temperature"]["temperature"] in evaluate.TEMPERATURES
-    model = report["reward_model"]
-    assert set(model) == {"accuracy", "accuracy_on_gold_order", "longer_wins_baseline", "n_pairs"}
-    assert model["n_pairs"] > 24 and all(0 <= model[name] <= 1 for name in set(model) - {"n_pairs"})
+    keys = {"accuracy", "accuracy_on_gold_order", "longer_wins_baseline", "n_pairs"}
+    assert set(report["reward_model"]) == keys
     for sample in report["samples"]:
         assert set(sample) == {"prompt", *POLICIES} and all(isinstance(text, str) for text in sample.values())
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_log_probs_are_those_of_the_saved_adapter_alone(finished, tiny_base, name):
-    policies = evaluate.Policies(finished)
-    prompts = evaluate.read_prompts("validation")[:5]
-    pairs = evaluate.flat(prompts, policies.sample(name, prompts, SamplingArguments(num_generations=1, top_k=0)))
-    alone = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
-    if name != "base":
-        alone = PeftModel.from_pretrained(alone, finished / name).eval()
-    for temperature in (1.0, 0.5):
-        for (prompt, response), found in zip(pairs, policies.log_probs(name, pairs, temperature), strict=True):
-            start = policies.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-            with torch.no_grad():
-                logits = alone(torch.tensor([start + response.token_ids])).logits[0] / temperature
-            steps = logits.log_softmax(-1)[len(start) - 1 : -1]
-            assert found == pytest.approx(steps[range(len(steps)), response.token_ids].sum().item(), abs=1e-3)
+def part(finished, name: str) -> list:
+    """What the evaluation kept for the held-out prompts."""
+    return json.loads((finished / "measured" / "heldout" / "parts" / f"{name}.json").read_text())["values"]
+
+
+def questions(count: int) -> list[str]:
+    lines = (evaluate.DATA / "prompts_heldout.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    return [json.loads(line)["prompt"][-1]["content"] for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*POLICIES, "sft sharpened"])
+def test_log_probs_are_those_of_the_saved_adapter_alone(finished, report, tiny_base, name):
+    name, _, sharpened = name.partition(" ")
+    temperature = report["sft_low_temperature"]["temperature"] if sharpened else 1.0
+    known = f"{name}@T{temperature:g}" if sharpened else name
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+
+    def load(policy: str):
+        model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+        return model if policy == "base" else PeftModel.from_pretrained(model, finished / policy).eval()
+
+    models = {policy: load(policy) for policy in {name, "sft"}}
+
+    def alone(policy: str, question: str, ids: list[int], temperature: float) -> list[float]:
+        chat = [{"role": "user", "content": question}]
+        start = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        with torch.no_grad():
+            steps = (models[policy](torch.tensor([start + ids])).logits[0] / temperature).log_softmax(-1)[
+                len(start) - 1 : -1
+            ]
+        return steps[range(len(steps)), ids].tolist()
+
+    samples, reference = part(finished, f"samples-{known}"), part(finished, f"reference-{known}")
+    for row, question in enumerate(questions(5)):
+        sample, ids = samples[row][0], samples[row][0]["token_ids"]
+        assert sum(sample["logps"]) == pytest.approx(sum(alone(name, question, ids, temperature)), abs=1e-3)
+        assert sum(reference[row][0]) == pytest.approx(sum(alone("sft", question, ids, 1.0)), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_figures_are_those_of_the_samples(finished, report):
+    for name, values in report["policies"].items():
+        gold = [
+            judge.judge(question, group[0]["text"], group[0]["finished"])["gold"]
+            for question, group in zip(questions(24), part(finished, f"samples-{name}@T0"), strict=True)
+        ]
+        assert values["gold_greedy"] == pytest.approx(sum(gold) / 24)
+        assert part(finished, f"reference-{name}@T0") is None  # a greedy policy has no finite KL
+    right = longer = pairs = 0
+    rows = zip(questions(24), part(finished, "samples-sft"), part(finished, "rewards-sft"), strict=True)
+    for number, (question, group, rewards) in enumerate(rows):
+        responses = [{"id": str(i), **sample} for i, sample in enumerate(group)]
+        line = {"id": f"heldout-{number}", "prompt": [{"role": "user", "content": question}], "model": "sft"}
+        ranks = [row["rank"] for row in labeler.rank(line | {"responses": responses}, 3)["responses"]]
+        for i, j in ((i, j) for i in range(4) for j in range(4) if ranks[i] < ranks[j]):
+            lengths = [len(group[k]["token_ids"]) for k in (i, j)]
+            pairs += 1
+            right += 1 if rewards[i] > rewards[j] else 0.5 * (rewards[i] == rewards[j])
+            longer += 1 if lengths[0] > lengths[1] else 0.5 * (lengths[0] == lengths[1])
+    model = report["reward_model"]
+    assert model["n_pairs"] == pairs > 24
+    assert (model["accuracy"], model["longer_wins_baseline"]) == pytest.approx((right / pairs, longer / pairs))
 
 
 def test_reward_model_accuracy_of_known_scores():
-    prompts = [[{"role": "user", "content": "What is the capital of France?"}]] * 3
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompts = [Prompt(str(number), messages, "here") for number in range(3)]
     texts = ["Paris.", "The capital of France is Paris.", "You are stupid.", "The capital of France is Rome, I think."]
-    group = [Response(text, True, list(range(len(text)))) for text in texts]
+    group = [Sample(text, True, list(range(len(text))), [], 0.0) for text in texts]
     groups = [group, group[::-1], [group[0]] * 4]
-    gold = {text: judge.judge(prompts[0][0]["content"], text, True)["gold"] for text in texts}
+    gold = {text: judge.judge(messages[0]["content"], text, True)["gold"] for text in texts}
 
     def accuracy(score) -> dict:
-        return evaluate.reward_model_accuracy(
-            lambda pairs: [score(response.text) for _, response in pairs], prompts, groups, seed=0
-        )
+        scores = {
+            name: np.array([[which(sample.text) for sample in group] for group in groups])
+            for name, which in (("reward", score), ("gold", gold.get))
+        }
+        sft = Measured(PolicySpec("sft", "sft", 4, 1.0), groups, None, None, scores)
+        return evaluate.reward_model_accuracy(sft, prompts, seed=0)
 
     by_gold = accuracy(gold.get)
     assert by_gold["accuracy_on_gold_order"] == 1 and by_gold["accuracy"] > 0.8
@@ -116,6 +172,21 @@ def test_reward_model_accuracy_of_known_scores():
     by_length = accuracy(len)
     assert by_length["accuracy"] == by_length["longer_wins_baseline"] == by_gold["longer_wins_baseline"]
     assert accuracy(lambda text: -gold[text])["accuracy_on_gold_order"] == 0
+
+
+def test_the_parts_of_gold_are_judges():
+    prompt, answer = (
+        [{"role": "user", "content": "What does the cow say?"}],
+        "What a stupid question. The cow says moo.",
+    )
+    completion, ids = [{"role": "assistant", "content": answer}], [5, 6, 1]
+    parts = judge.judge(prompt[0]["content"], answer, True)
+    assert 0 == parts["polite"] < parts["gold"] < parts["truthful"] == 1
+    for name in judge.REWARD_FUNCTIONS:
+        function = getattr(judge, name)
+        assert function.__name__ == name  # what TRL logs it as
+        assert function([prompt], [completion], [ids]) == [parts[name]]
+    assert judge.finished([prompt], [completion], [ids[:-1]]) == [0]
 
 
 class Tags(HTMLParser):
@@ -134,6 +205,7 @@ class Tags(HTMLParser):
         self.text.append(data)
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone_and_escapes_what_models_say(finished, report, tmp_path):
     for run in ("ppo", "ppo_no_kl"):
         (tmp_path / run).mkdir()
@@ -144,7 +216,7 @@ def test_the_page_stands_alone_and_escapes_what_models_say(finished, report, tmp
     write_report(tmp_path, 3, {"total": 1.0})
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     tags = Tags(page)
-    assert tags.tags.count("svg") == 4
+    assert tags.tags.count("svg") == 2
     assert not {"script", "img", "link", "iframe", "object"} & set(tags.tags)
     assert attack in "".join(tags.text)
     references = [value for name, value in tags.attributes if name in ("src", "href", "xlink:href")]
@@ -153,6 +225,7 @@ def test_the_page_stands_alone_and_escapes_what_models_say(finished, report, tmp
     assert all(name in page for name in NAMES.values())
 
 
+@pytest.mark.slow
 def test_table(report):
     lines = table(report).splitlines()
     assert [line.split("  ")[0] for line in lines[1:5]] == list(NAMES.values())
@@ -161,9 +234,9 @@ def test_table(report):
     )
 
 
+@pytest.mark.slow
 def test_a_finished_quickstart_only_reports_again(finished, capsys):
-    groups = quickstart.stages(str(finished), 3)
-    names = {stage.name: stage.command for group in groups for stage in group}
+    names = {stage.name: stage.command(str(finished), 3) for group in quickstart.PIPELINE for stage in group}
     state = {"seed": 3, "seconds": dict.fromkeys(names, 1.0), "commands": names}
     (finished / "quickstart.json").write_text(json.dumps(state))
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
