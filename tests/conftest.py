@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread per process, and real commands that cannot hang."""
 
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def tiny_base() -> str:
     """Folder of the tiny world's base model."""
     return str(ROOT / "recipes" / "tiny_world" / "base")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    """Write `rows` as JSON Lines, and return the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
 def flags(**arguments) -> list[str]:
