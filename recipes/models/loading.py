@@ -50,7 +50,7 @@ def _load_classifier(source: ModelSource, model_args: ModelConfig) -> PreTrained
     """The weights of `source` below a scalar head, which is float32 and never quantised."""
     config = copy.deepcopy(source.config)
     config.num_labels = 1
-    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config))
+    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if model_class is not None:
         # The first keeps the head from being quantised, the second from being rounded to a base's bf16 on loading.
         for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
