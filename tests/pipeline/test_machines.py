@@ -50,9 +50,7 @@ def program(path: Path, text: str) -> None:
 def job(tmp_path) -> dict[str, str]:
     """The environment of a job on two machines with one GPU each, `srun` and `scontrol` included."""
     program(tmp_path / "bin" / "srun", SRUN)
-    program(
-        tmp_path / "bin" / "scontrol", '[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\n127.0.0.2\\n"'
-    )
+    program(tmp_path / "bin" / "scontrol", SCONTROL)
     slurm = {"NODELIST": "node[1-2]", "NUM_NODES": "2", "ID": "123456"}
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     env = {f"SLURM_JOB_{name}": value for name, value in slurm.items()} | {"PATH": path}
@@ -85,6 +83,7 @@ def test_a_slurm_job_launches_once_on_each_machine(tmp_path, job):
         assert "<--config_file><other.yaml>" in line and line.endswith("<--resume_from_checkpoint><true>")
 
 
+@pytest.mark.slow
 def test_a_slurm_job_is_one_run_on_all_machines(tmp_path, job):
     """Through the real launcher; 127.0.0.1 plays both machines."""
     (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
@@ -160,6 +159,7 @@ def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shares on CPUs: on GPUs launch fsdp2.yaml itself")
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_model_in_shares_trains_saves_and_resumes_as_a_whole_one(full, tmp_path):
