@@ -132,7 +132,9 @@ def small(base: str) -> PretrainedConfig:
     return config
 
 
-@pytest.mark.parametrize("base", ["smollm2_135m", "qwen3_0.6b", "pythia_1b_tldr"])
+@pytest.mark.parametrize(
+    "base", ["smollm2_135m", pytest.param("qwen3_0.6b", marks=pytest.mark.slow), "pythia_1b_tldr"]
+)
 def test_the_three_steps_run(base, tmp_path):
     """LoRA with the CPU's config, a 4-bit base with activation checkpointing, and full fine-tuning of four models."""
     torch.manual_seed(0)
@@ -156,7 +158,7 @@ def test_the_three_steps_run(base, tmp_path):
         flags |= {"use_cpu": "true", "bf16": "false", "dataloader_pin_memory": "false", "max_steps": 2}
         if step == "ppo":
             flags |= {"reward_model_name_or_path": tmp_path / "reward", "dataset_train_split": "train"}
-            flags |= {"total_episodes": 64 if base != "pythia_1b_tldr" else 128}
+            flags |= {"total_episodes": 1}  # one rollout
         if config.get("reference_dataset_name"):
             flags["reference_dataset_name"] = files["sft"]
         run_recipe(step, CONFIGS / base / f"{step}.yaml", **flags)

@@ -1,9 +1,10 @@
-"""Machines that are not here, as far as they can be tried: Slurm, shares of a model (FSDP2), missing packages."""
+"""Machines that are not here, as far as they can be tried: Slurm, sharding with FSDP2, missing packages."""
 
 import copy
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +53,7 @@ def job(tmp_path) -> dict[str, str]:
     program(tmp_path / "bin" / "srun", SRUN)
     program(tmp_path / "bin" / "scontrol", SCONTROL)
     slurm = {"NODELIST": "node[1-2]", "NUM_NODES": "2", "ID": "123456"}
-    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {f"SLURM_JOB_{name}": value for name, value in slurm.items()} | {"PATH": path}
     return env | {"SLURM_GPUS_ON_NODE": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
 
@@ -150,7 +151,7 @@ def test_ppo_by_deepspeed_stops_before_any_weights():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs another check comes first")
 def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     # transformers leaves its half-made configuration here, and every later load in this process would ask it.
     monkeypatch.setattr("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", None)
     flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--deepspeed", "zero.json"]
@@ -160,9 +161,9 @@ def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shares on CPUs: on GPUs launch fsdp2.yaml itself")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shards on CPUs: on GPUs launch fsdp2.yaml itself")
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_a_model_in_shares_trains_saves_and_resumes_as_a_whole_one(full, tmp_path):
+def test_a_sharded_model_trains_saves_and_resumes_as_a_whole_one(full, tmp_path):
     """PPO by `fsdp2.yaml` on two processes, against the same on one."""
     for name in ("one", "whole", "resumed"):
         (tmp_path / name).mkdir()

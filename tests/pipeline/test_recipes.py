@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import yaml
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import ScriptArguments
 
 from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
+from recipes.formatting import FormattingArguments, load_formatted
 from scripts import sample_responses
 from tests import tiny_models as models
 from tests.conftest import ROOT, flags, recipe_line, run_command, run_recipe, write_jsonl
@@ -82,19 +85,26 @@ def test_sft_learned_the_demonstrations_and_ppo_moved_on_from_it(runs):
         assert len(history(runs / "ppo", name)) == rows, name
 
 
-def test_the_saved_reward_adapter_gives_the_scores_ppo_saw(data, runs):
-    """Loaded with plain peft, the head included: the mean over the stored reference set is the stored mean."""
+@pytest.fixture(scope="module")
+def score(data, runs):
+    """`score(prompt, text)` by the saved reward model, loaded with plain peft."""
     base = AutoModelForSequenceClassification.from_pretrained(data["base"], num_labels=1)
     model = PeftModel.from_pretrained(base, str(runs / "reward")).eval()
     tokenizer = AutoTokenizer.from_pretrained(runs / "reward")
     model.config.pad_token_id = tokenizer.pad_token_id
-    scores = []
-    for line in Path(data["rankings"]).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for response in row["responses"]:
-            turns = row["prompt"] + [{"role": "assistant", "content": response["text"]}]
-            ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)
-            scores.append(model(input_ids=ids).logits.item())
+
+    @torch.no_grad()
+    def score(prompt: list[dict], text: str) -> float:
+        turns = [*prompt, {"role": "assistant", "content": text}]
+        return model(tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)).logits.item()
+
+    return score
+
+
+def test_the_saved_reward_adapter_gives_the_scores_ppo_saw(data, runs, score):
+    """The mean over the stored reference set is the stored mean."""
+    rows = map(json.loads, Path(data["rankings"]).read_text(encoding="utf-8").splitlines())
+    scores = [score(row["prompt"], response["text"]) for row in rows for response in row["responses"]]
     statistics = json.loads((runs / "reward" / "reward_statistics.json").read_text(encoding="utf-8"))
     assert statistics["n"] == len(scores)
     assert statistics["mean"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
@@ -103,21 +113,32 @@ def test_the_saved_reward_adapter_gives_the_scores_ppo_saw(data, runs):
     assert record["arguments"]["score_std"] == pytest.approx(statistics["std"])
 
 
-def test_the_reward_model_reports_accuracy_beside_longer_wins(runs):
+def test_the_reward_model_reports_accuracy_beside_longer_wins(data, runs, score):
+    """On the prompts that were held out; all responses are of one length."""
+    record = yaml.safe_load((runs / "reward" / "train_config.yaml").read_text(encoding="utf-8"))["arguments"]
+    format_args = FormattingArguments(test_split_size=record["test_split_size"])
+    script_args = ScriptArguments(dataset_name=data["rankings"])
+    held_out = load_formatted("ranking", script_args, format_args, evaluate=True, seed=record["seed"])["eval"]
+    right = []
+    for row in held_out:
+        scores = [score(row["prompt"], completion[0]["content"]) for completion in row["completions"]]
+        pairs = permutations(zip(row["ranks"], scores, strict=True), 2)
+        right += [better > worse for (rank, better), (worse_rank, worse) in pairs if rank < worse_rank]
     results = json.loads((runs / "reward" / "eval_results.json").read_text(encoding="utf-8"))
-    assert 0 <= results["eval_accuracy"] <= 1 and 0 <= results["eval_longer_wins"] <= 1
+    assert len(right) > 10 and results["eval_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert results["eval_longer_wins"] == 0.5
 
 
-def test_ptx_and_the_mean_of_the_policy_run_by_command(runs):
+def test_ptx_and_the_moving_average_of_the_policy(runs):
     assert len(history(runs / "ppo", "loss/ptx_avg")) == 8
     record = yaml.safe_load((runs / "ppo" / "train_config.yaml").read_text(encoding="utf-8"))
     assert record["datasets"]["ptx"]["rows"] == 48
-    mean, policy, sft = (
+    average, policy, sft = (
         load_file(folder / "adapter_model.safetensors")
         for folder in (runs / "ppo" / "ema", runs / "ppo", runs / "sft")
     )
     key = max(policy, key=lambda name: (policy[name] - sft[name]).abs().max())
-    assert 0 < (mean[key] - sft[key]).abs().max() < (policy[key] - sft[key]).abs().max()
+    assert 0 < (average[key] - sft[key]).abs().max() < (policy[key] - sft[key]).abs().max()
 
 
 def test_ppo_resumed_from_a_checkpoint_ends_on_the_same_numbers(data, runs, tmp_path):
