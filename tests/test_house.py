@@ -30,9 +30,8 @@ def test_accelerate_configs_are_what_accelerate_reads(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_recipe_configs_are_short_and_launchable(path):
+def test_recipe_configs_are_launchable(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 75
     assert f"recipes/{path.stem}.py" in text.split("\n\n")[0]
     assert isinstance(yaml.safe_load(text), dict)
 

@@ -1,4 +1,4 @@
-"""Checks that what runs is what was launched: the right number of processes, on the right device, as one run.
+"""Checks that processes and device match the launch command: their number, the device, and that it is one run.
 
 Several ways of asking for more processes than one are ignored without an error on a CPU, and one of them trains
 independent copies that overwrite each other. The request is read from the command line of `accelerate launch`, this

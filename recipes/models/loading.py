@@ -7,7 +7,8 @@ import sys
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -50,7 +51,7 @@ def _load_classifier(source: ModelSource, model_args: ModelConfig) -> PreTrained
     """The weights of `source` below a scalar head, which is float32 and never quantised."""
     config = copy.deepcopy(source.config)
     config.num_labels = 1
-    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config))
+    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if model_class is not None:
         # The first keeps the head from being quantised, the second from being rounded to a base's bf16 on loading.
         for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
@@ -125,8 +126,10 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
         if not model_args.use_peft:
             return model
         return get_peft_model(model, seq_cls_config(get_peft_config(model_args)))
+    weights = load_peft_weights(source.path, device="cpu")
+    weights.setdefault("base_model.model.score.weight", model.score.weight.detach().clone())
     model = get_peft_model(model, seq_cls_config(source.peft_config))
-    result = attach(lambda: model.load_adapter(source.path, "default", is_trainable=True), source.path, source.base)
+    result = attach(lambda: set_peft_model_state_dict(model, weights), source.path, source.base)
     if result.unexpected_keys:
         raise UserError(
             f"The adapter {source.path} holds {result.unexpected_keys[0]}, which a reward model has no place for."

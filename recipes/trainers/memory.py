@@ -257,7 +257,7 @@ def optimizer_bytes(name: str, trained: list[nn.Parameter]) -> int:
 
 
 def measure_deep(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
-    """`measure`, on two shallow models and drawn out to the depth of `model` where its layers repeat.
+    """`measure`, extrapolated from two shallow models to the depth of `model` where its layers repeat.
 
     While gradients are held all along, the peaks grow by the same bytes with every layer.
     """

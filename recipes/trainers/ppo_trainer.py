@@ -510,7 +510,11 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _ptx_loss(self, model: nn.Module) -> torch.Tensor:
         """`ptx_coef` times the mean token loss of this micro-step's demonstrations (PPO-ptx)."""
         batch = self._ptx(self._step, self.accelerator.process_index, self.accelerator.num_processes)
-        loss = model(**{name: value.to(self.accelerator.device) for name, value in batch.items()}).loss
+        inputs = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+        # TRL's fused head never holds the logits of all tokens, but divides them by PPO's temperature.
+        fused = {"fused_lm_head": True} if self.temperature == 1 else {}
+        with self.accelerator.autocast():
+            loss = model(**inputs, **fused).loss
         self._metrics["train"]["loss/ptx_avg"].append(self.accelerator.gather(loss.detach()).mean().item())
         return self.args.ptx_coef * loss / self.current_gradient_accumulation_steps
 

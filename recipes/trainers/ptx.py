@@ -1,9 +1,12 @@
 """Supervised batches beside PPO's, for PPO-ptx (2203.02155): they hold on to what the policy could do before."""
 
+import functools
+import json
+
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
+from trl.data_utils import common_prefix_length, is_conversational
 
 from recipes.cli.errors import UserError
 
@@ -40,19 +43,23 @@ class PtxBatches:
         if "text" in row:
             prompt, ids = [], [*self.tokenizer(row["text"])["input_ids"], self.tokenizer.eos_token_id]
         elif is_conversational(row):
-            render = self.tokenizer.apply_chat_template
-            prompt = render(row["prompt"], add_generation_prompt=True, return_dict=False)
-            ids = render(row["prompt"] + row["completion"], return_dict=False)
+            tools = row.get("tools")
+            options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "return_dict": False}
+            render = functools.partial(self.tokenizer.apply_chat_template, **options)
+            prompt = render(row["prompt"], add_generation_prompt=True)
+            ids = render(row["prompt"] + row["completion"])
         else:
             prompt = self.tokenizer(row["prompt"])["input_ids"]
             ids = [*self.tokenizer(row["prompt"] + row["completion"])["input_ids"], self.tokenizer.eos_token_id]
         ids = ids[: self.max_length]
-        if len(prompt) >= len(ids):
+        # TRL's rule for SFT: a generation prompt need not be a prefix of the finished answer.
+        masked = common_prefix_length(prompt, ids)
+        if masked == len(ids):
             raise UserError(
                 f"Row {index + 1} of the ptx dataset has nothing to train within {self.max_length} tokens: "
                 "raise ptx_max_length or drop it."
             )
-        return {"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]}
+        return {"input_ids": ids, "labels": [IGNORED] * masked + ids[masked:]}
 
     def __call__(self, step: int, process_index: int, num_processes: int) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` of one process at one micro-step, (batch_size, longest)."""

@@ -45,6 +45,7 @@ def launch(tmp_path):
     return launch
 
 
+@pytest.mark.slow
 def test_a_launch_that_runs_as_asked_says_so(launch):
     output = launch(["--config_file", CONFIGS / "multi_cpu.yaml"], ["--use_cpu", "true"], ok=True)
     assert output.count("Launched: 2 processes") == 1
@@ -52,6 +53,7 @@ def test_a_launch_that_runs_as_asked_says_so(launch):
     assert output.count("sum 3") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "training", "asked", "running", "advice"),
     [
@@ -97,6 +99,7 @@ def test_a_launch_that_runs_otherwise_stops(launch, launcher, training, asked, r
     assert "sum" not in output
 
 
+@pytest.mark.slow
 @needs_gpu
 def test_more_processes_than_gpus_stop(launch):
     gpus = torch.cuda.device_count()
@@ -179,6 +182,7 @@ run(main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "expected"),
     [("UserError('the second disk is full.')", "error: the second disk is full."), ("KeyError('a bug')", "Traceback")],
@@ -203,6 +207,7 @@ run(main)
 """
 
 
+@pytest.mark.slow
 def test_processes_that_are_done_end_although_a_thread_does_not(tmp_path):
     (tmp_path / "ends.py").write_text(ENDS)
     command = ["accelerate", "launch", "--config_file", CONFIGS / "multi_cpu.yaml", tmp_path / "ends.py"]

@@ -21,7 +21,7 @@ from recipes.models.loading import never_pack
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer, turn_end
 from tests.architectures import FAMILIES, TOKENIZERS
-from tests.conftest import ROOT, run_recipe
+from tests.conftest import ROOT, run_recipe, write_jsonl
 
 MODES = {"LoRA": {}, "full": {"use_peft": "false"}, "4-bit": {"load_in_4bit": "true"}}
 IN_4_BIT = ("Llama 3", "Qwen 3", "Gemma 2", "Mistral", "GPT-NeoX, Pythia")
@@ -56,9 +56,7 @@ def data(tmp_path_factory) -> dict[str, str]:
         responses = [{"text": answer, "rank": rank} for rank, answer in enumerate(texts, start=1)]
         rows["reward"].append({"id": str(number), "prompt": prompt, "responses": responses, "annotator": "a"})
         rows["ppo"].append({"prompt": prompt})
-    for step, lines in rows.items():
-        (folder / f"{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return {step: str(folder / f"{step}.jsonl") for step in rows}
+    return {step: write_jsonl(folder / f"{step}.jsonl", lines) for step, lines in rows.items()}
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from recipes.models.compatibility import check_model, check_vocabulary
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 from tests import tiny_models as models
-from tests.conftest import run_recipe
+from tests.conftest import run_recipe, write_jsonl
 
 LORA = {"r": 4, "target_modules": "all-linear"}
 
@@ -36,8 +36,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
         for name, (model, config) in adapters.items():
             get_peft_model(model, config).save_pretrained(folder / f"{base}_{name}")
             models.word_tokenizer().save_pretrained(folder / f"{base}_{name}")
-    rows = [{"prompt": prompt} for prompt in models.prompts(64)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in models.prompts(64)])
     return {path.name: path for path in folder.iterdir()}
 
 

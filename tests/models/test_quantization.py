@@ -9,6 +9,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
+from recipes.models.heads import ScoreHead
 from recipes.models.loading import load_policy, load_reward_trainee
 from recipes.models.source import ModelSource, resolve_model
 from tests import tiny_models as models
@@ -98,7 +99,7 @@ def test_the_score_head_is_not_quantised(base, tmp_path, monkeypatch, quantized_
         source = resolve_model(str(tmp_path))
     model = load_reward_trainee(source, FOUR_BITS)
     head = model.get_base_model().score.modules_to_save["default"]
-    assert type(head) is torch.nn.Linear and head.weight.dtype == torch.float32
+    assert type(head) is ScoreHead and head.weight.dtype == torch.float32
     assert len(quantized(model)) == 14
     model.config.pad_token_id = 0
     scores = model.eval()(input_ids=IDS).logits

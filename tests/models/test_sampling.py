@@ -1,7 +1,6 @@
 """Sampling: real generation from small models, into a file that survives being stopped anywhere."""
 
 import json
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -11,10 +10,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
+from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
 from recipes.models.sampling import Prompt, SamplingArguments, load_generator, sample, sample_to_file
+from scripts import sample_responses
 from tests import tiny_models as models
-from tests.conftest import run_command
+from tests.conftest import flags, write_jsonl
 
 SAMPLING = SamplingArguments(
     num_generations=3, top_k=0, top_p=1.0, max_completion_length=6, seed=7, generation_batch_size=9
@@ -166,21 +167,17 @@ def test_an_adapter_samples_as_itself(folders, generator, prompts):
 
 
 def test_command_line(folders, tmp_path):
-    """By its real command, from an adapter: a first run, then one with another temperature that is refused."""
+    """From an adapter: a first run, then one with another temperature that is refused."""
     rows = [{"id": f"q{number}", "prompt": f"w{number} w{number + 1}"} for number in range(6)]
-    data, output = tmp_path / "prompts.jsonl", tmp_path / "out" / "samples.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = [sys.executable, "scripts/sample_responses.py", "--model_name_or_path", folders["adapter"]]
-    line += ["--dataset_name", str(data), "--num_generations", "2", "--max_completion_length", "5"]
-    line += ["--output", str(output)]
-    run_command(line)
+    data, output = write_jsonl(tmp_path / "prompts.jsonl", rows), tmp_path / "out" / "samples.jsonl"
+    line = flags(model_name_or_path=folders["adapter"], dataset_name=data, output=output)
+    line += flags(num_generations=2, max_completion_length=5)
+    sample_responses.main(*parse(sample_responses.ARGUMENTS, line))
     samples = read(output)
     assert {row["id"] for row in samples} == {row["id"] for row in rows}
     assert samples[0]["model"] == folders["adapter"]
     assert all(len(row["responses"]) == 2 for row in samples)
     before = output.read_bytes()
-    result = run_command([*line, "--temperature", "0.7"], ok=False)
-    errors = [text for text in result.stdout.splitlines() if "error" in text.lower()]
-    assert len(errors) == 1 and "choose another --output" in errors[0]
-    assert "Traceback" not in result.stdout
+    with pytest.raises(UserError, match="choose another --output"):
+        sample_responses.main(*parse(sample_responses.ARGUMENTS, [*line, "--temperature", "0.7"]))
     assert output.read_bytes() == before

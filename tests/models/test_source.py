@@ -11,7 +11,7 @@ from recipes.cli.errors import UserError
 from recipes.models import source
 from recipes.models.source import is_hub_name, resolve_model, same_weights
 from tests import tiny_models as models
-from tests.conftest import run_recipe
+from tests.conftest import run_recipe, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_what_is_no_model_is_one_line(tmp_path, config, problem):
 
 
 def test_one_launch_of_ppo_resolves_each_model_once(folders, tmp_path, monkeypatch):
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in models.prompts(8)))
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in models.prompts(8)])
     found, find = [], source.find_adapter_config_file
     monkeypatch.setattr(source, "find_adapter_config_file", lambda name: found.append(name) or find(name))
     run_recipe(

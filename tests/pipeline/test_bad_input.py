@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from recipes.cli.run import run
 from tests import tiny_models as models
-from tests.conftest import ROOT, recipe_line, run_recipe
+from tests.conftest import ROOT, recipe_line, run_recipe, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def files(tmp_path_factory) -> dict[str, str]:
         get_peft_model(scorer, head).save_pretrained(folder / name)
         models.word_tokenizer().save_pretrained(folder / name)
     prompts = [{"prompt": prompt} for prompt in models.prompts(64)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
-    (folder / "wrong.jsonl").write_text('{"question": "w1", "reply": "w2"}\n', encoding="utf-8")
+    write_jsonl(folder / "prompts.jsonl", prompts)
+    write_jsonl(folder / "wrong.jsonl", [{"question": "w1", "reply": "w2"}])
     return {path.name: str(path) for path in folder.iterdir()}
 
 

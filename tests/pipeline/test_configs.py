@@ -13,7 +13,7 @@ from recipes.cli.arguments import parse
 from recipes.data.schemas import detect
 from scripts.estimate_memory import STEPS, recipe_arguments
 from tests import tiny_models as models
-from tests.conftest import ROOT, recipe_line, run_recipe
+from tests.conftest import ROOT, recipe_line, run_recipe, write_jsonl
 from tests.trainers.test_memory import SHAPES
 
 CONFIGS = ROOT / "recipes" / "configs"
@@ -30,8 +30,6 @@ DATASETS = {
     "trl-lib/tldr-preference": "trl_preference",
     "trl-lib/ultrafeedback-prompt": "prompts",
 }
-SOURCED = ("learning_rate", "kl_coef", "num_iterations", "epsilon", "lam", "vf_coef", "lr_scheduler_type")
-SOURCE = re.compile(r"\d{4}\.\d{5}|alignment-handbook|OpenRLHF|TRL|the same")
 
 
 def text(base: str, step: str) -> str:
@@ -72,15 +70,6 @@ def test_a_config_parses_with_every_key_known(base, step):
     known = {name: getattr(each, name) for each in parsed for name in given if hasattr(each, name)}
     differing = {name for name in given if given[name] != known[name] and str(given[name]) != str(known[name])}
     assert differing <= {"report_to"}, "only `none` is turned into a list"
-    assert 30 <= len(text(base, step).splitlines()) <= 60
-
-
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("base", BASES)
-def test_hyperparameters_name_their_source(base, step):
-    for line in text(base, step).splitlines():
-        if line.split(":")[0] in SOURCED:
-            assert SOURCE.search(line.partition("#")[2]), f"{base}/{step}.yaml: {line}"
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -143,12 +132,9 @@ def small(base: str) -> PretrainedConfig:
     return config
 
 
-def write_jsonl(path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-@pytest.mark.parametrize("base", ["smollm2_135m", "qwen3_0.6b", "pythia_1b_tldr"])
+@pytest.mark.parametrize(
+    "base", ["smollm2_135m", pytest.param("qwen3_0.6b", marks=pytest.mark.slow), "pythia_1b_tldr"]
+)
 def test_the_three_steps_run(base, tmp_path):
     """LoRA with the CPU's config, a 4-bit base with activation checkpointing, and full fine-tuning of four models."""
     torch.manual_seed(0)
@@ -172,7 +158,7 @@ def test_the_three_steps_run(base, tmp_path):
         flags |= {"use_cpu": "true", "bf16": "false", "dataloader_pin_memory": "false", "max_steps": 2}
         if step == "ppo":
             flags |= {"reward_model_name_or_path": tmp_path / "reward", "dataset_train_split": "train"}
-            flags |= {"total_episodes": 64 if base != "pythia_1b_tldr" else 128}
+            flags |= {"total_episodes": 1}  # one rollout
         if config.get("reference_dataset_name"):
             flags["reference_dataset_name"] = files["sft"]
         run_recipe(step, CONFIGS / base / f"{step}.yaml", **flags)

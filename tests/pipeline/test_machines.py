@@ -1,8 +1,9 @@
-"""Machines that are not here, as far as they can be tried: Slurm, shares of a model (FSDP2), missing packages."""
+"""Machines that are not here, as far as they can be tried: Slurm, sharding with FSDP2, missing packages."""
 
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,11 +44,9 @@ def program(path: Path, text: str) -> None:
 def job(tmp_path) -> dict[str, str]:
     """The environment of a job on two machines with one GPU each, `srun` and `scontrol` included."""
     program(tmp_path / "bin" / "srun", SRUN)
-    program(
-        tmp_path / "bin" / "scontrol", '[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\n127.0.0.2\\n"'
-    )
+    program(tmp_path / "bin" / "scontrol", SCONTROL)
     slurm = {"NODELIST": "node[1-2]", "NUM_NODES": "2", "ID": "123456"}
-    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {f"SLURM_JOB_{name}": value for name, value in slurm.items()} | {"PATH": path}
     return env | {"SLURM_GPUS_ON_NODE": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
 
@@ -78,6 +77,7 @@ def test_a_slurm_job_launches_once_on_each_machine(tmp_path, job):
         assert "<--config_file><other.yaml>" in line and line.endswith("<--resume_from_checkpoint><true>")
 
 
+@pytest.mark.slow
 def test_a_slurm_job_is_one_run_on_all_machines(tmp_path, job):
     """Through the real launcher; 127.0.0.1 plays both machines."""
     (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
@@ -127,7 +127,7 @@ def test_ppo_by_deepspeed_stops_before_any_weights():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs another check comes first")
 def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     # transformers leaves its half-made configuration here, and every later load in this process would ask it.
     monkeypatch.setattr("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", None)
     flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--deepspeed", "zero.json"]
@@ -136,9 +136,10 @@ def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shares on CPUs: on GPUs launch fsdp2.yaml itself")
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shards on CPUs: on GPUs launch fsdp2.yaml itself")
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_a_model_in_shares_trains_saves_and_resumes_as_a_whole_one(full, tmp_path):
+def test_a_sharded_model_trains_saves_and_resumes_as_a_whole_one(full, tmp_path):
     """PPO by `fsdp2.yaml` on two processes, against the same on one."""
     for name in ("one", "whole", "resumed"):
         (tmp_path / name).mkdir()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import tiny_models as models
-from tests.conftest import run_command
+from tests.conftest import ROOT, recipe_line, run_command
 
+pytestmark = pytest.mark.slow
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 PORT = "29517"  # of the namespace, so that nothing else can hold it
 REWARD = "def words(prompts, completions, **kwargs):\n    return [len(c[0]['content']) / 10 for c in completions]\n"
@@ -50,51 +50,39 @@ def remove(names: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A random base, demonstrations and prompts, and a reward function in a module of its own."""
-    folder = tmp_path_factory.mktemp("data")
-    models.causal_lm().save_pretrained(folder / "base")
-    models.word_tokenizer().save_pretrained(folder / "base")
+def user(tmp_path_factory) -> Path:
+    """A user's folder with a reward function."""
+    folder = tmp_path_factory.mktemp("user")
     (folder / "length_reward.py").write_text(REWARD, encoding="utf-8")
-    prompts = models.prompts(16)
-    answers = models.prompts(16, length=5, seed=1)
-    rows = [
-        {"messages": [*prompt, {"role": "assistant", "content": answer[0]["content"]}]}
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    for name, content in (("demonstrations", rows), ("prompts", [{"prompt": prompt} for prompt in prompts])):
-        lines = "".join(json.dumps(row) + "\n" for row in content)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return folder
 
 
-def launch(data: Path, recipe: str, launcher: list[str], host: str | None = None, **arguments) -> str:
+def launch(user: Path, step: str, launcher: list[str], host: str | None = None, **arguments) -> str:
     line = ["ip", "netns", "exec", host] if host else []
-    line += ["accelerate", "launch", "--config_file", "accelerate_configs/multi_cpu.yaml", *launcher]
-    line += [f"recipes/{recipe}.py", "--config", f"recipes/configs/tiny_world/{recipe}.yaml"]
-    line += [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
-    env = {"PYTHONPATH": str(data)} | ({"GLOO_SOCKET_IFNAME": "cable"} if host else {})
-    return run_command(line, timeout=400, env=env).stdout
+    line += ["accelerate", "launch", "--config_file", ROOT / "accelerate_configs" / "multi_cpu.yaml", *launcher]
+    line += [ROOT / "recipes" / f"{step}.py", *recipe_line(step, **arguments)]
+    env = {"PYTHONPATH": str(ROOT)} | ({"GLOO_SOCKET_IFNAME": "cable"} if host else {})
+    return run_command(line, timeout=400, cwd=user, env=env).stdout
 
 
-def on_two_hosts(data: Path, recipe: str, hosts: list[str], **arguments) -> list[str]:
+def on_two_hosts(user: Path, step: str, hosts: list[str], **arguments) -> list[str]:
     def on_host(rank: int) -> str:
         machines = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
         address = ["--main_process_ip", ADDRESSES[0], "--main_process_port", PORT]
-        return launch(data, recipe, machines + address, hosts[rank], **arguments)
+        return launch(user, step, machines + address, hosts[rank], **arguments)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(on_host, (0, 1)))
 
 
 @pytest.fixture(scope="module")
-def sft(data, hosts, tmp_path_factory) -> dict[str, Path]:
+def sft(data, user, hosts, tmp_path_factory) -> dict[str, Path]:
     """SFT on one host and on two."""
     folder = tmp_path_factory.mktemp("sft")
-    arguments = {"model_name_or_path": data / "base", "dataset_name": data / "demonstrations.jsonl"}
-    arguments |= {"per_device_train_batch_size": 4, "num_train_epochs": 2, "save_strategy": "no", "logging_steps": 1}
-    launch(data, "sft", [], **arguments, output_dir=folder / "one")
-    outputs = on_two_hosts(data, "sft", hosts, **arguments, output_dir=folder / "two")
+    arguments = {"model_name_or_path": data["base"], "dataset_name": data["demonstrations"]}
+    arguments |= {"per_device_train_batch_size": 4, "max_steps": 4, "save_strategy": "no", "logging_steps": 1}
+    launch(user, "sft", [], **arguments, output_dir=folder / "one")
+    outputs = on_two_hosts(user, "sft", hosts, **arguments, output_dir=folder / "two")
     assert "Launched: 2 processes" in outputs[0] and "Running: 2 processes on cpu" in outputs[0]
     assert "Saved to" in outputs[0] and "Saved to" not in outputs[1]
     return {name: folder / name for name in ("one", "two")}
@@ -116,12 +104,12 @@ def test_sft_on_two_hosts_is_sft_on_one(sft):
     assert_same_run(sft["one"], sft["two"], ("loss", "grad_norm"), steps=4)
 
 
-def test_ppo_on_two_hosts_is_ppo_on_one(data, hosts, sft, tmp_path):
-    arguments = {"model_name_or_path": sft["two"], "dataset_name": data / "prompts.jsonl"}
+def test_ppo_on_two_hosts_is_ppo_on_one(data, user, hosts, sft, tmp_path):
+    arguments = {"model_name_or_path": sft["two"], "dataset_name": data["prompts"]}
     arguments |= {"reward_funcs": "length_reward.words", "per_device_train_batch_size": 4, "max_completion_length": 8}
     arguments |= {"max_steps": 4, "warmup_steps": 0, "save_strategy": "no", "logging_steps": 1}
-    launch(data, "ppo", [], **arguments, output_dir=tmp_path / "one")
-    on_two_hosts(data, "ppo", hosts, **arguments, output_dir=tmp_path / "two")
+    launch(user, "ppo", [], **arguments, output_dir=tmp_path / "one")
+    on_two_hosts(user, "ppo", hosts, **arguments, output_dir=tmp_path / "two")
     metrics = ("loss/policy_avg", "loss/value_avg", "grad_norm", "policy/approxkl_avg")
     assert_same_run(tmp_path / "one", tmp_path / "two", metrics, steps=4)
     assert_same_run(tmp_path / "one", tmp_path / "two", ("objective/kl", "objective/scores"), steps=2)

@@ -61,7 +61,7 @@ def test_measured_runs_take_what_was_estimated(tmp_path):
 
 
 @pytest.mark.parametrize("setting", [PPO, replace(PPO, lora=None, checkpointing=True)], ids=["lora", "full"])
-def test_a_deep_model_is_drawn_out_from_shallow_ones(setting):
+def test_a_deep_model_is_extrapolated_from_shallow_ones(setting):
     deep = replace(setting, config=models.llama_config(num_hidden_layers=5))
     model, _, critic = memory.build(deep)
     assert memory.measure_deep(deep, model, critic) == memory.measure(deep, model, critic)

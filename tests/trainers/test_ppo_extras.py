@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from recipes.cli.errors import UserError
 from recipes.trainers.ppo_monitor import POOR_CRITIC_ROLLOUTS, PPOMonitor
@@ -39,6 +40,27 @@ def test_ptx_trains_the_answer_and_nothing_else():
     assert batch["attention_mask"].sum(1).tolist() == [(row != 0).sum().item() for row in batch["input_ids"]]
     texts = trained_text(ptx_batches(DEMONSTRATIONS, batch_size=6), 0)
     assert sorted(texts) == [" ".join(["w7"] * (i + 1)) + " <eos>" for i in range(6)]
+
+
+THINKING = (
+    "{% for message in messages %}{{ '<' + message['role'] + '> ' }}"
+    "{{ message['content'] + ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> w50 w51 ' }}{% endif %}"
+)
+
+
+def test_ptx_and_sft_train_the_same_tokens_where_the_generation_prompt_is_no_prefix(tmp_path):
+    """As templates with <think>: what opens an answer in generation is missing from finished answers."""
+    tokenizer = models.word_tokenizer()
+    tokenizer.chat_template = THINKING
+    rows = Dataset.from_dict(DEMONSTRATIONS)
+    batches = PtxBatches(rows, tokenizer, 6, 32, seed=0)
+    assert sorted(trained_text(batches, 0)) == [" ".join(["w7"] * (i + 1)) + " <eos>" for i in range(6)]
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=32)
+    trainer = SFTTrainer(models.causal_lm(), args, train_dataset=rows, processing_class=tokenizer)
+    for ours, theirs in zip(batches.rows, trainer.train_dataset, strict=True):
+        assert ours["input_ids"] == theirs["input_ids"]
+        assert [label != IGNORED for label in ours["labels"]] == [label != IGNORED for label in theirs["labels"]]
 
 
 def test_ptx_text_is_trained_whole():
