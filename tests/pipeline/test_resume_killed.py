@@ -1,13 +1,15 @@
 """Kill a run anywhere, resume it, and it ends as if nothing had been: `python -m pytest -m kill`, about 30 minutes.
 
 Each recipe is killed with SIGKILL at random moments, and before each operation on files while it starts, saves and
-finishes. The counts of a run go into docs/reliability.md.
+finishes; and gets a SIGTERM at random moments. The counts of a run go into docs/reliability.md.
 """
 
 import random
 import re
 import shutil
+import signal
 import time
+from collections import Counter
 
 import pytest
 
@@ -76,6 +78,24 @@ def test_killed_at_a_random_moment(recipes, tmp_path, step):
     COUNTS[step, "at a random moment"] = RANDOM_KILLS
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_told_to_stop_at_a_random_moment(recipes, tmp_path, step):
+    whole, moments, codes = recipes[step], random.Random(step), Counter()
+    for number in range(RANDOM_KILLS):
+        recipe = whole.at(tmp_path / f"{number}")
+        process = recipe.start()
+        time.sleep(moments.uniform(0.0, whole.seconds))
+        process.terminate()
+        process.join(60)
+        codes[process.exitcode] += 1
+        complete(recipe)
+        assert_same_result(whole.folder, recipe.folder)
+        shutil.rmtree(recipe.folder)
+    # It stops after a step, or at once while nothing is trained, or is done before the signal comes.
+    assert codes.keys() <= {128 + signal.SIGTERM, -signal.SIGTERM, 0}, codes
+    COUNTS[step, "told to stop at a random moment"] = RANDOM_KILLS
+
+
 def stages(trace: list[str]) -> list[int]:
     """The operations of a run's start, of the save that first deletes an older checkpoint, and of all after the last.
 
@@ -95,7 +115,7 @@ def test_killed_before_each_operation_on_files(recipes, tmp_path, step):
     numbers = stages(whole.trace())
     for number in numbers:
         recipe = whole.at(tmp_path / f"{number}")
-        assert recipe.run(number) == -9, recipe.log()
+        assert recipe.run(number) == -signal.SIGKILL, recipe.log()
         complete(recipe)
         assert_same_result(whole.folder, recipe.folder)
         shutil.rmtree(recipe.folder)
