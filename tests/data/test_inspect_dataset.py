@@ -69,15 +69,15 @@ def test_columns_of_the_other_tasks(tmp_path, task, row, expected):
 def test_errors_leave_the_report_and_no_rows(tmp_path):
     data, output, report = tmp_path / "data.csv", tmp_path / "rows.jsonl", tmp_path / "report.json"
     data.write_text("prompt,completion\nq,a\nq,a,b\n")
-    output.write_text("older\n")
     code, out, err = inspect(data, "--task", "sft", "--output", output, "--report", report)
-    assert (code, out, output.read_text()) == (1, "", "older\n")
+    assert (code, out) == (1, "")
     assert f"{data}:3: found 3 fields, expected 2 as in the header" in err
     saved = json.loads(report.read_text())
     assert saved["rows_in"] == 2
     assert [(error["file"], error["line"], error["column"]) for error in saved["errors"]] == [(str(data), 3, None)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "report.json", "rows.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "report.json"]
 
+    report = tmp_path / "second.json"
     code, out, err = inspect(data, "--task", "sft", "--output", output, "--report", report, "--on_error", "skip")
     assert code == 0 and len(lines(output)) == 1
     saved = json.loads(report.read_text())
@@ -111,7 +111,24 @@ def test_the_dataset_is_never_written_over(tmp_path):
     data.write_text('{"prompt": "q"}\n')
     assert inspect(data, "--task", "prompt", "--output", data)[0] != 0
     assert inspect(data, "--task", "prompt", "--report", tmp_path / "." / "data.jsonl")[0] != 0
+    for name in ("data.jsonl", "test.jsonl"):  # a new file there would be another split of the dataset
+        code, _, err = inspect(tmp_path, "--task", "prompt", "--output", tmp_path / name)
+        assert code != 0 and f"{name} is part of the dataset itself" in err
     assert data.read_text() == '{"prompt": "q"}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_nothing_is_written_over(tmp_path):
+    data, other = tmp_path / "data.jsonl", tmp_path / "adapter_model.safetensors"
+    data.write_text('{"prompt": "q"}\n')
+    other.write_text("weights")
+    new = tmp_path / "new.jsonl"
+    for arguments in (("--output", other, "--report", new), ("--report", other, "--output", new)):
+        code, _, err = inspect(data, "--task", "prompt", *arguments)
+        assert code != 0 and f"{other} exists, and nothing is ever written over" in err
+    code, _, err = inspect(data, "--task", "prompt", "--output", new, "--report", new)
+    assert code != 0 and "--output and --report are the same file" in err
+    assert other.read_text() == "weights" and not new.exists()
 
 
 @pytest.fixture(scope="module")
