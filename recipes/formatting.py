@@ -11,20 +11,23 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.data.digests import Digests
-from recipes.data.formatter import Formatter, NeedsTools, as_rows
+from recipes.data.formatter import Formatter, as_rows
 from recipes.data.loading import Rows, list_splits, load_rows
 from recipes.data.mixtures import Source, check_fractions, combine
 from recipes.data.report import Report
 from recipes.data.schemas import detect
-from recipes.data.tasks import features, group_id
+from recipes.data.tasks import group_id, has_tools
 from recipes.data.text_files import DataError, Row
 from recipes.models.control_tokens import control_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+BATCH = 1000  # rows that are written at a time
 
 __all__ = [
     "DataError", "FormattedDatasets", "Formatter", "FormattingArguments", "Report", "check_leakage", "detect",
@@ -33,75 +36,57 @@ __all__ = [
 
 
 def format_dataset(
-    rows: Rows | Iterable[dict],
-    task: str,
-    schema: str = "auto",
-    mapping: Mapping[str, str] | None = None,
-    on_error: str = "raise",
-    margin: bool = False,
-    on_special: str = "flag",
-    special_tokens: Iterable[str] = (),
-    dedup: str = "flag",
-    streaming: bool = False,
-    num_proc: int | None = None,
-    **options,
+    rows: Rows | Iterable[dict], task: str, streaming: bool = False, num_proc: int | None = None, **options
 ) -> tuple["Dataset | IterableDataset", Report]:
     """Formats rows for a task.
 
     Args:
         rows: from `load_rows`, or any list or `datasets` dataset of dictionaries.
+        task: "sft", "preference", "ranking" or "prompt".
         streaming: formats while the result is iterated: an IterableDataset, whose report fills up on the way and
             whose errors are raised at the row where they are met.
         num_proc: processes that format; the result is the same for any number. Streams take one.
-        Others: see `Formatter`, which also takes `options`.
+        options: of `Formatter`: schema, mapping, on_error, on_special, dedup, margin, prompt_completion and others.
     Returns:
         The dataset, memory-mapped from a file that lives as long as the process, and the report.
     Raises:
         DataError: rows that cannot be used, an unknown schema, or no usable row; its `report` is complete.
     """
-    formatter = Formatter(
-        task, schema, mapping, on_error, margin, on_special, special_tokens, dedup, fail_fast=streaming, **options
-    )
-    return _stream(formatter, as_rows(rows)) if streaming else _write(formatter, as_rows(rows), num_proc or 1)
-
-
-def _stream(formatter: Formatter, rows: Rows) -> tuple["IterableDataset", Report]:
+    rows = as_rows(rows)
+    formatter, report = Formatter(task, fail_fast=streaming, **options), Report(rows.source, task)
+    if not streaming:
+        return _write(formatter, rows, report, num_proc or 1), report
     from datasets import IterableDataset
 
-    report = Report(rows.source, formatter.task)
-    known = None
-    if formatter.task != "sft":
-        known = features(formatter.task, margin=formatter.margin, keep=formatter.keep_columns)
+    known = None if task == "sft" else formatter.features()  # of sft, only the rows tell whether there are tools
     parts = {"formatter": formatter, "rows": rows, "report": report}
-    return IterableDataset.from_generator(_stream_rows, features=known, gen_kwargs=parts), report
+    return IterableDataset.from_generator(_stream, known, parts), report
 
 
-def _stream_rows(formatter: Formatter, rows: Rows, report: Report) -> Iterator[dict]:
-    report.__init__(report.source, report.task)  # each epoch reads all rows again
-    for _, output in formatter(rows, report):
-        yield output
+def _stream(formatter: Formatter, rows: Rows, report: Report) -> Iterator[dict]:
+    return (output for _, output in formatter(rows, report))
 
 
-def _write(formatter: Formatter, rows: Rows, num_proc: int, tools: bool = False) -> tuple["Dataset", Report]:
+def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int, tools: bool = False) -> "Dataset":
+    """Not by `Dataset.from_generator`: it wraps errors, and rounds the numbers in tool calls on the way."""
     import datasets
+    import pyarrow
     from datasets.arrow_writer import ArrowWriter
 
-    report = Report(rows.source, formatter.task)
-    options = formatter.prompt_completion, formatter.margin, tools, formatter.keep_columns
-    columns = features(formatter.task, *options)
+    columns = formatter.features(tools)
     folder = datasets.fingerprint.get_temporary_cache_files_directory()
     path = os.path.join(folder, f"formatted-{os.urandom(8).hex()}.arrow")
-    try:
-        with ArrowWriter(features=columns, path=path) as writer:
-            for table in formatter.tables(rows, report, columns, num_proc):
-                writer.write_table(table)
-            writer.finalize()
-    except NeedsTools:  # known only once a row with tool calls is met
-        os.remove(path)
-        return _write(formatter, rows, num_proc, tools=True)
+    outputs = (output for _, output in formatter(rows, report, num_proc))
+    with ArrowWriter(features=columns, path=path) as writer:
+        while batch := list(islice(outputs, BATCH)):
+            if not tools and any(map(has_tools, batch)):  # known only here: begin again
+                return _write(formatter, rows, report, num_proc, tools=True)
+            cells = {name: columns.encode_column([row.get(name) for row in batch], name) for name in columns}
+            writer.write_table(pyarrow.Table.from_pydict(cells, columns.arrow_schema))
+        writer.finalize()
     dataset = datasets.Dataset.from_file(path)
     dataset._fingerprint = report.fingerprint  # of the content, so that it is the same in the next run
-    return dataset, report
+    return dataset
 
 
 def check_leakage(train: "Dataset", test: "Dataset") -> Report:
@@ -266,7 +251,7 @@ def load_formatted(
             dataset, report = format_dataset(rows, task, **options | {name: own[name] for name in own if own[name]})
             formatted.append(dataset)
             datasets.reports[key if len(parts) == 1 else f"{key} {index + 1}"] = report
-        datasets[key] = combine(formatted, parts, task, options, seed)
+        datasets[key] = combine(formatted, parts, streaming, seed)
     if has_test and not streaming:
         datasets.reports["leakage"] = check_leakage(datasets["train"], datasets["eval"])
     elif evaluate and not has_test:

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 from recipes.data.digests import Digests
 from recipes.data.loading import Rows
 from recipes.data.messages import ROLES, Skip, describe, listed
-from recipes.data.parallel import in_order
+from recipes.data.parallel import map_in_order
 from recipes.data.preview import render
 from recipes.data.report import Report
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
-from recipes.data.tasks import has_tools, outputs, row_messages
+from recipes.data.tasks import features, outputs, row_messages
 from recipes.data.text_files import DataError, LostRows, Row, RowError, check_row
 
 SAMPLE = 100  # rows that detection looks at
-BATCH = 1000  # rows that a process formats at a time
 TEMPLATE_MARKS = (
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
     "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>",
@@ -41,19 +40,12 @@ RESERVED = (
 )  # fmt: skip
 
 
-class NeedsTools(Exception):
-    """A row has tool calls, which need other columns than those asked for."""
-
-
 class Kept(NamedTuple):
     """An output row that is of use, unless it is a duplicate of an earlier one."""
 
     output: Any
     digest: bytes
     flags: list[str]
-
-
-Results = list[tuple[Row, list[Kept | Skip | RowError]]]
 
 
 @dataclass
@@ -121,64 +113,68 @@ class Formatter:
         self._special = re.compile("|".join(map(re.escape, marks)))
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
-        """Yields each output row with the row it is from.
+        """Yields each output row with the row it is from, which holds no data any more.
 
         Raises:
             DataError: no schema fits; or, at the end, rows that cannot be used, or no usable row at all.
         """
-        ledger = _Ledger(self, report)
-        schema, source = self._open(as_rows(rows), report)
-        batches = _batches(source, BATCH if num_proc > 1 else 1)
-        for results in in_order(partial(self._format, schema), batches, num_proc):
-            for row, found in results:
-                for kept in ledger.enter(row, found):
-                    yield row, kept.output
-        ledger.close()
-
-    def tables(self, rows: Rows | Iterable[dict], report: Report, columns, num_proc: int = 1) -> Iterator:
-        """The same output as Arrow tables with `columns`, a `datasets.Features`.
-
-        Raises:
-            NeedsTools: a row has tool calls, and there is no column `tools`.
-        """
-        ledger = _Ledger(self, report)
-        schema, source = self._open(as_rows(rows), report)
-        work = partial(self._format_table, schema, columns)
-        for results, table in in_order(work, _batches(source, BATCH), num_proc):
-            kept = [kept.output for row, found in results for kept in ledger.enter(row, found)]
-            if kept:
-                yield table if len(kept) == len(table) else table.take(kept)
-        ledger.close()
-
-    def _open(self, rows: Rows, report: Report) -> tuple[Schema | None, Iterator[Row]]:
+        report.clear()  # each epoch of a stream reads all rows again
+        rows = as_rows(rows)
         report.schema, report.reason = self._choose_schema(rows, report)
         schema = SCHEMAS.get(report.schema)
         source = _counted(rows, report)
         if schema and schema.gather:
             source = schema.gather(map(self._mapped_row, source), self.task)
-        return schema, source
+        seen, fingerprint = Digests(), hashlib.sha256()
+        for row, results in map_in_order(partial(self._format, schema), source, num_proc):
+            for result in results:
+                if not isinstance(result, Kept):
+                    self._leave_out(row, result, report)
+                    continue
+                duplicate = seen.add(result.digest)
+                if duplicate and self.dedup == "drop":
+                    report.add("skipped", row, "duplicate")
+                    continue
+                for flag in (*result.flags, "duplicate") if duplicate else result.flags:
+                    report.add("flags", row, flag)
+                fingerprint.update(result.digest)
+                report.rows_out += 1
+                yield row, result.output
+        report.fingerprint = fingerprint.hexdigest()[:16]
+        self._check_errors(report)
+        report.finish()
 
-    def _format(self, schema: Schema | None, rows: list[Row]) -> Results:
-        return [(Row(row.file, row.line, None), self._results(schema, row)) for row in rows]
+    def features(self, tools: bool = False):
+        """The `datasets.Features` of the output rows; `tools` where conversations have tool calls."""
+        return features(self.task, self.prompt_completion, self.margin, tools, self.keep_columns)
 
-    def _format_table(self, schema: Schema | None, columns, rows: list[Row]) -> tuple[Results, Any]:
-        """The results, whose outputs are the numbers of their rows in the table."""
-        import pyarrow
+    def _leave_out(self, row: Row, problem: Skip | RowError, report: Report) -> None:
+        column = problem.column
+        if column:  # its name in the source, which a mapping may have changed
+            name, rest = re.fullmatch(r"([^.\[]*)(.*)", column, re.DOTALL).groups()
+            column = self._columns[name] + rest if name in self._columns else column
+        if isinstance(problem, Skip):
+            report.add("skipped", row, problem.reason, column)
+            return
+        report.add("errors", row, problem.message, column)
+        report.lost = report.lost or isinstance(problem, LostRows)
+        if self.fail_fast:
+            self._check_errors(report)
 
-        results, found = self._format(schema, rows), []
-        for _, row_results in results:
-            for index, result in enumerate(row_results):
-                if isinstance(result, Kept):
-                    row_results[index] = result._replace(output=len(found))
-                    found.append(result.output)
-        if "tools" not in columns and any(map(has_tools, found)):
-            raise NeedsTools
-        if not found:
-            return results, None
-        cells = {name: [output.get(name) for output in found] for name in columns}
-        if "tools" in columns or self.keep_columns:  # there is free JSON, which Arrow cannot take as it is
-            cells = {name: columns.encode_column(cells[name], name) for name in cells}
-        return results, pyarrow.Table.from_pydict(cells, columns.arrow_schema)
+    def _check_errors(self, report: Report) -> None:
+        errors = report.counts["errors"].total()
+        advice = None
+        if report.lost:
+            advice = "mend the file: rows after the break cannot be skipped one by one"
+        elif errors and self.on_error == "raise":
+            advice = "fix them, or leave bad rows out with --on_error skip"
+        elif errors > max(1, self.max_error_rate * max(report.rows_in, 1000 if self.fail_fast else 0)):
+            advice = f"more than --max_error_rate {self.max_error_rate} allows to skip"
+        if advice:
+            raise report.error(f"{report.errors_text()}\n{advice}")
+
+    def _format(self, schema: Schema | None, row: Row) -> tuple[Row, list[Kept | Skip | RowError]]:
+        return row._replace(data=None), self._results(schema, row)
 
     def _results(self, schema: Schema | None, row: Row) -> list[Kept | Skip | RowError]:
         results = []
@@ -282,71 +278,10 @@ def _flat(mapping: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Ledger:
-    """Decides over formatted rows in the order of the source, and fills in the report."""
-
-    def __init__(self, formatter: Formatter, report: Report):
-        self.formatter, self.report = formatter, report
-        self.seen, self.fingerprint, self.lost = Digests(), hashlib.sha256(), False
-
-    def enter(self, row: Row, results: list[Kept | Skip | RowError]) -> Iterator[Kept]:
-        """Yields what is accepted."""
-        report = self.report
-        for result in results:
-            if isinstance(result, Kept):
-                duplicate = self.seen.add(result.digest)
-                if duplicate and self.formatter.dedup == "drop":
-                    report.add("skipped", row, "duplicate")
-                    continue
-                for flag in (*result.flags, "duplicate") if duplicate else result.flags:
-                    report.add("flags", row, flag)
-                self.fingerprint.update(result.digest)
-                report.rows_out += 1
-                yield result
-            elif isinstance(result, Skip):
-                report.add("skipped", row, result.reason, self._source_column(result.column))
-            else:
-                report.add("errors", row, result.message, self._source_column(result.column))
-                self.lost = self.lost or isinstance(result, LostRows)
-                if self.formatter.fail_fast:
-                    self._check_errors()
-
-    def close(self) -> None:
-        self.report.fingerprint = self.fingerprint.hexdigest()[:16]
-        self._check_errors()
-        self.report.finish()
-
-    def _source_column(self, column: str | None) -> str | None:
-        """The name that a column has in the source."""
-        columns = self.formatter._columns
-        name, rest = re.fullmatch(r"([^.\[]*)(.*)", column, re.DOTALL).groups() if column else ("", "")
-        return columns[name] + rest if name in columns else column
-
-    def _check_errors(self) -> None:
-        report, formatter = self.report, self.formatter
-        errors = report.counts["errors"].total()
-        if self.lost:
-            raise report.error(
-                f"{report.errors_text()}\nmend the file: rows after the break cannot be skipped one by one"
-            )
-        if errors and formatter.on_error == "raise":
-            raise report.error(f"{report.errors_text()}\nfix them, or leave bad rows out with --on_error skip")
-        rows = max(report.rows_in, 1000) if formatter.fail_fast else report.rows_in
-        if errors > max(1, formatter.max_error_rate * rows):
-            too_many = f"more than --max_error_rate {formatter.max_error_rate} allows to skip"
-            raise report.error(f"{report.errors_text()}\n{too_many}")
-
-
 def _counted(rows: Rows, report: Report) -> Iterator[Row]:
     for row in rows.unread():
         report.rows_in += 1
         yield row
-
-
-def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    rows = iter(rows)
-    while batch := list(islice(rows, size)):
-        yield batch
 
 
 def as_rows(rows: Rows | Iterable[dict]) -> Rows:

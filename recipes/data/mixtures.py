@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes.data.messages import listed
-from recipes.data.tasks import features
 from recipes.data.text_files import DataError
 
 
@@ -48,7 +47,7 @@ def check_fractions(sources: list[Source]) -> None:
         raise DataError("datasets: give every source a fraction, or none")
 
 
-def combine(parts: list, sources: list[Source], task: str, options: Mapping[str, Any], seed: int):
+def combine(parts: list, sources: list[Source], streaming: bool, seed: int):
     """One dataset out of formatted ones.
 
     As in TRL, fractions are shares of the mixture, which is as large as it can be without repeating a row, and the
@@ -59,18 +58,16 @@ def combine(parts: list, sources: list[Source], task: str, options: Mapping[str,
     shares = None
     if sources[0].fraction is not None:
         shares = [source.fraction / sum(each.fraction for each in sources) for source in sources]
-    if options.get("streaming"):
+    if streaming:
         return interleave_datasets(parts, shares, seed) if shares else concatenate_datasets(parts)
-    if any("tools" in part.column_names for part in parts):
-        columns = features(task, options.get("prompt_completion", False), tools=True)
-        parts = [
-            part if "tools" in part.column_names else part.map(_without_tools, features=columns) for part in parts
-        ]
+    with_tools = next((part.features for part in parts if "tools" in part.column_names), None)
+    if with_tools:
+        parts = [part if part.features == with_tools else part.map(_no_tools, features=with_tools) for part in parts]
     if shares:
         total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
         parts = [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]
     return concatenate_datasets(parts)
 
 
-def _without_tools(row: dict) -> dict:
+def _no_tools(row: dict) -> dict:
     return {**row, "tools": None}  # all columns, or `datasets` cannot cast the messages

@@ -28,6 +28,10 @@ class Report:
     errors: list[dict] = field(default_factory=list)
     counts: dict[str, Counter] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
     fingerprint: str = ""
+    lost: bool = False  # whether rows after an error could not be read
+
+    def clear(self) -> None:
+        self.__init__(self.source, self.task)
 
     def add(self, kind: str, row: Row, what: str, column: str | None = None) -> None:
         """`kind` is "skipped", "flags" or "errors"."""
