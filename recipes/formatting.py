@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
+from recipes.data.control_tokens import control_tokens
 from recipes.data.digests import Digests
 from recipes.data.formatter import Formatter, as_rows
 from recipes.data.loading import Rows, list_splits, load_rows
@@ -22,7 +23,6 @@ from recipes.data.report import Report
 from recipes.data.schemas import detect
 from recipes.data.tasks import group_id, has_tools
 from recipes.data.text_files import DataError, Row
-from recipes.models.control_tokens import control_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.cli.errors import UserError
+from recipes.data.control_tokens import control_tokens
 from recipes.data.preview import render
 from recipes.data.report import Report
 from recipes.data.schemas import SCHEMAS, TASKS
 from recipes.formatting import Formatter, FormattingArguments, load_rows
-from recipes.models.control_tokens import control_tokens
 
 SHOWN = 3
 

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
+from recipes.data.control_tokens import search_pattern
 from recipes.data.digests import Digests
 from recipes.data.loading import Rows
 from recipes.data.messages import ROLES, Skip, describe, listed
@@ -20,11 +21,6 @@ from recipes.data.tasks import features, outputs, row_messages
 from recipes.data.text_files import DataError, LostRows, Row, RowError, check_row
 
 SAMPLE = 100  # rows that detection looks at
-TEMPLATE_MARKS = (
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
-    "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>",
-    "<|end|>", "[INST]", "[/INST]", "<<SYS>>", "<s>", "</s>", "<bos>", "<eos>",
-)  # fmt: skip
 CHOICES = {
     "task": TASKS,
     "on_error": ("raise", "skip"),
@@ -109,8 +105,7 @@ class Formatter:
                 self._roles[name.removeprefix("roles.").lower()] = target
             else:
                 raise DataError(f"mapping {name}={target}: expected {listed(sorted(set(ROLES.values())))}")
-        marks = sorted({*TEMPLATE_MARKS, *self.special_tokens}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, marks)))
+        self._control_tokens = search_pattern(self.special_tokens)
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
         """Yields each output row with the row it is from, which holds no data any more.
@@ -219,7 +214,9 @@ class Formatter:
 
     def _special_token(self, output: dict) -> str | None:
         for turn in row_messages(output):
-            found = self._special.search(turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False))
+            found = self._control_tokens.search(
+                turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False)
+            )
             if found:
                 return f"special token {found[0]!r} in the {turn['role']} turn"
         return None
