@@ -15,21 +15,21 @@ from recipes.data.messages import (
     Messages,
     Roles,
     Skip,
-    asked,
-    cell,
+    as_object,
     choice,
     describe,
     flag,
     in_context,
-    inner,
     items,
-    listed,
+    join_names,
     message,
     normalise,
     number,
-    number_cell,
     objects,
     optional_text,
+    prompt_messages,
+    require,
+    require_number,
     split_pair,
     split_turns,
     text,
@@ -81,7 +81,7 @@ def _dialogue(row: dict, column: str, roles: Roles) -> Dialogue:
 def conversation_pairs(row: dict, roles: Roles) -> Dialogue:
     said = []
     for where, pair in objects(row, "conversation", "input", "output"):
-        pair = inner(pair, where)
+        pair = as_object(pair, where)
         said += [message("user", text(pair, f"{where}.input")), message("assistant", text(pair, f"{where}.output"))]
     return Dialogue(in_context(row, said))
 
@@ -89,11 +89,11 @@ def conversation_pairs(row: dict, roles: Roles) -> Dialogue:
 def prompt_completion(row: dict, roles: Roles) -> Dialogue:
     if flag(row, "label") is False:  # TRL's unpaired preferences: a completion not to be learned
         raise Skip("labelled as a bad completion", "label")
-    return Dialogue(asked(row, "prompt", roles) + turns(row, "completion", roles, "assistant"))
+    return Dialogue(prompt_messages(row, "prompt", roles) + turns(row, "completion", roles, "assistant"))
 
 
 def prompt(row: dict, roles: Roles) -> Dialogue:
-    return Dialogue(asked(row, "prompt", roles))
+    return Dialogue(prompt_messages(row, "prompt", roles))
 
 
 def instructions(question: str, answer: str) -> Converter:
@@ -124,7 +124,7 @@ def preferences(question: str) -> Converter:
         if not chosen or not rejected:
             raise Skip("empty list", "rejected" if chosen else "chosen")
         if chosen[0]["role"] == rejected[0]["role"] == "assistant":
-            return Ranking(asked(row, question, roles), [chosen, rejected], [1, 2], _margin(row))
+            return Ranking(prompt_messages(row, question, roles), [chosen, rejected], [1, 2], _margin(row))
         said, chosen, rejected = split_pair(chosen, rejected)
         return Ranking(in_context(row, said), [chosen, rejected], [1, 2], _margin(row))
 
@@ -139,10 +139,10 @@ def transcripts(row: dict, roles: Roles) -> Ranking:
 
 def _margin(row: dict) -> float | None:
     if row.get("margin") not in (None, ""):
-        return number_cell(row, "margin")
+        return require_number(row, "margin")
     for better, worse in SCORES:
         if row.get(better) not in (None, "") and row.get(worse) not in (None, ""):
-            margin = number_cell(row, better) - number_cell(row, worse)
+            margin = require_number(row, better) - require_number(row, worse)
             if margin < 0:
                 raise RowError(f"{row[better]} is lower than {worse} {row[worse]}, yet chosen is the better", better)
             if margin == 0:
@@ -161,7 +161,7 @@ def better_response(label: str) -> Converter:
 
     def convert(row: dict, roles: Roles) -> Ranking:
         responses = [turns(row, column, roles, "assistant") for column in ("response_0", "response_1")]
-        return best_of_two(asked(row, "prompt", roles), *responses, choice(row, label, (0, 1)))
+        return best_of_two(prompt_messages(row, "prompt", roles), *responses, choice(row, label, (0, 1)))
 
     return convert
 
@@ -177,7 +177,7 @@ def strength(question: str, first: str, second: str, label: str) -> Converter:
         if isinstance(row.get(question), str):
             said = split_turns(text(row, question), question, marker, roles, first="user")
         else:
-            said = asked(row, question, roles)
+            said = prompt_messages(row, question, roles)
         responses = [turns(row, column, roles, "assistant") for column in (first, second)]
         return best_of_two(said, *responses, best=value > 0, margin=abs(value))
 
@@ -186,14 +186,14 @@ def strength(question: str, first: str, second: str, label: str) -> Converter:
 
 def summaries(row: dict, roles: Roles) -> Ranking:
     """The prompt is laid out as in TRL's conversion of this dataset; the post or article is not changed."""
-    info = inner(cell(row, "info"), "info")
+    info = as_object(require(row, "info"), "info")
     title, post, article = (optional_text(info, f"info.{key}") for key in ("title", "post", "article"))
     subreddit = optional_text(info, "info.subreddit")
     if not post and not article:
         raise Skip("empty text", "info.post")
     body = f"POST: {post}" if post else article
     parts = (f"SUBREDDIT: r/{subreddit}" if subreddit and post else "", f"TITLE: {title}" if title else "", body)
-    found = [text(inner(each, where), f"{where}.text") for where, each in objects(row, "summaries", "text")]
+    found = [text(as_object(each, where), f"{where}.text") for where, each in objects(row, "summaries", "text")]
     best = choice(row, "choice", range(len(found)))
     if len(found) != 2:
         raise RowError(f"found {len(found)} summaries, expected 2", "summaries")
@@ -202,8 +202,8 @@ def summaries(row: dict, roles: Roles) -> Ranking:
 
 
 def webgpt(row: dict, roles: Roles) -> Ranking:
-    question = text(inner(cell(row, "question"), "question"), "question.full_text")
-    margin = number_cell(row, "score_0") - number_cell(row, "score_1")
+    question = text(as_object(require(row, "question"), "question"), "question.full_text")
+    margin = require_number(row, "score_0") - require_number(row, "score_1")
     if margin == 0:
         raise Skip("tie: equal scores", "score_0")
     answers = [[message("assistant", text(row, column))] for column in ("answer_0", "answer_1")]
@@ -216,7 +216,7 @@ def shp(row: dict, roles: Roles) -> Ranking:
 
 
 def arena_conversations(row: dict, roles: Roles) -> Ranking:
-    winner = cell(row, "winner")
+    winner = require(row, "winner")
     if isinstance(winner, str) and re.fullmatch(r"tie( ?\(both ?bad\))?|both_?bad", winner):
         raise Skip("tie" if winner == "tie" else "both bad", "winner")
     if winner not in ("model_a", "model_b"):
@@ -231,7 +231,7 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
     labels = ("winner_model_a", "winner_model_b", "winner_tie")
     flags = [choice(row, label, (0, 1)) for label in labels]
     if sum(flags) != 1:
-        raise RowError(f"found {flags} in {listed(labels)}, expected exactly one 1", labels[0])
+        raise RowError(f"found {flags} in {join_names(labels)}, expected exactly one 1", labels[0])
     if flags[2]:
         raise Skip("tie", labels[2])
     questions = items(row, "prompt")
@@ -256,7 +256,7 @@ def rankings(column: str, text_key: str, rank_key: str) -> Converter:
     """For a prompt and a list of {text, rank} objects, in any order."""
 
     def convert(row: dict, roles: Roles) -> Ranking:
-        result = Ranking(asked(row, "prompt", roles), [], [])
+        result = Ranking(prompt_messages(row, "prompt", roles), [], [])
         for where, response in objects(row, column, text_key, rank_key):
             rank = number(response[rank_key], f"{where}.{rank_key}")
             _add_response(result, response, where, text_key, rank)
@@ -270,7 +270,7 @@ ranking = rankings("responses", "text", "rank")
 
 def _add_response(result: Ranking, response: dict, where: str, text_key: str, rank: float) -> None:
     try:
-        result.responses.append([message("assistant", text(inner(response, where), f"{where}.{text_key}"))])
+        result.responses.append([message("assistant", text(as_object(response, where), f"{where}.{text_key}"))])
         result.ranks.append(rank)
     except Skip as skip:
         result.dropped.append(skip)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from recipes.data.control_tokens import search_pattern
 from recipes.data.digests import Digests
 from recipes.data.loading import Rows
-from recipes.data.messages import ROLES, Skip, describe, listed
+from recipes.data.messages import ROLES, Skip, describe, join_names
 from recipes.data.parallel import map_in_order
 from recipes.data.preview import render
 from recipes.data.report import Report
@@ -86,9 +86,9 @@ class Formatter:
     def __post_init__(self):
         for name, options in {**CHOICES, "schema": ("auto", *SCHEMAS)}.items():
             if getattr(self, name) not in options:
-                raise DataError(f"unknown {name} {getattr(self, name)!r}; expected one of {listed(options)}")
+                raise DataError(f"unknown {name} {getattr(self, name)!r}; expected one of {join_names(options)}")
         if self.schema != "auto" and self.task not in SCHEMAS[self.schema].tasks:
-            serves = listed(SCHEMAS[self.schema].tasks)
+            serves = join_names(SCHEMAS[self.schema].tasks)
             raise DataError(f"schema {self.schema!r} serves {serves}, not task {self.task!r}")
         if self.keep_columns and self.task != "prompt":
             raise DataError(f"keep_columns is for prompts and their reward functions, not for task {self.task!r}")
@@ -104,7 +104,7 @@ class Formatter:
             elif target in ROLES.values():
                 self._roles[name.removeprefix("roles.").lower()] = target
             else:
-                raise DataError(f"mapping {name}={target}: expected {listed(sorted(set(ROLES.values())))}")
+                raise DataError(f"mapping {name}={target}: expected {join_names(sorted(set(ROLES.values())))}")
         self._control_tokens = search_pattern(self.special_tokens)
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
@@ -191,7 +191,7 @@ class Formatter:
     def _kept_columns(self, data: dict) -> dict:
         for name in self.keep_columns:
             if name not in data:
-                raise RowError(f"missing, and --keep_columns asks for it; this row has {listed(data)}", name)
+                raise RowError(f"missing, and --keep_columns asks for it; this row has {join_names(data)}", name)
             try:
                 json.dumps(data[name], allow_nan=False)
             except (TypeError, ValueError):

@@ -46,23 +46,23 @@ def describe(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {describe(value[0])}" if value else "an empty list"
     if isinstance(value, dict):
-        return f"an object with {listed(value) or 'no keys'}"
+        return f"an object with {join_names(value) or 'no keys'}"
     return f"{str(value)[:40]} ({type(value).__name__})"
 
 
-def listed(names: Iterable) -> str:
+def join_names(names: Iterable) -> str:
     return ", ".join(map(str, names))
 
 
-def cell(row: dict, column: str) -> Any:
+def require(row: dict, column: str) -> Any:
     if column not in row:
-        raise RowError(f"missing; there are {listed(row) or 'no columns'}", column)
+        raise RowError(f"missing; there are {join_names(row) or 'no columns'}", column)
     return row[column]
 
 
 def text(row: dict, column: str) -> str:
     """A required text without outer whitespace; an empty one skips the row."""
-    cell(row, column)
+    require(row, column)
     value = optional_text(row, column)
     if not value:
         raise Skip("empty text", column)
@@ -89,7 +89,7 @@ def decoded(value: Any, column: str, kind: str) -> Any:
 
 def items(row: dict, column: str) -> list:
     """A required list."""
-    value = decoded(cell(row, column), column, "a list")
+    value = decoded(require(row, column), column, "a list")
     if value is None or value == [] or value == "":
         raise Skip("empty list", column)
     if not isinstance(value, list):
@@ -102,14 +102,14 @@ def objects(row: dict, column: str, *keys: str) -> list[tuple[str, dict]]:
     result = [(f"{column}[{index}]", item) for index, item in enumerate(items(row, column))]
     for where, item in result:
         if not isinstance(item, dict):
-            raise RowError(f"found {describe(item)}, expected an object with {listed(keys)}", where)
+            raise RowError(f"found {describe(item)}, expected an object with {join_names(keys)}", where)
         for key in keys:
             if key not in item:
-                raise RowError(f"missing; there are {listed(item) or 'no keys'}", f"{where}.{key}")
+                raise RowError(f"missing; there are {join_names(item) or 'no keys'}", f"{where}.{key}")
     return result
 
 
-def inner(value: Any, where: str) -> dict:
+def as_object(value: Any, where: str) -> dict:
     """An object inside a row, its keys renamed to their full place, to be read like a row."""
     value = decoded(value, where, "an object")
     if not isinstance(value, dict):
@@ -126,9 +126,9 @@ def number(value: Any, where: str) -> float:
     raise RowError(f"found {describe(value)}, expected a number", where)
 
 
-def number_cell(row: dict, column: str) -> float:
+def require_number(row: dict, column: str) -> float:
     """A required number, which may be written as text (CSV)."""
-    value = cell(row, column)
+    value = require(row, column)
     try:
         return number(float(value) if isinstance(value, str) else value, column)
     except ValueError:
@@ -146,10 +146,10 @@ def flag(row: dict, column: str) -> bool | None:
 
 def choice(row: dict, column: str, options: Iterable[int]) -> int:
     """A required whole number out of a few."""
-    value = cell(row, column)
-    found = int(value) if isinstance(value, bool) else number_cell(row, column)
+    value = require(row, column)
+    found = int(value) if isinstance(value, bool) else require_number(row, column)
     if found not in options:
-        raise RowError(f"found {describe(value)}, expected one of {listed(options)}", column)
+        raise RowError(f"found {describe(value)}, expected one of {join_names(options)}", column)
     return int(found)
 
 
@@ -196,7 +196,7 @@ def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
 def _role(role: Any, where: str, roles: Roles) -> str:
     if isinstance(role, str) and role.lower() in roles:
         return roles[role.lower()]
-    known = listed(sorted(roles))
+    known = join_names(sorted(roles))
     raise RowError(f"unknown role: found {describe(role)}, expected one of {known}; or map it: roles.NAME=user", where)
 
 
@@ -237,7 +237,7 @@ def check_order(messages: Messages, column: str | None = None) -> None:
 
 def turns(row: dict, column: str, roles: Roles, role: str) -> Messages:
     """A column that holds a text (said by `role`), one message or a list of messages."""
-    value = cell(row, column)
+    value = require(row, column)
     if isinstance(value, dict):
         return normalise([value], column, roles)
     if isinstance(value, list):
@@ -245,7 +245,7 @@ def turns(row: dict, column: str, roles: Roles, role: str) -> Messages:
     return [message(role, text(row, column))]
 
 
-def asked(row: dict, column: str, roles: Roles) -> Messages:
+def prompt_messages(row: dict, column: str, roles: Roles) -> Messages:
     """The messages of a prompt column, after the row's optional `system` and `history`.
 
     A text is one user message, unless it is a transcript "\\n\\nHuman: …\\n\\nAssistant:" that waits for its answer.

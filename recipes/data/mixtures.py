@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.data.messages import listed
+from recipes.data.messages import join_names
 from recipes.data.text_files import DataError
 
 
@@ -30,8 +30,8 @@ class Source:
             path, _, fraction = item.partition("=")
             item = {"path": path, "fraction": fraction or None}
         if "path" not in item or item.keys() - cls.__dataclass_fields__.keys():
-            fields = listed(cls.__dataclass_fields__)
-            raise DataError(f"datasets: a source has path and perhaps more of {fields}; found {listed(item)}")
+            fields = join_names(cls.__dataclass_fields__)
+            raise DataError(f"datasets: a source has path and perhaps more of {fields}; found {join_names(item)}")
         source = cls(**item)
         try:
             source.fraction = None if source.fraction is None else float(source.fraction)

@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.data import converters as convert
 from recipes.data.converters import Converter
-from recipes.data.messages import ROLES, describe, listed
+from recipes.data.messages import ROLES, describe, join_names
 from recipes.data.oasst import conversation_trees
 from recipes.data.text_files import DataError
 
@@ -74,15 +74,15 @@ def detect(columns: Iterable[str], sample: list[dict], task: str) -> tuple[str, 
 
 
 def _no_schema(columns: set, sample: list[dict], task: str, fitting: list[str], misfits: dict[str, list[str]]) -> str:
-    found = f"no schema for task {task!r} fits the columns {listed(sorted(map(str, columns))) or '(none)'}"
+    found = f"no schema for task {task!r} fits the columns {join_names(sorted(map(str, columns))) or '(none)'}"
     if fitting:
         tasks = sorted({task for name in fitting for task in SCHEMAS[name].tasks})
-        found += f"; they fit {listed(map(repr, fitting))}, for the task {' or '.join(tasks)}"
+        found += f"; they fit {join_names(map(repr, fitting))}, for the task {' or '.join(tasks)}"
     for column, value in sample[0].items() if len(sample) == 1 else ():
         if isinstance(value, list) and value and isinstance(value[0], dict) and not fitting:
             return f"{found}; the one row holds a list of objects in {column!r}: save that list as the file"
     near = [
-        (len(problems) / len(SCHEMAS[name].required), f"{name!r}: {listed(problems)}")
+        (len(problems) / len(SCHEMAS[name].required), f"{name!r}: {join_names(problems)}")
         for name, problems in misfits.items()
         if task in SCHEMAS[name].tasks and len(problems) < len(SCHEMAS[name].required)
     ]
