@@ -5,11 +5,9 @@ Nothing here knows a model; a tokenizer is passed in where one is needed.
 """
 
 import hashlib
-import json
 import os
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +16,7 @@ from recipes.data.control_tokens import control_tokens
 from recipes.data.digests import Digests
 from recipes.data.formatter import Formatter, as_rows
 from recipes.data.loading import Rows, list_splits, load_rows
+from recipes.data.mapping import parse_mapping
 from recipes.data.mixtures import Source, check_fractions, combine
 from recipes.data.report import Report
 from recipes.data.schemas import detect
@@ -133,29 +132,24 @@ def split_by_group(dataset: "Dataset", test_size: float, seed: int = 0) -> tuple
 
 @dataclass
 class FormattingArguments:
-    """How the dataset of a recipe is read; used together with TRL's ScriptArguments. `Formatter` explains more.
+    """How the dataset of a recipe is read, beside TRL's ScriptArguments; docs/datasets.md explains more."""
 
-    Args:
-        dataset_schema: name of the schema (docs/datasets.md), or "auto" to detect it from columns and values.
-        dataset_mapping: which column holds what, as key=value items or one JSON object, e.g. `prompt=question.text
-            chosen=best rejected=worst`; dots reach into objects, and `roles.NAME=user` adds a role.
-        datasets: a mixture instead of `dataset_name`: sources, or mappings with `path` and perhaps `name`, `split`,
-            `data_files`, `schema`, `mapping` and `fraction`, the share of the source in the mixture.
-        on_error: "raise" stops at rows that cannot be used; "skip" leaves them out, up to `max_error_rate`.
-        max_error_rate: with `on_error=skip`, the share of bad rows that is still accepted (one row always is).
-        on_special: text that a tokenizer may read as a control token is kept and reported ("flag"), leaves the row
-            out ("drop") or counts as an error ("fail").
-        dedup: rows that were there before are kept and reported ("flag") or left out ("drop").
-        keep_columns: for PPO, columns of the dataset that its Python reward functions get as keyword arguments.
-        test_split_size: share of the prompts that is held out for evaluation, where the dataset has no test split.
-    """
-
-    dataset_schema: str = field(default="auto", metadata={"help": "Schema of the dataset; see docs/datasets.md."})
+    dataset_schema: str = field(
+        default="auto", metadata={"help": "Name of the schema, or auto to detect it from columns and values."}
+    )
     dataset_mapping: list[str] | None = field(
-        default=None, metadata={"help": "Columns by name, as key=value items or one JSON object."}
+        default=None,
+        metadata={
+            "help": "Which column holds what, as key=value items or one JSON object, e.g. prompt=question.text "
+            "chosen=best rejected=worst; dots reach into objects, and roles.NAME=user adds a role."
+        },
     )
     datasets: list[str] | None = field(
-        default=None, metadata={"help": "A mixture of sources, as SOURCE or SOURCE=FRACTION; instead of dataset_name."}
+        default=None,
+        metadata={
+            "help": "A mixture instead of dataset_name: SOURCE or SOURCE=FRACTION, its share of the mixture; in YAML "
+            "also mappings with path and perhaps name, split, data_files, schema, mapping and fraction."
+        },
     )
     on_error: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "Stop at rows that cannot be used, or leave them out."}
@@ -164,9 +158,11 @@ class FormattingArguments:
         default=0.01, metadata={"help": "With on_error=skip, the share of bad rows that is still accepted."}
     )
     on_special: Literal["flag", "drop", "fail"] = field(
-        default="flag", metadata={"help": "What to do with rows that hold the text of a control token."}
+        default="flag", metadata={"help": "Report, leave out or refuse rows that hold the text of a control token."}
     )
-    dedup: Literal["flag", "drop"] = field(default="flag", metadata={"help": "What to do with repeated rows."})
+    dedup: Literal["flag", "drop"] = field(
+        default="flag", metadata={"help": "Report repeated rows, or leave them out."}
+    )
     keep_columns: list[str] | None = field(
         default=None, metadata={"help": "For PPO, columns that its Python reward functions get as keyword arguments."}
     )
@@ -179,23 +175,6 @@ class FormattingArguments:
         names = ("on_error", "max_error_rate", "on_special", "dedup")
         given = {name: getattr(self, name) for name in names} | {"keep_columns": self.keep_columns or ()}
         return {"schema": self.dataset_schema, "mapping": parse_mapping(self.dataset_mapping)} | given
-
-
-def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, str] | None:
-    """A mapping as it comes from the command line (key=value items or a JSON object) or from YAML."""
-    if not items or isinstance(items, Mapping):
-        return dict(items) if items else None
-    joined = items if isinstance(items, str) else " ".join(items)
-    if joined.lstrip().startswith("{"):
-        try:
-            return parse_mapping(json.loads(joined))
-        except json.JSONDecodeError as error:
-            raise DataError(f"--dataset_mapping is not valid JSON: {error}") from None
-    items = items.split() if isinstance(items, str) else items
-    for item in items:
-        if not re.fullmatch(r"[^=]+=[^=]+", item):
-            raise DataError(f"--dataset_mapping: {item!r} is not KEY=COLUMN, e.g. prompt=question.text")
-    return dict(item.split("=") for item in items)
 
 
 class FormattedDatasets(dict):

@@ -1,8 +1,7 @@
-"""The engine: rows of one source go in, rows for a task come out, and a report tells what became of each."""
+"""Turns the rows of one source into rows for a task, and reports what became of each."""
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,14 +10,15 @@ from typing import Any, NamedTuple
 
 from recipes.data.control_tokens import search_pattern
 from recipes.data.digests import Digests
-from recipes.data.loading import Rows
-from recipes.data.messages import ROLES, Skip, describe, join_names
+from recipes.data.loading import Rows, as_rows
+from recipes.data.mapping import ColumnMapping
+from recipes.data.messages import Skip, describe, join_names
 from recipes.data.parallel import map_in_order
 from recipes.data.preview import render
 from recipes.data.report import Report
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
 from recipes.data.tasks import features, outputs, row_messages
-from recipes.data.text_files import DataError, LostRows, Row, RowError, check_row
+from recipes.data.text_files import DataError, LostRows, Row, RowError
 
 SAMPLE = 100  # rows that detection looks at
 CHOICES = {
@@ -39,7 +39,7 @@ RESERVED = (
 class Kept(NamedTuple):
     """An output row that is of use, unless it is a duplicate of an earlier one."""
 
-    output: Any
+    output: dict
     digest: bytes
     flags: list[str]
 
@@ -52,7 +52,7 @@ class Formatter:
         task: "sft", "preference", "ranking" or "prompt"; `recipes.data.tasks` says what each gives.
         schema: a name in `recipes.data.schemas.SCHEMAS`, or "auto" to detect it from columns and values.
         mapping: for each column of the schema, `system` and `history`, the column of the source (dots reach into
-            objects); and `roles.NAME` for further roles. With "auto", columns that are not mapped do not exist.
+            objects); and `roles.NAME` for further roles. With "auto", unmapped columns are ignored.
         on_error: "raise" stops after all rows are read; "skip" leaves bad rows out, up to `max_error_rate` of the
             rows and at least one.
         margin: adds the column `margin`, which TRL's RewardTrainer subtracts in its loss.
@@ -95,16 +95,7 @@ class Formatter:
         for name in self.keep_columns or ():
             if name in RESERVED:
                 raise DataError(f"keep_columns: {name!r} has a meaning of its own for TRL; rename that column")
-        self._columns, self._roles = {}, dict(ROLES)
-        for name, target in _flat(self.mapping or {}).items():
-            if not isinstance(target, str) or not target:
-                raise DataError(f"mapping {name}: found {describe(target)}, expected the name of a column")
-            if not name.startswith("roles."):
-                self._columns[name] = target
-            elif target in ROLES.values():
-                self._roles[name.removeprefix("roles.").lower()] = target
-            else:
-                raise DataError(f"mapping {name}={target}: expected {join_names(sorted(set(ROLES.values())))}")
+        self._mapping = ColumnMapping(self.mapping, keep_others=self.schema != "auto")
         self._control_tokens = search_pattern(self.special_tokens)
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
@@ -144,10 +135,7 @@ class Formatter:
         return features(self.task, self.prompt_completion, self.margin, tools, self.keep_columns)
 
     def _leave_out(self, row: Row, problem: Skip | RowError, report: Report) -> None:
-        column = problem.column
-        if column:  # its name in the source, which a mapping may have changed
-            name, rest = re.fullmatch(r"([^.\[]*)(.*)", column, re.DOTALL).groups()
-            column = self._columns[name] + rest if name in self._columns else column
+        column = self._mapping.source_column(problem.column)
         if isinstance(problem, Skip):
             report.add("skipped", row, problem.reason, column)
             return
@@ -169,24 +157,20 @@ class Formatter:
             raise report.error(f"{report.errors_text()}\n{advice}")
 
     def _format(self, schema: Schema | None, row: Row) -> tuple[Row, list[Kept | Skip | RowError]]:
-        return row._replace(data=None), self._results(schema, row)
-
-    def _results(self, schema: Schema | None, row: Row) -> list[Kept | Skip | RowError]:
-        results = []
+        """The place of a row, and what became of it."""
+        results: list[Kept | Skip | RowError] = []
         try:
             data = row.read()
             if isinstance(data, RowError | Skip):
                 raise data
             kept = self._kept_columns(data) if self.keep_columns else {}
-            example = schema.convert(data if schema.gather else self._mapped(data), self._roles)
+            example = schema.convert(data if schema.gather else self._mapping.apply(data), self._mapping.roles)
             for output in outputs(example, self.task, self.prompt_completion, self.margin):
                 cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(example.messages)
-                results.append(
-                    output if isinstance(output, Skip) else self._checked(output | kept if kept else output, cut)
-                )
+                results.append(output if isinstance(output, Skip) else self._checked(output | kept, cut))
         except (Skip, RowError) as problem:
             results.append(problem)
-        return results
+        return row._replace(data=None), results
 
     def _kept_columns(self, data: dict) -> dict:
         for name in self.keep_columns:
@@ -205,7 +189,7 @@ class Formatter:
         if special and self.on_special == "drop":
             return Skip(special)
         flags = [special, self._too_long(output)]
-        if any(len(said) > 1 for said in (output.get("chosen", ()), *output.get("completions", ()))):
+        if any(len(response) > 1 for response in (output.get("chosen", ()), *output.get("completions", ()))):
             flags.append("the responses diverge before the last turn")
         if cut:
             flags.append("the answer at the end of the prompt was left out")
@@ -214,10 +198,8 @@ class Formatter:
 
     def _special_token(self, output: dict) -> str | None:
         for turn in row_messages(output):
-            found = self._control_tokens.search(
-                turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False)
-            )
-            if found:
+            text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False)
+            if found := self._control_tokens.search(text):
                 return f"special token {found[0]!r} in the {turn['role']} turn"
         return None
 
@@ -229,13 +211,14 @@ class Formatter:
 
     def _choose_schema(self, rows: Rows, report: Report) -> tuple[str | None, str]:
         if self.schema != "auto":
-            return self.schema, "as asked"
+            return self.schema, "named by the user"
         sample = list(islice((row.data for row in rows if isinstance(row.data, dict)), SAMPLE))
         if not sample:  # nothing readable: the errors of the rows will tell
             return None, "no readable row"
-        sample = [self._mapped(data, lenient=True) for data in sample]
+        sample = [self._mapping.apply(data, lenient=True) for data in sample]
         try:
-            return detect({column for data in sample for column in data}, sample, self.task)
+            columns = {column for data in sample for column in data}
+            return detect(columns, sample, self.task, self._mapping.roles)
         except DataError as error:
             report.add("errors", next(iter(rows)), str(error))
             raise report.error(f"{rows.source}: {error}") from None
@@ -243,58 +226,12 @@ class Formatter:
     def _mapped_row(self, row: Row) -> Row:
         data = row.read()
         try:
-            return row._replace(data=self._mapped(data) if isinstance(data, dict) else data)
+            return row._replace(data=self._mapping.apply(data) if isinstance(data, dict) else data)
         except RowError as error:
             return row._replace(data=error)
-
-    def _mapped(self, data: dict, lenient: bool = False) -> dict:
-        """The row as it would look if its columns had the names that a schema wants."""
-        if not self._columns:
-            return data
-        result = {} if self.schema == "auto" else dict(data)
-        for target, path in self._columns.items():
-            value: Any = data
-            for part in [path] if path in data else path.split("."):
-                if not isinstance(value, dict) or part not in value:
-                    if lenient:
-                        break
-                    raise RowError(f"missing; this row has {', '.join(map(str, data))}", target)
-                value = value[part]
-            else:
-                result[target] = value
-        return result
-
-
-def _flat(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping with `roles: {NAME: user}` written as `roles.NAME: user`."""
-    roles = mapping.get("roles")
-    if not isinstance(roles, Mapping):
-        return dict(mapping)
-    return {name: mapping[name] for name in mapping if name != "roles"} | {
-        f"roles.{each}": roles[each] for each in roles
-    }
 
 
 def _counted(rows: Rows, report: Report) -> Iterator[Row]:
     for row in rows.unread():
         report.rows_in += 1
         yield row
-
-
-def as_rows(rows: Rows | Iterable[dict]) -> Rows:
-    """Rows of a dataset or of a list in memory, numbered from 1 and of the file "rows"."""
-    if isinstance(rows, Rows):
-        return rows
-    held = rows if hasattr(rows, "features") else [_checked(data) for data in rows]
-    return Rows("rows", partial(_held, held))
-
-
-def _held(rows: Iterable[dict | RowError]) -> Iterator[Row]:
-    return (Row("rows", number, data) for number, data in enumerate(rows, 1))
-
-
-def _checked(data: Any) -> dict | RowError:
-    try:
-        return check_row(data)
-    except RowError as error:
-        return error

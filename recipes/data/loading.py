@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data.messages import join_names
-from recipes.data.text_files import COMPRESSED, TEXT_SUFFIXES, DataError, Row, read_text_file
+from recipes.data.text_files import COMPRESSED, TEXT_SUFFIXES, DataError, Row, RowError, check_row, read_text_file
 
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSED))
-_HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")  # `name` or `owner/name`; what looks like a path is no such name
+_HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")  # `name` or `owner/name`
 _SPLIT = re.compile(r"([\w.\-]+)(?:\[(\d*):(\d*)\])?")
 
 
 @dataclass
 class Rows:
-    """Rows that can be read again and again without being held in memory: iterating yields `Row`. Can be pickled."""
+    """Rows that are read anew each time they are iterated, so that none is held in memory. Can be pickled."""
 
     source: str
     open: Callable[[], Iterable[Row]]
@@ -66,6 +66,15 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
     return Rows(source, splits[split], start, stop)
 
 
+def as_rows(rows: Rows | Iterable[dict]) -> Rows:
+    """Rows of a dataset or of a list in memory, numbered from 1 and of the file "rows"."""
+    if isinstance(rows, Rows):
+        return rows
+    if hasattr(rows, "features"):  # of `datasets`
+        return Rows("rows", partial(_numbered, "rows", rows))
+    return Rows("rows", partial(_checked, list(rows)))
+
+
 def list_splits(source, name: str | None = None) -> list[str]:
     """The splits that `load_rows` can open, without reading any row."""
     splits = _local_splits(str(source), name)
@@ -95,8 +104,8 @@ def _local_splits(source: str, name: str | None, data_files=None) -> dict[str, C
             saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
             return {split: partial(_numbered, str(folder), saved[split]) for split in saved}
         files_by_split = _files_by_split(path, name)
-    elif source.endswith(SUFFIXES) or not _HUB_NAME.fullmatch(source):
-        raise DataError(f"{source or 'the empty name'}: no such file or folder")
+    elif source.endswith(SUFFIXES) or not _HUB_NAME.fullmatch(source):  # a path must not become a look-up on the Hub
+        raise DataError(f"{source or 'an empty name'}: no such file or folder")
     else:
         return None
     return {split: _read_files(files) for split, files in files_by_split.items()}
@@ -122,10 +131,10 @@ def _files_by_split(folder: Path, name: str | None) -> dict[str, list[Path]]:
         patterns = sanitize_patterns(given) if given else get_data_patterns(str(folder))
     except EmptyDatasetError:
         patterns = {}
-    found = {
-        str(split): sorted({Path(file) for glob in globs for file in files(glob)}) for split, globs in patterns.items()
+    by_split = {
+        str(split): sorted({file for glob in globs for file in files(glob)}) for split, globs in patterns.items()
     }
-    found = {split: paths for split, paths in found.items() if paths}
+    found = {split: list(map(Path, paths)) for split, paths in by_split.items() if paths}
     if not found:
         raise DataError(f"{folder} holds no {join_names(TEXT_SUFFIXES)} or .parquet file, not even compressed ones")
     return found
@@ -181,9 +190,17 @@ def _rows_of(paths: list[Path]) -> Iterator[Row]:
             continue
         import datasets
 
-        file = str(path)
-        options = {"data_files": {"train": file}, "split": "train", "streaming": True}
-        yield from _numbered(file, _or_data_error(file, lambda: datasets.load_dataset("parquet", **options)))  # noqa
+        options = {"data_files": {"train": str(path)}, "split": "train", "streaming": True}
+        load = partial(datasets.load_dataset, "parquet", **options)
+        yield from _numbered(str(path), _or_data_error(str(path), load))
+
+
+def _checked(rows: list) -> Iterator[Row]:
+    for number, data in enumerate(rows, 1):
+        try:
+            yield Row("rows", number, check_row(data))
+        except RowError as error:
+            yield Row("rows", number, error)
 
 
 def _numbered(file: str, dataset: Iterable[dict]) -> Iterator[Row]:

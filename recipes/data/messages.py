@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from recipes.data.text_files import RowError, check_surrogates
@@ -76,7 +77,7 @@ def optional_text(row: dict, column: str) -> str:
     return (value or "").strip()
 
 
-def decoded(value: Any, column: str, kind: str) -> Any:
+def decode_json(value: Any, column: str, kind: str) -> Any:
     """A list or an object, which may be written as JSON text where the format knows none (CSV)."""
     if isinstance(value, str) and value.strip():
         try:
@@ -89,50 +90,38 @@ def decoded(value: Any, column: str, kind: str) -> Any:
 
 def items(row: dict, column: str) -> list:
     """A required list."""
-    value = decoded(require(row, column), column, "a list")
-    if value is None or value == [] or value == "":
+    value = decode_json(require(row, column), column, "a list")
+    if value in (None, "", []):
         raise Skip("empty list", column)
     if not isinstance(value, list):
         raise RowError(f"found {describe(value)}, expected a list", column)
     return value
 
 
-def objects(row: dict, column: str, *keys: str) -> list[tuple[str, dict]]:
-    """The objects of a required list, each with the name of its place; all of them have the keys."""
-    result = [(f"{column}[{index}]", item) for index, item in enumerate(items(row, column))]
-    for where, item in result:
-        if not isinstance(item, dict):
-            raise RowError(f"found {describe(item)}, expected an object with {join_names(keys)}", where)
-        for key in keys:
-            if key not in item:
-                raise RowError(f"missing; there are {join_names(item) or 'no keys'}", f"{where}.{key}")
-    return result
-
-
-def as_object(value: Any, where: str) -> dict:
-    """An object inside a row, its keys renamed to their full place, to be read like a row."""
-    value = decoded(value, where, "an object")
+def as_object(value: Any, column: str) -> dict:
+    """A row out of an object inside a row: its keys are renamed to their full place, such as `answers[0].rank`."""
+    value = decode_json(value, column, "an object")
     if not isinstance(value, dict):
-        raise RowError(f"found {describe(value)}, expected an object", where)
-    return {f"{where}.{key}": item for key, item in value.items()}
+        raise RowError(f"found {describe(value)}, expected an object", column)
+    return {f"{column}.{key}": item for key, item in value.items()}
 
 
-def number(value: Any, where: str) -> float:
-    try:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return value
-    except OverflowError:  # an integer beyond all floats
-        pass
-    raise RowError(f"found {describe(value)}, expected a number", where)
+def objects(row: dict, column: str) -> list[tuple[str, dict]]:
+    """The objects of a required list, each with the name of its place, and to be read like a row."""
+    places = [(f"{column}[{index}]", item) for index, item in enumerate(items(row, column))]
+    return [(place, as_object(item, place)) for place, item in places]
 
 
-def require_number(row: dict, column: str) -> float:
-    """A required number, which may be written as text (CSV)."""
-    value = require(row, column)
-    try:
-        return number(float(value) if isinstance(value, str) else value, column)
-    except ValueError:
-        return number(value, column)
+def number(row: dict, column: str, text_too: bool = True) -> float:
+    """A required number, which may be written as text (as in CSV) unless the format knows numbers."""
+    value = found = require(row, column)
+    if isinstance(value, str) and text_too:
+        with suppress(ValueError):
+            found = float(value)
+    with suppress(OverflowError):  # an integer beyond all floats
+        if isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found):
+            return found
+    raise RowError(f"found {describe(value)}, expected a number", column)
 
 
 def flag(row: dict, column: str) -> bool | None:
@@ -147,7 +136,7 @@ def flag(row: dict, column: str) -> bool | None:
 def choice(row: dict, column: str, options: Iterable[int]) -> int:
     """A required whole number out of a few."""
     value = require(row, column)
-    found = int(value) if isinstance(value, bool) else require_number(row, column)
+    found = int(value) if isinstance(value, bool) else number(row, column)
     if found not in options:
         raise RowError(f"found {describe(value)}, expected one of {join_names(options)}", column)
     return int(found)
@@ -235,14 +224,12 @@ def check_order(messages: Messages, column: str | None = None) -> None:
         raise Skip("no user turn", column)
 
 
-def turns(row: dict, column: str, roles: Roles, role: str) -> Messages:
-    """A column that holds a text (said by `role`), one message or a list of messages."""
+def read_messages(row: dict, column: str, roles: Roles, text_role: str = "assistant") -> Messages:
+    """A column that holds a text (the message of `text_role`), one message or a list of messages."""
     value = require(row, column)
-    if isinstance(value, dict):
-        return normalise([value], column, roles)
-    if isinstance(value, list):
-        return normalise(items(row, column), column, roles)
-    return [message(role, text(row, column))]
+    if isinstance(value, dict | list):
+        return normalise(items(row, column) if isinstance(value, list) else [value], column, roles)
+    return [message(text_role, text(row, column))]
 
 
 def prompt_messages(row: dict, column: str, roles: Roles) -> Messages:
@@ -252,13 +239,12 @@ def prompt_messages(row: dict, column: str, roles: Roles) -> Messages:
     """
     value = row.get(column)
     if isinstance(value, str) and value.startswith("\n\nHuman:") and value.rstrip().endswith("\n\nAssistant:"):
-        said = split_turns(value.rstrip().removesuffix("Assistant:"), column, HUMAN_ASSISTANT, roles)
-    else:
-        said = turns(row, column, roles, "user")
-    return in_context(row, said)
+        transcript = value.rstrip().removesuffix("Assistant:")
+        return in_context(row, split_turns(transcript, column, HUMAN_ASSISTANT, roles))
+    return in_context(row, read_messages(row, column, roles, "user"))
 
 
-def in_context(row: dict, said: Messages) -> Messages:
+def in_context(row: dict, messages: Messages) -> Messages:
     """Messages after the row's optional `system` (or `system_prompt`) and `history` of [user, assistant] texts."""
     system = optional_text(row, "system") or optional_text(row, "system_prompt")
     history = []
@@ -268,15 +254,15 @@ def in_context(row: dict, said: Messages) -> Messages:
         for side, role in enumerate(("user", "assistant")):
             where = f"history[{index}][{side}]"
             history.append(message(role, text({where: pair[side]}, where)))
-    if system and not (said and said[0]["role"] == "system"):
+    if system and not (messages and messages[0]["role"] == "system"):
         history.insert(0, message("system", system))
-    return history + said
+    return history + messages
 
 
 def split_turns(value: str, column: str, marker: re.Pattern, roles: Roles, first: str | None = None) -> Messages:
     """Cuts a transcript at its markers, whose group 1 is the role; `first` says the text before the first marker."""
     start, *rest = marker.split(value)
-    raw = [message(role, said.strip()) for role, said in zip(rest[::2], rest[1::2], strict=True)]
+    raw = [message(role, turn.strip()) for role, turn in zip(rest[::2], rest[1::2], strict=True)]
     if first:
         raw.insert(0, message(first, start.strip()))
     elif start.strip() or not raw:

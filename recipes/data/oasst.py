@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from math import inf
 
-from recipes.data.messages import Skip, describe, flag, require_number
+from recipes.data.messages import Skip, describe, flag, number
 from recipes.data.text_files import Row, RowError
 
 
@@ -66,7 +66,7 @@ def _best_path(root: Row, replies: dict[str, list[Row]]) -> list[Row]:
 
 
 def _rank(data: dict) -> float | None:
-    return None if data.get("rank") in (None, "") else require_number(data, "rank")
+    return None if data.get("rank") in (None, "") else number(data, "rank")
 
 
 def _paths(root: Row, replies: dict[str, list[Row]]) -> Iterator[list[Row]]:
