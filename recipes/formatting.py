@@ -19,9 +19,9 @@ from recipes.data.loading import Rows, list_splits, load_rows
 from recipes.data.mapping import parse_mapping
 from recipes.data.mixtures import Source, check_fractions, combine
 from recipes.data.report import Report
+from recipes.data.rows import DataError, Row
 from recipes.data.schemas import detect
 from recipes.data.tasks import group_id, has_tools
-from recipes.data.text_files import DataError, Row
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

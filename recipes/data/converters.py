@@ -14,14 +14,11 @@ from recipes.data.messages import (
     NOTHING,
     Messages,
     Roles,
-    Skip,
     as_object,
     choice,
-    describe,
     flag,
     in_context,
     items,
-    join_names,
     message,
     normalise,
     number,
@@ -34,7 +31,7 @@ from recipes.data.messages import (
     split_turns,
     text,
 )
-from recipes.data.text_files import RowError
+from recipes.data.rows import RowError, Skip, describe, join_names
 
 SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"), ("chosen_score", "rejected_score"))
 

@@ -12,13 +12,12 @@ from recipes.data.control_tokens import search_pattern
 from recipes.data.digests import Digests
 from recipes.data.loading import Rows, as_rows
 from recipes.data.mapping import ColumnMapping
-from recipes.data.messages import Skip, describe, join_names
 from recipes.data.parallel import map_in_order
 from recipes.data.preview import render
 from recipes.data.report import Report
+from recipes.data.rows import DataError, LostRows, Row, RowError, Skip, describe, join_names
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
 from recipes.data.tasks import features, outputs, row_messages
-from recipes.data.text_files import DataError, LostRows, Row, RowError
 
 SAMPLE = 100  # rows that detection looks at
 CHOICES = {

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recipes.data.messages import join_names
-from recipes.data.text_files import COMPRESSED, TEXT_SUFFIXES, DataError, Row, RowError, check_row, read_text_file
+from recipes.data.rows import DataError, Row, RowError, check_row, join_names
+from recipes.data.text_files import COMPRESSED, TEXT_SUFFIXES, read_text_file
 
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSED))
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")  # `name` or `owner/name`

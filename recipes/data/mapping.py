@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from recipes.data.messages import ROLES, describe, join_names
-from recipes.data.text_files import DataError, RowError
+from recipes.data.messages import ROLES
+from recipes.data.rows import DataError, RowError, describe, join_names
 
 
 def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from recipes.data.text_files import RowError, check_surrogates
+from recipes.data.rows import RowError, Skip, check_surrogates, describe, join_names
 
 Messages = list[dict[str, Any]]
 Roles = Mapping[str, str]
@@ -28,31 +28,6 @@ MESSAGE = "expected a message {role, content} or {from, value}"
 NOTHING = (None, "", [], "[]")
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-
-
-class Skip(Exception):
-    """The row is well formed but of no use, such as a tie; it is counted and left out."""
-
-    def __init__(self, reason: str, column: str | None = None):
-        super().__init__(reason)
-        self.reason, self.column = reason, column
-
-
-def describe(value: Any) -> str:
-    """A short description of an unexpected value, for error messages."""
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return f"the text {value[:40]!r}{'...' if len(value) > 40 else ''}"
-    if isinstance(value, list):
-        return f"a list of {describe(value[0])}" if value else "an empty list"
-    if isinstance(value, dict):
-        return f"an object with {join_names(value) or 'no keys'}"
-    return f"{str(value)[:40]} ({type(value).__name__})"
-
-
-def join_names(names: Iterable) -> str:
-    return ", ".join(map(str, names))
 
 
 def require(row: dict, column: str) -> Any:

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.data.messages import join_names
-from recipes.data.text_files import DataError
+from recipes.data.rows import DataError, join_names
 
 
 @dataclass
@@ -70,4 +69,7 @@ def combine(parts: list, sources: list[Source], streaming: bool, seed: int):
 
 
 def _no_tools(row: dict) -> dict:
-    return {**row, "tools": None}  # all columns, or `datasets` cannot cast the messages
+    return {
+        **row,
+        "tools": None,
+    }  # all columns, or `datasets` cannot cast the messages

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from math import inf
 
-from recipes.data.messages import Skip, describe, flag, number
-from recipes.data.text_files import Row, RowError
+from recipes.data.messages import flag, number
+from recipes.data.rows import Row, RowError, Skip, describe
 
 
 def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import Any
 
-from recipes.data.text_files import DataError
+from recipes.data.rows import DataError
 
 BATCH = 1000  # rows that a process gets at a time
 AHEAD = 4 * BATCH  # rows for each process that are read before the first result is asked for

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.data.text_files import DataError, Row
+from recipes.data.rows import DataError, Row
 
 KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # each list of a report, and what its entries say
 KEPT = 10_000  # entries of each list, and reasons that are counted by name; the sums are always complete

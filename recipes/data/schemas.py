@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from recipes.data import converters as convert
 from recipes.data.converters import Converter
-from recipes.data.messages import ROLES, Roles, Skip, join_names
+from recipes.data.messages import ROLES, Roles
 from recipes.data.oasst import conversation_trees
-from recipes.data.text_files import DataError, RowError
+from recipes.data.rows import DataError, RowError, Skip, join_names
 
 TASKS = ("sft", "preference", "ranking", "prompt")
 SPOKEN = ("sft", "prompt")

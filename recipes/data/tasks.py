@@ -14,8 +14,8 @@ import json
 from collections.abc import Iterable, Iterator
 
 from recipes.data.converters import Dialogue, Ranking
-from recipes.data.messages import Messages, Skip, check_order
-from recipes.data.text_files import RowError
+from recipes.data.messages import Messages, check_order
+from recipes.data.rows import RowError, Skip
 
 
 def outputs(

@@ -11,48 +11,30 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
-from recipes.cli.errors import UserError
+from recipes.data.rows import (
+    DECODER,
+    NOT_UTF8,
+    DataError,
+    LostRows,
+    Row,
+    RowError,
+    check_surrogates,
+    decode_object,
+    not_json,
+    not_utf8,
+    skip_space,
+)
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
 CHUNK = 2**16  # characters of a JSON list that are read at a time; more where an element is larger
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # Messages in a cell of CSV, which knows no lists. With single quotes they are Python's, as pandas writes them.
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|tool_calls)["']\s*:""")
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of such bytes
 _SPACE = r"[ \t\n\r]*"
 _OPENING = re.compile(rf"{_SPACE}\[{_SPACE}(?P<closing>\])?{_SPACE}")  # of a JSON list
 _SEPARATOR = re.compile(rf"{_SPACE}(?:,|(?P<closing>\])){_SPACE}")
-
-
-class DataError(UserError):
-    """Data that cannot be used. `report` is the formatting report where formatting had begun, else None."""
-
-    report: Any = None
-
-
-class RowError(Exception):
-    """One row cannot be used; `message` says what was found, what was expected and what to do."""
-
-    def __init__(self, message: str, column: str | None = None):
-        super().__init__(message)
-        self.message, self.column = message, column
-
-
-class LostRows(RowError):
-    """What follows in the file cannot be read either, so that leaving out one row would leave out an unknown many."""
-
-
-class Row(NamedTuple):
-    """`line` is 1-based: the physical line in a text file (a CSV header is line 1), else the number of the row."""
-
-    file: str
-    line: int
-    data: Any  # a dict, the RowError that stands for it, or the line of JSON that holds it
-
-    def read(self) -> dict | RowError:
-        return _read_json_line(self.data) if isinstance(self.data, bytes) else self.data
 
 
 def read_text_file(path: Path) -> Iterator[Row]:
@@ -108,19 +90,6 @@ def _characters(stream: BinaryIO) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="\n")
 
 
-def _read_json_line(raw: bytes) -> dict | RowError:
-    try:
-        text = raw.decode("utf-8", "surrogateescape")
-        if bad := _NOT_UTF8.search(text):
-            return RowError(_not_utf8(bad))
-        data, end = _decode(text, _skip_space(text, 0))
-        if text[end:].strip():
-            return RowError(f"text after the JSON object, from character {end + 1} on; one object per line")
-        return data
-    except (ValueError, RecursionError) as error:
-        return RowError(_not_json(error))
-
-
 def _read_json_list(file: str, stream: BinaryIO) -> Iterator[Row]:
     """The elements of one JSON list, each at the line it starts on. Nothing after the first syntax error is read.
 
@@ -141,9 +110,9 @@ def _read_json_list(file: str, stream: BinaryIO) -> Iterator[Row]:
             end = len(text)
         if end == len(text) and not ended:  # there may be more of it
             more = characters.read(max(CHUNK, len(text)))
-            if bad := _NOT_UTF8.search(more):
+            if bad := NOT_UTF8.search(more):
                 line += text.count("\n") + more.count("\n", 0, bad.start())
-                yield Row(file, line, LostRows(_not_utf8(bad)))
+                yield Row(file, line, LostRows(not_utf8(bad)))
                 return
             text, ended = text + more, not more
             continue
@@ -160,14 +129,14 @@ def _next_element(text: str, before: re.Pattern) -> tuple[dict | RowError | None
     """The next element, or None where the list ends; and where in the text it starts and ends."""
     found = before.match(text)
     if found is None:
-        raise json.JSONDecodeError("expected ',' or ']' after an element", text, _skip_space(text, 0))
+        raise json.JSONDecodeError("expected ',' or ']' after an element", text, skip_space(text, 0))
     start = found.end()
     if found["closing"]:
         if start < len(text):
             raise json.JSONDecodeError("text after the end of the list", text, start)
         return None, start, start
     try:
-        value, end = _decode(text, start)
+        value, end = decode_object(text, start)
     except json.JSONDecodeError:
         raise
     except (ValueError, RecursionError) as error:
@@ -176,70 +145,7 @@ def _next_element(text: str, before: re.Pattern) -> tuple[dict | RowError | None
 
 
 def _lost(error: ValueError | RecursionError) -> LostRows:
-    return LostRows(f"{_not_json(error)}; nothing after it was read")
-
-
-def _skip_space(text: str, position: int) -> int:
-    return json.decoder.WHITESPACE.match(text, position).end()
-
-
-def _decode(text: str, position: int) -> tuple[dict | RowError, int]:
-    """The object that starts at `position`, or what is wrong with it, and where it ends."""
-    try:
-        value, end = _DECODER.raw_decode(text, position)
-        escapes = text.find("\\ud", position, end) >= 0 or text.find("\\uD", position, end) >= 0
-        return value if isinstance(value, dict) and not escapes else check_row(value), end
-    except RowError as error:
-        return error, json.JSONDecoder().raw_decode(text, position)[1]
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowError(f"the key {twice!r} stands twice in one object; remove one of them", twice)
-    return result
-
-
-def _no_constant(constant: str):
-    raise RowError(f"{constant} is not valid JSON; write a number or null")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-
-
-def check_row(value: Any) -> dict:
-    """The row itself, if it is an object whose text can be stored; raises RowError."""
-    if not isinstance(value, dict):
-        raise RowError(f"found a {type(value).__name__}, expected an object {{...}} with named columns")
-    for column, cell in value.items():
-        check_surrogates(cell, column)
-    return value
-
-
-def check_surrogates(value: Any, column: str) -> None:
-    """Half a UTF-16 pair cannot be stored as UTF-8; `datasets` would fail on it much later."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(value[error.start]):04x}"
-            raise RowError(f"the text holds half a character ({half}, a lone surrogate); repair it", column) from None
-    elif isinstance(value, list | dict):
-        for item in value if isinstance(value, list) else (*value, *value.values()):
-            check_surrogates(item, column)
-
-
-def _not_utf8(escaped: re.Match) -> str:
-    byte = ord(escaped[0]) - 0xDC00
-    return f"not UTF-8 (byte 0x{byte:02x}), perhaps Latin-1; convert the file, e.g. iconv -f LATIN1 -t UTF-8"
-
-
-def _not_json(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off or edited by hand?"
-    return "the JSON is nested too deeply" if isinstance(error, RecursionError) else f"not usable as JSON: {error}"
+    return LostRows(f"{not_json(error)}; nothing after it was read")
 
 
 def _read_csv(file: str, stream: BinaryIO) -> Iterator[Row]:
@@ -283,11 +189,11 @@ def _csv_row(header: list[str], cells: list[str]) -> dict | RowError:
         )
     row = dict(zip(header, cells, strict=True))
     for column, cell in row.items():
-        if bad := _NOT_UTF8.search(cell):
-            return RowError(_not_utf8(bad), column)
+        if bad := NOT_UTF8.search(cell):
+            return RowError(not_utf8(bad), column)
         if _MESSAGES.match(cell):
             try:
-                row[column] = _DECODER.decode(cell)
+                row[column] = DECODER.decode(cell)
                 check_surrogates(row[column], column)
             except RowError as error:
                 return error

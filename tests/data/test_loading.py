@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from recipes.data.text_files import RowError
+from recipes.data.rows import RowError
 from recipes.formatting import DataError, format_dataset, list_splits, load_rows
 
 GOOD = b'{"prompt": "q"}\n'
