@@ -4,7 +4,6 @@ The columns of each task are listed in `recipes.data.tasks`, the schemas in `rec
 Nothing here knows a model; a tokenizer is passed in where one is needed.
 """
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,15 +12,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.data.control_tokens import control_tokens
-from recipes.data.digests import Digests
 from recipes.data.formatter import Formatter, as_rows
 from recipes.data.loading import Rows, list_splits, load_rows
 from recipes.data.mapping import parse_mapping
-from recipes.data.mixtures import Source, check_fractions, combine
+from recipes.data.mixtures import Source, combine, parse_sources
 from recipes.data.report import Report
-from recipes.data.rows import DataError, Row
+from recipes.data.rows import DataError
 from recipes.data.schemas import detect
-from recipes.data.tasks import group_id, has_tools
+from recipes.data.splits import check_leakage, split_by_group
+from recipes.data.tasks import has_tools
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -88,54 +87,12 @@ def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int, tool
     return dataset
 
 
-def check_leakage(train: "Dataset", test: "Dataset") -> Report:
-    """Flags the rows of `test` whose prompt is also a prompt in `train`; both come from `format_dataset`."""
-    report = Report("test", "leakage", reason="rows whose prompt is not in train")
-    known = Digests()
-    for digest in _prompt_digests(train):
-        known.add(digest)
-    for number, digest in enumerate(_prompt_digests(test), 1):
-        report.rows_in += 1
-        if digest in known:
-            report.add("flags", Row("test", number, None), "the prompt is also in train")
-        else:
-            report.rows_out += 1
-    return report
-
-
-def _prompt_digests(dataset: "Dataset") -> Iterator[bytes]:
-    """Of each row, 8 bytes that are equal for equal prompts."""
-    column = next(name for name in ("group_id", "prompt", "messages") if name in dataset.column_names)
-    for row in dataset.select_columns(column):
-        value = row[column]
-        yield bytes.fromhex(value if column == "group_id" else group_id(value[:-1] if column == "messages" else value))
-
-
-def split_by_group(dataset: "Dataset", test_size: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
-    """Splits into (train, test) so that all rows of one prompt fall on the same side.
-
-    Args:
-        test_size: share of the prompts, between 0 and 1, that goes to test. The side of a prompt depends on nothing
-            but the prompt and the seed, so it stays when rows are added.
-    """
-    import numpy
-
-    if not 0 < test_size < 1:
-        raise DataError(f"the share of the test split is {test_size}; expected a number between 0 and 1")
-    digests = (hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest() for digest in _prompt_digests(dataset))
-    sides = (int.from_bytes(digest[:8]) < test_size * 2**64 for digest in digests)
-    in_test = numpy.fromiter(sides, bool, len(dataset))
-    if in_test.all() or not in_test.any():
-        raise DataError(f"{len(dataset)} rows are too few prompts for a test share of {test_size}; try another seed")
-    return dataset.select(numpy.flatnonzero(~in_test)), dataset.select(numpy.flatnonzero(in_test))
-
-
 @dataclass
 class FormattingArguments:
     """How the dataset of a recipe is read, beside TRL's ScriptArguments; docs/datasets.md explains more."""
 
     dataset_schema: str = field(
-        default="auto", metadata={"help": "Name of the schema, or auto to detect it from columns and values."}
+        default="auto", metadata={"help": "Name of the schema (docs/datasets.md lists them), or auto to detect it."}
     )
     dataset_mapping: list[str] | None = field(
         default=None,
@@ -211,25 +168,27 @@ def load_formatted(
     options["streaming"] = streaming = script_args.dataset_streaming
     if options.get("num_proc"):  # each process of a launch formats all rows
         options["num_proc"] //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    sources = [Source.parse(each) for each in format_args.datasets or ()]
-    if not sources and script_args.dataset_name is None:
-        raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")
-    train = Source(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
-    test = replace(train, split=script_args.dataset_test_split)
-    has_test = evaluate and not sources and test.split in list_splits(test.path, test.name)
+    sources = {"train": parse_sources(format_args.datasets or ())}
+    if not sources["train"]:
+        if script_args.dataset_name is None:
+            raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")
+        train = Source(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
+        sources = {"train": [train]}
+        if evaluate and script_args.dataset_test_split in list_splits(train.path, train.name):
+            sources["eval"] = [replace(train, split=script_args.dataset_test_split)]
+    has_test = "eval" in sources
     if evaluate and streaming and not has_test:
         raise DataError("a stream cannot be split: evaluate on a source with a test split, or do not stream")
 
     datasets = FormattedDatasets()
-    for key, parts in ({"train": sources or [train]} | ({"eval": [test]} if has_test else {})).items():
-        check_fractions(parts)
+    for key, parts in sources.items():
         formatted = []
-        for index, part in enumerate(parts):
+        for number, part in enumerate(parts, 1):
             own = {"schema": part.schema, "mapping": parse_mapping(part.mapping)}
             rows = load_rows(part.path, part.split, part.name, part.data_files, streaming)
             dataset, report = format_dataset(rows, task, **options | {name: own[name] for name in own if own[name]})
             formatted.append(dataset)
-            datasets.reports[key if len(parts) == 1 else f"{key} {index + 1}"] = report
+            datasets.reports[key if len(parts) == 1 else f"{key} {number}"] = report
         datasets[key] = combine(formatted, parts, streaming, seed)
     if has_test and not streaming:
         datasets.reports["leakage"] = check_leakage(datasets["train"], datasets["eval"])

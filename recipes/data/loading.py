@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -113,30 +114,23 @@ def _local_splits(source: str, name: str | None, data_files=None) -> dict[str, C
 
 def _files_by_split(folder: Path, name: str | None) -> dict[str, list[Path]]:
     """What `datasets` would put into each split of a folder: as its README.md says, else by the names of the files."""
-    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern, sanitize_patterns
-
-    def files(glob: str) -> list[str]:
-        try:
-            return [file for file in resolve_pattern(glob, str(folder)) if file.lower().endswith(SUFFIXES)]
-        except FileNotFoundError:  # one of several patterns for the same split
-            return []
+    from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns, sanitize_patterns
 
     config = _configuration(folder, name)
-    if config is None:
-        folder = folder / name if name else folder
-    elif "data_dir" in config:
-        folder = folder / config["data_dir"]
+    base = folder / (name or "") if config is None else folder / config.get("data_dir", "")
     try:
-        given = (config or {}).get("data_files")
-        patterns = sanitize_patterns(given) if given else get_data_patterns(str(folder))
+        listed = (config or {}).get("data_files")
+        patterns = sanitize_patterns(listed) if listed else get_data_patterns(str(base))
     except EmptyDatasetError:
         patterns = {}
-    by_split = {
-        str(split): sorted({file for glob in globs for file in files(glob)}) for split, globs in patterns.items()
-    }
-    found = {split: list(map(Path, paths)) for split, paths in by_split.items() if paths}
+    found: dict[str, list[Path]] = {}
+    for split in patterns:
+        with suppress(FileNotFoundError):  # a copy of a Hub dataset may lack a split
+            files = sorted(set(DataFilesList.from_patterns(patterns[split], str(base))))
+            found[str(split)] = [Path(file) for file in files if file.lower().endswith(SUFFIXES)]
+    found = {split: files for split, files in found.items() if files}
     if not found:
-        raise DataError(f"{folder} holds no {join_names(TEXT_SUFFIXES)} or .parquet file, not even compressed ones")
+        raise DataError(f"{base} holds no {join_names(TEXT_SUFFIXES)} or .parquet file, not even compressed ones")
     return found
 
 

@@ -1,6 +1,6 @@
 """Several formatted datasets as one, with weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,11 @@ class Source:
         return source
 
 
-def check_fractions(sources: list[Source]) -> None:
+def parse_sources(items: Iterable[str | Mapping]) -> list[Source]:
+    sources = [Source.parse(item) for item in items]
     if len({source.fraction is None for source in sources}) > 1:
         raise DataError("datasets: give every source a fraction, or none")
+    return sources
 
 
 def combine(parts: list, sources: list[Source], streaming: bool, seed: int):
