@@ -1,7 +1,7 @@
-"""Datasets for the recipes: any source becomes the columns that TRL trains on, or an error says why not.
+"""Formats datasets for the recipes: any source becomes the columns that TRL trains on, or an error says why not.
 
-The columns of each task are listed in `recipes.data.tasks`, the schemas in `recipes.data.schemas`.
-Nothing here knows a model; a tokenizer is passed in where one is needed.
+`recipes.data.tasks` lists the columns of each task, `recipes.data.schemas` the datasets that are understood.
+This module may import `recipes.data` and `recipes.cli`: it needs no model, at most a tokenizer.
 """
 
 import os
@@ -56,7 +56,7 @@ def format_dataset(
         return _write(formatter, rows, report, num_proc or 1), report
     from datasets import IterableDataset
 
-    known = None if task == "sft" else formatter.features()  # of sft, only the rows tell whether there are tools
+    known = None if task == "sft" else formatter.features()  # sft rows may have tool calls, or not
     parts = {"formatter": formatter, "rows": rows, "report": report}
     return IterableDataset.from_generator(_stream, known, parts), report
 
@@ -66,7 +66,7 @@ def _stream(formatter: Formatter, rows: Rows, report: Report) -> Iterator[dict]:
 
 
 def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int, tools: bool = False) -> "Dataset":
-    """Not by `Dataset.from_generator`: it wraps errors, and rounds the numbers in tool calls on the way."""
+    """Writes an Arrow file itself: `Dataset.from_generator` wraps errors and rounds numbers in tool calls."""
     import datasets
     import pyarrow
     from datasets.arrow_writer import ArrowWriter
@@ -77,7 +77,7 @@ def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int, tool
     outputs = (output for _, output in formatter(rows, report, num_proc))
     with ArrowWriter(features=columns, path=path) as writer:
         while batch := list(islice(outputs, BATCH)):
-            if not tools and any(map(has_tools, batch)):  # known only here: begin again
+            if not tools and any(map(has_tools, batch)):  # known only now: begin again with other columns
                 return _write(formatter, rows, report, num_proc, tools=True)
             cells = {name: columns.encode_column([row.get(name) for row in batch], name) for name in columns}
             writer.write_table(pyarrow.Table.from_pydict(cells, columns.arrow_schema))
@@ -135,7 +135,7 @@ class FormattingArguments:
 
 
 class FormattedDatasets(dict):
-    """Datasets by split ("train", perhaps "eval"), and in `reports` what became of their rows."""
+    """Datasets by split ("train", perhaps "eval"), and `reports` on their rows."""
 
     def __init__(self):
         super().__init__()
@@ -159,10 +159,10 @@ def load_formatted(
     Args:
         script_args: TRL's ScriptArguments: dataset_name, dataset_config, the names of the splits, and
             dataset_streaming, which gives IterableDatasets that are formatted while they are read.
-        tokenizer: its control tokens are looked for in the text of the rows.
+        tokenizer: rows are searched for its control tokens.
         options: further keyword arguments of `format_dataset`, such as `prompt_completion` or `margin`.
     Raises:
-        DataError: no or unusable data; nothing can be trained.
+        DataError: there is no dataset, or it cannot be used.
     """
     options = {**format_args.options(), "special_tokens": control_tokens(tokenizer) if tokenizer else (), **options}
     options["streaming"] = streaming = script_args.dataset_streaming

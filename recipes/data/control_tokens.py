@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-# Of common chat templates, whatever the tokenizer.
+# Marks of common chat templates, looked for whatever the tokenizer is.
 TEMPLATE_MARKS = (
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
     "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>",
@@ -19,5 +19,5 @@ def control_tokens(tokenizer) -> list[str]:
 
 
 def search_pattern(special_tokens: Iterable[str]) -> re.Pattern:
-    """Finds the template marks and `special_tokens` in a text; of two that begin alike, the longer one."""
+    """A pattern that finds the template marks and `special_tokens` in a text, and the longest where several match."""
     return re.compile("|".join(map(re.escape, sorted({*TEMPLATE_MARKS, *special_tokens}, key=len, reverse=True))))

@@ -1,8 +1,8 @@
-"""Row functions: how a row of each schema becomes a `Dialogue` (demonstrations and prompts) or a `Ranking`.
+"""Converters: functions that turn a row of a schema into a `Dialogue` (demonstrations and prompts) or a `Ranking`.
 
-A pair is a ranking of two. Each function is pure; it raises `RowError` for a row that is wrong and `Skip` for one that
-is merely of no use. What the tasks make of a Dialogue or a Ranking is not its business: see `recipes.formatting`.
-Those in the plural, or with arguments, make converters for several schemas.
+A pair is a ranking of two. A converter is pure; it raises `RowError` for a wrong row and `Skip` for a correct row that
+is of no use, such as a tie. Functions that return a `Converter` serve several schemas. `recipes.data.tasks` makes the
+rows of each task out of dialogues and rankings.
 """
 
 import re
@@ -46,8 +46,8 @@ class Dialogue:
 class Ranking:
     """Responses (message lists that continue `prompt`) and their ranks: 1 is best, equal ranks are ties.
 
-    `margin` is by how much the first of two responses is better, where the source tells it. `dropped` are responses
-    that had to be left out, while the others are still of use.
+    `margin` says by how much the first of two responses is better, if the source tells it. `dropped` lists why some
+    responses were left out; the others can still be used.
     """
 
     prompt: Messages

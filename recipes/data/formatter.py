@@ -48,7 +48,7 @@ class Formatter:
     """Turns rows into the output rows of a task and fills in a report.
 
     Args:
-        task: "sft", "preference", "ranking" or "prompt"; `recipes.data.tasks` says what each gives.
+        task: "sft", "preference", "ranking" or "prompt"; `recipes.data.tasks` lists their columns.
         schema: a name in `recipes.data.schemas.SCHEMAS`, or "auto" to detect it from columns and values.
         mapping: for each column of the schema, `system` and `history`, the column of the source (dots reach into
             objects); and `roles.NAME` for further roles. With "auto", unmapped columns are ignored.
@@ -57,14 +57,14 @@ class Formatter:
         margin: adds the column `margin`, which TRL's RewardTrainer subtracts in its loss.
         on_special: rows with the text of a control token are kept and reported ("flag"), left out ("drop") or errors
             ("fail").
-        special_tokens: texts to look for beside the marks of common chat templates.
+        special_tokens: control tokens to look for, in addition to the marks of common chat templates.
         dedup: repeated rows are kept and reported ("flag") or left out ("drop").
         prompt_completion: for sft, `prompt` and `completion` instead of `messages`, to train on the last turn only.
         tokenizer, max_length: report rows that render to more than `max_length` tokens.
         fail_fast: raise at the first error instead of after all rows.
-        keep_columns: for prompts, columns of the source that go with each prompt, to PPO's reward functions.
+        keep_columns: for prompts, columns of the source that stay beside the prompt, for PPO's reward functions.
     Raises:
-        DataError: an option that does not exist.
+        DataError: an option has a value that does not exist.
     """
 
     task: str
@@ -98,7 +98,7 @@ class Formatter:
         self._control_tokens = search_pattern(self.special_tokens)
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
-        """Yields each output row with the row it is from, which holds no data any more.
+        """Yields each output row together with the row of the source that it comes from, without its data.
 
         Raises:
             DataError: no schema fits; or, at the end, rows that cannot be used, or no usable row at all.
@@ -212,7 +212,7 @@ class Formatter:
         if self.schema != "auto":
             return self.schema, "named by the user"
         sample = list(islice((row.data for row in rows if isinstance(row.data, dict)), SAMPLE))
-        if not sample:  # nothing readable: the errors of the rows will tell
+        if not sample:  # the errors of the rows will say why
             return None, "no readable row"
         sample = [self._mapping.apply(data, lenient=True) for data in sample]
         try:

@@ -1,4 +1,4 @@
-"""Finds the files of a source and their rows: `datasets` reads all but text files, of which it would tell no lines."""
+"""Finds the files of a source and reads their rows, all but text files by `datasets`."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ class Rows:
         return (row._replace(data=row.read()) for row in self.unread())
 
     def unread(self) -> Iterator[Row]:
-        """Rows whose data may still be a line of JSON, for a process that shall decode it."""
+        """Rows whose data may still be a line of JSON, which worker processes decode."""
         return islice(self.open(), self.start, self.stop)
 
 
@@ -38,8 +38,8 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
     """Opens a dataset; of local sources, no row is read before the rows are iterated.
 
     Args:
-        source: an existing .jsonl, .ndjson, .json, .csv or .parquet file (but for Parquet, perhaps with .gz, .bz2,
-            .xz or .zst behind), a folder (a copy of a Hub dataset, files named by split, or one written by
+        source: an existing .jsonl, .ndjson, .json, .csv or .parquet file (all but Parquet may be compressed as .gz,
+            .bz2, .xz or .zst), a folder (a copy of a Hub dataset, files named by split, or one written by
             `save_to_disk`), "json", "csv" or "parquet" together with `data_files`, or a Hub name.
         split: a split name; `train[10:20]` takes rows 10 to 19. A single file is the split "train".
         name: the configuration of a Hub dataset or of a copy of one, or a subfolder of a local folder.
@@ -68,7 +68,7 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
 
 
 def as_rows(rows: Rows | Iterable[dict]) -> Rows:
-    """Rows of a dataset or of a list in memory, numbered from 1 and of the file "rows"."""
+    """Rows of a dataset or of a list in memory; their file is called "rows", their lines count from 1."""
     if isinstance(rows, Rows):
         return rows
     if hasattr(rows, "features"):  # of `datasets`
@@ -87,7 +87,7 @@ def list_splits(source, name: str | None = None) -> list[str]:
 
 
 def _local_splits(source: str, name: str | None, data_files=None) -> dict[str, Callable[[], Iterable[Row]]] | None:
-    """For each split of a file or folder, what reads its rows; None for a name on the Hub."""
+    """For each split of a file or folder, the function that reads its rows; None for a name on the Hub."""
     path = Path(source).expanduser()
     if data_files is not None and (path.is_dir() or source in ("json", "csv", "parquet")):
         folder = path if path.is_dir() else Path()
@@ -113,7 +113,7 @@ def _local_splits(source: str, name: str | None, data_files=None) -> dict[str, C
 
 
 def _files_by_split(folder: Path, name: str | None) -> dict[str, list[Path]]:
-    """What `datasets` would put into each split of a folder: as its README.md says, else by the names of the files."""
+    """The files that `datasets` finds for each split: by the folder's README.md, else by the names of the files."""
     from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns, sanitize_patterns
 
     config = _configuration(folder, name)
@@ -135,7 +135,7 @@ def _files_by_split(folder: Path, name: str | None) -> dict[str, list[Path]]:
 
 
 def _configuration(folder: Path, name: str | None) -> dict | None:
-    """What the README.md of a copied Hub dataset says of a configuration; None where a folder itself is meant."""
+    """The configuration `name` in the README.md of a copied Hub dataset; None if a plain folder is meant."""
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import metadata_load
 
@@ -156,7 +156,7 @@ def _configuration(folder: Path, name: str | None) -> dict | None:
 
 
 def _or_data_error(source: str, load: Callable[[], Any]):
-    """Hub and `datasets` failures come in dozens of exception types; the user needs the source and the last line."""
+    """Failures of the Hub and of `datasets` have dozens of types; the user needs the source and one line."""
     try:
         return load()
     except Exception as error:
@@ -206,7 +206,7 @@ def _numbered(file: str, dataset: Iterable[dict]) -> Iterator[Row]:
 
 
 def _without_filled_nulls(value: Any, in_tools: bool = False) -> Any:
-    """Arrow gives every tool call the keys of all others, with nulls, which would be rendered."""
+    """Arrow gives every tool call the keys of all others, with nulls, and chat templates would render them."""
     if isinstance(value, list):
         return [_without_filled_nulls(item, in_tools) for item in value]
     if isinstance(value, dict):

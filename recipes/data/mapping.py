@@ -1,4 +1,4 @@
-"""Which column of a source is which column of a schema, and what the roles are called there."""
+"""Mappings: which column of a source is which column of a schema, and which role names it uses."""
 
 import json
 import re
@@ -34,7 +34,7 @@ class ColumnMapping:
             a mapping `roles`, adds roles.
         keep_others: whether columns that are not mapped stay as they are; else they are left out.
     Raises:
-        DataError: a column or role that cannot be.
+        DataError: the mapping names no column, or a role that does not exist.
     """
 
     def __init__(self, mapping: Mapping[str, Any] | None, keep_others: bool):

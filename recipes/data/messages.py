@@ -1,7 +1,7 @@
-"""Cells and messages: what the converters of `recipes.data.schemas` are written with.
+"""Functions that converters are written with: they read the cells of a row and make messages out of them.
 
-Every function takes the name of the column that it reads, so that errors and skips can name it. Contents of messages
-are never changed; texts that become messages lose outer whitespace only.
+Each takes the name of the column that it reads, so that errors and skips can name it. The contents of messages are
+never changed; texts that become messages only lose outer whitespace.
 """
 
 import json
@@ -31,6 +31,7 @@ HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 def require(row: dict, column: str) -> Any:
+    """The value of a column that has to be there."""
     if column not in row:
         raise RowError(f"missing; there are {join_names(row) or 'no columns'}", column)
     return row[column]
@@ -53,7 +54,7 @@ def optional_text(row: dict, column: str) -> str:
 
 
 def decode_json(value: Any, column: str, kind: str) -> Any:
-    """A list or an object, which may be written as JSON text where the format knows none (CSV)."""
+    """A list or an object, which is JSON text in formats that have neither (CSV)."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -74,7 +75,7 @@ def items(row: dict, column: str) -> list:
 
 
 def as_object(value: Any, column: str) -> dict:
-    """A row out of an object inside a row: its keys are renamed to their full place, such as `answers[0].rank`."""
+    """An object inside a row, to be read like a row: its keys become full places such as `answers[0].rank`."""
     value = decode_json(value, column, "an object")
     if not isinstance(value, dict):
         raise RowError(f"found {describe(value)}, expected an object", column)
@@ -82,13 +83,13 @@ def as_object(value: Any, column: str) -> dict:
 
 
 def objects(row: dict, column: str) -> list[tuple[str, dict]]:
-    """The objects of a required list, each with the name of its place, and to be read like a row."""
+    """The objects of a required list, to be read like rows, each with its place, such as `answers[0]`."""
     places = [(f"{column}[{index}]", item) for index, item in enumerate(items(row, column))]
     return [(place, as_object(item, place)) for place, item in places]
 
 
 def number(row: dict, column: str, text_too: bool = True) -> float:
-    """A required number, which may be written as text (as in CSV) unless the format knows numbers."""
+    """A required number. With `text_too` it may be written as text, as all numbers in CSV are."""
     value = found = require(row, column)
     if isinstance(value, str) and text_too:
         with suppress(ValueError):
@@ -100,7 +101,7 @@ def number(row: dict, column: str, text_too: bool = True) -> float:
 
 
 def flag(row: dict, column: str) -> bool | None:
-    """An optional yes or no, which may be written as text (CSV)."""
+    """An optional yes or no, which may be written as text, as in CSV."""
     value = row.get(column)
     found = FLAGS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
     if found is None and value not in (None, ""):
@@ -122,7 +123,7 @@ def message(role: str, content: str) -> dict[str, str]:
 
 
 def normalise(raw: list, column: str, roles: Roles) -> Messages:
-    """Messages with the roles of chat templates and untouched contents; blank system messages are left out."""
+    """Messages with the role names of chat templates and unchanged contents; blank system messages are left out."""
     result = []
     for index, turn in enumerate(raw):
         where = f"{column}[{index}]"
@@ -144,7 +145,7 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
 
 
 def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
-    """What chat templates know beside role and content, where it is not empty."""
+    """The other keys of a message that chat templates know, if they are not empty."""
     result = {}
     for key, kind in EXTRAS.items():
         value = turn.get(key)
@@ -210,7 +211,7 @@ def read_messages(row: dict, column: str, roles: Roles, text_role: str = "assist
 def prompt_messages(row: dict, column: str, roles: Roles) -> Messages:
     """The messages of a prompt column, after the row's optional `system` and `history`.
 
-    A text is one user message, unless it is a transcript "\\n\\nHuman: …\\n\\nAssistant:" that waits for its answer.
+    A text is one user message, unless it is a transcript "\\n\\nHuman: …\\n\\nAssistant:" that ends before the answer.
     """
     value = row.get(column)
     if isinstance(value, str) and value.startswith("\n\nHuman:") and value.rstrip().endswith("\n\nAssistant:"):
@@ -235,7 +236,7 @@ def in_context(row: dict, messages: Messages) -> Messages:
 
 
 def split_turns(value: str, column: str, marker: re.Pattern, roles: Roles, first: str | None = None) -> Messages:
-    """Cuts a transcript at its markers, whose group 1 is the role; `first` says the text before the first marker."""
+    """Splits a transcript at its markers, whose group 1 is the role; `first` is the role of text before them."""
     start, *rest = marker.split(value)
     raw = [message(role, turn.strip()) for role, turn in zip(rest[::2], rest[1::2], strict=True)]
     if first:
@@ -246,7 +247,7 @@ def split_turns(value: str, column: str, marker: re.Pattern, roles: Roles, first
 
 
 def split_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """Cuts two conversations after the turns that they share: (prompt, chosen, rejected)."""
+    """Splits two conversations after the turns that they share: (prompt, chosen, rejected)."""
     if chosen == rejected:
         raise Skip("identical responses", "rejected")
     shared = 0

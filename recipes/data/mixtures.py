@@ -9,7 +9,7 @@ from recipes.data.rows import DataError, join_names
 
 @dataclass
 class Source:
-    """One source of a mixture; the fields that TRL's `DatasetConfig` has too bear its names.
+    """One source of a mixture. Fields are named as in TRL's `DatasetConfig`, where it has them.
 
     `fraction` is the share of the source in the mixture, on any scale; all sources have one, or none.
     """
@@ -49,10 +49,10 @@ def parse_sources(items: Iterable[str | Mapping]) -> list[Source]:
 
 
 def combine(parts: list, sources: list[Source], streaming: bool, seed: int):
-    """One dataset out of formatted ones.
+    """Combines formatted datasets into one.
 
-    As in TRL, fractions are shares of the mixture, which is as large as it can be without repeating a row, and the
-    first rows of each source are taken. Streams are interleaved at random instead, until the first one ends.
+    As in TRL, fractions are shares of the mixture, which is as large as possible without repeating a row, and takes
+    the first rows of each source. Streams are interleaved at random instead, until the first one ends.
     """
     from datasets import concatenate_datasets, interleave_datasets
 
@@ -71,7 +71,4 @@ def combine(parts: list, sources: list[Source], streaming: bool, seed: int):
 
 
 def _no_tools(row: dict) -> dict:
-    return {
-        **row,
-        "tools": None,
-    }  # all columns, or `datasets` cannot cast the messages
+    return {**row, "tools": None}  # with all columns, so that `datasets` casts the messages too

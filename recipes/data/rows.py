@@ -25,7 +25,7 @@ class RowError(Exception):
 
 
 class LostRows(RowError):
-    """What follows in the file cannot be read either, so that leaving out one row would leave out an unknown many."""
+    """All rows that follow in the file are lost too, so that this error cannot be skipped like one bad row."""
 
 
 class Skip(Exception):
@@ -48,6 +48,7 @@ class Row(NamedTuple):
 
 
 def join_names(names: Iterable) -> str:
+    """Names for a message, separated by commas."""
     return ", ".join(map(str, names))
 
 
@@ -117,7 +118,7 @@ def check_row(value: Any) -> dict:
 
 
 def check_surrogates(value: Any, column: str) -> None:
-    """Half a UTF-16 pair cannot be stored as UTF-8; `datasets` would fail on it much later."""
+    """Raises RowError for half a UTF-16 pair, which UTF-8 cannot store: `datasets` would fail much later."""
     if isinstance(value, str):
         try:
             value.encode("utf-8")

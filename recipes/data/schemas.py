@@ -1,7 +1,7 @@
 """The table of dataset schemas: the columns by which each one is recognised, and the function that reads its rows.
 
-A new schema goes here: one entry in `SCHEMAS` below, whose function stands in `recipes.data.converters`, and one
-fixture in tests/data/fixtures. docs/datasets.md ("A schema of your own") shows a whole one.
+To add a schema, add an entry to `SCHEMAS` at the end of this file, its function to `recipes.data.converters`, and a
+fixture to tests/data/fixtures. docs/datasets.md shows a complete example under "A schema of your own".
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,8 +14,8 @@ from recipes.data.oasst import conversation_trees
 from recipes.data.rows import DataError, RowError, Skip, join_names
 
 TASKS = ("sft", "preference", "ranking", "prompt")
-SPOKEN = ("sft", "prompt")
-RANKED = ("preference", "ranking", "prompt")
+DIALOGUE = ("sft", "prompt")  # the tasks that a Dialogue serves
+RANKED = ("preference", "ranking", "prompt")  # the tasks that a Ranking serves
 HELPSTEER2 = ("prompt", "response_1", "response_2", "preference_strength")
 HELPSTEER3 = ("context", "response1", "response2", "overall_preference")
 
@@ -26,10 +26,10 @@ class Schema:
 
     Args:
         tasks: what rows of this schema can become.
-        columns: the columns that it needs; others may be there.
-        convert: makes a `Dialogue` or a `Ranking` of a row. A schema is detected where it can read most rows.
-        order: of several schemas that fit, the lowest wins; None is never detected and must be named.
-        gather: turns all rows of a source into those that `convert` gets, where one row alone means nothing.
+        columns: the columns that it needs; there may be others.
+        convert: turns a row into a `Dialogue` or a `Ranking`. A schema fits a source if this works for most rows.
+        order: if several schemas fit, the lowest order wins; None is never detected and must be named.
+        gather: joins all rows of a source into the rows that `convert` gets, for tables of single messages.
     """
 
     tasks: tuple[str, ...]
@@ -39,7 +39,7 @@ class Schema:
     gather: Callable[[Iterable, str], Iterable] | None = None
 
     def problems(self, columns: Iterable[str], sample: list[dict], roles: Roles) -> list[str]:
-        """Why the columns, or most rows of the sample, are not of this schema."""
+        """Why the columns, or most rows of the sample, do not fit this schema; empty if they fit."""
         missing = [f"column {name!r} is missing" for name in self.columns if name not in columns]
         if missing or self.gather:
             return missing
@@ -52,7 +52,9 @@ class Schema:
                 errors.append(f"{error.column}: {error.message}")
             except Skip as skip:
                 skips.append(f"{skip.column}: {skip.reason}")
-        return [] if read and read >= len(errors) else (errors or skips)[:1]
+        if read and read >= len(errors):
+            return []
+        return (errors or skips or ["no row has all of its columns"])[:1]
 
 
 def detect(columns: Iterable[str], sample: list[dict], task: str, roles: Roles = ROLES) -> tuple[str, str]:
@@ -66,7 +68,7 @@ def detect(columns: Iterable[str], sample: list[dict], task: str, roles: Roles =
     problems = {name: schema.problems(columns, sample, roles) for name, schema in candidates.items()}
     fitting = [name for name in candidates if not problems[name]]
     best = sorted((name for name in fitting if task in SCHEMAS[name].tasks), key=lambda name: SCHEMAS[name].order)
-    if not best:  # where the names of the columns fit one schema, its errors say best what is wrong with the values
+    if not best:  # if only the names of the columns fit, the errors of the rows say best what is wrong
         named = [name for name, each in candidates.items() if task in each.tasks and columns.issuperset(each.columns)]
         if named:
             return max(named, key=lambda name: len(SCHEMAS[name].columns)), "column names only; the values do not fit"
@@ -91,12 +93,12 @@ def _no_schema(columns: set, sample: list[dict], task: str, fitting: list[str], 
     )
     if near:
         found += f" (nearly: {'; '.join(text for _, text in near[:2])})"
-    if "text" in columns and task in SPOKEN:
+    if "text" in columns and task in DIALOGUE:
         found += "; for a text of '### Human:' and '### Assistant:' turns use --dataset_schema guanaco"
     return f"{found}; name the columns with --dataset_mapping, e.g. prompt=COLUMN, or use another --task"
 
 
-# In the order of detection. docs/datasets.md shows a row of each, and how to add one.
+# docs/datasets.md shows a row of each schema, and how to add one.
 SCHEMAS: dict[str, Schema] = {
     # chosen and rejected
     "preference_implicit": Schema(RANKED, ("chosen", "rejected"), convert.preferences(), 9),
@@ -140,21 +142,23 @@ SCHEMAS: dict[str, Schema] = {
     # trees of messages
     "oasst": Schema(TASKS, ("message_id", "parent_id", "role", "text"), convert.oasst, 40, conversation_trees),
     # conversations
-    "messages": Schema(SPOKEN, ("messages",), convert.dialogue("messages"), 50),
-    "conversations": Schema(SPOKEN, ("conversations",), convert.dialogue("conversations"), 51),
-    "conversation_pairs": Schema(SPOKEN, ("conversation",), convert.conversation_pairs, 52),
+    "messages": Schema(DIALOGUE, ("messages",), convert.dialogue("messages"), 50),
+    "conversations": Schema(DIALOGUE, ("conversations",), convert.dialogue("conversations"), 51),
+    "conversation_pairs": Schema(DIALOGUE, ("conversation",), convert.conversation_pairs, 52),
     # a question and its answer
-    "prompt_completion": Schema(SPOKEN, ("prompt", "completion"), convert.prompt_completion, 53),
+    "prompt_completion": Schema(DIALOGUE, ("prompt", "completion"), convert.prompt_completion, 53),
     "open_orca": Schema(
-        SPOKEN, ("system_prompt", "question", "response"), convert.instructions("question", "response"), 54
+        DIALOGUE, ("system_prompt", "question", "response"), convert.instructions("question", "response"), 54
     ),
-    "instruction_output": Schema(SPOKEN, ("instruction", "output"), convert.instructions("instruction", "output"), 55),
+    "instruction_output": Schema(
+        DIALOGUE, ("instruction", "output"), convert.instructions("instruction", "output"), 55
+    ),
     "instruction_response": Schema(
-        SPOKEN, ("instruction", "response"), convert.instructions("instruction", "response"), 55
+        DIALOGUE, ("instruction", "response"), convert.instructions("instruction", "response"), 55
     ),
-    "question_answer": Schema(SPOKEN, ("question", "answer"), convert.instructions("question", "answer"), 56),
+    "question_answer": Schema(DIALOGUE, ("question", "answer"), convert.instructions("question", "answer"), 56),
     # prompts
     "prompt": Schema(("prompt",), ("prompt",), convert.prompt, 57),
-    # only when named: a `text` column is otherwise plain text, of which nobody said who speaks
-    "guanaco": Schema(SPOKEN, ("text",), convert.guanaco, None),
+    # only if named: most columns called `text` hold plain text without roles
+    "guanaco": Schema(DIALOGUE, ("text",), convert.guanaco, None),
 }

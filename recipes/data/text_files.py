@@ -1,4 +1,4 @@
-"""Rows of JSON Lines, JSON and CSV files, each with its physical line, and what is wrong with them said by place.
+"""Reads JSON Lines, JSON and CSV files row by row, with line numbers, and reports errors by line.
 
 `datasets` would guess types (dates become timestamps, "NA" becomes null, 007 becomes 7.0) and name no line.
 """
@@ -30,7 +30,7 @@ from recipes.data.rows import (
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
 CHUNK = 2**16  # characters of a JSON list that are read at a time; more where an element is larger
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# Messages in a cell of CSV, which knows no lists. With single quotes they are Python's, as pandas writes them.
+# Messages in a cell of CSV: as JSON, or with single quotes in Python's notation, as pandas writes them.
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|tool_calls)["']\s*:""")
 _SPACE = r"[ \t\n\r]*"
 _OPENING = re.compile(rf"{_SPACE}\[{_SPACE}(?P<closing>\])?{_SPACE}")  # of a JSON list
@@ -93,7 +93,7 @@ def _characters(stream: BinaryIO) -> io.TextIOWrapper:
 def _read_json_list(file: str, stream: BinaryIO) -> Iterator[Row]:
     """The elements of one JSON list, each at the line it starts on. Nothing after the first syntax error is read.
 
-    By hand, because `ijson` tells no lines, keeps the last of two equal keys and reads half a surrogate pair as "?".
+    Not by `ijson`: it gives no lines, keeps the last of two equal keys and reads half a surrogate pair as "?".
     """
     characters = _characters(stream)
     text, line, column, ended = "", 1, 0, False  # what is in memory, and where in the file it begins
@@ -108,7 +108,7 @@ def _read_json_list(file: str, stream: BinaryIO) -> Iterator[Row]:
                 yield Row(file, line + error.lineno - 1, _lost(error))
                 return
             end = len(text)
-        if end == len(text) and not ended:  # there may be more of it
+        if end == len(text) and not ended:  # the rest of the element may follow
             more = characters.read(max(CHUNK, len(text)))
             if bad := NOT_UTF8.search(more):
                 line += text.count("\n") + more.count("\n", 0, bad.start())
