@@ -79,7 +79,9 @@ def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int, tool
         while batch := list(islice(outputs, BATCH)):
             if not tools and any(map(has_tools, batch)):  # known only now: begin again with other columns
                 return _write(formatter, rows, report, num_proc, tools=True)
-            cells = {name: columns.encode_column([row.get(name) for row in batch], name) for name in columns}
+            cells = {name: [row.get(name) for row in batch] for name in columns}
+            if tools or formatter.keep_columns:  # there is free JSON, which Arrow cannot take as it is
+                cells = {name: columns.encode_column(cells[name], name) for name in cells}
             writer.write_table(pyarrow.Table.from_pydict(cells, columns.arrow_schema))
         writer.finalize()
     dataset = datasets.Dataset.from_file(path)
