@@ -15,7 +15,7 @@ from recipes.data.mapping import ColumnMapping
 from recipes.data.parallel import map_in_order
 from recipes.data.preview import render
 from recipes.data.report import Report
-from recipes.data.rows import DataError, LostRows, Row, RowError, Skip, describe, join_names
+from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
 from recipes.data.tasks import features, outputs, row_messages
 
@@ -107,9 +107,9 @@ class Formatter:
         rows = as_rows(rows)
         report.schema, report.reason = self._choose_schema(rows, report)
         schema = SCHEMAS.get(report.schema)
-        source = _counted(rows, report)
+        source = self._source(rows, report)
         if schema and schema.gather:
-            source = schema.gather(map(self._mapped_row, source), self.task)
+            source = schema.gather(map(self._mapped, source), self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results in map_in_order(partial(self._format, schema), source, num_proc):
             for result in results:
@@ -129,16 +129,18 @@ class Formatter:
         self._check_errors(report)
         report.finish()
 
+    def _source(self, rows: Rows, report: Report) -> Iterator[Row]:
+        for row in rows.unread():
+            report.rows_in += 1
+            yield row
+
     def features(self, tools: bool = False):
         """The `datasets.Features` of the output rows; `tools` where conversations have tool calls."""
         return features(self.task, self.prompt_completion, self.margin, tools, self.keep_columns)
 
-    def _leave_out(self, row: Row, problem: Skip | RowError, report: Report) -> None:
-        column = self._mapping.source_column(problem.column)
-        if isinstance(problem, Skip):
-            report.add("skipped", row, problem.reason, column)
-            return
-        report.add("errors", row, problem.message, column)
+    def _leave_out(self, row: Row, problem: RowProblem, report: Report) -> None:
+        kind = "skipped" if isinstance(problem, Skip) else "errors"
+        report.add(kind, row, problem.message, self._mapping.source_column(problem.column))
         report.lost = report.lost or isinstance(problem, LostRows)
         if self.fail_fast:
             self._check_errors(report)
@@ -155,19 +157,19 @@ class Formatter:
         if advice:
             raise report.error(f"{report.errors_text()}\n{advice}")
 
-    def _format(self, schema: Schema | None, row: Row) -> tuple[Row, list[Kept | Skip | RowError]]:
+    def _format(self, schema: Schema | None, row: Row) -> tuple[Row, list[Kept | RowProblem]]:
         """The place of a row, and what became of it."""
-        results: list[Kept | Skip | RowError] = []
+        results: list[Kept | RowProblem] = []
         try:
             data = row.read()
-            if isinstance(data, RowError | Skip):
+            if isinstance(data, RowProblem):
                 raise data
             kept = self._kept_columns(data) if self.keep_columns else {}
             example = schema.convert(data if schema.gather else self._mapping.apply(data), self._mapping.roles)
             for output in outputs(example, self.task, self.prompt_completion, self.margin):
                 cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(example.messages)
                 results.append(output if isinstance(output, Skip) else self._checked(output | kept, cut))
-        except (Skip, RowError) as problem:
+        except RowProblem as problem:
             results.append(problem)
         return row._replace(data=None), results
 
@@ -222,15 +224,9 @@ class Formatter:
             report.add("errors", next(iter(rows)), str(error))
             raise report.error(f"{rows.source}: {error}") from None
 
-    def _mapped_row(self, row: Row) -> Row:
+    def _mapped(self, row: Row) -> Row:
         data = row.read()
         try:
             return row._replace(data=self._mapping.apply(data) if isinstance(data, dict) else data)
         except RowError as error:
             return row._replace(data=error)
-
-
-def _counted(rows: Rows, report: Report) -> Iterator[Row]:
-    for row in rows.unread():
-        report.rows_in += 1
-        yield row

@@ -16,24 +16,24 @@ class DataError(UserError):
     report: Any = None
 
 
-class RowError(Exception):
-    """One row cannot be used; `message` says what was found, what was expected and what to do."""
+class RowProblem(Exception):
+    """Why one row is not used; `column` is the place in the row, such as `answers[0].rank`."""
 
     def __init__(self, message: str, column: str | None = None):
         super().__init__(message)
         self.message, self.column = message, column
 
 
+class Skip(RowProblem):
+    """The row is correct but of no use, such as a tie; it is counted and left out."""
+
+
+class RowError(RowProblem):
+    """The row is wrong; the message says what was found, what was expected and what to do."""
+
+
 class LostRows(RowError):
     """All rows that follow in the file are lost too, so that this error cannot be skipped like one bad row."""
-
-
-class Skip(Exception):
-    """The row is well formed but of no use, such as a tie; it is counted and left out."""
-
-    def __init__(self, reason: str, column: str | None = None):
-        super().__init__(reason)
-        self.reason, self.column = reason, column
 
 
 class Row(NamedTuple):
@@ -41,9 +41,9 @@ class Row(NamedTuple):
 
     file: str
     line: int
-    data: Any  # a dict, the RowError that stands for it, or the line of JSON that holds it
+    data: Any  # a dict, the RowProblem that stands for it, or the line of JSON that holds it
 
-    def read(self) -> dict | RowError:
+    def read(self) -> dict | RowProblem:
         return _read_json_line(self.data) if isinstance(self.data, bytes) else self.data
 
 

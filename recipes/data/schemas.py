@@ -51,7 +51,7 @@ class Schema:
             except RowError as error:
                 errors.append(f"{error.column}: {error.message}")
             except Skip as skip:
-                skips.append(f"{skip.column}: {skip.reason}")
+                skips.append(f"{skip.column}: {skip.message}")
         if read and read >= len(errors):
             return []
         return (errors or skips or ["no row has all of its columns"])[:1]
