@@ -16,7 +16,8 @@ from recipes.cli.errors import UserError
 from recipes.labelling.accounts import add_labeler, labelers, named_labeler
 from recipes.labelling.answers import JUSTIFICATIONS
 from recipes.labelling.database import Database
-from recipes.labelling.export import export, write_new
+from recipes.labelling.export import export
+from recipes.labelling.files import new_file
 from recipes.labelling.store import Store
 from recipes.labelling.tasks import read_tasks
 from recipes.labelling.terminal import rank_in_terminal
@@ -143,7 +144,8 @@ def run_agreement(args):
     if args.output is None:
         sys.stdout.write(text)
     else:
-        write_new(args.output, text)
+        with new_file(args.output) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def run_backup(args):

@@ -51,10 +51,11 @@ def labelers(database: Database) -> list[Labeler]:
 
 def named_labeler(database: Database, name: str) -> Labeler:
     """For the terminal, where having the file is the permission: the labeler of that name, added if new."""
+    name = name.strip()
     known = {labeler.name: labeler for labeler in labelers(database)}
     if name not in known:
         add_labeler(database, name)
-        return named_labeler(database, name.strip())
+        return named_labeler(database, name)
     return known[name]
 
 

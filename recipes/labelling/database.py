@@ -1,12 +1,12 @@
 """The SQLite file behind a labelling job: opened safely, written in transactions, copied while in use."""
 
-import os
 import sqlite3
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 from recipes.cli.errors import UserError
+from recipes.labelling.files import new_file
 from recipes.labelling.schema import TABLES, TRIGGERS, VERSION
 
 BUSY_SECONDS = 10
@@ -38,15 +38,11 @@ class Database:
             raise UserError(f"{self.path}: not a labelling database of version {VERSION} (its version is {version})")
 
     def _create(self):
-        self._claim(self.path)
-        db = self._connect()
-        db.execute("PRAGMA journal_mode = WAL")
-        db.executescript(f"BEGIN; {TABLES} {TRIGGERS} PRAGMA user_version = {VERSION}; COMMIT;")
-        db.close()
-
-    @staticmethod
-    def _claim(path):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        with new_file(self.path, mode=0o600) as part:
+            db = sqlite3.connect(part, isolation_level=None)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.executescript(f"BEGIN; {TABLES} {TRIGGERS} PRAGMA user_version = {VERSION}; COMMIT;")
+            db.close()
 
     def _connect(self):
         uri = f"file:{quote(str(self.path.absolute()))}?mode=rw"  # rw: a file that vanished is never made anew
@@ -73,18 +69,12 @@ class Database:
 
     def backup(self, output: str | Path) -> None:
         """Writes a consistent copy, even while people work. Never overwrites."""
-        try:
-            self._claim(output)
-        except FileExistsError as error:
-            raise UserError(f"{output}: exists already; choose another name") from error
-        except OSError as error:
-            raise UserError(f"{output}: {error.strerror}") from error
-        source, copy = self._connect(), sqlite3.connect(output)
-        try:
-            source.backup(copy)
-        finally:
-            copy.close()
-            source.close()
+        with (
+            new_file(output, mode=0o600) as part,
+            closing(self._connect()) as db,
+            closing(sqlite3.connect(part)) as copy,
+        ):
+            db.backup(copy)
 
     def close(self) -> None:
         self._anchor.close()

@@ -11,15 +11,13 @@ from recipes.labelling.tasks import Response, SampledPrompt
 
 @dataclass(frozen=True)
 class Ranking:
-    """A ranking with all that is known about it. `shown` is the order of response ids on the labeler's screen,
-    `submitted_at` seconds since 1970, UTC."""
+    """A ranking with all that is known about it. `shown` is the order of response ids on the labeler's screen."""
 
     prompt: SampledPrompt
     annotator: str
     answer: Answer
     shown: list[str]
     active_seconds: float
-    submitted_at: float
     guideline_version: int | None
 
 
@@ -51,22 +49,7 @@ def read_rankings(database: Database) -> list[Ranking]:
                 answer=stored_answer(db, row),
                 shown=json.loads(row["shown"]),
                 active_seconds=row["seconds"],
-                submitted_at=row["server_time"],
                 guideline_version=row["guideline_version"],
             )
             for row in rows
         ]
-
-
-def count_standing(database: Database) -> dict[str, dict[str, int]]:
-    """Per labeler, how many tasks stand at ranked, skipped and flagged."""
-    names = {"submit": "ranked", "edit": "ranked", "skip": "skipped", "flag": "flagged"}
-    with database.transaction() as db:
-        counts = {
-            row["name"]: dict.fromkeys(names.values(), 0)
-            for row in db.execute("SELECT name FROM labeler ORDER BY name")
-        }
-        rows = db.execute("SELECT l.name, s.kind FROM standing AS s JOIN labeler AS l ON l.id = s.labeler_id")
-        for row in rows:
-            counts[row["name"]][names[row["kind"]]] += 1
-    return counts

@@ -39,7 +39,7 @@ class _Strict(BaseModel):
 
 
 class ReviewBody(_Strict):
-    justification: str = Field("", max_length=MAX_TEXT)
+    justification: str = ""
     rating: int | None = None
     flags: list[str] = []
 
@@ -49,7 +49,7 @@ class AnswerBody(_Strict):
     action: str
     tiers: list[list[str]]
     reviews: dict[str, ReviewBody] = {}
-    comment: str = Field("", max_length=MAX_TEXT)
+    comment: str = ""
     key: str = Field(min_length=16, max_length=64)
     revision: int
     active_seconds: float = Field(0.0, ge=0)

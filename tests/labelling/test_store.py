@@ -10,6 +10,7 @@ import sys
 import time
 from itertools import permutations
 
+import numpy as np
 import pytest
 
 from recipes.cli.errors import UserError
@@ -337,11 +338,12 @@ def test_krippendorff_alpha_gives_the_published_values():
         . 3 3 3 2 3 4 2 2 5 1 .
         1 2 3 3 2 4 4 1 2 5 1 ."""
     table = [line.split() for line in observers.strip().splitlines()]
-    units = [[int(value) for value in unit if value != "."] for unit in zip(*table, strict=True)]
+    counts = np.array([[unit.count(value) for value in "12345"] for unit in zip(*table, strict=True)])
     published = {"nominal": 0.743, "ordinal": 0.815, "interval": 0.849}
-    assert {level: round(krippendorff_alpha(units, level), 3) for level in published} == published
-    assert krippendorff_alpha([[1, 1], [1, 1]]) is None and krippendorff_alpha([[1], [2]]) is None
-    assert krippendorff_alpha([[1, 1], [2, 2]]) == 1
+    assert {level: round(krippendorff_alpha(counts, level), 3) for level in published} == published
+    assert krippendorff_alpha(np.array([[2, 0], [2, 0]])) is None
+    assert krippendorff_alpha(np.array([[1, 0], [0, 1]])) is None, "nobody to agree with"
+    assert krippendorff_alpha(np.array([[2, 0], [0, 2]])) == 1
 
 
 def test_kendalls_w_gives_the_published_values():
@@ -389,9 +391,10 @@ def test_agreement_report_counts_by_hand(make, tmp_path):
     # W is 1 on prompt 0; on prompt 1 the rank sums are 1 + 2.5, 2 + 2.5, 3 + 1.
     spread = sum((total - 4) ** 2 for total in (3.5, 4.5, 4.0))
     assert report["kendalls_w"] == pytest.approx((1 + 12 * spread / (4 * 24 - 2 * 6)) / 2)
-    # Twelve values (six pairs, both ways round): five each of better and worse, and two ties.
-    both_ways = [[1, 1], [-1, -1]] * 3 + [[1, 0], [-1, 0]] + [[1, -1], [-1, 1]] * 2
-    assert report["krippendorff_alpha"]["nominal"] == pytest.approx(krippendorff_alpha(both_ways))
+    # Six pairs, both ways round: they disagree in 6 of 12. Of their 24 values 11 are better, 11 worse and 2 ties: of
+    # the 24 * 23 ways to draw two of them, 2 * 11 * 11 + 2 * 22 * 2 give two that differ.
+    expected = (2 * 11 * 11 + 2 * 22 * 2) / (24 * 23)
+    assert report["krippendorff_alpha"]["nominal"] == pytest.approx(1 - (6 / 12) / expected)
     first, second = report["labelers"]["labeler 0"], report["labelers"]["labeler 1"]
     assert first["gold"] == {"tasks": 1, "share": 1.0, "ci95": None, "pairs": 3, "disagreed": []}
     assert second["gold"]["share"] == 0 and second["gold"]["disagreed"] == ["g0"]
