@@ -4,6 +4,7 @@ A pair of responses has one of three outcomes: the first is better, a tie, the s
 prompts are not on one scale, so everything but Kendall's W (which is per prompt) is computed on pair outcomes.
 """
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
@@ -15,7 +16,6 @@ import numpy as np
 
 from recipes.labelling.answers import ranks_of
 from recipes.labelling.database import Database
-from recipes.labelling.rankings import read_rankings
 
 # Labelers hired for training and held-out ones: Ouyang et al. 2022 (arXiv 2203.02155), section 3.4.
 INSTRUCTGPT = (0.726, 0.773)
@@ -77,27 +77,56 @@ def kendalls_w(rankings: Sequence[Sequence[Sequence[Hashable]]]) -> float | None
     return 12 * sum((total - mean) ** 2 for total in sums.values()) / spread if spread else None
 
 
+class Judgement(NamedTuple):
+    """A ranking that counts, without the texts. `shown`: response ids in the order on the screen; `gold`: the
+    known order of an attention task, else None."""
+
+    prompt_id: str
+    sample_id: str
+    annotator: str
+    tiers: list[list[str]]
+    outcomes: Outcomes
+    shown: list[str]
+    active_seconds: float
+    gold: list[list[str]] | None
+
+
+def read_judgements(database: Database) -> list[Judgement]:
+    """In the order the prompts were imported, then by labeler."""
+    with database.transaction() as db:
+        rows = db.execute(
+            "SELECT p.id, p.sample_id, l.name, e.tiers, a.shown, s.active_seconds, g.tiers AS gold"
+            " FROM task_state AS s JOIN event AS e ON e.id = s.event_id JOIN prompt AS p ON p.id = s.prompt_id"
+            " JOIN labeler AS l ON l.id = s.labeler_id JOIN assignment AS a USING (prompt_id, labeler_id)"
+            " LEFT JOIN gold AS g ON g.prompt_id = p.id WHERE s.kind IN ('submit', 'edit') ORDER BY p.position, l.name"
+        ).fetchall()
+    judgements = []
+    for prompt_id, sample_id, name, tiers, shown, seconds, gold in rows:
+        tiers, shown, gold = json.loads(tiers), json.loads(shown), json.loads(gold or "null")
+        judgements.append(Judgement(prompt_id, sample_id, name, tiers, outcomes(tiers), shown, seconds, gold))
+    return judgements
+
+
 def agreement_report(database: Database) -> dict:
     """All the figures as plain values; a figure that nobody's data gives yet is None. Shares are in [0, 1]."""
-    rankings = read_rankings(database)
-    judged = [outcomes(ranking.answer.tiers) for ranking in rankings]
+    judgements = read_judgements(database)
     by_prompt = defaultdict(list)
-    for ranking, outcome in zip(rankings, judged, strict=True):
-        if ranking.prompt.gold is None:  # attention tasks are easy on purpose: they would flatter the figures
-            by_prompt[ranking.prompt.id].append((ranking.annotator, ranking.answer.tiers, outcome))
+    for judgement in judgements:
+        if judgement.gold is None:  # attention tasks are easy on purpose: they would flatter the figures
+            by_prompt[judgement.prompt_id].append(judgement)
     shared = {id: given for id, given in by_prompt.items() if len(given) > 1}
 
     compared = defaultdict(list)  # by pair of labelers: (prompt, comparison)
     for id, given in shared.items():
-        for (a, _, a_says), (b, _, b_says) in combinations(given, 2):
-            compared[a, b].append((id, compare(a_says, b_says)))
+        for a, b in combinations(given, 2):
+            compared[a.annotator, b.annotator].append((id, compare(a.outcomes, b.outcomes)))
     everybody = [comparison for pair in compared.values() for comparison in pair]
-    concordances = [kendalls_w([tiers for _, tiers, _ in given]) for given in shared.values()]
+    concordances = [kendalls_w([judgement.tiers for judgement in given]) for given in shared.values()]
     concordances = [w for w in concordances if w is not None]
     counts = _outcome_counts(shared.values())
     return {
-        "rankings": len(rankings),
-        "prompts": len({ranking.prompt.id for ranking in rankings}),
+        "rankings": len(judgements),
+        "prompts": len({judgement.prompt_id for judgement in judgements}),
         "prompts_shared": len(shared),
         "pairwise": {
             "with_ties": _share(everybody, ties=True),
@@ -106,7 +135,7 @@ def agreement_report(database: Database) -> dict:
         },
         "krippendorff_alpha": {level: krippendorff_alpha(counts, level) for level in ("nominal", "ordinal")},
         "kendalls_w": fmean(concordances) if concordances else None,
-        "labelers": _labelers(database, rankings, judged, compared),
+        "labelers": _labelers(database, judgements, compared),
         "labeler_pairs": [
             {"a": a, "b": b, "prompts": len(pair), **_share(pair)} for (a, b), pair in sorted(compared.items())
         ],
@@ -119,7 +148,7 @@ def _outcome_counts(shared) -> np.ndarray:
     counts = [
         [said.count(outcome) for outcome in (-1, 0, 1)]
         for given in shared
-        for said in zip(*(outcome.values() for _, _, outcome in given), strict=True)
+        for said in zip(*(judgement.outcomes.values() for judgement in given), strict=True)
     ]
     counts = np.array(counts, dtype=int).reshape(-1, 3)
     return np.concatenate([counts, counts[:, ::-1]])
@@ -128,34 +157,37 @@ def _outcome_counts(shared) -> np.ndarray:
 def _share(compared: Iterable[tuple[str, Comparison]], ties: bool = False) -> dict:
     """The share of pairs that two people judge alike, of those that nobody ties or (`ties`) of all, and its 95 %
     bootstrap interval: prompts are drawn again with replacement, as the pairs of one prompt go together."""
-    by_prompt = defaultdict(Counter)
-    for prompt_id, comparison in compared:
+    by_prompt = defaultdict(lambda: (0, 0))
+    for id, comparison in compared:
         same, pairs = (comparison.same, comparison.pairs) if ties else (comparison.same_strict, comparison.strict)
-        by_prompt[prompt_id].update(same=same, pairs=pairs)
-    figures = [(counts["same"], counts["pairs"]) for counts in by_prompt.values() if counts["pairs"]]
+        by_prompt[id] = (by_prompt[id][0] + same, by_prompt[id][1] + pairs)
+    figures = Counter(figure for figure in by_prompt.values() if figure[1])
     if not figures:
         return {"share": None, "ci95": None, "pairs": 0}
-    # Prompts with the same figures are drawn together: (kinds of prompts,), and their number in each resample.
-    (same, pairs), prompts = np.array(list(Counter(figures))).T, np.array(list(Counter(figures).values()))
+    # Prompts with the same figures are drawn together: (kinds of prompts,), and how many there are of each.
+    same, pairs = np.array(list(figures)).T
+    prompts = np.array(list(figures.values()))
     interval = None
-    if len(figures) > 1:
-        drawn = np.random.default_rng(0).multinomial(len(figures), prompts / len(figures), size=RESAMPLES)
+    if prompts.sum() > 1:
+        drawn = np.random.default_rng(0).multinomial(prompts.sum(), prompts / prompts.sum(), size=RESAMPLES)
         interval = np.quantile((drawn @ same) / (drawn @ pairs), [0.025, 0.975]).tolist()
     total = int(pairs @ prompts)
     return {"share": int(same @ prompts) / total, "ci95": interval, "pairs": total}
 
 
-def _labelers(database, rankings, judged, compared):
+def _labelers(database, judgements, compared):
     with database.transaction() as db:
         names = [name for (name,) in db.execute("SELECT name FROM labeler ORDER BY name")]
-        stands = "SELECT l.name, s.kind, count(*) FROM standing AS s JOIN labeler AS l ON l.id = s.labeler_id"
-        standings = db.execute(f"{stands} GROUP BY l.name, s.kind").fetchall()
+        standings = db.execute(
+            "SELECT l.name, s.kind, count(*) FROM task_state AS s JOIN labeler AS l ON l.id = s.labeler_id"
+            " WHERE s.kind IS NOT NULL GROUP BY l.name, s.kind"
+        ).fetchall()
     counts = {name: dict.fromkeys(STANDINGS.values(), 0) for name in names}
     for name, kind, count in standings:
         counts[name][STANDINGS[kind]] += count
     given, others = defaultdict(list), defaultdict(list)
-    for ranking, outcome in zip(rankings, judged, strict=True):
-        given[ranking.annotator].append((ranking, outcome))
+    for judgement in judgements:
+        given[judgement.annotator].append(judgement)
     for pair, comparisons in compared.items():
         for name in pair:
             others[name] += comparisons
@@ -163,21 +195,16 @@ def _labelers(database, rankings, judged, compared):
 
 
 def _labeler(given, others):
-    seconds = [ranking.active_seconds for ranking, _ in given]
-    said = [outcome for _, outcomes in given for outcome in outcomes.values()]
-    gold = [
-        (ranking.prompt.sample_id, compare(outcomes(ranking.prompt.gold), outcome))
-        for ranking, outcome in given
-        if ranking.prompt.gold is not None
-    ]
-    as_shown = [ranking.answer.tiers == [[id] for id in ranking.shown] for ranking, _ in given]
+    seconds = [judgement.active_seconds for judgement in given]
+    said = [outcome for judgement in given for outcome in judgement.outcomes.values()]
+    gold = [(j.sample_id, compare(outcomes(j.gold), j.outcomes)) for j in given if j.gold is not None]
     return {
         "median_seconds": median(seconds) if given else None,
         "rankings_per_hour": len(given) * 3600 / sum(seconds) if sum(seconds) else None,
         "seconds": seconds,
         "tied": said.count(0) / len(said) if said else None,
         # Far above what chance gives (1 in K! for K responses): somebody may submit without reading.
-        "left_as_shown": fmean(as_shown) if given else None,
+        "left_as_shown": fmean(j.tiers == [[id] for id in j.shown] for j in given) if given else None,
         "with_others": _share(others),
         "gold": {
             "tasks": len(gold),

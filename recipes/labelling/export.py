@@ -2,14 +2,58 @@
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 from recipes.cli.errors import UserError
-from recipes.labelling.answers import Review, ranks_of
+from recipes.labelling.answers import Answer, Review, ranks_of
 from recipes.labelling.database import Database
 from recipes.labelling.files import new_file
-from recipes.labelling.rankings import Ranking, read_rankings
+from recipes.labelling.store import stored_answer
+from recipes.labelling.tasks import Response, SampledPrompt
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A ranking that counts, with all that is exported of it."""
+
+    prompt: SampledPrompt
+    annotator: str
+    answer: Answer
+    active_seconds: float
+    guideline_version: int | None
+
+
+def read_rankings(database: Database) -> list[Ranking]:
+    """In the order the prompts were imported, then by labeler."""
+    with database.transaction() as db:
+        responses = {}
+        for r in db.execute("SELECT * FROM response ORDER BY rowid"):
+            response = Response(r["id"], r["sample_id"], r["text"], r["model"], json.loads(r["sampling"]))
+            responses.setdefault(r["prompt_id"], []).append(response)
+        gold = {row["prompt_id"]: json.loads(row["tiers"]) for row in db.execute("SELECT * FROM gold")}
+        rows = db.execute(
+            "SELECT c.*, p.sample_id, p.messages, l.name, s.active_seconds AS seconds FROM current_ranking AS c"
+            " JOIN task_state AS s ON s.event_id = c.id JOIN prompt AS p ON p.id = c.prompt_id"
+            " JOIN labeler AS l ON l.id = c.labeler_id ORDER BY p.position, l.name"
+        ).fetchall()
+        return [
+            Ranking(
+                prompt=SampledPrompt(
+                    row["prompt_id"],
+                    row["sample_id"],
+                    json.loads(row["messages"]),
+                    responses[row["prompt_id"]],
+                    gold.get(row["prompt_id"]),
+                ),
+                annotator=row["name"],
+                answer=stored_answer(db, row),
+                active_seconds=row["seconds"],
+                guideline_version=row["guideline_version"],
+            )
+            for row in rows
+        ]
 
 
 def ranking_row(ranking: Ranking) -> dict:

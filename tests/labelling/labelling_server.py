@@ -34,10 +34,10 @@ def write_samples(path, prompts=4, responses=4, model="model-nobody-may-see"):
     return path
 
 
-def cli(*args, check=True):
+def cli(*args, check=True, **kwargs):
     """Runs the command line; returns what it printed, or (with `check=False`) the finished process."""
     process = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=60, input=""
+        [sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=60, input="", **kwargs
     )
     if not check:
         return process

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from recipes.labelling.rankings import read_rankings
+from recipes.labelling.export import read_rankings
 from recipes.labelling.store import Store
 from tests.labelling.labelling_server import Client, add_labeler, cli, server, write_samples
 
