@@ -73,6 +73,10 @@ def check(answer: Answer, action: str, response_ids: Iterable[str], justificatio
     texts = [answer.comment, *(review.justification for review in answer.reviews.values())]
     if any(len(text) > MAX_TEXT for text in texts):
         raise AnswerError(f"a text has at most {MAX_TEXT} characters")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise AnswerError("a text holds half a character, or bytes that are not UTF-8") from error
     for review in answer.reviews.values():
         if review.rating is not None and not (type(review.rating) is int and 1 <= review.rating <= 7):
             raise AnswerError(f"a rating is a whole number from 1 to 7, not {review.rating!r}")

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -41,9 +41,15 @@ HEADERS = {
 }
 
 
-# Everything the page sends has bounds: the store's integers are of 64 bits, and text must be encodable.
+def _encodable(text: str) -> str:
+    text.encode()  # JSON can hold half a character, which no file can
+    return text
+
+
+# Bounds for what is sent: the database's integers have 64 bits.
+Text = Annotated[str, AfterValidator(_encodable)]
+Key = Annotated[Text, Field(min_length=16, max_length=64)]
 EventId = Annotated[int, Field(ge=0, le=MAX_ID)]
-Key = Annotated[str, Field(min_length=16, max_length=64)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -52,22 +58,22 @@ class _Strict(BaseModel):
 
 
 class ReadingBody(_Strict):
-    prompt_id: str
+    prompt_id: Text
     active_seconds: Seconds
 
 
 class ReviewBody(_Strict):
-    justification: str = ""
+    justification: Text = ""
     rating: int | None = None
-    flags: list[str] = []
+    flags: list[Text] = []
 
 
 class AnswerBody(_Strict):
-    prompt_id: str
-    action: str
-    tiers: list[list[str]]
-    reviews: dict[str, ReviewBody] = {}
-    comment: str = ""
+    prompt_id: Text
+    action: Text
+    tiers: list[list[Text]]
+    reviews: dict[Text, ReviewBody] = {}
+    comment: Text = ""
     key: Key
     revision: EventId
     active_seconds: Seconds = 0.0
@@ -159,7 +165,7 @@ def create_app(store: Store) -> FastAPI:
         return page(request, "login.html", database=store.path)
 
     @app.post("/login")
-    def login(request: Request, token: Annotated[str, Form()]):
+    def login(request: Request, token: Annotated[Text, Form()]):
         session = accounts.log_in(store, token)
         if session is None:
             return page(request, "login.html", 401, database=store.path, error="That token is not known here.")
@@ -208,7 +214,7 @@ def create_app(store: Store) -> FastAPI:
         return task_page(request, me, task, is_first) if task else page_of(request, me, "done.html")
 
     @app.get("/task/{prompt_id}")
-    def task(request: Request, me: Me, prompt_id: str):
+    def task(request: Request, me: Me, prompt_id: Text):
         return task_page(request, me, store.task(me.id, prompt_id))
 
     @app.get("/answers")
@@ -251,12 +257,12 @@ def serve(store: Store, host: str = "127.0.0.1", port: int = 8000) -> None:
     shown = f"[{host}]" if ":" in host else host
     print(f"Ranking page: http://{shown}:{listener.getsockname()[1]}/  (Ctrl+C stops it)", flush=True)
     config = uvicorn.Config(
-        create_app(store), http=_Connection, log_level="warning", access_log=False, server_header=False
+        create_app(store), http=Connection, backlog=64, log_level="warning", access_log=False, server_header=False
     )
     uvicorn.Server(config).run(sockets=[listener])
 
 
-class _Connection(H11Protocol):
+class Connection(H11Protocol):
     """Uvicorn waits for ever for a request that was begun and not finished, and for somebody to take an answer. Enough
     such connections use up the file handles, and then nobody can save."""
 
@@ -264,11 +270,13 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        self.since = self.loop.time()
         self.loop.call_later(ANSWER_SECONDS, self.close_unless_answered)
         soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if len(self.connections) > min(MAX_CONNECTIONS, soft_limit // 2):
-            # Rather one that has asked for nothing yet than somebody at work.
-            next((other for other in self.connections if not other.cycle), self).transport.abort()
+            oldest = min(self.connections, key=lambda connection: (connection.answered, connection.since))
+            self.connections.discard(oldest)
+            oldest.transport.abort()
 
     def on_response_complete(self):
         self.answered = True

@@ -19,6 +19,18 @@ from recipes.labelling.database import Database
 SCRIPT = Path(__file__).parents[2] / "scripts" / "rank_responses.py"
 
 
+HOSTILE = [
+    "<script>document.title = 'ran'</script>",
+    "<img src=x onerror=\"document.title='ran'\">",
+    "</div></li></ol><h1>outside</h1>",
+    '"><svg onload=alert(1)>',
+    "${document.title = 'ran'} {{ 7 * 7 }} {% raw %} #{7*7}",
+    "[click](javascript:alert(1)) ![x](http://tracker.example/x.png)",
+    "&lt;b&gt; &amp;amp; \u202eoverridden\u202c \x07 bell",
+    "</textarea><script>document.title = 'ran'</script>",
+]
+
+
 def write_samples(path, prompts=4, responses=4, model="model-nobody-may-see"):
     rows = [
         {

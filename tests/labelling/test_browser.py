@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.labelling.labelling_server import add_labeler, server, write_samples
-from tests.labelling.test_server import HOSTILE
+from tests.labelling.labelling_server import HOSTILE, add_labeler, server, write_samples
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="the browser tests need playwright: pip install playwright"
