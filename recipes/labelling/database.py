@@ -44,7 +44,7 @@ class Database:
             raise UserError(f"{self.path}: not a labelling database of version {VERSION} (its version is {version})")
 
     def _create(self):
-        with new_file(self.path, mode=0o600) as part:
+        with _new_database(self.path) as part:
             db = sqlite3.connect(part, isolation_level=None)
             db.execute("PRAGMA journal_mode = WAL")
             db.executescript(CREATE)
@@ -73,9 +73,17 @@ class Database:
 
     def backup(self, output: str | Path) -> None:
         """Writes a consistent copy, even while people work. Never overwrites."""
-        with new_file(output, mode=0o600) as part:
+        with _new_database(output) as part:
             with closing(self._connect()) as source, closing(sqlite3.connect(part)) as copy:
                 source.backup(copy)
 
     def close(self) -> None:
         self._anchor.close()
+
+
+def _new_database(path):
+    """A new file, for its owner only. SQLite would take what another database of that name has left for a part of it."""
+    for left in (Path(f"{path}-wal"), Path(f"{path}-journal")):
+        if left.exists():
+            raise UserError(f"{left}: belongs to a database that is gone; move it away, or choose another name")
+    return new_file(path, mode=0o600)

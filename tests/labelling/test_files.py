@@ -125,6 +125,19 @@ def test_a_full_disk_names_the_file_that_was_not_written(tmp_path, command):
     assert json.loads(cli("agreement", "--database", job.path, "--format", "json"))["rankings"] == 400
 
 
+def test_a_new_database_takes_nothing_from_one_that_is_gone(tmp_path):
+    old = Store(tmp_path / "labels.db", create=True, guidelines="Rank.")  # in use, so its log is still beside it
+    old.path.unlink()
+    with pytest.raises(UserError, match="labels.db-wal: belongs to a database that is gone"):
+        Database(tmp_path / "labels.db", create=True)
+    (tmp_path / "labels.db-wal").rename(tmp_path / "copy.db-wal")
+    other = Database(tmp_path / "labels.db", create=True)
+    with pytest.raises(UserError, match="copy.db-wal: belongs to"):
+        other.backup(tmp_path / "copy.db")
+    with other.transaction() as db:
+        assert db.execute("SELECT count(*) FROM guideline").fetchone()[0] == 0
+
+
 def test_what_is_committed_is_on_the_disk(tmp_path):
     with Database(tmp_path / "labels.db", create=True).transaction(write=True) as db:
         assert db.execute("PRAGMA synchronous").fetchone()[0] == 2, "FULL: every commit is synced"

@@ -111,7 +111,8 @@ def test_a_corrected_file_does_not_add_a_second_task_under_an_id(tmp_path):
 
     refused = serve(row("one", id="p1"), row("twoo", id="p2"), row("other", id="p1"))
     assert "line 3: the id 'p1' stands on line 1 already, with other texts" in refused
-    (tmp_path / "labels.db").unlink()
+    for file in tmp_path.glob("labels.db*"):
+        file.unlink()
     assert serve(row("one"), row("two")) == ""
     assert "'2' has other texts" in serve(row("one"), row("twoo"))
     assert serve(row("before"), row("one"), row("two")) == "", "a line number is an id that moves"
@@ -119,7 +120,7 @@ def test_a_corrected_file_does_not_add_a_second_task_under_an_id(tmp_path):
 
 
 def test_a_database_of_version_1_is_upgraded(tmp_path):
-    """Version 1 wrote it: a ranking and a change that was undone, a change, a skip, a flag, a ranking undone, a draft."""
+    """Version 1 wrote it: a ranking and a change that was undone, a change, a skip, a flag, an undone one, a draft."""
     path = tmp_path / "labels.db"
     with sqlite3.connect(path) as db:
         db.executescript(Path(__file__).with_name("version_1.sql").read_text())
