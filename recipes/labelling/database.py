@@ -82,8 +82,8 @@ class Database:
 
 
 def _new_database(path):
-    """A new file, for its owner only. SQLite would take what another database of that name has left for a part of it."""
+    """A new file, for its owner only. What a database of that name has left, SQLite would take for a part of it."""
     for left in (Path(f"{path}-wal"), Path(f"{path}-journal")):
-        if left.exists():
+        if left.exists() and not Path(path).exists():
             raise UserError(f"{left}: belongs to a database that is gone; move it away, or choose another name")
     return new_file(path, mode=0o600)
