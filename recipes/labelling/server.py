@@ -96,9 +96,12 @@ def create_app(store: Store) -> FastAPI:
     # Browsers share cookies between ports: two databases served at once must not end each other's sessions.
     cookie = "labelling_" + sha256(str(store.path.resolve()).encode()).hexdigest()[:8]
 
-    def labeler(request: Request) -> accounts.Labeler:
+    def logged_in(request: Request) -> accounts.Labeler | None:
         session = request.cookies.get(cookie)
-        found = session and accounts.session_labeler(store, session)
+        return accounts.session_labeler(store, session) if session else None
+
+    def labeler(request: Request) -> accounts.Labeler:
+        found = logged_in(request)
         if not found:
             raise LoginNeeded
         return found
@@ -162,6 +165,8 @@ def create_app(store: Store) -> FastAPI:
 
     @app.get("/login")
     def login_page(request: Request):
+        if logged_in(request):  # who goes back in the browser comes here
+            return RedirectResponse("/", 303)
         return page(request, "login.html", database=store.path)
 
     @app.post("/login")
