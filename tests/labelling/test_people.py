@@ -53,10 +53,15 @@ def network(page, latency_ms):
     session.send("Network.emulateNetworkConditions", conditions)
 
 
-@pytest.mark.parametrize("way", ["F5", "home link", "back from their answers"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "way", ["F5", pytest.param("home link", marks=SLOW), pytest.param("back from their answers", marks=SLOW)]
+)
 def test_after_coming_back_the_first_edit_is_saved(browser_job, open_page, way):
     page = open_page(browser_job)
-    for turn in range(3):
+    for turn in range(2):
         read(page)
         if way == "F5":
             page.reload()
@@ -73,7 +78,7 @@ def test_after_coming_back_the_first_edit_is_saved(browser_job, open_page, way):
         assert alert(page) == ""
         assert stored_reasons(page, browser_job.database)["B"] == f"turn {turn}"
     page.reload()
-    assert_draft(page, "ABCD", {"B": "turn 2"}, "")
+    assert_draft(page, "ABCD", {"B": "turn 1"}, "")
     give_reasons(page)
     card(page, "B").locator("[data-do=up]").click()
     submit(page)
@@ -136,6 +141,7 @@ def test_a_question_is_no_alarm(browser_job, open_page):
     submit(page)
 
 
+@SLOW
 def test_typed_and_reloaded_at_once_on_a_slow_network(browser_job, open_page):
     page = open_page(browser_job)
     network(page, 1500)
@@ -150,6 +156,7 @@ def test_typed_and_reloaded_at_once_on_a_slow_network(browser_job, open_page):
     assert alert(page) == "" and stored_reasons(page, browser_job.database)["B"] == "and then this"
 
 
+@SLOW
 def test_submitted_and_reloaded_at_once_on_a_slow_network(browser_job, open_page):
     page = open_page(browser_job)
     prompt = page.locator("#task").get_attribute("data-prompt")
@@ -169,6 +176,7 @@ def test_submitted_and_reloaded_at_once_on_a_slow_network(browser_job, open_page
     assert alert(page) == ""
 
 
+@SLOW
 def test_the_network_goes_and_comes_back(browser_job, open_page):
     page = open_page(browser_job)
     page.context.set_offline(True)
@@ -238,6 +246,7 @@ def test_going_back_after_a_submit_shows_what_is_to_be_done_now(browser_job, ope
     assert alert(page) == "" and last_event(browser_job.database)["prompt_id"] == prompt
 
 
+@SLOW
 def test_after_a_long_pause_work_goes_on(browser_job, open_page):
     """Longer than the server keeps a connection open, and than a minute by the page's own clock."""
     page = open_page(browser_job)
@@ -268,7 +277,9 @@ LONG = {
 MAX_UNITS = dict.fromkeys(LONG, 4000) | {"emoji": 1900}
 
 
-@pytest.mark.parametrize("script", LONG)
+@pytest.mark.parametrize(
+    "script", ["Chinese", *(pytest.param(name, marks=SLOW) for name in LONG if name != "Chinese")]
+)
 def test_long_reasons_in_any_script(tmp_path, open_page, script):
     """As long as the page lets people write: more than 64 kB, which is all that browsers send from a closed page."""
     samples = write_samples(tmp_path / "samples.jsonl", prompts=2, responses=10)

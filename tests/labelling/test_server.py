@@ -469,9 +469,7 @@ def test_no_acknowledged_answer_is_lost_when_the_server_is_killed(tmp_path):
 
     with server(database, "--overlap", "4") as running:
         for client, body in unanswered.items():
-            client.http = httpx.Client(
-                base_url=running.url, headers={"Origin": running.url}, cookies=client.http.cookies, timeout=30
-            )
+            client.move(running.url)
             reply = client.post(body)
             assert reply.status_code == 200, "the session and the repeated request outlive the server"
             assert len(rows(database, "SELECT 1 FROM event WHERE key = ?", body["key"])) == 1
