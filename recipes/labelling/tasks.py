@@ -43,9 +43,13 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
         UserError: the file or a line of it cannot be used; nothing is returned then.
     """
     tasks, left_out = [], {"repeated_responses": 0, "too_few_responses": 0}
+    seen = {}  # by id: where it stands, and what for
     for number, row in _rows(path):
         try:
             task, repeated = _task(row, gold, default_id=str(number))
+            line, known = seen.setdefault(task.sample_id, (number, task.id))
+            if known != task.id:
+                raise ValueError(f"the id {task.sample_id!r} stands on line {line} already, with other texts")
         except (KeyError, TypeError, ValueError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
             raise UserError(f"{path}, line {number}: {what}") from error
