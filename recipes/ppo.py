@@ -22,7 +22,7 @@ from trl import ModelConfig, ScriptArguments
 from recipes.cli.arguments import import_function
 from recipes.cli.errors import UserError
 from recipes.cli.launch import check_launch
-from recipes.cli.run import finish, guard_output_dir, run
+from recipes.cli.run import RunFolder, run
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.compatibility import check_ppo_models
 from recipes.models.loading import load_ppo_models, read_reward_statistics, report_half_precision
@@ -104,7 +104,7 @@ def main(
     """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
     check_arguments(script_args, training_args)
-    guard_output_dir(training_args)
+    folder = RunFolder("ppo", script_args, training_args, model_args, format_args)
 
     trusted = training_args.trust_remote_code
     policy, reward = resolve_model(model_args.model_name_or_path, model_args.model_revision, trusted), None
@@ -136,8 +136,8 @@ def main(
     prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
     if left := prompts % rollout:
         trainer.accelerator.print(f"Each epoch leaves out {left} of {prompts} prompts, other ones each time.")
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    finish(trainer, "ppo", datasets.reports, script_args, training_args, model_args, format_args)
+    folder.train(trainer, datasets.reports)
+    folder.finish(trainer, datasets.reports)
     return trainer
 
 

@@ -21,7 +21,7 @@ from transformers import set_seed
 from trl import ModelConfig, RewardConfig, ScriptArguments
 
 from recipes.cli.launch import check_launch
-from recipes.cli.run import finish, guard_output_dir, run
+from recipes.cli.run import RunFolder, run
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model, check_reward_base
@@ -82,7 +82,7 @@ def main(
 ) -> RankingRewardTrainer:
     """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
-    guard_output_dir(training_args)
+    folder = RunFolder("reward", script_args, training_args, model_args, format_args)
 
     start = resolve_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
     check_reward_base(start)
@@ -112,16 +112,16 @@ def main(
             processing_class=tokenizer,
         )
     report_half_precision(model)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    folder.train(trainer, datasets.reports)
     if evaluate:
         trainer.save_metrics("eval", trainer.evaluate())
 
-    trainer.save_model()  # before anything else can fail
+    folder.save_model(trainer)  # before anything else can fail
     rows, source = reference_rows(script_args, trainer)
     scores = trainer.score(rows)
     if trainer.accelerator.is_main_process:
         save_reward_statistics(training_args.output_dir, scores, source)
-    finish(trainer, "reward", datasets.reports, script_args, training_args, model_args, format_args)
+    folder.finish(trainer, datasets.reports)
     return trainer
 
 

@@ -13,16 +13,17 @@ if __name__ == "__main__":
     sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
 
 from transformers import set_seed
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from recipes.cli.launch import check_launch
-from recipes.cli.run import finish, guard_output_dir, run
+from recipes.cli.run import RunFolder, run
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model
 from recipes.models.loading import disable_router_logits, load_policy, report_half_precision
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
+from recipes.trainers.checkpoints import WholeSFTTrainer
 
 ARGUMENTS = (ScriptArguments, SFTConfig, ModelConfig, FormattingArguments)
 
@@ -32,10 +33,10 @@ def main(
     training_args: SFTConfig,
     model_args: ModelConfig,
     format_args: FormattingArguments,
-) -> SFTTrainer:
+) -> WholeSFTTrainer:
     """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
-    guard_output_dir(training_args)
+    folder = RunFolder("sft", script_args, training_args, model_args, format_args)
 
     if training_args.assistant_only_loss and format_args.on_special == "flag":
         # Here transformers cannot tell a template's control tokens from those that stand in a message.
@@ -57,7 +58,7 @@ def main(
     set_seed(training_args.seed)
     model = load_policy(base, model_args)
     with float32_adapters(model):
-        trainer = SFTTrainer(
+        trainer = WholeSFTTrainer(
             model=model,
             args=training_args,
             train_dataset=datasets["train"],
@@ -65,9 +66,9 @@ def main(
             processing_class=tokenizer,
         )
     report_half_precision(model)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    folder.train(trainer, datasets.reports)
     disable_router_logits(trainer.accelerator.unwrap_model(trainer.model))
-    finish(trainer, "sft", datasets.reports, script_args, training_args, model_args, format_args)
+    folder.finish(trainer, datasets.reports)
     return trainer
 
 

@@ -1,150 +1,266 @@
-"""What every recipe does around its training: guard the output folder, record the run, end it, fail with one line."""
+"""What every recipe does around its training: claim the output folder, train, record, finish, fail with one line."""
 
 import atexit
-import dataclasses
-import importlib.metadata
 import os
-import re
-import subprocess
+import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from enum import Enum
 from typing import Any, NoReturn
 
 import torch
-import yaml
-from transformers import Trainer, TrainingArguments
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
+from recipes.cli import lock, signals
 from recipes.cli.arguments import parse
-from recipes.cli.errors import UserError
+from recipes.cli.checkpoints import UNFINISHED, newest_whole, problem, recover, unfinished
+from recipes.cli.errors import RunEnded, UserError
+from recipes.cli.files import move_contents
 from recipes.cli.launch import world_size
+from recipes.cli.record import (
+    RECORD,
+    RESULT,
+    add_datasets,
+    all_arguments,
+    describe,
+    read_record,
+    refuse_changes,
+    wants_more,
+    write_record,
+)
 
-PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
-SECRETS = re.compile(r"(^|_)(?<!eos_)(?<!pad_)(token|key|password|secret)$")
-
-
-def guard_output_dir(training_args: TrainingArguments) -> None:
-    """Refuse to write over an earlier run, and turn `--resume_from_checkpoint true` into the newest checkpoint.
-
-    Raises:
-        UserError: the folder holds something and the run does not resume, or there is nothing to resume from.
-    """
-    if os.path.exists(training_args.output_dir) and not os.path.isdir(training_args.output_dir):
-        raise UserError(f"--output_dir {training_args.output_dir} is a file: choose another.")
-    folder, resume = training_args.output_dir, training_args.resume_from_checkpoint
-    wants = str(resume).lower()
-    if wants in ("none", "false", "no", "0", ""):
-        training_args.resume_from_checkpoint = None
-        if os.path.isdir(folder) and os.listdir(folder):
-            raise UserError(
-                f"The output folder {folder} is not empty, and nothing is ever written over: "
-                "choose another --output_dir, or continue it with --resume_from_checkpoint true."
-            )
-    elif wants in ("true", "yes", "1"):
-        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        if checkpoint is None:
-            raise UserError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}.")
-        training_args.resume_from_checkpoint = checkpoint
-    elif not os.path.isfile(os.path.join(resume, TRAINER_STATE_NAME)):
-        raise UserError(f"--resume_from_checkpoint {resume}: there is no checkpoint.")
-    training_args.distributed_state.wait_for_everyone()  # no process may write before all have looked
+LOCK = ".lock"
 
 
-def finish(trainer: Trainer, recipe: str, reports: Mapping[str, Any], *arguments) -> None:
-    """Save model, tokenizer, model card, trainer state and a record of the run, and leave the process group.
+class RunFolder:
+    """The output folder of one run, from the first look at it to the last file.
 
-    `train_config.yaml` comes last: a folder that holds it holds a finished run.
+    Making one claims the folder: nothing is written over, a second run on it is refused, and
+    `--resume_from_checkpoint` becomes the path of a whole checkpoint, or `None`:
+
+    - unset or `false`: a new run in a folder that is new or empty;
+    - `true`: the newest whole checkpoint of this folder; a run that had none yet starts again;
+    - `auto`: the same, or a new run where there is none, for schedulers that start one line again and again;
+    - a path: that checkpoint.
 
     Args:
-        reports: what became of the rows, by dataset, as `load_formatted` gives them.
-        arguments: the dataclasses that the run was started with.
+        recipe: "sft", "reward" or "ppo".
+        arguments: the dataclasses that the run was started with, TrainingArguments among them.
+
+    Raises:
+        UserError: the folder holds something else, is in use or has no whole checkpoint, or the run was started with
+            other arguments.
+        RunEnded: there is nothing left to do.
     """
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.accelerator.is_main_process:
-        trainer.create_model_card()
-        for name, report in reports.items():
-            report.save(os.path.join(trainer.args.output_dir, f"data_report_{name.replace(' ', '_')}.json"))
-        save_train_config(trainer.args.output_dir, recipe, reports, arguments)
-        print(f"Saved to {trainer.args.output_dir}", file=sys.stderr)
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
 
+    def __init__(self, recipe: str, *arguments):
+        self.arguments = arguments
+        self.training_args = next(group for group in arguments if isinstance(group, TrainingArguments))
+        self.path = self.training_args.output_dir
+        self.record = describe(recipe, arguments)
+        self.before: dict[str, Any] | None = None
+        self.training_args.resume_from_checkpoint = self._agree(self._claim)
 
-def save_train_config(output_dir: str, recipe: str, reports: Mapping[str, Any], arguments: tuple) -> None:
-    """Write every resolved argument, the versions, the git revision and the datasets' fingerprints, but no secret."""
-    values = {}
-    for group in arguments:
-        values |= {field.name: getattr(group, field.name, None) for field in dataclasses.fields(group)}
-    content = {
-        "recipe": recipe,
-        "arguments": dict(sorted(plain(values).items())),
-        "datasets": {
-            name: {"source": report.source, "rows": report.rows_out, "fingerprint": report.fingerprint}
-            for name, report in reports.items()
-        },
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git_revision": git_revision(),
-    }
-    with open(os.path.join(output_dir, "train_config.yaml"), "w", encoding="utf-8") as file:
-        yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
+    def _agree(self, look: Callable[[], Any]) -> Any:
+        """What `look` gives or raises in the first process, in all of them."""
+        outcome = [None]
+        if self.training_args.distributed_state.is_main_process:
+            try:
+                outcome = [look()]
+            except (UserError, RunEnded) as error:
+                outcome = [error]
+            except OSError as error:
+                outcome = [UserError(f"--output_dir {self.path}: {error.strerror} ({error.filename}).")]
+        broadcast_object_list(outcome)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
 
+    def _claim(self) -> str | None:
+        self._choose()  # looks only, so that a refused run has written nothing
+        lock.hold(os.path.join(self.path, LOCK), f"--output_dir {self.path}")
+        recover(self.path)
+        checkpoint, notes = self._choose()
+        for note in notes:
+            print(note, file=sys.stderr)
+        return checkpoint
 
-def plain(value):
-    """`value` in types that YAML knows, without the entries whose names say that they are secret."""
-    if dataclasses.is_dataclass(value):
-        value = dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items() if not SECRETS.search(str(key))}
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    def _choose(self) -> tuple[str | None, list[str]]:
+        """The checkpoint to go on from, if any, and what to say about the choice."""
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            raise UserError(f"--output_dir {self.path} is a file: choose another.")
+        entries = holds_anything(self.path)
+        given = self.training_args.resume_from_checkpoint
+        wish = str(given).lower()
+        if wish in ("none", "false", "no", "0", "") or (wish == "auto" and not entries):
+            if entries:
+                raise UserError(
+                    f"The output folder {self.path} is not empty, and nothing is ever written over: "
+                    "choose another --output_dir, or continue it with --resume_from_checkpoint true."
+                )
+            return None, []
+        newest = wish in ("true", "yes", "1", "auto")
+        origin = self.path if newest else os.path.dirname(os.path.abspath(given))
+        here = newest or (entries and os.path.samefile(origin, self.path))
+        if entries and not here:
+            raise UserError(
+                f"The output folder {self.path} is not empty, and {given} is a checkpoint of another run: "
+                "choose another --output_dir."
+            )
+        self.before = read_record(os.path.join(origin, RECORD))
+        if here:
+            self._end_if_finished()
+        if self.training_args.save_only_model:
+            raise UserError(
+                "--save_only_model true leaves out of checkpoints what a run goes on from: set it to false to resume."
+            )
+        checkpoint, notes = newest_whole(origin)
+        if not newest and (why := problem(given)):
+            instead = f" {checkpoint} is whole." if checkpoint else ""
+            raise UserError(f"--resume_from_checkpoint {given}: {why}; there is no checkpoint to go on from.{instead}")
+        if newest and checkpoint is None and self.before is None:
+            why = "; ".join([f"there is no checkpoint in {self.path}", *notes])
+            raise UserError(f"--resume_from_checkpoint {given}: {why}.")
+        refuse_changes(self.before, self.record, origin)
+        if not newest:
+            checkpoint, notes = given, []
+        if self.before is None:
+            notes.append(f"{origin} has no {RECORD}: the arguments are not compared with those the run started with.")
+        way = f"going on from {checkpoint}" if checkpoint else "no checkpoint yet, starting from the beginning"
+        return checkpoint, [*notes, f"{self.path}: {way}."]
 
+    def _end_if_finished(self) -> None:
+        finished = read_record(os.path.join(self.path, RESULT))
+        if finished is not None and os.path.isfile(path := os.path.join(self.path, TRAINER_STATE_NAME)):
+            state = vars(TrainerState.load_from_json(path))
+            if not wants_more(self.record["arguments"], finished["arguments"], state):
+                refuse_changes(self.before, self.record, self.path)
+                raise RunEnded(f"{self.path} holds a finished run of {state['global_step']} steps: nothing to do.")
 
-def git_revision() -> str | None:
-    """Commit of the checkout the recipes run from, `None` outside of one."""
-    command = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    def train(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
+        """Write down what the run was started with, compare it where the run goes on, and train.
+
+        Args:
+            reports: what became of the rows, by dataset, as `load_formatted` gives them.
+        """
+        add_datasets(self.record, reports)
+        if hasattr(trainer.train_dataset, "__len__"):
+            self.record["setup"]["training_rows"] = len(trainer.train_dataset)
+
+        def compare_or_write() -> None:
+            refuse_changes(self.before, self.record, self.path)
+            if not os.path.exists(path := os.path.join(self.path, RECORD)):
+                write_record(path, self.record)
+
+        self._agree(compare_or_write)
+        with signals.stops_after_a_step():
+            trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
+
+    def save_model(self, trainer: Trainer, last: Callable[[str], None] | None = None) -> None:
+        """Put the trained model into the folder: all its files are written aside first, then moved.
+
+        Args:
+            last: writes further files of the first process into the folder it is called with.
+        """
+        aside = unfinished(self.path, "result")
+        if trainer.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(aside, _internal_call=True)
+        if last is not None and trainer.accelerator.is_main_process:
+            os.makedirs(aside, exist_ok=True)
+            last(aside)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            move_contents(aside, self.path, last=RESULT)
+            recover(self.path)
+
+    def finish(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
+        """Save model, tokenizer, model card, trainer state and the record of the run, and leave the process group.
+
+        `train_config.yaml` comes last: a folder that holds it holds a finished run.
+        """
+
+        def write_records(aside: str) -> None:
+            trainer.state.save_to_json(os.path.join(aside, TRAINER_STATE_NAME))
+            for name, report in reports.items():
+                report.save(os.path.join(aside, f"data_report_{name.replace(' ', '_')}.json"))
+            settled = all_arguments(self.arguments)  # some arguments are settled on the way
+            write_record(os.path.join(aside, RESULT), self.record | {"arguments": settled})
+            trainer.create_model_card()
+
+        self.save_model(trainer, write_records)
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+        if trainer.accelerator.is_main_process:
+            print(f"Saved to {self.path}", file=sys.stderr)
+            lock.release(os.path.join(self.path, LOCK))
+        trainer.accelerator.wait_for_everyone()
+        trainer.end()
 
 
 def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
     """Run `main` with these dataclasses, read from the command line.
 
-    What the user can mend is one line and exit code 1; a bug keeps its traceback.
+    What the user can mend is one line and exit code 1; a bug keeps its traceback; a run that is stopped or has nothing
+    to do says so.
 
     A process that fails ends at once, so that the launcher ends the others, which may be waiting for it. One
     of several that is done ends without waiting for threads: one that never ends would hold all machines.
     """
+    code = 0
+    signals.die_with_launcher()
     try:
         main(*(parse(argument_types) if argument_types else ()))
+    except RunEnded as end:
+        code = end.code
+        if os.environ.get("RANK", "0") == "0":
+            print(end.text, file=sys.stderr, flush=True)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # mostly the first process fails in the same way, says so, and this one is ended meanwhile
         fail(f"error: {error}\n")
     except Exception:
         if not torch.distributed.is_initialized():
+            give_back_locks()
             raise
         fail(traceback.format_exc())
+    give_back_locks()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if world_size() > 1:
         atexit._run_exitfuncs()  # trackers close here
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def holds_anything(folder: str) -> bool:
+    """Whether a folder holds more than what a run leaves that was stopped before it began."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        path = os.path.join(folder, name)
+        empty = os.path.isdir(path) and not os.listdir(path)
+        if name not in (LOCK, UNFINISHED, f"{RECORD}.partial") and not empty:
+            return True
+    return False
+
+
+def give_back_locks() -> None:
+    """Remove this process's lock files, and the folders that were made for nothing but them."""
+    for path in lock.release_all():
+        folder = os.path.dirname(path)
+        if not os.listdir(folder):
+            os.rmdir(folder)
 
 
 def fail(text: str) -> NoReturn:
     """Print `text` and end with exit code 1, in a process group without the teardown that may wait for the others."""
+    give_back_locks()
     print(text, end="", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
         sys.stdout.flush()

@@ -23,7 +23,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import prepare_fsdp
@@ -51,6 +50,7 @@ from recipes.models.heads import (
 )
 from recipes.models.tokenization import turn_end
 from recipes.models.vllm import send_only_policy
+from recipes.trainers.checkpoints import WholeCheckpoints
 from recipes.trainers.fast.fast_paths import FastPaths
 from recipes.trainers.ppo_config import PPOConfig
 from recipes.trainers.ppo_math import (
@@ -76,7 +76,7 @@ class EpochSampler(RepeatSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(WholeCheckpoints, GRPOTrainer):
     """Proximal policy optimisation (1707.06347) of a language model with a KL penalty (1909.08593, 2203.02155).
 
     Args:
@@ -100,7 +100,7 @@ class PPOTrainer(GRPOTrainer):
     `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate`,
     `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and `_calculate_rewards`,
     in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `_get_train_sampler`,
-    `_save`, `_save_checkpoint` and `_load_from_checkpoint` make a run resume where it was.
+    `_save`, `_load_from_checkpoint` and [`WholeCheckpoints`] make a run resume where it was.
 
     Raises:
         ValueError: there is nothing to score with.
@@ -589,16 +589,18 @@ class PPOTrainer(GRPOTrainer):
                 self.processing_class.save_pretrained(os.path.join(output_dir, folder))
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        state = {
+    def running_state(self) -> dict:
+        return super().running_state() | {
             "step": self._step,
             "rollout": self._buffered_inputs,
             "kl_coef": self.kl_controller.value,
             "update_stopped": self._update_stopped,
         }
-        torch.save(state, os.path.join(folder, f"ppo_state_{self.accelerator.process_index}.pt"))
+
+    def restore_running_state(self, state: dict) -> None:
+        super().restore_running_state(state)
+        self._step, self._buffered_inputs = state["step"], send_to_device(state["rollout"], self.accelerator.device)
+        self.kl_controller.value, self._update_stopped = state["kl_coef"], state["update_stopped"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -608,9 +610,3 @@ class PPOTrainer(GRPOTrainer):
         # Trainer reloads every adapter but the active one as untrainable.
         if self._is_peft:
             train_only(self._policy, ("default", "critic"))
-        path = os.path.join(resume_from_checkpoint, f"ppo_state_{self.accelerator.process_index}.pt")
-        if not os.path.exists(path):
-            raise UserError(f"{path} is missing: resume with the number of processes the checkpoint was written with.")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self._step, self._buffered_inputs = state["step"], send_to_device(state["rollout"], self.accelerator.device)
-        self.kl_controller.value, self._update_stopped = state["kl_coef"], state["update_stopped"]

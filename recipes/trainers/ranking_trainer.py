@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 from trl import RewardTrainer
 from trl.trainer.utils import pad
 
+from recipes.trainers.checkpoints import WholeCheckpoints
+
 logger = get_logger(__name__)
 CALIBRATION_BINS = 10
 
@@ -88,7 +90,7 @@ def majority_rankings(dataset: Dataset) -> Dataset:
     return Dataset.from_list(rows, features=dataset.features)
 
 
-class RankingRewardTrainer(RewardTrainer):
+class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
     """TRL's `RewardTrainer` on rows `{"prompt": messages, "completions": [messages], "ranks": [number]}`.
 
     `per_device_train_batch_size` counts prompts. All other arguments are `RewardTrainer`'s. Over strict pairs it logs
@@ -105,6 +107,14 @@ class RankingRewardTrainer(RewardTrainer):
         if data_collator is None:
             self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+
+    def running_state(self) -> dict[str, Any]:
+        return super().running_state() | {"pairs": {mode: dict(sums) for mode, sums in self._sums.items()}}
+
+    def restore_running_state(self, state: dict[str, Any]) -> None:
+        super().restore_running_state(state)
+        for mode, sums in state["pairs"].items():
+            self._sums[mode].update(sums)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name) -> Dataset:
         def tokenize(row):

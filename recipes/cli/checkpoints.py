@@ -1,0 +1,111 @@
+"""Checkpoints on disk: which are whole, which is the newest, and how one appears under its name only when it is whole.
+
+A checkpoint is written to `OUTPUT_DIR/.unfinished/checkpoint-N`. Its manifest, `checkpoint.json`, comes last and lists
+every file with its size; then the folder is renamed to `OUTPUT_DIR/checkpoint-N`. A folder without a manifest, or with
+a file that is missing or has another size, is not whole.
+"""
+
+import json
+import os
+import re
+import shutil
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+
+from recipes.cli.files import sync, write_text
+
+MANIFEST = "checkpoint.json"
+UNFINISHED = ".unfinished"
+SHOWN = 3  # files that a message names
+
+
+def unfinished(output_dir: str, name: str = "") -> str:
+    """Where a checkpoint, or a result, is written before it gets its name."""
+    return os.path.join(output_dir, UNFINISHED, name)
+
+
+def problem(folder: str) -> str | None:
+    """What keeps a checkpoint from being whole and resumable, `None` where nothing does."""
+    if not os.path.isdir(folder):
+        return "there is no such folder"
+    try:
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
+            manifest = json.load(file)
+        files, resumable = manifest["files"], manifest["resumable"]
+    except FileNotFoundError:
+        return f"{MANIFEST}, which is written last, is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    wrong = []
+    for name, size in files.items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            wrong.append(f"{name} is missing")
+        elif os.path.getsize(path) != size:
+            wrong.append(f"{name} has {os.path.getsize(path)} bytes of {size}")
+    if wrong:
+        return ", ".join(wrong[:SHOWN]) + (f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else "")
+    return None if resumable else "it holds the model only (save_only_model), nothing to go on from"
+
+
+def newest_whole(output_dir: str) -> tuple[str | None, list[str]]:
+    """The newest whole checkpoint of a run, and a sentence about each newer one that is not whole."""
+    steps = {}
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
+        if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name):
+            steps[int(match[1])] = os.path.join(output_dir, name)
+    skipped = []
+    for step in sorted(steps, reverse=True):
+        why = problem(steps[step])
+        if why is None:
+            return steps[step], skipped
+        skipped.append(f"{steps[step]} is not whole: {why}")
+    return None, skipped
+
+
+def put_in_place(folder: str, output_dir: str, files: dict[str, int], resumable: bool) -> str:
+    """Give a complete checkpoint below `.unfinished` its manifest and then its name; returns the new path.
+
+    Args:
+        files: bytes of every file in it, by its path from there.
+        resumable: whether it holds all that a run goes on from.
+    """
+    manifest = {"resumable": resumable, "files": dict(sorted(files.items()))}
+    write_text(os.path.join(folder, MANIFEST), json.dumps(manifest, indent=2) + "\n")
+    target = os.path.join(output_dir, os.path.basename(folder))
+    if os.path.exists(target):  # saved twice at one step; a kill between the two renames is what `recover` mends
+        remove(target, output_dir)
+    os.rename(folder, target)
+    sync(output_dir)
+    return target
+
+
+def remove(checkpoint: str, output_dir: str) -> None:
+    """Delete a checkpoint; it loses its name first, so that a half-deleted one is never found."""
+    aside = unfinished(output_dir, f"old-{os.path.basename(checkpoint)}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(unfinished(output_dir), exist_ok=True)
+    os.rename(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def rotate(output_dir: str, limit: int | None, *protected: str | None) -> None:
+    """Delete the oldest whole checkpoints beyond `limit`, but none that is `protected`, as Trainer does."""
+    if not limit or limit < 0:
+        return
+    whole = [path for path in sort_checkpoints(output_dir, use_mtime=True) if problem(path) is None]
+    kept = {os.path.realpath(path) for path in protected if path}
+    spare = [path for path in whole if os.path.realpath(path) not in kept]
+    for path in spare[: max(0, len(whole) - max(limit, len(whole) - len(spare)))]:
+        remove(path, output_dir)
+
+
+def recover(output_dir: str) -> None:
+    """Clear what a killed run left below `.unfinished`; a checkpoint that was whole but had no name yet gets it."""
+    folder = unfinished(output_dir)
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        target = os.path.join(output_dir, name)
+        if name.startswith(PREFIX_CHECKPOINT_DIR) and not os.path.exists(target):
+            if problem(os.path.join(folder, name)) is None:
+                os.rename(os.path.join(folder, name), target)
+    shutil.rmtree(folder, ignore_errors=True)

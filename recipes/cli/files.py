@@ -1,0 +1,61 @@
+"""Files that are whole under their name, also when the process is killed or the power fails while they are written."""
+
+import os
+import shutil
+
+
+def sync(path: str) -> None:
+    """Wait until a file, or the list of a folder's entries, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: str) -> None:
+    """Wait until everything below a folder is on the disk."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            sync(os.path.join(path, name))
+        sync(path)
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """Bytes of every file below a folder, by its path from there."""
+    found = {}
+    for path, _, names in os.walk(folder):
+        for name in names:
+            file = os.path.join(path, name)
+            found[os.path.relpath(file, folder)] = os.path.getsize(file)
+    return found
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file that has either its old content or the new one, never a part of it."""
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync(os.path.dirname(path) or ".")
+
+
+def move_contents(source: str, target: str, last: str) -> None:
+    """Move every file below `source` to the same place below `target`, each as a whole, and `last` after all others.
+
+    Files of the same name are replaced, and the emptied `source` is removed.
+    """
+    sync_tree(source)
+    names = sorted(sizes(source), key=lambda name: name == last)
+    folders = {os.path.dirname(os.path.join(target, name)) for name in names}
+    for folder in folders:
+        os.makedirs(folder, exist_ok=True)
+    for name in names:
+        if name == last:
+            for folder in folders:
+                sync(folder)
+        os.replace(os.path.join(source, name), os.path.join(target, name))
+    sync(target)
+    shutil.rmtree(source)

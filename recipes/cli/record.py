@@ -1,0 +1,189 @@
+"""The record of a run: what it was started with, and whether a later start asks for the same."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from recipes.cli.errors import UserError
+from recipes.cli.files import write_text
+
+RECORD = "run_arguments.yaml"  # written when training starts
+RESULT = "train_config.yaml"  # written last: a folder that holds it holds a finished run
+PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+SECRETS = re.compile(r"(^|_)(?<!eos_)(?<!pad_)(token|key|password|secret)$")
+LENGTH = ("max_steps", "num_train_epochs", "total_episodes")
+# What a resumed run may be given anew, because it changes nothing that is trained; docs/reliability.md lists it.
+FREE = re.compile(
+    "|".join(LENGTH)
+    + r"|output_dir|resume_from_checkpoint|ignore_data_skip|restore_callback_states_from_checkpoint"
+    + r"|logging_.*|log_.*|report_to|run_name|project|trackio_.*|disable_tqdm|num_completions_to_print"
+    + r"|include_num_input_tokens_seen|skip_memory_metrics|debug"
+    + r"|save_.*|enable_jit_checkpoint|push_to_hub|hub_.*"
+    + r"|do_.*|eval_.*|per_device_eval_batch_size|num_generations_eval|batch_eval_metrics|include_for_metrics"
+    + r"|prediction_loss_only|dataset_test_split"
+    + r"|dataloader_num_workers|dataloader_pin_memory|dataloader_persistent_workers|dataloader_prefetch_factor"
+    + r"|dataset_num_proc|ddp_timeout"
+)
+MODEL_FILES = re.compile(
+    r".*\.safetensors|.*\.safetensors\.index\.json|(adapter_|tokenizer_)?config\.json|tokenizer\.json"
+    r"|chat_template\.jinja|reward_statistics\.json"
+)
+SAMPLE = 65_536  # bytes of each end of a file that take part in its digest
+
+
+def all_arguments(arguments: tuple) -> dict[str, Any]:
+    """The fields of all dataclasses, by name, but no secret."""
+    values = {}
+    for group in arguments:
+        values |= {field.name: getattr(group, field.name, None) for field in dataclasses.fields(group)}
+    return dict(sorted(plain(values).items()))
+
+
+def describe(recipe: str, arguments: tuple) -> dict[str, Any]:
+    """Every argument, the local models by their content, processes and device, the versions."""
+    values = all_arguments(arguments)
+    training_args = next(group for group in arguments if isinstance(group, TrainingArguments))
+    folders = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, str) and os.path.isdir(value) and not FREE.fullmatch(name)
+    }
+    return {
+        "recipe": recipe,
+        "arguments": values,
+        "models": {name: digest(folder) for name, folder in folders.items()},
+        "setup": {"processes": training_args.world_size, "device": training_args.device.type},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_revision": git_revision(),
+    }
+
+
+def add_datasets(record: dict[str, Any], reports: Mapping[str, Any]) -> None:
+    record["datasets"] = {
+        name: {"source": report.source, "rows": report.rows_out, "fingerprint": report.fingerprint}
+        for name, report in reports.items()
+    }
+
+
+def write_record(path: str, record: Mapping[str, Any]) -> None:
+    write_text(path, yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True))
+
+
+def read_record(path: str) -> dict[str, Any] | None:
+    """A record, or `None` where there is none.
+
+    Raises:
+        UserError: the file is no record.
+    """
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = yaml.safe_load(file)
+        record["arguments"].items()
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as the record of a run: {' '.join(str(error).split())}.") from error
+    return record
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a run was started with and a later start asks for otherwise, one phrase each."""
+    found = []
+    if before["recipe"] != now["recipe"]:
+        found.append(f"it was a run of recipes/{before['recipe']}.py")
+    for name, value in now["arguments"].items():
+        was = before["arguments"].get(name, value)  # a field that did not exist then has its default
+        if not FREE.fullmatch(name) and not same(was, value):
+            found.append(f"--{name} was {was}, now {value}")
+    for name, value in now["models"].items():
+        was = before.get("models", {}).get(name, value)
+        if was != value and same(before["arguments"].get(name), now["arguments"][name]):
+            found.append(f"the model in --{name} {now['arguments'][name]} is another one now")
+    for name, value in now["setup"].items():
+        was = before.get("setup", {}).get(name, value)
+        if was != value:
+            found.append(f"{name} was {was}, now {value}")
+    for name, data in now.get("datasets", {}).items():
+        was = before.get("datasets", {}).get(name, data)
+        if was["fingerprint"] != data["fingerprint"] and not name.startswith(("eval", "leakage")):
+            found.append(f"the {name} rows of {data['source']} have changed")
+    return found
+
+
+def same(was: Any, value: Any) -> bool:
+    """Whether two values of an argument are equal, or two paths of the same file."""
+    if was == value or not (isinstance(was, str) and isinstance(value, str)):
+        return was == value
+    return os.path.exists(was) and os.path.exists(value) and os.path.samefile(was, value)
+
+
+def refuse_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any], folder: str) -> None:
+    """Refuse to go on with another run than the one in `folder`.
+
+    Raises:
+        UserError: names every argument that changes what is trained.
+    """
+    if before is not None and (found := changes(before, now)):
+        raise UserError(
+            f"The run in {folder} goes on only as it was started: {'; '.join(found)}. "
+            "Set that back, or start anew in another --output_dir."
+        )
+
+
+def wants_more(arguments: Mapping[str, Any], finished: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    """Whether these arguments ask a run that is finished for further steps.
+
+    Args:
+        finished: the arguments that it finished with.
+        state: Trainer's state at its end.
+    """
+    if all(arguments.get(name) == finished.get(name) for name in LENGTH):
+        return False
+    if arguments["max_steps"] > 0:
+        return arguments["max_steps"] > state["global_step"]
+    return arguments["num_train_epochs"] > state["epoch"] + 1e-6
+
+
+def plain(value):
+    """`value` in types that YAML knows, without the entries whose names say that they are secret."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items() if not SECRETS.search(str(key))}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def digest(folder: str) -> str:
+    """A short digest of a model's files: name, size and both ends of each, so that large weights cost nothing."""
+    total = hashlib.sha256()
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if MODEL_FILES.fullmatch(name) and os.path.isfile(path):
+            with open(path, "rb") as file:
+                size = os.path.getsize(path)
+                total.update(f"{name} {size} ".encode() + file.read(SAMPLE))
+                file.seek(max(0, size - SAMPLE))
+                total.update(file.read())
+    return total.hexdigest()[:16]
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout the recipes run from, `None` outside of one."""
+    command = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

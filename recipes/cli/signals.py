@@ -1,0 +1,75 @@
+"""Signals that end a run: it stops after the step it is in, and it does not outlive its launcher."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+from recipes.cli.launch import requested
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Launchers and schedulers often send the same signal twice, to the group and to each process, at once or nearly so.
+SAME_SIGNAL_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+
+_received: signal.Signals | None = None
+_listening = False
+
+
+def received() -> signal.Signals | None:
+    """The signal that asked this process to stop, while `stops_after_a_step` is active."""
+    return _received
+
+
+def listening() -> bool:
+    return _listening
+
+
+@contextlib.contextmanager
+def stops_after_a_step() -> Iterator[None]:
+    """Within, SIGTERM and SIGINT are only noted, for the trainer to stop in good order; a second one ends at once."""
+    global _received, _listening
+    owner, first = os.getpid(), 0.0
+
+    def note(number: int, frame) -> None:
+        global _received
+        nonlocal first
+        if os.getpid() != owner:  # a worker that was forked from this process
+            return end(number)
+        if _received is None:
+            _received, first = signal.Signals(number), time.monotonic()
+            text = f"\n{_received.name}: stopping after this step, with a checkpoint; once more ends at once.\n"
+            os.write(2, text.encode() if os.environ.get("RANK", "0") == "0" else b"")
+        elif time.monotonic() - first > SAME_SIGNAL_SECONDS:
+            end(number)
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    _received, _listening = None, True
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received, _listening = None, False
+
+
+def end(number: int) -> None:
+    """What the signal does to a program that does not handle it."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def die_with_launcher() -> None:
+    """Ask the kernel for a SIGTERM when the launcher ends, however it ends; only Linux can do that.
+
+    `accelerate launch` with one process ends on SIGTERM without a word to what it launched.
+    """
+    if sys.platform != "linux" or (requested() is None and "TORCHELASTIC_RUN_ID" not in os.environ):
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it ended just before
+        end(signal.SIGTERM)

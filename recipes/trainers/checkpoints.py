@@ -1,0 +1,193 @@
+"""Checkpoints that are whole or not there, for every trainer here: saving, stopping and going on where a run was."""
+
+import os
+import shutil
+import time
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from trl import SFTTrainer
+
+from recipes.cli import signals
+from recipes.cli.checkpoints import newest_whole, put_in_place, rotate, unfinished
+from recipes.cli.errors import RunEnded, UserError, first_line
+from recipes.cli.files import sizes, sync_tree
+
+
+class RunCallback(TrainerCallback):
+    """Puts the sums of a resumed run back, and stops a run that got a signal at the end of its step, all processes."""
+
+    def __init__(self, trainer: "WholeCheckpoints"):
+        self.trainer, self.stopping = trainer, False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        control.should_training_stop = False  # a checkpoint may have been saved by a run that was stopping
+        self.stopping = False
+        self.trainer.begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # What is due at the end of an epoch comes first, as in a run that goes on; `on_epoch_end` follows then.
+        if self.asked_to_stop() and not self.ends_epoch(state):
+            control.should_save = args.save_strategy != SaveStrategy.NO
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopping and self.ends_epoch(state):
+            control.should_save = args.save_strategy != SaveStrategy.NO
+            control.should_training_stop = True
+        elif self.stopping:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def asked_to_stop(self) -> bool:
+        """Whether any process got a signal; all processes ask together and get the same answer."""
+        accelerator = self.trainer.accelerator
+        if signals.listening() and not self.stopping:
+            self.stopping = signals.received() is not None
+            if accelerator.num_processes > 1:
+                if self.stopping:
+                    accelerator.set_trigger()
+                self.stopping = accelerator.check_trigger()
+        return self.stopping
+
+    @staticmethod
+    def ends_epoch(state) -> bool:
+        return state.global_step >= state.max_steps or float(state.epoch).is_integer()
+
+
+class WholeCheckpoints(Trainer):
+    """Mixin, before a trainer of TRL: a checkpoint appears under its name only when it is whole.
+
+    Everything is written below `.unfinished` and on the disk before the folder is renamed; older checkpoints are
+    deleted after that. A checkpoint also holds, for each process, what Trainer keeps in memory alone: the sums
+    since the last log, and what `running_state` of a trainer adds. So a resumed run
+    logs what an uninterrupted one logs.
+
+    Raises:
+        UserError: a checkpoint cannot be written (the older ones are untouched), or lacks the state of this process.
+        RunEnded: a signal came, and the checkpoint of this step is saved.
+    """
+
+    _saving = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._resumed_state: dict[str, Any] | None = None
+        self._seconds_before, self._began = 0.0, time.time()
+        self._run_callback = RunCallback(self)
+        self.add_callback(self._run_callback)
+
+    def running_state(self) -> dict[str, Any]:
+        """What this process keeps between steps beside what Trainer saves, in types that `torch.load` takes safely."""
+        return {
+            "loss": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "seconds": self._seconds_before + time.time() - self._began,
+            "tokens": self._total_train_tokens,
+            "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
+        }
+
+    def restore_running_state(self, state: dict[str, Any]) -> None:
+        """Take back what `running_state` gave, after Trainer has set its sums to 0."""
+        self._tr_loss = state["loss"].to(self.args.device)
+        self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["last_logged"]
+        self._seconds_before, self._total_train_tokens = state["seconds"], state["tokens"]
+        for mode, metrics in state["metrics"].items():
+            self._metrics[mode].update(metrics)
+
+    def begin(self) -> None:
+        """Called when the training loop begins."""
+        self._began, self._seconds_before = time.time(), 0.0
+        if self._resumed_state is not None:
+            self.restore_running_state(self._resumed_state)
+            self._resumed_state = None
+
+    # Saving
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return unfinished(folder) if self._saving else folder
+
+    def _save_checkpoint(self, model, trial):
+        output_dir = self._get_output_dir(trial)
+        folder = unfinished(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self._saving = True  # Trainer writes to `folder`, and finds no older checkpoint there to delete
+        try:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # of a save that failed
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == folder:
+                self.state.best_model_checkpoint = os.path.join(output_dir, os.path.basename(folder))
+                if self.args.should_save:
+                    self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
+            if not self.args.save_only_model:
+                torch.save(self.running_state(), self._running_state_file(folder))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_local_main_process:
+                sync_tree(folder)
+            # Each machine lists the files: a shared disk may show one of them late what another has just written.
+            listings = gather_object([sizes(folder)])
+            if self.args.save_on_each_node:
+                listings = [sizes(folder)]
+            if self.args.should_save:
+                files = {name: size for listing in listings for name, size in listing.items()}
+                checkpoint = put_in_place(folder, output_dir, files, not self.args.save_only_model)
+                rotate(output_dir, self.args.save_total_limit, checkpoint, self.state.best_model_checkpoint)
+                os.rmdir(unfinished(output_dir))
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise  # not torch's writer
+            newest, _ = newest_whole(output_dir)
+            raise UserError(
+                f"The checkpoint of step {self.state.global_step} cannot be written below {output_dir}: "
+                f"{first_line(error)}. " + (f"{newest} is whole." if newest else "There is no older checkpoint.")
+            ) from error
+        finally:
+            self._saving = False
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(output_dir, os.path.basename(folder)))
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self._saving:  # the upload goes on in the background, so only from where the checkpoint stays
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _running_state_file(self, folder: str) -> str:
+        return os.path.join(folder, f"running_state_{self.accelerator.process_index}.pt")
+
+    # Going on
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = self._running_state_file(checkpoint)
+            if not os.path.exists(path):
+                raise UserError(
+                    f"{path} is missing: resume with the number of processes the checkpoint was written with."
+                )
+            self._resumed_state = torch.load(path, map_location="cpu", weights_only=True)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # Trainer asks only after one more step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        if self._run_callback.asked_to_stop():
+            number = signals.received() or signals.SIGNALS[0]
+            newest, _ = newest_whole(self._get_output_dir(trial))
+            rest = f"--resume_from_checkpoint true goes on from {newest}" if newest else "Nothing to resume is saved"
+            raise RunEnded(f"Stopped by {number.name} after step {self.state.global_step}. {rest}.", 128 + number)
+        self._initial_global_step = 0  # a resumed run reports loss and speed of all its steps
+        return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
+
+
+class WholeSFTTrainer(WholeCheckpoints, SFTTrainer):
+    """TRL's `SFTTrainer` whose checkpoints are whole."""

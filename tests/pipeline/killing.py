@@ -1,0 +1,112 @@
+"""Recipes in processes of their own that are forked from one with everything imported, to be killed at any moment.
+
+A run of the tiny models takes about a second then. `Killer` counts what a run does to the files of its output folder,
+and ends the process with SIGKILL just before the n-th of these operations.
+"""
+
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+from recipes.cli.run import run
+from tests.conftest import recipe_line
+
+TIMEOUT = 120
+OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+
+
+class Killer:
+    """An audit hook: each operation on files of `folder` is a line in `trace`, and instead of the n-th it kills."""
+
+    def __init__(self, folder: str, trace: str, number: int | None):
+        self.folder, self.number, self.count = folder, number, 0
+        self.trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        if event not in OPERATIONS or not arguments or not str(arguments[0]).startswith(self.folder):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        if self.count == self.number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.write(self.trace, f"{event} {arguments[0]}\n".encode())
+        self.count += 1
+
+
+def work(step: str, arguments: dict, folder: str, number: int | None) -> None:
+    """What the child does: the recipe as its command would run it, with its output in a file."""
+    log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    gc.freeze()  # each trainer calls `gc.collect`, which would walk all that was imported
+    sys.addaudithook(Killer(folder, f"{folder}.trace", number))
+    recipe = importlib.import_module(f"recipes.{step}")
+    sys.argv = [step, *recipe_line(step, output_dir=folder, **arguments)]
+    run(recipe.main, recipe.ARGUMENTS)
+
+
+class Recipe:
+    """One recipe with its arguments, started again and again in one output folder."""
+
+    def __init__(self, step: str, output_dir: str | Path, **arguments):
+        self.step, self.folder, self.arguments = step, Path(output_dir), arguments
+
+    def at(self, output_dir: str | Path) -> "Recipe":
+        """The same recipe in another folder."""
+        return Recipe(self.step, output_dir, **self.arguments)
+
+    def start(self, number: int | None = None, **changes) -> multiprocessing.Process:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([f"recipes.{step}" for step in ("sft", "reward", "ppo")])
+        Path(f"{self.folder}.trace").unlink(missing_ok=True)
+        arguments = self.arguments | changes
+        process = context.Process(target=work, args=(self.step, arguments, str(self.folder), number))
+        process.start()
+        return process
+
+    def run(self, number: int | None = None, after: float | None = None, **changes) -> int:
+        """The exit code; -9 after a SIGKILL before operation `number`, or `after` seconds."""
+        process = self.start(number, **changes)
+        process.join(TIMEOUT if after is None else after)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            assert after is not None, f"still running after {TIMEOUT} s: {self.log()}"
+        return process.exitcode
+
+    def log(self) -> str:
+        return Path(f"{self.folder}.log").read_text(encoding="utf-8", errors="replace")
+
+    def trace(self) -> list[str]:
+        return Path(f"{self.folder}.trace").read_text(encoding="utf-8").splitlines()
+
+
+def assert_same_result(one: Path, other: Path) -> None:
+    """The same files; every weight is equal bit by bit, and every logged number but the seconds."""
+    assert names(one) == names(other)
+    for name in names(one):
+        if name.endswith((".safetensors", "rng_state.pth", "scheduler.pt", "reward_statistics.json")):
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    for name in ("trainer_state.json", "eval_results.json"):
+        if (one / name).exists():
+            first, second = (json.loads((folder / name).read_text(encoding="utf-8")) for folder in (one, other))
+            assert without_seconds(first) == without_seconds(second), name
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def without_seconds(value):
+    """`value` without what depends on the speed of the machine or on the folder's name."""
+    if isinstance(value, list):
+        return [without_seconds(item) for item in value]
+    if isinstance(value, dict):
+        timed = ("runtime", "per_second", "step_time", "best_model_checkpoint")
+        return {key: without_seconds(item) for key, item in value.items() if not key.endswith(timed)}
+    return value
