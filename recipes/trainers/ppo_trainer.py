@@ -36,6 +36,7 @@ from recipes.models.adapters import (
     check_adapter_kind,
     checkpoint_under_roles,
     float32_adapters,
+    keep_one_embedding_hook,
     train_only,
     use_role,
 )
@@ -246,6 +247,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         add_state_forward(base, self.temperature, self._fast.frozen_head(base))
         if args.disable_dropout:
             disable_dropout_rates(base)
+        keep_one_embedding_hook(base)
         if self._is_peft:
             checkpoint_under_roles(self._policy)
         if ref_model is not None:
