@@ -40,7 +40,6 @@ def recipes(data, tmp_path_factory) -> dict[str, Recipe]:
     """The three recipes, each run once without a stop. They save, log and end at steps that do not coincide."""
     folder = tmp_path_factory.mktemp("killed")
     often = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1, "logging_steps": 2}
-    twice = {"num_train_epochs": 2}
     recipes = {
         "sft": Recipe("sft", **sft_arguments(data, folder / "sft", **often, max_steps=10)),
         "reward": Recipe(
