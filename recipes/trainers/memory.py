@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from recipes.cli.errors import UserError, first_line
-from recipes.models.adapters import add_score_roles, recompute_under_role, seq_cls_config, use_role
+from recipes.models.adapters import add_score_roles, checkpoint_under_roles, seq_cls_config, use_role
 from recipes.trainers.fast.frozen_head import LOGITS_PER_BLOCK, FrozenHeadLogProbs
 from recipes.trainers.fast.lora_linear import fuse_adapters
 from recipes.trainers.fast.packed_weights import FEW_ROWS, linear_layers
@@ -437,10 +437,9 @@ def prepare_training(setting: Setting, model: nn.Module, critic: PreTrainedModel
         module.train()
         base = base_of(module)
         if setting.checkpointing:
-            kwargs = {"use_reentrant": False, "preserve_rng_state": False}
             if setting.step == "ppo" and setting.lora is not None:
-                kwargs["context_fn"] = recompute_under_role(model)
-            base.activation_checkpointing_enable(kwargs)
+                checkpoint_under_roles(module)
+            base.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             if setting.lora is not None:
                 base.enable_input_require_grads()
 
