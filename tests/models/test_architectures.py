@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, get_quantization_config
@@ -22,6 +22,7 @@ from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer, turn_end
 from tests.architectures import FAMILIES, TOKENIZERS
 from tests.conftest import ROOT, run_recipe, write_jsonl
+from tests.tiny_models import save_adapter
 
 MODES = {"LoRA": {}, "full": {"use_peft": "false"}, "4-bit": {"load_in_4bit": "true"}}
 IN_4_BIT = ("Llama 3", "Qwen 3", "Gemma 2", "Mistral", "GPT-NeoX, Pythia")
@@ -189,10 +190,7 @@ def other_reward(data, tmp_path_factory) -> Path:
     """A reward adapter on a base of its own, for policies that cannot have one."""
     folder = tmp_path_factory.mktemp("other")
     base = FAMILIES["Llama 3"].save(folder / "base")
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-    lora = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["score"])
-    get_peft_model(model, lora).save_pretrained(folder / "reward")
-    load_tokenizer(resolve_model(base)).save_pretrained(folder / "reward")
+    save_adapter(folder / "reward", base, "SEQ_CLS")
     return folder / "reward"
 
 
