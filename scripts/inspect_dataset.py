@@ -48,9 +48,14 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingAr
         parser.error("--max_length counts tokens: it needs --tokenizer")
     if {"file", "line"} & set(args.keep_columns or ()):
         parser.error("--keep_columns: file and line tell where a row is from; rename these columns")
-    for path in filter(None, (args.output, args.report)):
-        if path.resolve() == Path(args.source).resolve():
-            parser.error(f"{path} is the dataset itself; choose another file to write to")
+    written = [path for path in (args.output, args.report) if path]
+    for path in written:
+        if Path(args.source).exists() and path.resolve().is_relative_to(Path(args.source).resolve()):
+            parser.error(f"{path} is part of the dataset itself; choose another file to write to")
+        if path.exists():
+            parser.error(f"{path} exists, and nothing is ever written over: remove it or choose another file")
+    if len({path.resolve() for path in written}) < len(written):
+        parser.error(f"--output and --report are the same file, {args.output}")
     return args, FormattingArguments(**{each.name: getattr(args, each.name) for each in shared})
 
 

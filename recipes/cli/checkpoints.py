@@ -5,6 +5,7 @@ every file with its size; then the folder is renamed to `OUTPUT_DIR/checkpoint-N
 a file that is missing or has another size, is not whole.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -77,6 +78,7 @@ def put_in_place(folder: str, output_dir: str, files: dict[str, int], resumable:
         remove(target, output_dir)
     os.rename(folder, target)
     sync(output_dir)
+    tidy(output_dir)
     return target
 
 
@@ -87,6 +89,12 @@ def remove(checkpoint: str, output_dir: str) -> None:
     os.makedirs(unfinished(output_dir), exist_ok=True)
     os.rename(checkpoint, aside)
     shutil.rmtree(aside, ignore_errors=True)
+    tidy(output_dir)
+
+
+def tidy(output_dir: str) -> None:
+    with contextlib.suppress(OSError):  # something else is in it
+        os.rmdir(unfinished(output_dir))
 
 
 def rotate(output_dir: str, limit: int | None, *protected: str | None) -> None:

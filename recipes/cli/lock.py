@@ -7,6 +7,7 @@ import socket
 from recipes.cli.errors import UserError
 
 _held: dict[str, int] = {}  # open files by path: `flock` belongs to the open file
+_made: set[str] = set()  # folders that were made for a lock
 
 
 def hold(path: str, what: str) -> None:
@@ -18,7 +19,9 @@ def hold(path: str, what: str) -> None:
     path = os.path.abspath(path)
     if path in _held:
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if not os.path.isdir(folder := os.path.dirname(path)):
+        os.makedirs(folder)
+        _made.add(folder)
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -47,12 +50,14 @@ def release(path: str) -> None:
         os.close(_held.pop(path))
 
 
-def release_all() -> list[str]:
-    """Give back every lock of this process; returns their paths."""
-    paths = [*_held]
-    for path in paths:
+def release_all() -> None:
+    """Give back every lock of this process, and remove the folders that were made for a lock and stayed empty."""
+    for path in [*_held]:
         release(path)
-    return paths
+    for folder in _made:
+        if os.path.isdir(folder) and not os.listdir(folder):
+            os.rmdir(folder)
+    _made.clear()
 
 
 def _close_in_child() -> None:

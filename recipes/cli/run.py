@@ -225,10 +225,10 @@ def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
         fail(f"error: {error}\n")
     except Exception:
         if not torch.distributed.is_initialized():
-            give_back_locks()
+            lock.release_all()
             raise
         fail(traceback.format_exc())
-    give_back_locks()
+    lock.release_all()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if world_size() > 1:
@@ -250,17 +250,9 @@ def holds_anything(folder: str) -> bool:
     return False
 
 
-def give_back_locks() -> None:
-    """Remove this process's lock files, and the folders that were made for nothing but them."""
-    for path in lock.release_all():
-        folder = os.path.dirname(path)
-        if not os.listdir(folder):
-            os.rmdir(folder)
-
-
 def fail(text: str) -> NoReturn:
     """Print `text` and end with exit code 1, in a process group without the teardown that may wait for the others."""
-    give_back_locks()
+    lock.release_all()
     print(text, end="", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
         sys.stdout.flush()

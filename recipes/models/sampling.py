@@ -13,7 +13,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import BaseStreamer
 from trl import ModelConfig
 
+from recipes.cli import lock
 from recipes.cli.errors import UserError
+from recipes.cli.files import sync
 from recipes.models.loading import load_policy
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
@@ -157,18 +159,34 @@ def sample_to_file(
     longest prompts come first: a batch that does not fit into memory fails at once.
 
     Raises:
-        UserError: `output` was made from other prompts, with another model or other arguments; a prompt is too long.
+        UserError: `output` was made from other prompts, with another model or other arguments, is in use, or cannot be
+            written; a prompt is too long.
     """
     plan = sorted(prompts, key=lambda prompt: (-prompt_length(prompt.messages), prompt.id))
     check_lengths(model, tokenizer, plan, sampling)
     common = {"model": model_name, "sampling": asdict(sampling)}
-    done = read_done(output, plan, common)
+    try:
+        read_done(output, plan, common)  # before anything is written, a lock included
+        lock.hold(f"{output}.lock", output)
+        done, complete = read_done(output, plan, common)
+        append_samples(model, tokenizer, plan, done, complete, sampling, common, output)
+    except OSError as error:
+        raise UserError(
+            f"{output}: {error.strerror}. What is in it is complete: the same line goes on from there."
+        ) from error
+    finally:
+        lock.release(f"{output}.lock")
+
+
+def append_samples(model, tokenizer, plan, done, complete, sampling, common, output) -> None:
+    """Sample the prompts of `plan` from number `done` on, and append them after `complete` bytes of `output`."""
     if done:
         print(f"{output}: {done} of {len(plan)} prompts were sampled before.")
     per_batch = max(1, sampling.generation_batch_size // sampling.num_generations)
     dropped = missing = 0
-    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     with open(output, "a", encoding="utf-8") as file, tqdm(total=len(plan), initial=done, desc="Sampling") as bar:
+        file.truncate(complete)  # a last line that was not written to its end
+        sync(os.path.dirname(output) or ".")
         for start in range(done - done % per_batch, len(plan), per_batch):
             batch = plan[start : start + per_batch]
             groups, repeats = sample_distinct(model, tokenizer, batch, sampling, start)
@@ -218,15 +236,19 @@ def check_lengths(model, tokenizer, plan: list[Prompt], sampling: SamplingArgume
             )
 
 
-def read_done(output: str, plan: list[Prompt], common: dict) -> int:
-    """How many prompts of the plan `output` holds; cuts off a last line that was not written to its end."""
+def read_done(output: str, plan: list[Prompt], common: dict) -> tuple[int, int]:
+    """How many prompts of the plan `output` holds, and in how many bytes; only a line cut short may follow them.
+
+    Raises:
+        UserError: it is not a file of these samples.
+    """
     if not os.path.exists(output):
-        return 0
-    with open(output, "rb+") as file:
-        lines = file.read().split(b"\n")
-        if lines[-1]:
-            file.truncate(sum(len(line) + 1 for line in lines[:-1]))
-    for number, line in enumerate(lines[:-1]):
+        return 0, 0
+    if not os.path.isfile(output):
+        raise UserError(f"{output} is not a file: choose another --output.")
+    with open(output, "rb") as file:
+        *lines, rest = file.read().split(b"\n")
+    for number, line in enumerate(lines):
         try:
             row = json.loads(line)
             same = {name: row[name] for name in ("model", "sampling")} == common
@@ -239,4 +261,11 @@ def read_done(output: str, plan: list[Prompt], common: dict) -> int:
             )
         if number >= len(plan) or (row["id"], row["prompt"]) != (plan[number].id, plan[number].messages):
             raise UserError(f"{output} was sampled from other prompts: choose another --output.")
-    return len(lines) - 1
+    if rest:
+        begin = b""
+        if len(lines) < len(plan):
+            prompt = plan[len(lines)]
+            begin = json.dumps({"id": prompt.id, "prompt": prompt.messages}, ensure_ascii=False)[:-1].encode()
+        if not begin or not (rest.startswith(begin) or begin.startswith(rest)):
+            raise UserError(f"{output}:{len(lines) + 1}: not a line of samples: choose another --output.")
+    return len(lines), sum(len(line) + 1 for line in lines)

@@ -20,28 +20,33 @@ from recipes.cli.files import sizes, sync_tree
 
 
 class RunCallback(TrainerCallback):
-    """Puts the sums of a resumed run back, and stops a run that got a signal at the end of its step, all processes."""
+    """Puts the sums of a resumed run back, and stops a run that got a signal at the end of its step, all processes.
+
+    The checkpoint of the last step of an epoch is saved at the end of the epoch, after what is logged and evaluated
+    there: a run that goes on from it would not catch up on that.
+    """
 
     def __init__(self, trainer: "WholeCheckpoints"):
-        self.trainer, self.stopping = trainer, False
+        self.trainer, self.stopping, self.save_due = trainer, False, False
 
     def on_train_begin(self, args, state, control, **kwargs):
         control.should_training_stop = False  # a checkpoint may have been saved by a run that was stopping
-        self.stopping = False
+        self.stopping = self.save_due = False
         self.trainer.begin()
 
     def on_step_end(self, args, state, control, **kwargs):
-        # What is due at the end of an epoch comes first, as in a run that goes on; `on_epoch_end` follows then.
-        if self.asked_to_stop() and not self.ends_epoch(state):
+        if self.asked_to_stop():
             control.should_save = args.save_strategy != SaveStrategy.NO
             control.should_training_stop = True
+        self.save_due = control.should_save and self.ends_epoch(state)
+        if self.save_due:
+            control.should_save = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopping and self.ends_epoch(state):
-            control.should_save = args.save_strategy != SaveStrategy.NO
-            control.should_training_stop = True
-        elif self.stopping:
+        if self.stopping and not self.ends_epoch(state):  # stopped in the middle
             control.should_log = control.should_evaluate = control.should_save = False
+        elif self.save_due:
+            control.should_save = True
 
     def asked_to_stop(self) -> bool:
         """Whether any process got a signal; all processes ask together and get the same answer."""
@@ -106,6 +111,9 @@ class WholeCheckpoints(Trainer):
         if self._resumed_state is not None:
             self.restore_running_state(self._resumed_state)
             self._resumed_state = None
+            if self.args.should_save:  # what a kill between a save and this left
+                best = self.state.best_model_checkpoint
+                rotate(self._get_output_dir(None), self.args.save_total_limit, self._resumed_from, best)
 
     # Saving
 
@@ -139,7 +147,6 @@ class WholeCheckpoints(Trainer):
                 files = {name: size for listing in listings for name, size in listing.items()}
                 checkpoint = put_in_place(folder, output_dir, files, not self.args.save_only_model)
                 rotate(output_dir, self.args.save_total_limit, checkpoint, self.state.best_model_checkpoint)
-                os.rmdir(unfinished(output_dir))
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
@@ -172,6 +179,7 @@ class WholeCheckpoints(Trainer):
                     f"{path} is missing: resume with the number of processes the checkpoint was written with."
                 )
             self._resumed_state = torch.load(path, map_location="cpu", weights_only=True)
+            self._resumed_from = checkpoint
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # Trainer asks only after one more step

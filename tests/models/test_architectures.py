@@ -149,7 +149,7 @@ def check_ppo(trainer, folder: Path, base: str, mode: str, policy: Path, reward_
     changed = moved(before, after)
     assert changed == set(before) if mode != "full" else len(changed) > 0.7 * len(before)
 
-    prompts, completions = trainer._prompt_ids, trainer._completion_ids
+    prompts, completions = trainer._rollout.prompt_ids, trainer._rollout.completion_ids
     assert len({len(row) for row in prompts}) > 1, "prompts have to be padded for the checks to work"
     pad = trainer._tokenizer.pad_token_id
     span, width = max(map(len, prompts)), max(map(len, completions))

@@ -85,8 +85,8 @@ def stages(trace: list[str]) -> list[int]:
     for number, line in enumerate(trace):
         if match := re.search(r"unfinished/checkpoint-(\d+)", line):
             saves.setdefault(int(match[1]), number)
-    first, second, third, *_, last = saves.values()
-    return [*range(first), *range(second, third), *range(last, len(trace))]
+    first, second, third, *others = saves.values()
+    return [*range(first), *range(second, third), *range(others[-1] if others else third, len(trace))]
 
 
 @pytest.mark.parametrize("step", STEPS)
