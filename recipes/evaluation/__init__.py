@@ -1,10 +1,5 @@
-"""Evaluation: what alignment gained, and what it cost. The command is scripts/evaluate.py, see docs/evaluation.md.
+"""The only evaluation stack: it samples policies, scores them with judges and a reward model, and reports the result.
 
-metrics.py         means with intervals, KL, distinct-n, win rates
-frontier.py        best-of-n, the optimal policy at every KL, over-optimisation curves
-reward_quality.py  how well a reward model orders pairs
-judges.py          Python functions, an LLM, people
-policies.py        samples of a policy and their log-probabilities
-measure.py         everything that is measured, once, and kept
-plots.py report.py report.json, report.html, PNG files, W&B
+It may import `recipes.trainers`, `recipes.models`, `recipes.data`, `recipes.formatting` and `recipes.cli`, and is used
+by `scripts/evaluate.py` and `recipes.tiny_world`; docs/evaluation.md says what each figure means.
 """
