@@ -30,8 +30,6 @@ DATASETS = {
     "trl-lib/tldr-preference": "trl_preference",
     "trl-lib/ultrafeedback-prompt": "prompts",
 }
-SOURCED = ("learning_rate", "kl_coef", "num_iterations", "epsilon", "lam", "vf_coef", "lr_scheduler_type")
-SOURCE = re.compile(r"\d{4}\.\d{5}|alignment-handbook|OpenRLHF|TRL|the same")
 
 
 def text(base: str, step: str) -> str:
@@ -72,15 +70,6 @@ def test_a_config_parses_with_every_key_known(base, step):
     known = {name: getattr(each, name) for each in parsed for name in given if hasattr(each, name)}
     differing = {name for name in given if given[name] != known[name] and str(given[name]) != str(known[name])}
     assert differing <= {"report_to"}, "only `none` is turned into a list"
-    assert 30 <= len(text(base, step).splitlines()) <= 60
-
-
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("base", BASES)
-def test_hyperparameters_name_their_source(base, step):
-    for line in text(base, step).splitlines():
-        if line.split(":")[0] in SOURCED:
-            assert SOURCE.search(line.partition("#")[2]), f"{base}/{step}.yaml: {line}"
 
 
 @pytest.mark.parametrize("base", BASES)
