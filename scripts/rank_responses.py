@@ -109,7 +109,9 @@ def run_serve(args):
         name = user_name()
         print(f"First labeler {name!r}, log in with this token (shown only now): {add_labeler(store, name)}")
     else:
-        print(f"Labelers: {', '.join(labeler.name for labeler in known)}. If somebody has lost the token, make another:")
+        print(
+            f"Labelers: {', '.join(labeler.name for labeler in known)}. If somebody has lost the token, make another:"
+        )
         print(f"  python scripts/rank_responses.py add-labeler NAME --new_token --database {args.database}")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"Warning: {args.host} is open to other machines, and plain HTTP can be read on the way: see")
@@ -167,6 +169,9 @@ def main(argv=None):
         return 1
     except sqlite3.Error as error:
         print(f"error: {args.database}: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; install it with: pip install -e '.[labelling]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
