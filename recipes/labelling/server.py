@@ -210,6 +210,7 @@ def create_app(store: Store) -> FastAPI:
             for place, id in enumerate(tier)
         ]
         context = {"flags": FLAGS, "max_text": MAX_TEXT, "guidelines_open": is_first}
+        context["account"] = f"{cookie} {me.id}"
         return page_of(request, me, "rank.html", task=task, cards=cards, store=store, **context)
 
     @app.get("/")

@@ -126,29 +126,34 @@ class Store(Database):
 
     def next_task(self, labeler_id: int) -> Task | None:
         """The labeler's oldest open task, else a new one; None when nothing is left."""
-        find = (
+        oldest_open = (
             "SELECT s.prompt_id FROM task_state AS s JOIN assignment AS a USING (prompt_id, labeler_id)"
             " WHERE s.labeler_id = ? AND s.kind IS NULL ORDER BY a.assigned_at LIMIT 1"
         )
         with self.transaction() as db:
-            row = db.execute(find, (labeler_id,)).fetchone()
-        if row is None:
+            row = db.execute(oldest_open, (labeler_id,)).fetchone()
+            found = None if row else self._find(db, labeler_id)
+        if found:  # searched while others could write: looked at again, from there on, while they wait
             with self.transaction(write=True) as db:
-                row = db.execute(find, (labeler_id,)).fetchone() or self._assign(db, labeler_id)
+                row = db.execute(oldest_open, (labeler_id,)).fetchone()
+                if row is None:
+                    row = self._find(db, labeler_id, found["position"]) or self._find(db, labeler_id)
+                    self._assign(db, row, labeler_id)
         return self.task(labeler_id, row["prompt_id"]) if row else None
 
-    def _assign(self, db, labeler_id):
-        row = None
+    def _find(self, db, labeler_id, position=0):
         for pool in self._pools(db, labeler_id):
-            find = f"SELECT p.id AS prompt_id {pool} ORDER BY p.position LIMIT 1"
-            row = row or db.execute(find, self._availability(labeler_id)).fetchone()
-        if row is not None:
-            shown = self._unused_order(db, row["prompt_id"])
-            db.execute(
-                "INSERT INTO assignment VALUES (?, ?, ?, ?)",
-                (row["prompt_id"], labeler_id, json.dumps(shown), time.time()),
+            find = (
+                f"SELECT p.id AS prompt_id, p.position {pool} AND p.position >= :position ORDER BY p.position LIMIT 1"
             )
-        return row
+            if row := db.execute(find, self._availability(labeler_id) | {"position": position}).fetchone():
+                return row
+
+    def _assign(self, db, row, labeler_id):
+        if row:
+            shown = json.dumps(self._unused_order(db, row["prompt_id"]))
+            values = (row["prompt_id"], labeler_id, shown, time.time())
+            db.execute("INSERT INTO assignment VALUES (?, ?, ?, ?)", values)
 
     def _availability(self, labeler_id):
         return {"me": labeler_id, "overlap": self.overlap, "stale": time.time() - LEASE_SECONDS}

@@ -148,7 +148,7 @@ def test_agreement_of_a_large_job(large_job, record_property, format):
 def test_fifty_labelers_on_a_large_job(large_job, tmp_path, record_property):
     database, _ = large_job
     cli("backup", "--database", database, "--output", tmp_path / "labels.db")
-    figures = run(tmp_path, labelers=50, seconds=20, think=2.0, record_property=record_property, prompts=0)
+    figures = run(tmp_path, labelers=50, seconds=20, think=3.0, record_property=record_property, prompts=0)
     assert figures["p99"] < 0.5, figures
 
 

@@ -9,6 +9,7 @@ import pytest
 from tests.labelling.browsing import (
     assert_draft,
     card,
+    drag,
     give_reasons,
     last_event,
     letters,
@@ -382,6 +383,8 @@ def test_wide_screens_keep_the_prompt_in_sight(tmp_path, open_page):
         page.locator(".guidelines summary").click()
         tops = page.eval_on_selector_all("#cards > li", "all => all.map(card => card.getBoundingClientRect().top)")
         assert tops[0] == tops[1] < tops[2], "side by side"
+        drag(page, "D", onto="A")
+        assert letters(page) == "DABCEFGHI", "from the second row to the front"
         page.locator("#comment").scroll_into_view_if_needed()
         page.evaluate("scrollTo(0, document.body.scrollHeight)")
         assert page.evaluate("scrollY") > 300

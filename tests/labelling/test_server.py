@@ -11,6 +11,7 @@ import stat
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
@@ -417,6 +418,19 @@ def test_two_tabs_cannot_overwrite_each_other(labeler):
     late = client.post(client.body(tab_two, "draft"))
     assert late.status_code == 409 and "another tab" in late.json()["error"]
     assert client.task(f"/task/{tab_one.prompt_id}").tiers == [tab_one.ids]
+
+
+def test_many_who_come_at_once_get_a_task_each_and_no_prompt_twice_too_often(tmp_path):
+    """Twelve labelers, six prompts, two people each: all twelve places are given, none of them twice."""
+    database = tmp_path / "labels.db"
+    tokens = [add_labeler(database, f"labeler {number}") for number in range(12)]
+    samples = write_samples(tmp_path / "samples.jsonl", prompts=6)
+    with server(database, "--samples", samples, "--overlap", "2", "--gold_every", "0") as running:
+        clients = [Client(running.url, token) for token in tokens]
+        with ThreadPoolExecutor(24) as pool:  # every labeler in two tabs
+            tasks = list(pool.map(lambda client: client.task().prompt_id, clients * 2))
+    assert tasks[:12] == tasks[12:], "both tabs show the same task"
+    assert sorted(Counter(tasks[:12]).values()) == [2] * 6
 
 
 def test_progress_and_time_are_summed_by_the_server(job, labeler):

@@ -210,6 +210,9 @@ def test_numbers_on_the_command_line_have_bounds(tmp_path, flag, number):
         ('{"prompt": "q", "responses": [{"text": "\\ud800"}, {"text": "b"}]}', "line 2: 'utf-8' codec"),
         ('{"prompt": "q", "model": {}, "responses": [{"text": "a"}]}', "line 2: the 'model' of response 1"),
         (json.dumps({"prompt": "q", "responses": [{"text": str(n)} for n in range(27)]}), "line 2: 27 responses"),
+        ('{"id": "\\ud800", "prompt": "q", "responses": [{"text": "a"}, {"text": "b"}]}', "line 2: 'utf-8' codec"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ("x" * 10_000_001, "line 2: longer than 10000000 characters"),
     ],
 )
 def test_bad_lines_are_named_and_nothing_is_made(tmp_path, line, expected):
@@ -223,7 +226,7 @@ def test_bad_lines_are_named_and_nothing_is_made(tmp_path, line, expected):
 
 def test_gold_needs_ranks_that_do_not_contradict(tmp_path, make):
     job, _ = make()
-    for rank in (None, True, "1"):
+    for rank in (None, True, "1", float("nan"), float("inf")):
         (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "q", "responses": [{"text": "a", "rank": rank}]}))
         with pytest.raises(UserError, match="'rank' of response 1 must be a number"):
             read_tasks(tmp_path / "bad.jsonl", gold=True)

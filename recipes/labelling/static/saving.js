@@ -13,8 +13,8 @@ const DRAFT_MS = 700;
 const KEEPALIVE_BYTES = 60000; // browsers let 64 kB outlive a closed page, and refuse to send more that way
 
 const task = document.getElementById("task");
-const storedAs = `outbox ${task.dataset.labeler}`;
-const outbox = JSON.parse(sessionStorage.getItem(storedAs) ?? "[]");
+const storedAs = `outbox ${task.dataset.account}`;
+const outbox = readOutbox();
 let revision = Number(task.dataset.revision);
 let dirty = false; // changed since the last snapshot
 let stopped = false; // nothing can be saved from this page any more
@@ -40,6 +40,14 @@ export function complain(text, question = false) {
   problem = text;
   isQuestion = question;
   show();
+}
+
+function readOutbox() {
+  try {
+    return JSON.parse(sessionStorage.getItem(storedAs)) ?? [];
+  } catch {
+    return [];
+  }
 }
 
 function storeOutbox() {
