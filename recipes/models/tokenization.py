@@ -80,9 +80,7 @@ def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
     marks = [token for token in of_answer if token in tokenizer.added_tokens_decoder and token not in others]
     if marks:
         before, tokenizer.eos_token = tokenizer.eos_token, tokenizer.convert_ids_to_tokens(marks[-1])
-        text = (
-            f"The EOS token of {source.path} is now {tokenizer.eos_token}, with which its chat template ends an answer"
-        )
+        text = f"The EOS token of {source.path} is now {tokenizer.eos_token}, with which its chat template ends an "
         text += f"answer; it was {before}."
     else:
         text = f"Warning: the chat template of {source.path} ends an answer with no token at which generation stops "

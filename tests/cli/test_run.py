@@ -1,15 +1,22 @@
 """Around the training: output folders, the record of a run, and how a run fails."""
 
 import dataclasses
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
 import yaml
 from transformers import TrainingArguments
 
+from recipes.cli import lock
+from recipes.cli import record as records
 from recipes.cli import run as runs
 from recipes.cli.errors import UserError
+from recipes.cli.record import RECORD, RESULT, add_datasets, describe, write_record
+from recipes.cli.run import RunFolder
 from recipes.data.report import Report
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -20,34 +27,63 @@ def training_args(tmp_path):
     return training_args
 
 
+@dataclass
+class NoModel:
+    """Stands for the arguments beside Trainer's."""
+
+    kl_coef: float = 0.05
+
+
+def claim(args: TrainingArguments, **others) -> str | None:
+    """The checkpoint that a run with these arguments goes on from; the folder is free again afterwards."""
+    try:
+        return RunFolder("ppo", args, NoModel(**others)).training_args.resume_from_checkpoint
+    finally:
+        lock.release_all()
+
+
 def test_an_output_folder_that_holds_something_is_kept(training_args, tmp_path):
-    runs.guard_output_dir(training_args())
+    assert claim(training_args()) is None
     (tmp_path / "out").mkdir()
-    runs.guard_output_dir(training_args())
+    (tmp_path / "out" / runs.LOCK).touch()
+    assert claim(training_args()) is None, "what a killed run leaves that never began is in nobody's way"
+    (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "thesis.txt").write_text("all of it")
     with pytest.raises(UserError, match="out is not empty.*--resume_from_checkpoint true"):
-        runs.guard_output_dir(training_args())
+        claim(training_args())
     with pytest.raises(UserError, match="there is no checkpoint in .*out"):
-        runs.guard_output_dir(training_args(resume_from_checkpoint="true"))
-    with pytest.raises(UserError, match="elsewhere: there is no checkpoint"):
-        runs.guard_output_dir(training_args(resume_from_checkpoint="elsewhere"))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+        claim(training_args(resume_from_checkpoint="true"))
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "all of it"
 
 
 def test_an_output_folder_that_is_a_file_is_kept(training_args, tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match="out is a file"):
-        runs.guard_output_dir(training_args())
+        claim(training_args())
+    assert (tmp_path / "out").read_text() == "a file"
 
 
-def test_resuming_takes_the_newest_checkpoint(training_args, tmp_path):
-    for step in (9, 10):
-        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
-        (tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    for wish, step in (("true", 10), (str(tmp_path / "out" / "checkpoint-9"), 9)):
-        args = training_args(resume_from_checkpoint=wish)
-        runs.guard_output_dir(args)
-        assert args.resume_from_checkpoint == str(tmp_path / "out" / f"checkpoint-{step}")
+def test_a_second_run_on_one_folder_is_refused_while_the_first_holds_it(training_args):
+    first = RunFolder("ppo", training_args(), NoModel())
+    command = "import sys; from recipes.cli import lock; lock.hold(sys.argv[1], '--output_dir out')"
+    path = f"{first.path}/{runs.LOCK}"
+    second = [sys.executable, "-c", command, path]
+    held = subprocess.run(second, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    lock.release_all()
+    assert held.returncode == 1 and "UserError" in held.stderr
+    assert subprocess.run(second, timeout=60, cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_resumed_run_has_the_arguments_it_was_started_with(training_args, tmp_path):
+    started = RunFolder("ppo", training_args(), NoModel())
+    write_record(tmp_path / "out" / RECORD, started.record)
+    lock.release_all()
+    resume = {"resume_from_checkpoint": "true"}
+    assert claim(training_args(**resume, logging_steps=7, max_steps=9)) is None  # it had no checkpoint yet
+    with pytest.raises(
+        UserError, match=r"--kl_coef was 0.05, now 5.0; --learning_rate was|--learning_rate was .*--kl"
+    ):
+        claim(training_args(**resume, learning_rate=0.1), kl_coef=5.0)
 
 
 @dataclass
@@ -59,11 +95,12 @@ class Secretive:
 
 
 def test_the_record_of_a_run_is_complete_and_holds_no_secret(training_args, tmp_path):
-    (tmp_path / "out").mkdir()
     reports = {"train": Report("rows.jsonl", "sft", rows_in=3, rows_out=2, fingerprint="abc")}
     args = training_args(learning_rate=3e-4, hub_token="another_secret")
-    runs.save_train_config(args.output_dir, "sft", reports, (Secretive(), args))
-    text = (tmp_path / "out" / "train_config.yaml").read_text(encoding="utf-8")
+    written = describe("sft", (Secretive(), args))
+    add_datasets(written, reports)
+    write_record(tmp_path / RESULT, written)
+    text = (tmp_path / RESULT).read_text(encoding="utf-8")
     assert "secret" not in text
     record = yaml.safe_load(text)
     assert record["recipe"] == "sft"
@@ -78,11 +115,11 @@ def test_the_record_of_a_run_is_complete_and_holds_no_secret(training_args, tmp_
 
 
 def test_outside_of_a_checkout_there_is_no_revision(tmp_path, monkeypatch):
-    assert len(runs.git_revision().removesuffix("-dirty")) == 40
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
-    assert runs.git_revision() is None
+    assert len(records.git_revision().removesuffix("-dirty")) == 40
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "record.py"))
+    assert records.git_revision() is None
     monkeypatch.setenv("PATH", "")
-    assert runs.git_revision() is None
+    assert records.git_revision() is None
 
 
 def test_what_the_user_can_mend_is_one_line_and_a_bug_is_not(capsys):
