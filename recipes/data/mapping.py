@@ -11,8 +11,10 @@ from recipes.data.rows import DataError, RowError, describe, join_names
 
 def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, Any] | None:
     """A mapping as it comes from the command line (key=value items or a JSON object) or from YAML."""
-    if not items or isinstance(items, Mapping):
-        return dict(items) if items else None
+    if not items:
+        return None
+    if isinstance(items, Mapping):
+        return dict(items)
     joined = items if isinstance(items, str) else " ".join(items)
     if joined.lstrip().startswith("{"):
         try:

@@ -31,7 +31,7 @@ class Report:
     lost: bool = False  # whether rows after an error could not be read
 
     def clear(self) -> None:
-        self.__init__(self.source, self.task)
+        vars(self).update(vars(Report(self.source, self.task)))
 
     def add(self, kind: str, row: Row, what: str, column: str | None = None) -> None:
         """`kind` is "skipped", "flags" or "errors"."""

@@ -79,7 +79,9 @@ def _read_json_line(raw: bytes) -> dict | RowError:
 
 
 def skip_space(text: str, position: int) -> int:
-    return json.decoder.WHITESPACE.match(text, position).end()
+    while position < len(text) and text[position] in " \t\n\r":
+        position += 1
+    return position
 
 
 def decode_object(text: str, position: int) -> tuple[dict | RowError, int]:

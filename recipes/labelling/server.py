@@ -6,7 +6,7 @@ import socket
 import sqlite3
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -280,7 +280,8 @@ class Connection(H11Protocol):
         self.loop.call_later(ANSWER_SECONDS, self.close_unless_answered)
         soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if len(self.connections) > min(MAX_CONNECTIONS, soft_limit // 2):
-            oldest = min(self.connections, key=lambda connection: (connection.answered, connection.since))
+            connections: set[Any] = self.connections  # all of them of this class
+            oldest = min(connections, key=lambda connection: (connection.answered, connection.since))
             self.connections.discard(oldest)
             oldest.transport.abort()
 

@@ -80,9 +80,7 @@ def test_a_resumed_run_has_the_arguments_it_was_started_with(training_args, tmp_
     lock.release_all()
     resume = {"resume_from_checkpoint": "true"}
     assert claim(training_args(**resume, logging_steps=7, max_steps=9)) is None  # it had no checkpoint yet
-    with pytest.raises(
-        UserError, match=r"--kl_coef was 0.05, now 5.0; --learning_rate was|--learning_rate was .*--kl"
-    ):
+    with pytest.raises(UserError, match="--learning_rate was .*--kl_coef was 0.05, now 5.0|--kl_coef .*--learning"):
         claim(training_args(**resume, learning_rate=0.1), kl_coef=5.0)
 
 
