@@ -182,7 +182,7 @@ def check_ppo(trainer, folder: Path, base: str, mode: str, policy: Path, reward_
     end = turn_end(trainer._tokenizer, stops)
     rows = [p + c + (end if c[-1] in stops else []) for p, c in pairs]
     expected = torch.cat([scorer(input_ids=torch.tensor([row])).logits[:, 0] for row in rows])
-    assert_close(torch.tensor(trainer.reward_model(None, None, None)), expected, mode)
+    assert_close(torch.tensor(trainer.score_sampled_ids(trainer._rollout)), expected, mode)
 
 
 @pytest.fixture(scope="module")
