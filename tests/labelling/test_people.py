@@ -321,7 +321,8 @@ def test_from_login_to_logout_with_the_keyboard_alone(tmp_path, open_page, brows
                 press("Tab")
             raise AssertionError(f"Tab never comes to {text!r}")
 
-        write(token.upper())  # the field has the focus, and a token may be typed in capitals
+        page.wait_for_selector("#token:focus")
+        write(token.upper())  # a token may be typed in capitals
         press("Enter")
         page.wait_for_selector("#cards .state:not(:empty)")
         press("ArrowRight")
