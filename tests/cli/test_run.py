@@ -1,87 +1,305 @@
-"""Around the training: output folders, the record of a run, and how a run fails."""
+"""Around the training: output folders, checkpoints that are whole, the record of a run, and how a run ends."""
 
 import dataclasses
-import subprocess
-import sys
+import json
+import multiprocessing
+import os
+import signal
+import time
 from dataclasses import dataclass, field
 
 import pytest
 import yaml
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
-from recipes.cli import lock
-from recipes.cli import record as records
-from recipes.cli import run as runs
-from recipes.cli.errors import UserError
-from recipes.cli.record import RECORD, RESULT, add_datasets, describe, write_record
-from recipes.cli.run import RunFolder
+from recipes.cli import lock, record, signals
+from recipes.cli.checkpoints import newest_whole, problem, put_in_place, recover, rotate, unfinished
+from recipes.cli.errors import RunEnded, UserError
+from recipes.cli.files import move_contents, sizes
+from recipes.cli.run import RunFolder, run
 from recipes.data.report import Report
-from tests.conftest import ROOT
 
 
 @pytest.fixture
 def training_args(tmp_path):
     def training_args(**kwargs) -> TrainingArguments:
-        return TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none", **kwargs)
+        options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none"}
+        return TrainingArguments(**(options | kwargs))
 
-    return training_args
-
-
-@dataclass
-class NoModel:
-    """Stands for the arguments beside Trainer's."""
-
-    kl_coef: float = 0.05
+    yield training_args
+    lock.release_all()
 
 
-def claim(args: TrainingArguments, **others) -> str | None:
-    """The checkpoint that a run with these arguments goes on from; the folder is free again afterwards."""
-    try:
-        return RunFolder("ppo", args, NoModel(**others)).training_args.resume_from_checkpoint
-    finally:
-        lock.release_all()
+@pytest.fixture
+def resume(training_args):
+    """The checkpoint that a run would go on from, and everything it was refused for."""
+
+    def resume(wish, **kwargs) -> str | None:
+        args = training_args(resume_from_checkpoint=wish, **kwargs)
+        try:
+            RunFolder("sft", args)
+        finally:
+            lock.release_all()
+        return args.resume_from_checkpoint
+
+    return resume
 
 
-def test_an_output_folder_that_holds_something_is_kept(training_args, tmp_path):
-    assert claim(training_args()) is None
+def save(output_dir, step: int, resumable: bool = True) -> str:
+    """A whole checkpoint of three files."""
+    folder = unfinished(str(output_dir), f"checkpoint-{step}")
+    os.makedirs(folder)
+    for name in ("optimizer.pt", "model.safetensors"):
+        with open(os.path.join(folder, name), "w") as file:
+            file.write("x" * 100)
+    TrainerState(global_step=step, epoch=1.0).save_to_json(os.path.join(folder, "trainer_state.json"))
+    return put_in_place(folder, str(output_dir), sizes(folder), resumable)
+
+
+def begin(training_args, **kwargs) -> None:
+    """The record that a run writes when its training starts."""
+    args = training_args(**kwargs)
+    os.makedirs(args.output_dir, exist_ok=True)
+    record.write_record(os.path.join(args.output_dir, record.RECORD), record.describe("sft", (args,)))
+
+
+def test_an_output_folder_that_holds_something_is_kept(training_args, resume, tmp_path):
+    assert resume(None) is None
+    assert not (tmp_path / "out").exists(), "nothing is left of a run that did not begin"
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / runs.LOCK).touch()
-    assert claim(training_args()) is None, "what a killed run leaves that never began is in nobody's way"
-    (tmp_path / "out").mkdir(exist_ok=True)
+    assert resume("false") is None
     (tmp_path / "out" / "thesis.txt").write_text("all of it")
     with pytest.raises(UserError, match="out is not empty.*--resume_from_checkpoint true"):
-        claim(training_args())
+        resume(None)
     with pytest.raises(UserError, match="there is no checkpoint in .*out"):
-        claim(training_args(resume_from_checkpoint="true"))
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "all of it"
+        resume("true")
+    with pytest.raises(UserError, match="there is no checkpoint in .*out"):
+        resume("auto")
+    with pytest.raises(UserError, match="elsewhere.* is a checkpoint of another run"):
+        resume("elsewhere")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_an_output_folder_that_is_a_file_is_kept(training_args, tmp_path):
+def test_an_output_folder_that_is_a_file_is_kept(resume, tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match="out is a file"):
-        claim(training_args())
+        resume(None)
     assert (tmp_path / "out").read_text() == "a file"
 
 
-def test_a_second_run_on_one_folder_is_refused_while_the_first_holds_it(training_args):
-    first = RunFolder("ppo", training_args(), NoModel())
-    command = "import sys; from recipes.cli import lock; lock.hold(sys.argv[1], '--output_dir out')"
-    path = f"{first.path}/{runs.LOCK}"
-    second = [sys.executable, "-c", command, path]
-    held = subprocess.run(second, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
-    lock.release_all()
-    assert held.returncode == 1 and "UserError" in held.stderr
-    assert subprocess.run(second, timeout=60, cwd=ROOT, check=False).returncode == 0
+def test_a_folder_that_cannot_be_written_is_one_line(training_args, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output_dir .*file/out: Not a directory"):
+        RunFolder("sft", training_args(output_dir=str(tmp_path / "file" / "out")))
 
 
-def test_a_resumed_run_has_the_arguments_it_was_started_with(training_args, tmp_path):
-    started = RunFolder("ppo", training_args(), NoModel())
-    write_record(tmp_path / "out" / RECORD, started.record)
-    lock.release_all()
-    resume = {"resume_from_checkpoint": "true"}
-    assert claim(training_args(**resume, logging_steps=7, max_steps=9)) is None  # it had no checkpoint yet
-    with pytest.raises(UserError, match="--learning_rate was .*--kl_coef was 0.05, now 5.0|--kl_coef .*--learning"):
-        claim(training_args(**resume, learning_rate=0.1), kl_coef=5.0)
+def test_resuming_takes_the_newest_whole_checkpoint(training_args, resume, tmp_path, capsys):
+    begin(training_args)
+    paths = [save(tmp_path / "out", step) for step in (8, 9, 10, 11)]
+    assert resume("true") == paths[3] and resume("auto") == paths[3]
+    assert resume(paths[0]) == paths[0]
+    os.remove(os.path.join(paths[3], "optimizer.pt"))
+    with open(os.path.join(paths[2], "model.safetensors"), "r+") as file:
+        file.truncate(7)
+    capsys.readouterr()
+    assert resume("true") == paths[1]
+    assert capsys.readouterr().err.splitlines() == [
+        f"{paths[3]} is not whole: optimizer.pt is missing",
+        f"{paths[2]} is not whole: model.safetensors has 7 bytes of 100",
+        f"{tmp_path / 'out'}: going on from {paths[1]}.",
+    ]
+    with pytest.raises(UserError, match=f"checkpoint-10: model.safetensors has 7 bytes of 100.* {paths[1]} is whole"):
+        resume(paths[2])
+    os.remove(os.path.join(paths[1], "checkpoint.json"))
+    with pytest.raises(UserError, match="checkpoint-9: checkpoint.json, which is written last, is missing"):
+        resume(paths[1])
+    (tmp_path / "out" / "checkpoint-8" / "checkpoint.json").write_text('{"files": ')
+    assert resume("true") is None, "nothing whole: the run starts again"
+    assert "no checkpoint yet, starting from the beginning" in capsys.readouterr().err
+    with pytest.raises(UserError, match="checkpoint-8: checkpoint.json cannot be read"):
+        resume(paths[0])
+    with pytest.raises(UserError, match="checkpoint-99: there is no such folder"):
+        resume(str(tmp_path / "out" / "checkpoint-99"))
+
+
+def test_what_holds_the_model_only_is_not_resumed(training_args, resume, tmp_path):
+    begin(training_args)
+    path = save(tmp_path / "out", 9, resumable=False)
+    with pytest.raises(UserError, match="--save_only_model true leaves out"):
+        resume("true", save_only_model=True)
+    with pytest.raises(UserError, match=r"checkpoint-9: it holds the model only \(save_only_model\)"):
+        resume(path)
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_another_in_a_new_folder_only(training_args, resume, tmp_path):
+    begin(training_args)
+    path = save(tmp_path / "out", 9)
+    assert resume(path, output_dir=str(tmp_path / "other")) == path
+    with pytest.raises(UserError, match=r"--learning_rate was 5e-05, now 0\.1"):
+        resume(path, output_dir=str(tmp_path / "other"), learning_rate=0.1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="other is not empty, and .* is a checkpoint of another run"):
+        resume(path, output_dir=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "--seed was 42, now 1"),
+        ({"learning_rate": 0.1}, r"--learning_rate was 5e-05, now 0\.1"),
+        ({"per_device_train_batch_size": 3}, "--per_device_train_batch_size was 8, now 3"),
+        ({"optim": "sgd"}, "--optim was .*, now sgd"),
+        ({"lr_scheduler_kwargs": {"power": 2}}, "--lr_scheduler_kwargs was None, now {'power': 2}"),
+        ({"max_steps": 5}, None),
+        ({"num_train_epochs": 5}, None),
+        ({"logging_steps": 1}, None),
+        ({"save_steps": 1, "save_total_limit": 2}, None),
+        ({"eval_steps": 1}, None),
+        ({"run_name": "again", "disable_tqdm": True}, None),
+        ({"dataloader_num_workers": 1}, None),
+    ],
+    ids=str,
+)
+def test_a_changed_argument_is_refused_by_name_or_changes_nothing(training_args, resume, tmp_path, change, message):
+    begin(training_args)
+    path = save(tmp_path / "out", 9)
+    if message is None:
+        assert resume("true", **change) == path
+    else:
+        with pytest.raises(UserError, match=f"goes on only as it was started: {message}. Set that back"):
+            resume("true", **change)
+
+
+@dataclass
+class Models:
+    model_name_or_path: str
+
+
+def test_another_model_under_the_same_name_is_noticed(training_args, tmp_path):
+    model = tmp_path / "sft"
+    model.mkdir()
+    (model / "adapter_model.safetensors").write_bytes(bytes(1_000_000))
+    before = record.describe("ppo", (training_args(), Models(str(model))))
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    assert record.changes(before, record.describe("ppo", (training_args(), Models(str(link))))) == []
+    (model / "README.md").write_text("a new card")
+    assert record.changes(before, record.describe("ppo", (training_args(), Models(str(model))))) == []
+    (model / "adapter_model.safetensors").write_bytes(bytes(999_999) + b"1")
+    now = record.describe("ppo", (training_args(), Models(str(model))))
+    assert record.changes(before, now) == [f"the model in --model_name_or_path {model} is another one now"]
+    assert record.changes(before, record.describe("sft", (training_args(), Models(str(link)))))[0].startswith("it was")
+
+
+def test_other_rows_and_another_launch_are_noticed(training_args):
+    def described(fingerprint, **setup):
+        found = record.describe("sft", (training_args(),))
+        record.add_datasets(found, {"train": Report("rows.jsonl", "sft", fingerprint=fingerprint)})
+        found["setup"] |= setup
+        return yaml.safe_load(yaml.safe_dump(found))
+
+    assert record.changes(described("a"), described("a")) == []
+    assert record.changes(described("a"), described("b")) == ["the train rows of rows.jsonl have changed"]
+    assert record.changes(described("a"), described("a", processes=2)) == ["processes was 1, now 2"]
+
+
+def test_a_finished_run_is_left_alone_unless_more_steps_are_asked_for(training_args, resume, tmp_path):
+    out = tmp_path / "out"
+    begin(training_args, max_steps=9)
+    path = save(out, 9)
+    TrainerState(global_step=9, epoch=0.9, max_steps=9).save_to_json(str(out / "trainer_state.json"))
+    assert resume("true", max_steps=9) == path, "killed before the last file: the rest is done"
+    record.write_record(str(out / record.RESULT), record.describe("sft", (training_args(max_steps=9),)))
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
+    for length in ({"max_steps": 9}, {"max_steps": 5}, {"num_train_epochs": 0.5}):
+        for wish in ("true", "auto", path):
+            with pytest.raises(RunEnded, match="out holds a finished run of 9 steps: nothing to do") as end:
+                resume(wish, **length)
+            assert end.value.code == 0
+    assert before == {file: file.stat().st_mtime_ns for file in out.rglob("*")}
+    assert resume("true", max_steps=10) == path
+    assert resume("true", num_train_epochs=2) == path
+    with pytest.raises(UserError, match="--seed was 42, now 1"):
+        resume("true", max_steps=9, seed=1)
+
+
+def test_what_a_kill_in_the_middle_of_a_save_leaves(training_args, resume, tmp_path):
+    begin(training_args)
+    out = tmp_path / "out"
+    older = save(out, 8)
+    (out / ".unfinished" / "checkpoint-9").mkdir(parents=True)
+    (out / ".unfinished" / "checkpoint-9" / "optimizer.pt").write_text("half")
+    assert resume("true") == older
+    assert not (out / ".unfinished").exists()
+    os.rename(save(out, 9), tmp_path / "whole")
+    (out / ".unfinished").mkdir()
+    os.rename(tmp_path / "whole", out / ".unfinished" / "checkpoint-9")  # all was written, only its name was missing
+    assert resume("true") == str(out / "checkpoint-9")
+
+
+def test_a_checkpoint_saved_twice_at_one_step_is_replaced(tmp_path):
+    for content in ("first", "second"):
+        folder = tmp_path / ".unfinished" / "checkpoint-3"
+        folder.mkdir(parents=True)
+        (folder / "optimizer.pt").write_text(content)
+        put_in_place(str(folder), str(tmp_path), sizes(str(folder)), True)
+        assert (tmp_path / "checkpoint-3" / "optimizer.pt").read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_rotation_counts_whole_checkpoints_only(tmp_path):
+    paths = {step: save(tmp_path, step) for step in (1, 2, 3, 4, 5)}
+    os.remove(os.path.join(paths[5], "optimizer.pt"))
+    rotate(str(tmp_path), None, paths[4])
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 5
+    rotate(str(tmp_path), 2, paths[4], paths[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
+    assert newest_whole(str(tmp_path))[0] == paths[4]
+    recover(str(tmp_path))
+    assert problem(paths[4]) is None
+
+
+def test_files_move_each_as_a_whole_and_the_last_after_all_others(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "critic").mkdir(parents=True)
+    for name in ("a.txt", "critic/b.txt", "z.txt"):
+        (source / name).write_text("new")
+    target.mkdir()
+    (target / "z.txt").write_text("old")
+    moved = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(os.path.basename(b)), replace(a, b)))
+    move_contents(str(source), str(target), last="a.txt")
+    assert moved[-1] == "a.txt" and sorted(moved) == ["a.txt", "b.txt", "z.txt"]
+    assert (target / "z.txt").read_text() == (target / "critic" / "b.txt").read_text() == "new"
+    assert not source.exists()
+
+
+def hold(path, held, let_go) -> None:
+    lock.hold(path, "the folder")
+    if os.fork() == 0:  # a worker that outlives its parent
+        time.sleep(30)
+        os._exit(0)
+    held.set()
+    let_go.wait(30)
+
+
+def test_a_lock_is_gone_with_its_process(tmp_path):
+    path, context = str(tmp_path / "new" / ".lock"), multiprocessing.get_context("spawn")
+    held, let_go = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(path, held, let_go))
+    process.start()
+    assert held.wait(60)
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"the folder is in use by process {process.pid} on .*: wait for it"):
+            lock.hold(path, "the folder")
+    process.kill()
+    process.join(30)
+    lock.hold(path, "the folder")
+    lock.hold(path, "the folder")  # one process holds it once
+    lock.release(path)
+    assert not os.path.exists(path)
 
 
 @dataclass
@@ -93,31 +311,35 @@ class Secretive:
 
 
 def test_the_record_of_a_run_is_complete_and_holds_no_secret(training_args, tmp_path):
-    reports = {"train": Report("rows.jsonl", "sft", rows_in=3, rows_out=2, fingerprint="abc")}
     args = training_args(learning_rate=3e-4, hub_token="another_secret")
-    written = describe("sft", (Secretive(), args))
-    add_datasets(written, reports)
-    write_record(tmp_path / RESULT, written)
-    text = (tmp_path / RESULT).read_text(encoding="utf-8")
+    found = record.describe("sft", (Secretive(), args))
+    report = Report("rows.jsonl", "sft", rows_in=3, rows_out=2, fingerprint="abc")
+    record.add_datasets(found, {"train": report})
+    record.write_record(str(tmp_path / "record.yaml"), found)
+    text = (tmp_path / "record.yaml").read_text(encoding="utf-8")
     assert "secret" not in text
-    record = yaml.safe_load(text)
-    assert record["recipe"] == "sft"
-    assert record["arguments"]["learning_rate"] == 3e-4
-    assert record["arguments"]["eos_token"] == "<|end|>"
-    assert record["arguments"]["model_init_kwargs"] == {"x": [1, 2]}
-    assert record["datasets"] == {"train": {"source": "rows.jsonl", "rows": 2, "fingerprint": "abc"}}
-    assert record["packages"]["trl"].startswith("1.16")
+    read = record.read_record(str(tmp_path / "record.yaml"))
+    assert read["recipe"] == "sft"
+    assert read["arguments"]["learning_rate"] == 3e-4
+    assert read["arguments"]["eos_token"] == "<|end|>"
+    assert read["arguments"]["model_init_kwargs"] == {"x": [1, 2]}
+    assert read["datasets"] == {"train": {"source": "rows.jsonl", "rows": 2, "fingerprint": "abc"}}
+    assert read["packages"]["trl"].startswith("1.16")
     secret = {"hub_token", "wandb_api_key"}
     fields = {f.name for group in (Secretive(), args) for f in dataclasses.fields(group)}
-    assert record["arguments"].keys() == fields - secret
+    assert read["arguments"].keys() == fields - secret
+    assert record.changes(read, found) == []
+    (tmp_path / "record.yaml").write_text("not a record")
+    with pytest.raises(UserError, match=r"record\.yaml cannot be read as the record of a run"):
+        record.read_record(str(tmp_path / "record.yaml"))
 
 
 def test_outside_of_a_checkout_there_is_no_revision(tmp_path, monkeypatch):
-    assert len(records.git_revision().removesuffix("-dirty")) == 40
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "record.py"))
-    assert records.git_revision() is None
+    assert len(record.git_revision().removesuffix("-dirty")) == 40
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
+    assert record.git_revision() is None
     monkeypatch.setenv("PATH", "")
-    assert records.git_revision() is None
+    assert record.git_revision() is None
 
 
 def test_what_the_user_can_mend_is_one_line_and_a_bug_is_not(capsys):
@@ -127,8 +349,47 @@ def test_what_the_user_can_mend_is_one_line_and_a_bug_is_not(capsys):
     def bug():
         raise KeyError("x")
 
+    def stopped():
+        raise RunEnded("Stopped.", 143)
+
+    def done():
+        raise RunEnded("Nothing to do.")
+
     with pytest.raises(SystemExit, match="1"):
-        runs.run(wrong_input)
+        run(wrong_input)
     assert capsys.readouterr().err == "error: the file is empty.\n"
     with pytest.raises(KeyError):
-        runs.run(bug)
+        run(bug)
+    with pytest.raises(SystemExit, match="143"):
+        run(stopped)
+    assert capsys.readouterr().err == "Stopped.\n"
+    run(done)
+    assert capsys.readouterr().err == "Nothing to do.\n"
+
+
+def test_one_signal_is_noted_and_a_second_one_ends_the_process(tmp_path, monkeypatch, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    assert signals.received() is None and not signals.listening()
+    ended = []
+    monkeypatch.setattr(signals, "end", ended.append)
+    with signals.stops_after_a_step():
+        assert signals.listening()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # launchers send it twice at once
+        assert signals.received() == signal.SIGTERM and ended == []
+        monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", -1.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGTERM) is before and not signals.listening()
+    assert capfd.readouterr().err.count("SIGTERM: stopping after this step") == 1
+
+
+def test_a_manifest_lists_every_file_of_every_folder(tmp_path):
+    folder = tmp_path / ".unfinished" / "checkpoint-3"
+    (folder / "critic").mkdir(parents=True)
+    (folder / "critic" / "model.safetensors").write_text("weights")
+    path = put_in_place(str(folder), str(tmp_path), sizes(str(folder)), True)
+    manifest = json.loads((tmp_path / "checkpoint-3" / "checkpoint.json").read_text())
+    assert manifest == {"resumable": True, "files": {"critic/model.safetensors": 7}}
+    os.remove(tmp_path / "checkpoint-3" / "critic" / "model.safetensors")
+    assert problem(path) == "critic/model.safetensors is missing"

@@ -8,8 +8,9 @@ from dataclasses import MISSING, fields
 
 import pytest
 from transformers import TrainingArguments
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RewardTrainer, SFTTrainer
 
+from recipes.trainers.checkpoints import WholeCheckpoints
 from recipes.trainers.ppo_config import REFUSED, PPOConfig
 from recipes.trainers.ppo_trainer import PPOTrainer
 from tests.trainers.conftest import config, make_trainer
@@ -33,13 +34,23 @@ OVERRIDDEN = {
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "create_optimizer": ["model"],
     "_save": ["output_dir", "state_dict"],
-    "_save_checkpoint": ["model", "trial"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
 }
 
 
-def parameters(name: str) -> list[str]:
-    return list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:]
+# The same for what `WholeCheckpoints` overrides in each trainer.
+CHECKPOINTS = {
+    "_get_output_dir": ["trial"],
+    "_save_checkpoint": ["model", "trial"],
+    "_push_from_checkpoint": ["checkpoint_folder"],
+    "_load_optimizer_and_scheduler": ["checkpoint"],
+    "_run_epoch": ["model", "epoch", "..."],
+    "_finalize_training": ["trial", "num_train_samples", "start_time"],
+}
+
+
+def parameters(name: str, trainer: type = GRPOTrainer) -> list[str]:
+    return list(inspect.signature(getattr(trainer, name)).parameters)[1:]
 
 
 @pytest.mark.parametrize("name", OVERRIDDEN)
@@ -49,6 +60,21 @@ def test_trls_methods_have_the_parameters_that_ppo_passes_on(name):
     if expected[-1] == "...":
         expected, found = expected[:-1], found[: len(expected) - 1]
     assert found == expected, f"TRL's GRPOTrainer.{name} has changed"
+
+
+@pytest.mark.parametrize("trainer", [SFTTrainer, RewardTrainer, GRPOTrainer])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_trainers_have_the_methods_that_make_checkpoints_whole(name, trainer):
+    expected = CHECKPOINTS[name]
+    found = parameters(name, trainer)
+    if expected[-1] == "...":
+        expected, found = expected[:-1], found[: len(expected) - 1]
+    assert found == expected, f"{trainer.__name__}.{name} has changed"
+
+
+def test_every_override_of_a_checkpoint_is_listed():
+    own = {name for name, value in vars(WholeCheckpoints).items() if inspect.isfunction(value)}
+    assert {name for name in own if hasattr(GRPOTrainer, name)} - {"__init__"} == CHECKPOINTS.keys()
 
 
 def test_every_override_is_listed():
