@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -218,7 +219,7 @@ def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
     except RunEnded as end:
         code = end.code
         if os.environ.get("RANK", "0") == "0":
-            print(end.text, file=sys.stderr, flush=True)
+            say(f"{end.text}\n")
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # mostly the first process fails in the same way, says so, and this one is ended meanwhile
@@ -250,10 +251,16 @@ def holds_anything(folder: str) -> bool:
     return False
 
 
+def say(text: str) -> None:
+    """Print to stderr on a line of its own, also where a progress bar stands."""
+    tqdm.write(text, file=sys.stderr, end="")
+    sys.stderr.flush()
+
+
 def fail(text: str) -> NoReturn:
     """Print `text` and end with exit code 1, in a process group without the teardown that may wait for the others."""
     lock.release_all()
-    print(text, end="", file=sys.stderr, flush=True)
+    say(text)
     if torch.distributed.is_initialized():
         sys.stdout.flush()
         os._exit(1)

@@ -102,6 +102,7 @@ class WholeCheckpoints(Trainer):
             "last_logged": self._globalstep_last_logged,
             "seconds": self._seconds_before + time.time() - self._began,
             "tokens": self._total_train_tokens,
+            "training": self.model.training,  # the last log of a run belongs to the mode that an evaluation left
             "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
         }
 
@@ -110,6 +111,7 @@ class WholeCheckpoints(Trainer):
         self._tr_loss = state["loss"].to(self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["last_logged"]
         self._seconds_before, self._total_train_tokens = state["seconds"], state["tokens"]
+        self.model.train(state["training"])
         for mode, metrics in state["metrics"].items():
             self._metrics[mode].update(metrics)
 

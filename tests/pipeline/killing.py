@@ -1,17 +1,23 @@
 """Recipes in processes of their own that are forked from one with everything imported, to be killed at any moment.
 
-A run of the tiny models takes about a second then. `Killer` counts what a run does to the files of its output folder,
-and ends the process with SIGKILL just before the n-th of these operations.
+A run of the tiny models takes about a second then. `Watcher` counts what a run does to the files of its output folder,
+and does something to the process just before the n-th of these operations.
 """
 
+import contextlib
 import gc
 import importlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import psutil
 
 from recipes.cli.run import run
 from tests.conftest import recipe_line
@@ -20,11 +26,15 @@ TIMEOUT = 120
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
 
-class Killer:
-    """An audit hook: each operation on files of `folder` is a line in `trace`, and instead of the n-th it kills."""
+class Watcher:
+    """An audit hook: each operation on files of `folder` is a line in `trace`.
 
-    def __init__(self, folder: str, trace: str, number: int | None):
-        self.folder, self.number, self.count = folder, number, 0
+    Args:
+        events: what happens just before the operation of each number.
+    """
+
+    def __init__(self, folder: str, trace: str, events: dict[int, Callable[[], None]]):
+        self.folder, self.events, self.count = folder, events, 0
         self.trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def __call__(self, event: str, arguments: tuple) -> None:
@@ -32,21 +42,36 @@ class Killer:
             return
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
-        if self.count == self.number:
-            os.kill(os.getpid(), signal.SIGKILL)
+        number, self.count = self.count, self.count + 1
+        if number in self.events:
+            self.events[number]()
         os.write(self.trace, f"{event} {arguments[0]}\n".encode())
-        self.count += 1
 
 
-def work(step: str, arguments: dict, folder: str, number: int | None) -> None:
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def fill_disk() -> None:
+    """From now on a file of this process can have 50 kB, which its log needs and its weights exceed."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+
+def length(completions, **kwargs) -> list[float]:
+    """A reward function."""
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+def work(step: str, arguments: dict, events: dict) -> None:
     """What the child does: the recipe as its command would run it, with its output in a file."""
-    log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    folder = str(arguments["output_dir"])
+    log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     gc.freeze()  # each trainer calls `gc.collect`, which would walk all that was imported
-    sys.addaudithook(Killer(folder, f"{folder}.trace", number))
+    sys.addaudithook(Watcher(folder, f"{folder}.trace", events))
     recipe = importlib.import_module(f"recipes.{step}")
-    sys.argv = [step, *recipe_line(step, output_dir=folder, **arguments)]
+    sys.argv = [step, *recipe_line(step, **arguments)]
     run(recipe.main, recipe.ARGUMENTS)
 
 
@@ -54,24 +79,31 @@ class Recipe:
     """One recipe with its arguments, started again and again in one output folder."""
 
     def __init__(self, step: str, output_dir: str | Path, **arguments):
-        self.step, self.folder, self.arguments = step, Path(output_dir), arguments
+        self.step, self.folder = step, Path(output_dir)
+        self.arguments = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
 
     def at(self, output_dir: str | Path) -> "Recipe":
         """The same recipe in another folder."""
         return Recipe(self.step, output_dir, **self.arguments)
 
-    def start(self, number: int | None = None, **changes) -> multiprocessing.Process:
+    def start(self, kill_at=None, signal_at=None, stop_at=None, full_at=None, **changes):
+        """A process that runs the recipe, with what happens to it at an operation on files of that number.
+
+        It is killed, gets a SIGTERM, is stopped until SIGCONT, or the disk is full from there on.
+        """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([f"recipes.{step}" for step in ("sft", "reward", "ppo")])
+        events = {kill_at: partial(send, signal.SIGKILL), signal_at: partial(send, signal.SIGTERM)}
+        events |= {stop_at: partial(send, signal.SIGSTOP), full_at: fill_disk}
         Path(f"{self.folder}.trace").unlink(missing_ok=True)
-        arguments = self.arguments | changes
-        process = context.Process(target=work, args=(self.step, arguments, str(self.folder), number))
+        arguments = self.arguments | {"output_dir": str(self.folder)} | changes
+        process = context.Process(target=work, args=(self.step, arguments, events))
         process.start()
         return process
 
-    def run(self, number: int | None = None, after: float | None = None, **changes) -> int:
-        """The exit code; -9 after a SIGKILL before operation `number`, or `after` seconds."""
-        process = self.start(number, **changes)
+    def run(self, kill_at: int | None = None, after: float | None = None, **changes) -> int:
+        """The exit code; -9 after a SIGKILL at operation `kill_at` on files, or `after` seconds."""
+        process = self.start(kill_at, **changes)
         process.join(TIMEOUT if after is None else after)
         if process.is_alive():
             process.kill()
@@ -84,6 +116,15 @@ class Recipe:
 
     def trace(self) -> list[str]:
         return Path(f"{self.folder}.trace").read_text(encoding="utf-8").splitlines()
+
+
+def stop(pid: int) -> None:
+    """Kill a process that a test started, with all it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def assert_same_result(one: Path, other: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_slurm_job_launches_once_on_each_machine(tmp_path, job):
     again = bash(SLURM / "recipe.sbatch", *arguments, **job, SLURM_RESTART_COUNT="1", ACCELERATE_CONFIG="other.yaml")
     assert again.stdout.count("launch") == 2
     for line in again.stdout.splitlines():
-        assert "<--config_file><other.yaml>" in line and line.endswith("<--resume_from_checkpoint><true>")
+        assert "<--config_file><other.yaml>" in line and line.endswith("<--resume_from_checkpoint><auto>")
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_killed_before_each_operation_on_files(recipes, tmp_path, step):
     numbers = stages(whole.trace())
     for number in numbers:
         recipe = whole.at(tmp_path / f"{number}")
-        assert recipe.run(number=number) == -9, recipe.log()
+        assert recipe.run(number) == -9, recipe.log()
         complete(recipe)
         assert_same_result(whole.folder, recipe.folder)
         shutil.rmtree(recipe.folder)
