@@ -71,12 +71,18 @@ def test_errors_leave_the_report_and_no_rows(tmp_path):
     data.write_text("prompt,completion\nq,a\nq,a,b\n")
     output.write_text("older\n")
     code, out, err = inspect(data, "--task", "sft", "--output", output, "--report", report)
-    assert (code, out, output.read_text()) == (1, "", "older\n")
+    assert (code, out, output.read_text()) == (2, "", "older\n")
+    assert "rows.jsonl exists, and nothing is ever written over" in err and not report.exists()
+    output.unlink()
+
+    code, out, err = inspect(data, "--task", "sft", "--output", output, "--report", report)
+    assert (code, out) == (1, "") and not output.exists()
     assert f"{data}:3: found 3 fields, expected 2 as in the header" in err
     saved = json.loads(report.read_text())
     assert saved["rows_in"] == 2
     assert [(error["file"], error["line"], error["column"]) for error in saved["errors"]] == [(str(data), 3, None)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "report.json", "rows.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "report.json"]
+    report.unlink()
 
     code, out, err = inspect(data, "--task", "sft", "--output", output, "--report", report, "--on_error", "skip")
     assert code == 0 and len(lines(output)) == 1
