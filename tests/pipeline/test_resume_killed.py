@@ -1,13 +1,15 @@
 """Kill a run anywhere, resume it, and it ends as if nothing had been: `python -m pytest -m kill`, about 30 minutes.
 
 Each recipe is killed with SIGKILL at random moments, and before each operation on files while it starts, saves and
-finishes. The counts of a run go into docs/reliability.md.
+finishes; and gets a SIGTERM at random moments. The counts of a run go into docs/reliability.md.
 """
 
 import random
 import re
 import shutil
+import signal
 import time
+from collections import Counter
 
 import pytest
 
@@ -17,7 +19,7 @@ from tests.pipeline.conftest import ppo_arguments, reward_arguments, sft_argumen
 from tests.pipeline.killing import Recipe, assert_same_result
 
 pytestmark = [pytest.mark.kill, pytest.mark.slow]
-RANDOM_KILLS = 20
+RANDOM_KILLS = 20  # at 40 to 100 % of the time that a run takes: before, nothing is written yet
 STEPS = ("sft", "reward", "ppo")
 TITLES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
 COUNTS: dict[tuple[str, str], int] = {}
@@ -69,11 +71,29 @@ def test_killed_at_a_random_moment(recipes, tmp_path, step):
     whole, moments = recipes[step], random.Random(step)
     for number in range(RANDOM_KILLS):
         recipe = whole.at(tmp_path / f"{number}")
-        recipe.run(after=moments.uniform(0.0, whole.seconds))
+        recipe.run(after=whole.seconds * moments.uniform(0.4, 1.0))
         complete(recipe)
         assert_same_result(whole.folder, recipe.folder)
         shutil.rmtree(recipe.folder)
     COUNTS[step, "at a random moment"] = RANDOM_KILLS
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_told_to_stop_at_a_random_moment(recipes, tmp_path, step):
+    whole, moments, codes = recipes[step], random.Random(step), Counter()
+    for number in range(RANDOM_KILLS):
+        recipe = whole.at(tmp_path / f"{number}")
+        process = recipe.start()
+        time.sleep(whole.seconds * moments.uniform(0.4, 1.0))
+        process.terminate()
+        process.join(60)
+        codes[process.exitcode] += 1
+        complete(recipe)
+        assert_same_result(whole.folder, recipe.folder)
+        shutil.rmtree(recipe.folder)
+    # It stops after a step, or at once while nothing is trained, or is done before the signal comes.
+    assert codes.keys() <= {128 + signal.SIGTERM, -signal.SIGTERM, 0}, codes
+    COUNTS[step, "told to stop at a random moment"] = RANDOM_KILLS
 
 
 def stages(trace: list[str]) -> list[int]:
@@ -95,7 +115,7 @@ def test_killed_before_each_operation_on_files(recipes, tmp_path, step):
     numbers = stages(whole.trace())
     for number in numbers:
         recipe = whole.at(tmp_path / f"{number}")
-        assert recipe.run(number) == -9, recipe.log()
+        assert recipe.run(number) == -signal.SIGKILL, recipe.log()
         complete(recipe)
         assert_same_result(whole.folder, recipe.folder)
         shutil.rmtree(recipe.folder)
