@@ -1,30 +1,31 @@
-"""Datasets for the recipes: any source becomes the columns that TRL trains on, or an error says why not.
+"""Formats datasets for the recipes: any source becomes the columns that TRL trains on, or an error says why not.
 
-The columns of each task are listed in `recipes.data.tasks`, the schemas in `recipes.data.schemas`.
-Nothing here knows a model; a tokenizer is passed in where one is needed.
+`recipes.data.tasks` lists the columns of each task, `recipes.data.schemas` the datasets that are understood.
+This module may import `recipes.data` and `recipes.cli`: it needs no model, at most a tokenizer.
 """
 
-import hashlib
-import json
 import os
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from recipes.data.digests import Digests
-from recipes.data.formatter import Formatter, NeedsTools, as_rows
+from recipes.data.control_tokens import control_tokens
+from recipes.data.formatter import Formatter, as_rows
 from recipes.data.loading import Rows, list_splits, load_rows
-from recipes.data.mixtures import Source, check_fractions, combine
+from recipes.data.mapping import parse_mapping
+from recipes.data.mixtures import Source, combine, parse_sources
 from recipes.data.report import Report
+from recipes.data.rows import DataError
 from recipes.data.schemas import detect
-from recipes.data.tasks import features, group_id
-from recipes.data.text_files import DataError, Row
-from recipes.models.control_tokens import control_tokens
+from recipes.data.splits import check_leakage, split_by_group
+from recipes.data.tasks import has_tools
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+BATCH = 1000  # rows that are written at a time
 
 __all__ = [
     "DataError", "FormattedDatasets", "Formatter", "FormattingArguments", "Report", "check_leakage", "detect",
@@ -33,144 +34,81 @@ __all__ = [
 
 
 def format_dataset(
-    rows: Rows | Iterable[dict],
-    task: str,
-    schema: str = "auto",
-    mapping: Mapping[str, str] | None = None,
-    on_error: str = "raise",
-    margin: bool = False,
-    on_special: str = "flag",
-    special_tokens: Iterable[str] = (),
-    dedup: str = "flag",
-    streaming: bool = False,
-    num_proc: int | None = None,
-    **options,
+    rows: Rows | Iterable[dict], task: str, streaming: bool = False, num_proc: int | None = None, **options
 ) -> tuple["Dataset | IterableDataset", Report]:
     """Formats rows for a task.
 
     Args:
         rows: from `load_rows`, or any list or `datasets` dataset of dictionaries.
+        task: "sft", "preference", "ranking" or "prompt".
         streaming: formats while the result is iterated: an IterableDataset, whose report fills up on the way and
             whose errors are raised at the row where they are met.
         num_proc: processes that format; the result is the same for any number. Streams take one.
-        Others: see `Formatter`, which also takes `options`.
+        options: of `Formatter`: schema, mapping, on_error, on_special, dedup, margin, prompt_completion and others.
     Returns:
         The dataset, memory-mapped from a file that lives as long as the process, and the report.
     Raises:
         DataError: rows that cannot be used, an unknown schema, or no usable row; its `report` is complete.
     """
-    formatter = Formatter(
-        task, schema, mapping, on_error, margin, on_special, special_tokens, dedup, fail_fast=streaming, **options
-    )
-    return _stream(formatter, as_rows(rows)) if streaming else _write(formatter, as_rows(rows), num_proc or 1)
-
-
-def _stream(formatter: Formatter, rows: Rows) -> tuple["IterableDataset", Report]:
+    rows = as_rows(rows)
+    formatter, report = Formatter(task, fail_fast=streaming, **options), Report(rows.source, task)
+    if not streaming:
+        return _write(formatter, rows, report, num_proc or 1), report
     from datasets import IterableDataset
 
-    report = Report(rows.source, formatter.task)
-    known = None
-    if formatter.task != "sft":
-        known = features(formatter.task, margin=formatter.margin, keep=formatter.keep_columns)
+    known = None if task == "sft" else formatter.features()  # sft rows may have tool calls, or not
     parts = {"formatter": formatter, "rows": rows, "report": report}
-    return IterableDataset.from_generator(_stream_rows, features=known, gen_kwargs=parts), report
+    return IterableDataset.from_generator(_stream, known, parts), report
 
 
-def _stream_rows(formatter: Formatter, rows: Rows, report: Report) -> Iterator[dict]:
-    report.__init__(report.source, report.task)  # each epoch reads all rows again
-    for _, output in formatter(rows, report):
-        yield output
+def _stream(formatter: Formatter, rows: Rows, report: Report) -> Iterator[dict]:
+    return (output for _, output in formatter(rows, report))
 
 
-def _write(formatter: Formatter, rows: Rows, num_proc: int, tools: bool = False) -> tuple["Dataset", Report]:
+def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int, tools: bool = False) -> "Dataset":
+    """Writes an Arrow file itself: `Dataset.from_generator` wraps errors and rounds numbers in tool calls."""
     import datasets
+    import pyarrow
     from datasets.arrow_writer import ArrowWriter
 
-    report = Report(rows.source, formatter.task)
-    options = formatter.prompt_completion, formatter.margin, tools, formatter.keep_columns
-    columns = features(formatter.task, *options)
+    columns = formatter.features(tools)
     folder = datasets.fingerprint.get_temporary_cache_files_directory()
     path = os.path.join(folder, f"formatted-{os.urandom(8).hex()}.arrow")
-    try:
-        with ArrowWriter(features=columns, path=path) as writer:
-            for table in formatter.tables(rows, report, columns, num_proc):
-                writer.write_table(table)
-            writer.finalize()
-    except NeedsTools:  # known only once a row with tool calls is met
-        os.remove(path)
-        return _write(formatter, rows, num_proc, tools=True)
+    outputs = (output for _, output in formatter(rows, report, num_proc))
+    with ArrowWriter(features=columns, path=path) as writer:
+        while batch := list(islice(outputs, BATCH)):
+            if not tools and any(map(has_tools, batch)):  # known only now: begin again with other columns
+                return _write(formatter, rows, report, num_proc, tools=True)
+            cells = {name: [row.get(name) for row in batch] for name in columns}
+            if tools or formatter.keep_columns:  # there is free JSON, which Arrow cannot take as it is
+                cells = {name: columns.encode_column(cells[name], name) for name in cells}
+            writer.write_table(pyarrow.Table.from_pydict(cells, columns.arrow_schema))
+        writer.finalize()
     dataset = datasets.Dataset.from_file(path)
     dataset._fingerprint = report.fingerprint  # of the content, so that it is the same in the next run
-    return dataset, report
-
-
-def check_leakage(train: "Dataset", test: "Dataset") -> Report:
-    """Flags the rows of `test` whose prompt is also a prompt in `train`; both come from `format_dataset`."""
-    report = Report("test", "leakage", reason="rows whose prompt is not in train")
-    known = Digests()
-    for digest in _prompt_digests(train):
-        known.add(digest)
-    for number, digest in enumerate(_prompt_digests(test), 1):
-        report.rows_in += 1
-        if digest in known:
-            report.add("flags", Row("test", number, None), "the prompt is also in train")
-        else:
-            report.rows_out += 1
-    return report
-
-
-def _prompt_digests(dataset: "Dataset") -> Iterator[bytes]:
-    """Of each row, 8 bytes that are equal for equal prompts."""
-    column = next(name for name in ("group_id", "prompt", "messages") if name in dataset.column_names)
-    for row in dataset.select_columns(column):
-        value = row[column]
-        yield bytes.fromhex(value if column == "group_id" else group_id(value[:-1] if column == "messages" else value))
-
-
-def split_by_group(dataset: "Dataset", test_size: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
-    """Splits into (train, test) so that all rows of one prompt fall on the same side.
-
-    Args:
-        test_size: share of the prompts, between 0 and 1, that goes to test. The side of a prompt depends on nothing
-            but the prompt and the seed, so it stays when rows are added.
-    """
-    import numpy
-
-    if not 0 < test_size < 1:
-        raise DataError(f"the share of the test split is {test_size}; expected a number between 0 and 1")
-    digests = (hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest() for digest in _prompt_digests(dataset))
-    sides = (int.from_bytes(digest[:8]) < test_size * 2**64 for digest in digests)
-    in_test = numpy.fromiter(sides, bool, len(dataset))
-    if in_test.all() or not in_test.any():
-        raise DataError(f"{len(dataset)} rows are too few prompts for a test share of {test_size}; try another seed")
-    return dataset.select(numpy.flatnonzero(~in_test)), dataset.select(numpy.flatnonzero(in_test))
+    return dataset
 
 
 @dataclass
 class FormattingArguments:
-    """How the dataset of a recipe is read; used together with TRL's ScriptArguments. `Formatter` explains more.
+    """How the dataset of a recipe is read, beside TRL's ScriptArguments; docs/datasets.md explains more."""
 
-    Args:
-        dataset_schema: name of the schema (docs/datasets.md), or "auto" to detect it from columns and values.
-        dataset_mapping: which column holds what, as key=value items or one JSON object, e.g. `prompt=question.text
-            chosen=best rejected=worst`; dots reach into objects, and `roles.NAME=user` adds a role.
-        datasets: a mixture instead of `dataset_name`: sources, or mappings with `path` and perhaps `name`, `split`,
-            `data_files`, `schema`, `mapping` and `fraction`, the share of the source in the mixture.
-        on_error: "raise" stops at rows that cannot be used; "skip" leaves them out, up to `max_error_rate`.
-        max_error_rate: with `on_error=skip`, the share of bad rows that is still accepted (one row always is).
-        on_special: text that a tokenizer may read as a control token is kept and reported ("flag"), leaves the row
-            out ("drop") or counts as an error ("fail").
-        dedup: rows that were there before are kept and reported ("flag") or left out ("drop").
-        keep_columns: for PPO, columns of the dataset that its Python reward functions get as keyword arguments.
-        test_split_size: share of the prompts that is held out for evaluation, where the dataset has no test split.
-    """
-
-    dataset_schema: str = field(default="auto", metadata={"help": "Schema of the dataset; see docs/datasets.md."})
+    dataset_schema: str = field(
+        default="auto", metadata={"help": "Name of the schema (docs/datasets.md lists them), or auto to detect it."}
+    )
     dataset_mapping: list[str] | None = field(
-        default=None, metadata={"help": "Columns by name, as key=value items or one JSON object."}
+        default=None,
+        metadata={
+            "help": "Which column holds what, as key=value items or one JSON object, e.g. prompt=question.text "
+            "chosen=best rejected=worst; dots reach into objects, and roles.NAME=user adds a role."
+        },
     )
     datasets: list[str] | None = field(
-        default=None, metadata={"help": "A mixture of sources, as SOURCE or SOURCE=FRACTION; instead of dataset_name."}
+        default=None,
+        metadata={
+            "help": "A mixture instead of dataset_name: SOURCE or SOURCE=FRACTION, its share of the mixture; in YAML "
+            "also mappings with path and perhaps name, split, data_files, schema, mapping and fraction."
+        },
     )
     on_error: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "Stop at rows that cannot be used, or leave them out."}
@@ -179,9 +117,11 @@ class FormattingArguments:
         default=0.01, metadata={"help": "With on_error=skip, the share of bad rows that is still accepted."}
     )
     on_special: Literal["flag", "drop", "fail"] = field(
-        default="flag", metadata={"help": "What to do with rows that hold the text of a control token."}
+        default="flag", metadata={"help": "Report, leave out or refuse rows that hold the text of a control token."}
     )
-    dedup: Literal["flag", "drop"] = field(default="flag", metadata={"help": "What to do with repeated rows."})
+    dedup: Literal["flag", "drop"] = field(
+        default="flag", metadata={"help": "Report repeated rows, or leave them out."}
+    )
     keep_columns: list[str] | None = field(
         default=None, metadata={"help": "For PPO, columns that its Python reward functions get as keyword arguments."}
     )
@@ -196,25 +136,8 @@ class FormattingArguments:
         return {"schema": self.dataset_schema, "mapping": parse_mapping(self.dataset_mapping)} | given
 
 
-def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, str] | None:
-    """A mapping as it comes from the command line (key=value items or a JSON object) or from YAML."""
-    if not items or isinstance(items, Mapping):
-        return dict(items) if items else None
-    joined = items if isinstance(items, str) else " ".join(items)
-    if joined.lstrip().startswith("{"):
-        try:
-            return parse_mapping(json.loads(joined))
-        except json.JSONDecodeError as error:
-            raise DataError(f"--dataset_mapping is not valid JSON: {error}") from None
-    items = items.split() if isinstance(items, str) else items
-    for item in items:
-        if not re.fullmatch(r"[^=]+=[^=]+", item):
-            raise DataError(f"--dataset_mapping: {item!r} is not KEY=COLUMN, e.g. prompt=question.text")
-    return dict(item.split("=") for item in items)
-
-
 class FormattedDatasets(dict):
-    """Datasets by split ("train", perhaps "eval"), and in `reports` what became of their rows."""
+    """Datasets by split ("train", perhaps "eval"), and `reports` on their rows."""
 
     def __init__(self):
         super().__init__()
@@ -238,35 +161,37 @@ def load_formatted(
     Args:
         script_args: TRL's ScriptArguments: dataset_name, dataset_config, the names of the splits, and
             dataset_streaming, which gives IterableDatasets that are formatted while they are read.
-        tokenizer: its control tokens are looked for in the text of the rows.
+        tokenizer: rows are searched for its control tokens.
         options: further keyword arguments of `format_dataset`, such as `prompt_completion` or `margin`.
     Raises:
-        DataError: no or unusable data; nothing can be trained.
+        DataError: there is no dataset, or it cannot be used.
     """
     options = {**format_args.options(), "special_tokens": control_tokens(tokenizer) if tokenizer else (), **options}
     options["streaming"] = streaming = script_args.dataset_streaming
     if options.get("num_proc"):  # each process of a launch formats all rows
         options["num_proc"] //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    sources = [Source.parse(each) for each in format_args.datasets or ()]
-    if not sources and script_args.dataset_name is None:
-        raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")
-    train = Source(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
-    test = replace(train, split=script_args.dataset_test_split)
-    has_test = evaluate and not sources and test.split in list_splits(test.path, test.name)
+    sources = {"train": parse_sources(format_args.datasets or ())}
+    if not sources["train"]:
+        if script_args.dataset_name is None:
+            raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")
+        train = Source(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
+        sources = {"train": [train]}
+        if evaluate and script_args.dataset_test_split in list_splits(train.path, train.name):
+            sources["eval"] = [replace(train, split=script_args.dataset_test_split)]
+    has_test = "eval" in sources
     if evaluate and streaming and not has_test:
         raise DataError("a stream cannot be split: evaluate on a source with a test split, or do not stream")
 
     datasets = FormattedDatasets()
-    for key, parts in ({"train": sources or [train]} | ({"eval": [test]} if has_test else {})).items():
-        check_fractions(parts)
+    for key, parts in sources.items():
         formatted = []
-        for index, part in enumerate(parts):
+        for number, part in enumerate(parts, 1):
             own = {"schema": part.schema, "mapping": parse_mapping(part.mapping)}
             rows = load_rows(part.path, part.split, part.name, part.data_files, streaming)
             dataset, report = format_dataset(rows, task, **options | {name: own[name] for name in own if own[name]})
             formatted.append(dataset)
-            datasets.reports[key if len(parts) == 1 else f"{key} {index + 1}"] = report
-        datasets[key] = combine(formatted, parts, task, options, seed)
+            datasets.reports[key if len(parts) == 1 else f"{key} {number}"] = report
+        datasets[key] = combine(formatted, parts, streaming, seed)
     if has_test and not streaming:
         datasets.reports["leakage"] = check_leakage(datasets["train"], datasets["eval"])
     elif evaluate and not has_test:

@@ -28,7 +28,8 @@ from recipes.models.compatibility import check_ppo_models
 from recipes.models.loading import load_ppo_models, read_reward_statistics, report_half_precision
 from recipes.models.source import ModelSource, resolve_model
 from recipes.models.tokenization import load_tokenizer
-from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
+from recipes.trainers.ppo_config import PPOConfig
+from recipes.trainers.ppo_trainer import PPOTrainer
 
 
 @dataclass
@@ -39,25 +40,16 @@ class PPOScriptArguments(ScriptArguments):
         default=None, metadata={"help": "Reward adapter on the policy's base, or a full reward model."}
     )
     separate_reward_model: bool = field(
-        default=False,
-        metadata={"help": "Load a reward adapter of another base with its own base; it then scores decoded text."},
+        default=False, metadata={"help": "Load a reward adapter with its own base; it then scores decoded text."}
     )
     reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Python functions `module.function` of TRL's signature, added to the reward model's score with "
-            "--reward_weights (the reward model's weight comes first)."
-        },
+        default=None, metadata={"help": "Python rewards `module.function`; --reward_weights has the model's first."}
     )
     ptx_dataset_name: str | None = field(
         default=None, metadata={"help": "Demonstrations for --ptx_coef, of any schema that recipes/sft.py takes."}
     )
     normalize_scores: bool = field(
-        default=True,
-        metadata={
-            "help": "Standardise scores with the mean and spread that recipes/reward.py stored; --score_mean and "
-            "--score_std go before them."
-        },
+        default=True, metadata={"help": "Standardise scores by the mean and spread that recipes/reward.py stored."}
     )
 
 
@@ -107,7 +99,8 @@ def main(
     folder = RunFolder("ppo", script_args, training_args, model_args, format_args)
 
     trusted = training_args.trust_remote_code
-    policy, reward = resolve_model(model_args.model_name_or_path, model_args.model_revision, trusted), None
+    policy = resolve_model(model_args.model_name_or_path, model_args.model_revision, trusted)
+    reward: ModelSource | None = None
     if script_args.reward_model_name_or_path:
         reward = resolve_model(script_args.reward_model_name_or_path, trust_remote_code=trusted)
         if script_args.normalize_scores:

@@ -18,7 +18,8 @@ from trl import ModelConfig, ScriptArguments
 from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
 from recipes.cli.launch import world_size
-from recipes.cli.run import git_revision, run
+from recipes.cli.record import git_revision
+from recipes.cli.run import run
 from recipes.data.report import Report
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.llm_judge import LLMJudge

@@ -13,32 +13,31 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from recipes.cli.errors import UserError
+from recipes.data.control_tokens import control_tokens
 from recipes.data.preview import render
 from recipes.data.report import Report
-from recipes.data.schemas import SCHEMAS, TASKS
+from recipes.data.schemas import TASKS
 from recipes.formatting import Formatter, FormattingArguments, load_rows
-from recipes.models.control_tokens import control_tokens
 
 SHOWN = 3
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    defaults = FormattingArguments()
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingArguments]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("source", help="file (.jsonl, .json, .csv, .parquet), folder or Hub name")
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--split", default="train", help="default: train; rows 10 to 19 of it are train[10:20]")
     parser.add_argument("--dataset_config", help="configuration of a Hub dataset")
-    parser.add_argument("--dataset_schema", default=defaults.dataset_schema, metavar="NAME", help=", ".join(SCHEMAS))
-    parser.add_argument("--dataset_mapping", nargs="+", metavar="KEY=COLUMN")
-    parser.add_argument("--on_error", default=defaults.on_error, choices=("raise", "skip"))
-    parser.add_argument("--max_error_rate", type=float, default=defaults.max_error_rate)
-    parser.add_argument("--on_special", default=defaults.on_special, choices=("flag", "drop", "fail"))
-    parser.add_argument("--dedup", default=defaults.dedup, choices=("flag", "drop"))
-    parser.add_argument("--keep_columns", nargs="+", default=defaults.keep_columns, metavar="COLUMN")
+    shared = [each for each in fields(FormattingArguments) if each.name not in ("datasets", "test_split_size")]
+    for each in shared:
+        kind = {"choices": get_args(each.type)} if get_origin(each.type) is Literal else {"type": type(each.default)}
+        kind = {"nargs": "+"} if each.default is None else kind
+        parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
     parser.add_argument("--num_proc", type=int, default=1, help="processes that format")
     parser.add_argument("--tokenizer", metavar="MODEL", help="show rows as this model will see them")
     parser.add_argument("--max_length", type=int, help="with --tokenizer, report rows of more tokens")
@@ -57,21 +56,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{path} exists, and nothing is ever written over: remove it or choose another file")
     if len({path.resolve() for path in written}) < len(written):
         parser.error(f"--output and --report are the same file, {args.output}")
-    return args
+    return args, FormattingArguments(**{each.name: getattr(args, each.name) for each in shared})
 
 
-def formatted(args: argparse.Namespace, report: Report, tokenizer) -> Iterator[dict]:
-    format_args = FormattingArguments(
-        dataset_schema=args.dataset_schema,
-        dataset_mapping=args.dataset_mapping,
-        on_error=args.on_error,
-        max_error_rate=args.max_error_rate,
-        on_special=args.on_special,
-        dedup=args.dedup,
-        keep_columns=args.keep_columns,
-    )
-    limit = {"tokenizer": tokenizer, "max_length": args.max_length} if tokenizer else {}
+def formatted(args: argparse.Namespace, format_args: FormattingArguments, report: Report, tokenizer) -> Iterator[dict]:
     special = control_tokens(tokenizer) if tokenizer else ()
+    limit = {"tokenizer": tokenizer, "max_length": args.max_length}
     formatter = Formatter(args.task, special_tokens=special, **limit, **format_args.options())
     rows = load_rows(args.source, args.split, args.dataset_config)
     for row, output in formatter(rows, report, args.num_proc):
@@ -79,21 +69,21 @@ def formatted(args: argparse.Namespace, report: Report, tokenizer) -> Iterator[d
         yield {"file": row.file, "line": row.line, **output}
 
 
-def write(args: argparse.Namespace, report: Report, tokenizer) -> list[dict]:
-    """Writes `--output`, which appears only once it is complete, and returns the first rows."""
+def write(path: Path | None, rows: Iterator[dict]) -> list[dict]:
+    """Writes the rows to a file, which appears only once it is complete, and returns the first ones."""
     first = []
-    folder = args.output.parent if args.output else None
+    folder = path.parent if path else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, delete=False) as file:
         try:
-            for output in formatted(args, report, tokenizer):
-                first += [output] if len(first) < SHOWN else []
-                if args.output:
-                    file.write(json.dumps(output, ensure_ascii=False) + "\n")
+            for row in rows:
+                first += [row] if len(first) < SHOWN else []
+                if path:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.close()
-            if args.output:
-                os.replace(file.name, args.output)
+            if path:
+                os.replace(file.name, path)
         finally:
             Path(file.name).unlink(missing_ok=True)
     return first
@@ -109,7 +99,7 @@ def show(rows: list[dict], tokenizer) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args, format_args = parse_args(argv)
     report = Report(args.source, args.task)
     failed = False
     try:
@@ -120,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             from recipes.models.tokenization import load_tokenizer
 
             tokenizer = load_tokenizer(resolve_model(args.tokenizer))
-        show(write(args, report, tokenizer), tokenizer)
+        show(write(args.output, formatted(args, format_args, report, tokenizer)), tokenizer)
         print(report)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,18 +16,20 @@ from recipes.cli.errors import UserError
 from recipes.labelling.accounts import add_labeler, labelers, named_labeler
 from recipes.labelling.answers import JUSTIFICATIONS
 from recipes.labelling.database import Database
-from recipes.labelling.export import export, write_new
+from recipes.labelling.export import export
+from recipes.labelling.files import new_file
 from recipes.labelling.store import Store
 from recipes.labelling.tasks import read_tasks
 from recipes.labelling.terminal import rank_in_terminal
 
+MAX_NUMBER = 1_000_000
 GUIDELINES = Path(labelling.__file__).with_name("guidelines.txt")
 
 
 def at_least(minimum):
     def parse(text):
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        if not text.isdecimal() or not minimum <= int(text) <= MAX_NUMBER:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} to {MAX_NUMBER}")
         return int(text)
 
     return parse
@@ -88,7 +90,7 @@ def open_store(args):
     options = {name: getattr(args, name) for name in ("overlap", "gold_every", "justifications")}
     store = Store(args.database, create=bool(files), guidelines=guidelines, **options)
     for path, tasks, left_out in read:
-        added = store.add_tasks(tasks, source=path.name)
+        added = store.add_tasks(tasks, source=str(path.resolve()))
         notes = [f"{number} {reason.replace('_', ' ')} left out" for reason, number in left_out.items() if number]
         print(", ".join([f"{path}: {added} prompts added, {len(tasks) - added} already there", *notes]))
     size = store.size()
@@ -102,9 +104,13 @@ def run_serve(args):
     from recipes.labelling.server import serve
 
     store = open_store(args)
-    if not labelers(store):
+    known = labelers(store)
+    if not known:
         name = user_name()
         print(f"First labeler {name!r}, log in with this token (shown only now): {add_labeler(store, name)}")
+    else:
+        print(f"Labelers: {', '.join(labeler.name for labeler in known)}. For a lost token, make another:")
+        print(f"  python scripts/rank_responses.py add-labeler NAME --new_token --database {args.database}")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"Warning: {args.host} is open to other machines, and plain HTTP can be read on the way: see")
         print("docs/labelling.md for a tunnel or a proxy with TLS.")
@@ -143,7 +149,8 @@ def run_agreement(args):
     if args.output is None:
         sys.stdout.write(text)
     else:
-        write_new(args.output, text)
+        with new_file(args.output) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def run_backup(args):

@@ -19,9 +19,9 @@ from trl import ModelConfig, ScriptArguments
 from recipes.cli.errors import UserError
 from recipes.cli.launch import world_size
 from recipes.cli.run import run
+from recipes.data.control_tokens import control_tokens
 from recipes.data.report import Report
 from recipes.formatting import Formatter, FormattingArguments, load_rows
-from recipes.models.control_tokens import control_tokens
 from recipes.models.sampling import Prompt, SamplingArguments, load_generator, sample_to_file
 
 

@@ -110,5 +110,5 @@ def test_the_floor_counts_what_torch_counts(module):
     head = 2 * 8 * sizes["hidden_size"] * shape.vocabulary
     counted = floor.products(shape)
     assert counted["generate"] == forward + head
-    # Two epochs of the policy, and of the critic's two the second: the first gave the old values.
-    assert counted["train"] == 3 * (forward + backward) + 4 * head
+    # Two epochs of policy and critic
+    assert counted["train"] == 4 * (forward + backward) + 4 * head

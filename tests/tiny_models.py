@@ -1,8 +1,18 @@
 """Small random models for tests: a two-layer Llama with a word-level tokenizer, built in milliseconds."""
 
+from pathlib import Path
+
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
@@ -45,6 +55,34 @@ def causal_lm(seed: int = 0, sharpness: float = 8.0, **kwargs) -> LlamaForCausal
 def reward_model(seed: int = 1, **kwargs) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
     return LlamaForSequenceClassification(llama_config(num_labels=1, **kwargs)).eval()
+
+
+def save_base(folder: Path, **kwargs) -> str:
+    """Write a base with its tokenizer, and return the folder's name."""
+    causal_lm(**kwargs).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_adapter(folder: Path, base: str | Path, task_type: str = "CAUSAL_LM", std: float = 0.0, **lora) -> str:
+    """Write a LoRA adapter on a saved base with its tokenizer, and return the folder's name.
+
+    `std` of its B matrices and its score head; with 0 the matrices are 0 and the head is the random one of the base.
+    """
+    if task_type == "SEQ_CLS":
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base)
+    heads = ["score"] if task_type == "SEQ_CLS" else None
+    options = {"r": 4, "target_modules": "all-linear", "modules_to_save": heads} | lora
+    model = get_peft_model(model, LoraConfig(task_type=task_type, **options))
+    torch.manual_seed(3)
+    for name, weight in model.named_parameters():
+        if std and ("lora_B" in name or "score.modules_to_save" in name):
+            torch.nn.init.normal_(weight, std=std)
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def prompts(n: int, length: int = 4, seed: int = 0, words: int = 59) -> list[list[dict]]:

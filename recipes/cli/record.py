@@ -155,7 +155,7 @@ def wants_more(arguments: Mapping[str, Any], finished: Mapping[str, Any], state:
 
 def plain(value):
     """`value` in types that YAML knows, without the entries whose names say that they are secret."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items() if not SECRETS.search(str(key))}

@@ -1,4 +1,4 @@
-"""What `recipes.formatting` is made of: readers of files, one schema for each shape of dataset, checks and reports.
+"""The parts of `recipes.formatting`: readers of files, the table of schemas, converters, checks and reports.
 
-Data knows no model: it imports `recipes.cli.errors` and nothing else of `recipes`.
+Data knows no model: it imports `recipes.cli.errors`.
 """

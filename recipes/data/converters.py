@@ -1,8 +1,8 @@
-"""Row functions: how a row of each schema becomes a `Dialogue` (demonstrations and prompts) or a `Ranking`.
+"""Converters: functions that turn a row of a schema into a `Dialogue` (demonstrations and prompts) or a `Ranking`.
 
-A pair is a ranking of two. Each function is pure; it raises `RowError` for a row that is wrong and `Skip` for one that
-is merely of no use. What the tasks make of a Dialogue or a Ranking is not its business: see `recipes.formatting`.
-Those in the plural, or with arguments, make converters for several schemas.
+A pair is a ranking of two. A converter is pure; it raises `RowError` for a wrong row and `Skip` for a correct row that
+is of no use, such as a tie. Functions that return a `Converter` serve several schemas. `recipes.data.tasks` makes the
+rows of each task out of dialogues and rankings.
 """
 
 import re
@@ -14,30 +14,25 @@ from recipes.data.messages import (
     NOTHING,
     Messages,
     Roles,
-    Skip,
-    asked,
-    cell,
+    as_object,
     choice,
-    describe,
     flag,
     in_context,
-    inner,
     items,
-    listed,
     message,
     normalise,
     number,
-    number_cell,
     objects,
     optional_text,
+    prompt_messages,
+    read_messages,
+    require,
     split_pair,
     split_turns,
     text,
-    turns,
 )
-from recipes.data.text_files import RowError
+from recipes.data.rows import RowError, Skip, describe, join_names
 
-SIDES = ("user", "assistant")
 SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"), ("chosen_score", "rejected_score"))
 
 
@@ -51,8 +46,8 @@ class Dialogue:
 class Ranking:
     """Responses (message lists that continue `prompt`) and their ranks: 1 is best, equal ranks are ties.
 
-    `margin` is by how much the first of two responses is better, where the source tells it. `dropped` are responses
-    that had to be left out, while the others are still of use.
+    `margin` says by how much the first of two responses is better, if the source tells it. `dropped` lists why some
+    responses were left out; the others can still be used.
     """
 
     prompt: Messages
@@ -65,35 +60,31 @@ class Ranking:
 Converter = Callable[[dict, Roles], Dialogue | Ranking]
 
 
-def messages(row: dict, roles: Roles) -> Dialogue:
-    return _dialogue(row, "messages", roles)
+def dialogue(column: str) -> Converter:
+    """For a list of messages, perhaps with `tools`."""
 
+    def convert(row: dict, roles: Roles) -> Dialogue:
+        tools = None if row.get("tools") in NOTHING else items(row, "tools")
+        return Dialogue(in_context(row, normalise(items(row, column), column, roles)), tools)
 
-def conversations(row: dict, roles: Roles) -> Dialogue:
-    return _dialogue(row, "conversations", roles)
-
-
-def _dialogue(row: dict, column: str, roles: Roles) -> Dialogue:
-    tools = None if row.get("tools") in NOTHING else items(row, "tools")
-    return Dialogue(in_context(row, normalise(items(row, column), column, roles)), tools)
+    return convert
 
 
 def conversation_pairs(row: dict, roles: Roles) -> Dialogue:
-    said = []
-    for where, pair in objects(row, "conversation", "input", "output"):
-        pair = inner(pair, where)
-        said += [message("user", text(pair, f"{where}.input")), message("assistant", text(pair, f"{where}.output"))]
-    return Dialogue(in_context(row, said))
+    turns = []
+    for place, pair in objects(row, "conversation"):
+        turns += [message("user", text(pair, f"{place}.input")), message("assistant", text(pair, f"{place}.output"))]
+    return Dialogue(in_context(row, turns))
 
 
 def prompt_completion(row: dict, roles: Roles) -> Dialogue:
     if flag(row, "label") is False:  # TRL's unpaired preferences: a completion not to be learned
         raise Skip("labelled as a bad completion", "label")
-    return Dialogue(asked(row, "prompt", roles) + turns(row, "completion", roles, "assistant"))
+    return Dialogue(prompt_messages(row, "prompt", roles) + read_messages(row, "completion", roles))
 
 
 def prompt(row: dict, roles: Roles) -> Dialogue:
-    return Dialogue(asked(row, "prompt", roles))
+    return Dialogue(prompt_messages(row, "prompt", roles))
 
 
 def instructions(question: str, answer: str) -> Converter:
@@ -101,48 +92,56 @@ def instructions(question: str, answer: str) -> Converter:
 
     def convert(row: dict, roles: Roles) -> Dialogue:
         parts = (text(row, question), optional_text(row, "input"), optional_text(row, "context"))
-        said = [message("user", "\n\n".join(filter(None, parts))), message("assistant", text(row, answer))]
-        return Dialogue(in_context(row, said))
+        turns = [message("user", "\n\n".join(filter(None, parts))), message("assistant", text(row, answer))]
+        return Dialogue(in_context(row, turns))
 
     return convert
 
 
 def guanaco(row: dict, roles: Roles) -> Dialogue:
-    value = text(row, "text")
-    return Dialogue(split_turns(value, "text", re.compile(r"### (Human|Assistant):"), roles))
+    return Dialogue(split_turns(text(row, "text"), "text", re.compile(r"### (Human|Assistant):"), roles))
 
 
 def oasst(row: dict, roles: Roles) -> Dialogue | Ranking:
-    return ranking(row, roles) if "responses" in row else messages(row, roles)
+    """Rows as `recipes.data.oasst` joins them."""
+    return (ranking if "responses" in row else dialogue("messages"))(row, roles)
 
 
-def preferences(question: str) -> Converter:
+def preferences(question: str | None = None) -> Converter:
     """For `chosen` and `rejected`: answers to a question, or whole conversations that share their first turns."""
 
     def convert(row: dict, roles: Roles) -> Ranking:
-        chosen, rejected = (turns(row, column, roles, "assistant") for column in ("chosen", "rejected"))
+        chosen, rejected = (read_messages(row, column, roles) for column in ("chosen", "rejected"))
         if not chosen or not rejected:
             raise Skip("empty list", "rejected" if chosen else "chosen")
         if chosen[0]["role"] == rejected[0]["role"] == "assistant":
-            return Ranking(asked(row, question, roles), [chosen, rejected], [1, 2], _margin(row))
-        said, chosen, rejected = split_pair(chosen, rejected)
-        return Ranking(in_context(row, said), [chosen, rejected], [1, 2], _margin(row))
+            if question is None:
+                raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
+            return Ranking(prompt_messages(row, question, roles), [chosen, rejected], [1, 2], _margin(row))
+        shared, chosen, rejected = split_pair(chosen, rejected)
+        return Ranking(in_context(row, shared), [chosen, rejected], [1, 2], _margin(row))
 
     return convert
 
 
 def transcripts(row: dict, roles: Roles) -> Ranking:
     sides = [split_turns(text(row, column), column, HUMAN_ASSISTANT, roles) for column in ("chosen", "rejected")]
-    said, chosen, rejected = split_pair(*sides)
-    return Ranking(said, [chosen, rejected], [1, 2], _margin(row))
+    shared, chosen, rejected = split_pair(*sides)
+    return Ranking(shared, [chosen, rejected], [1, 2], _margin(row))
+
+
+def conversations_preference(row: dict, roles: Roles) -> Ranking:
+    responses = [read_messages(row, column, roles) for column in ("chosen", "rejected")]
+    turns = normalise(items(row, "conversations"), "conversations", roles)
+    return Ranking(in_context(row, turns), responses, [1, 2], _margin(row))
 
 
 def _margin(row: dict) -> float | None:
     if row.get("margin") not in (None, ""):
-        return number_cell(row, "margin")
+        return number(row, "margin")
     for better, worse in SCORES:
         if row.get(better) not in (None, "") and row.get(worse) not in (None, ""):
-            margin = number_cell(row, better) - number_cell(row, worse)
+            margin = number(row, better) - number(row, worse)
             if margin < 0:
                 raise RowError(f"{row[better]} is lower than {worse} {row[worse]}, yet chosen is the better", better)
             if margin == 0:
@@ -151,17 +150,19 @@ def _margin(row: dict) -> float | None:
     return None
 
 
-def best_of_two(said: Messages, first: Messages, second: Messages, best: int, margin: float | None = None) -> Ranking:
+def best_of_two(
+    question: Messages, first: Messages, second: Messages, best: int, margin: float | None = None
+) -> Ranking:
     """`best` is 0 or 1."""
-    return Ranking(said, [second, first] if best else [first, second], [1, 2], margin)
+    return Ranking(question, [second, first] if best else [first, second], [1, 2], margin)
 
 
 def better_response(label: str) -> Converter:
     """For prompt, response_0, response_1 and the column that says which of them is better."""
 
     def convert(row: dict, roles: Roles) -> Ranking:
-        responses = [turns(row, column, roles, "assistant") for column in ("response_0", "response_1")]
-        return best_of_two(asked(row, "prompt", roles), *responses, choice(row, label, (0, 1)))
+        responses = [read_messages(row, column, roles) for column in ("response_0", "response_1")]
+        return best_of_two(prompt_messages(row, "prompt", roles), *responses, choice(row, label, (0, 1)))
 
     return convert
 
@@ -175,25 +176,25 @@ def strength(question: str, first: str, second: str, label: str) -> Converter:
         if value == 0:
             raise Skip("tie", label)
         if isinstance(row.get(question), str):
-            said = split_turns(text(row, question), question, marker, roles, first="user")
+            context = split_turns(text(row, question), question, marker, roles, first="user")
         else:
-            said = asked(row, question, roles)
-        responses = [turns(row, column, roles, "assistant") for column in (first, second)]
-        return best_of_two(said, *responses, best=value > 0, margin=abs(value))
+            context = prompt_messages(row, question, roles)
+        responses = [read_messages(row, column, roles) for column in (first, second)]
+        return best_of_two(context, *responses, best=value > 0, margin=abs(value))
 
     return convert
 
 
 def summaries(row: dict, roles: Roles) -> Ranking:
     """The prompt is laid out as in TRL's conversion of this dataset; the post or article is not changed."""
-    info = inner(cell(row, "info"), "info")
+    info = as_object(require(row, "info"), "info")
     title, post, article = (optional_text(info, f"info.{key}") for key in ("title", "post", "article"))
     subreddit = optional_text(info, "info.subreddit")
     if not post and not article:
         raise Skip("empty text", "info.post")
     body = f"POST: {post}" if post else article
     parts = (f"SUBREDDIT: r/{subreddit}" if subreddit and post else "", f"TITLE: {title}" if title else "", body)
-    found = [text(inner(each, where), f"{where}.text") for where, each in objects(row, "summaries", "text")]
+    found = [text(summary, f"{place}.text") for place, summary in objects(row, "summaries")]
     best = choice(row, "choice", range(len(found)))
     if len(found) != 2:
         raise RowError(f"found {len(found)} summaries, expected 2", "summaries")
@@ -202,28 +203,28 @@ def summaries(row: dict, roles: Roles) -> Ranking:
 
 
 def webgpt(row: dict, roles: Roles) -> Ranking:
-    question = text(inner(cell(row, "question"), "question"), "question.full_text")
-    margin = number_cell(row, "score_0") - number_cell(row, "score_1")
+    question = text(as_object(require(row, "question"), "question"), "question.full_text")
+    margin = number(row, "score_0") - number(row, "score_1")
     if margin == 0:
         raise Skip("tie: equal scores", "score_0")
-    answers = [[message("assistant", text(row, column))] for column in ("answer_0", "answer_1")]
+    answers = [read_messages(row, column, roles) for column in ("answer_0", "answer_1")]
     return best_of_two([message("user", question)], *answers, best=margin < 0, margin=abs(margin))
 
 
 def shp(row: dict, roles: Roles) -> Ranking:
-    answers = [[message("assistant", text(row, column))] for column in ("human_ref_A", "human_ref_B")]
+    answers = [read_messages(row, column, roles) for column in ("human_ref_A", "human_ref_B")]
     return best_of_two([message("user", text(row, "history"))], *answers, best=1 - choice(row, "labels", (0, 1)))
 
 
 def arena_conversations(row: dict, roles: Roles) -> Ranking:
-    winner = cell(row, "winner")
+    winner = require(row, "winner")
     if isinstance(winner, str) and re.fullmatch(r"tie( ?\(both ?bad\))?|both_?bad", winner):
         raise Skip("tie" if winner == "tie" else "both bad", "winner")
     if winner not in ("model_a", "model_b"):
         raise RowError(f"found {describe(winner)}, expected model_a, model_b, tie or both_bad", "winner")
     sides = ("conversation_a", "conversation_b")
-    said, first, second = split_pair(*(normalise(items(row, column), column, roles) for column in sides))
-    return best_of_two(said, first, second, best=winner == "model_b")
+    shared, first, second = split_pair(*(normalise(items(row, column), column, roles) for column in sides))
+    return best_of_two(shared, first, second, best=winner == "model_b")
 
 
 def arena_battles(row: dict, roles: Roles) -> Ranking:
@@ -231,7 +232,7 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
     labels = ("winner_model_a", "winner_model_b", "winner_tie")
     flags = [choice(row, label, (0, 1)) for label in labels]
     if sum(flags) != 1:
-        raise RowError(f"found {flags} in {listed(labels)}, expected exactly one 1", labels[0])
+        raise RowError(f"found {flags} in {join_names(labels)}, expected exactly one 1", labels[0])
     if flags[2]:
         raise Skip("tie", labels[2])
     questions = items(row, "prompt")
@@ -240,26 +241,20 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
         answers = items(row, column)
         if len(answers) != len(questions):
             raise RowError(f"found {len(answers)} turns, but prompt has {len(questions)}", column)
-        said = [part for pair in zip(questions, answers, strict=True) for part in pair]
-        raw = [message(SIDES[index % 2], part) for index, part in enumerate(said)]
-        sides.append(normalise(raw, column, roles))
+        pairs = zip(questions, answers, strict=True)
+        turns = [turn for user, reply in pairs for turn in (message("user", user), message("assistant", reply))]
+        sides.append(normalise(turns, column, roles))
     return best_of_two(*split_pair(*sides), best=flags[1])
-
-
-def conversations_preference(row: dict, roles: Roles) -> Ranking:
-    sides = [turns(row, column, roles, "assistant") for column in ("chosen", "rejected")]
-    said = in_context(row, normalise(items(row, "conversations"), "conversations", roles))
-    return Ranking(said, sides, [1, 2], _margin(row))
 
 
 def rankings(column: str, text_key: str, rank_key: str) -> Converter:
     """For a prompt and a list of {text, rank} objects, in any order."""
 
     def convert(row: dict, roles: Roles) -> Ranking:
-        result = Ranking(asked(row, "prompt", roles), [], [])
-        for where, response in objects(row, column, text_key, rank_key):
-            rank = number(response[rank_key], f"{where}.{rank_key}")
-            _add_response(result, response, where, text_key, rank)
+        result = Ranking(prompt_messages(row, "prompt", roles), [], [])
+        for place, response in objects(row, column):
+            rank = number(response, f"{place}.{rank_key}", text_too=False)
+            _add_response(result, response, f"{place}.{text_key}", rank)
         return result
 
     return convert
@@ -268,9 +263,9 @@ def rankings(column: str, text_key: str, rank_key: str) -> Converter:
 ranking = rankings("responses", "text", "rank")
 
 
-def _add_response(result: Ranking, response: dict, where: str, text_key: str, rank: float) -> None:
+def _add_response(result: Ranking, response: dict, column: str, rank: float) -> None:
     try:
-        result.responses.append([message("assistant", text(inner(response, where), f"{where}.{text_key}"))])
+        result.responses.append([message("assistant", text(response, column))])
         result.ranks.append(rank)
     except Skip as skip:
         result.dropped.append(skip)
@@ -279,11 +274,12 @@ def _add_response(result: Ranking, response: dict, where: str, text_key: str, ra
 def ultrafeedback(row: dict, roles: Roles) -> Ranking:
     """Ranked by `fine-grained_score`: `overall_score` holds parsing errors (10 that means 1)."""
     result = Ranking([message("user", text(row, "instruction"))], [], [])
-    for where, response in objects(row, "completions", "response"):
-        score = response.get("fine-grained_score")
-        if score is None:
-            result.dropped.append(Skip("no score", f"{where}.fine-grained_score"))
+    for place, response in objects(row, "completions"):
+        score = f"{place}.fine-grained_score"
+        require(response, f"{place}.response")
+        if response.get(score) is None:
+            result.dropped.append(Skip("no score", score))
         else:
-            _add_response(result, response, where, "response", -number(score, f"{where}.fine-grained_score"))
+            _add_response(result, response, f"{place}.response", -number(response, score, text_too=False))
     result.ranks = [1 + sum(other < rank for other in result.ranks) for rank in result.ranks]
     return result

@@ -1,13 +1,13 @@
-"""A set of 8-byte digests that takes the same memory for any number of them."""
+"""A set of 8-byte digests whose memory does not grow with their number."""
 
 import sqlite3
 
 
 class Digests:
-    """Held in a temporary file that SQLite deletes; 16 MiB of it, some million digests, are cached in memory."""
+    """In a temporary file that SQLite deletes; 16 MiB of it, about a million digests, are cached in memory."""
 
     def __init__(self):
-        # `datasets` may read a stream in a thread of its own.
+        # not the same thread: `datasets` may read a stream in another one
         self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._file.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;"
@@ -15,7 +15,7 @@ class Digests:
         )
 
     def add(self, digest: bytes) -> bool:
-        """Whether the digest was there before."""
+        """Adds a digest; returns whether it was there before."""
         return self._file.execute("INSERT OR IGNORE INTO seen VALUES (?)", (_number(digest),)).rowcount == 0
 
     def __contains__(self, digest: bytes) -> bool:

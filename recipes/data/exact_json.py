@@ -1,4 +1,9 @@
-"""A column of any JSON values for `datasets`, whose own `Json` reads 0.7 back as 0.7000000000000001 and "7" as 7."""
+"""A column of any JSON values for `datasets`.
+
+Its own `Json` (5.2) reads 0.7 back as 0.7000000000000001, 1e-12 as 0.0 and "7" as 7, and leaves objects with integers
+over 64 bits as text. A column of JSON text, as TRL has for `tools`, would not be decoded for chat templates and reward
+functions.
+"""
 
 import json
 import warnings
@@ -12,6 +17,8 @@ from datasets.features.features import register_feature
 
 @dataclass
 class ExactJson(Json):
+    """Stored as text, read and written by `json`."""
+
     pa_type: ClassVar[Any] = pa.string()
     _type: str = field(default="ExactJson", init=False, repr=False)
 
@@ -25,5 +32,5 @@ class ExactJson(Json):
         return storage.storage if isinstance(storage, pa.JsonArray) else storage
 
 
-with warnings.catch_warnings(action="ignore"):  # that this function is experimental
+with warnings.catch_warnings(action="ignore"):  # it warns that it is experimental
     register_feature(ExactJson, "ExactJson")

@@ -1,31 +1,25 @@
-"""The engine: rows of one source go in, rows for a task come out, and a report tells what became of each."""
+"""Turns the rows of one source into rows for a task, and reports what became of each."""
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
+from recipes.data.control_tokens import search_pattern
 from recipes.data.digests import Digests
-from recipes.data.loading import Rows
-from recipes.data.messages import ROLES, Skip, describe, listed
-from recipes.data.parallel import in_order
+from recipes.data.loading import Rows, as_rows
+from recipes.data.mapping import ColumnMapping
+from recipes.data.parallel import map_in_order
 from recipes.data.preview import render
 from recipes.data.report import Report
+from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
-from recipes.data.tasks import has_tools, outputs, row_messages
-from recipes.data.text_files import DataError, LostRows, Row, RowError, check_row
+from recipes.data.tasks import features, outputs, row_messages
 
 SAMPLE = 100  # rows that detection looks at
-BATCH = 1000  # rows that a process formats at a time
-TEMPLATE_MARKS = (
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
-    "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>",
-    "<|end|>", "[INST]", "[/INST]", "<<SYS>>", "<s>", "</s>", "<bos>", "<eos>",
-)  # fmt: skip
 CHOICES = {
     "task": TASKS,
     "on_error": ("raise", "skip"),
@@ -41,19 +35,12 @@ RESERVED = (
 )  # fmt: skip
 
 
-class NeedsTools(Exception):
-    """A row has tool calls, which need other columns than those asked for."""
-
-
 class Kept(NamedTuple):
     """An output row that is of use, unless it is a duplicate of an earlier one."""
 
-    output: Any
+    output: dict
     digest: bytes
     flags: list[str]
-
-
-Results = list[tuple[Row, list[Kept | Skip | RowError]]]
 
 
 @dataclass
@@ -61,23 +48,23 @@ class Formatter:
     """Turns rows into the output rows of a task and fills in a report.
 
     Args:
-        task: "sft", "preference", "ranking" or "prompt"; `recipes.data.tasks` says what each gives.
+        task: "sft", "preference", "ranking" or "prompt"; `recipes.data.tasks` lists their columns.
         schema: a name in `recipes.data.schemas.SCHEMAS`, or "auto" to detect it from columns and values.
         mapping: for each column of the schema, `system` and `history`, the column of the source (dots reach into
-            objects); and `roles.NAME` for further roles. With "auto", columns that are not mapped do not exist.
+            objects); and `roles.NAME` for further roles. With "auto", unmapped columns are ignored.
         on_error: "raise" stops after all rows are read; "skip" leaves bad rows out, up to `max_error_rate` of the
             rows and at least one.
         margin: adds the column `margin`, which TRL's RewardTrainer subtracts in its loss.
         on_special: rows with the text of a control token are kept and reported ("flag"), left out ("drop") or errors
             ("fail").
-        special_tokens: texts to look for beside the marks of common chat templates.
+        special_tokens: control tokens to look for, in addition to the marks of common chat templates.
         dedup: repeated rows are kept and reported ("flag") or left out ("drop").
         prompt_completion: for sft, `prompt` and `completion` instead of `messages`, to train on the last turn only.
         tokenizer, max_length: report rows that render to more than `max_length` tokens.
         fail_fast: raise at the first error instead of after all rows.
-        keep_columns: for prompts, columns of the source that go with each prompt, to PPO's reward functions.
+        keep_columns: for prompts, columns of the source that stay beside the prompt, for PPO's reward functions.
     Raises:
-        DataError: an option that does not exist.
+        DataError: an option has a value that does not exist.
     """
 
     task: str
@@ -98,109 +85,98 @@ class Formatter:
     def __post_init__(self):
         for name, options in {**CHOICES, "schema": ("auto", *SCHEMAS)}.items():
             if getattr(self, name) not in options:
-                raise DataError(f"unknown {name} {getattr(self, name)!r}; expected one of {listed(options)}")
+                raise DataError(f"unknown {name} {getattr(self, name)!r}; expected one of {join_names(options)}")
         if self.schema != "auto" and self.task not in SCHEMAS[self.schema].tasks:
-            serves = listed(SCHEMAS[self.schema].tasks)
+            serves = join_names(SCHEMAS[self.schema].tasks)
             raise DataError(f"schema {self.schema!r} serves {serves}, not task {self.task!r}")
         if self.keep_columns and self.task != "prompt":
             raise DataError(f"keep_columns is for prompts and their reward functions, not for task {self.task!r}")
         for name in self.keep_columns or ():
             if name in RESERVED:
                 raise DataError(f"keep_columns: {name!r} has a meaning of its own for TRL; rename that column")
-        self._columns, self._roles = {}, dict(ROLES)
-        for name, target in _flat(self.mapping or {}).items():
-            if not isinstance(target, str) or not target:
-                raise DataError(f"mapping {name}: found {describe(target)}, expected the name of a column")
-            if not name.startswith("roles."):
-                self._columns[name] = target
-            elif target in ROLES.values():
-                self._roles[name.removeprefix("roles.").lower()] = target
-            else:
-                raise DataError(f"mapping {name}={target}: expected {listed(sorted(set(ROLES.values())))}")
-        marks = sorted({*TEMPLATE_MARKS, *self.special_tokens}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, marks)))
+        self._mapping = ColumnMapping(self.mapping, keep_others=self.schema != "auto")
+        self._control_tokens = search_pattern(self.special_tokens)
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
-        """Yields each output row with the row it is from.
+        """Yields each output row together with the row of the source that it comes from, without its data.
 
         Raises:
             DataError: no schema fits; or, at the end, rows that cannot be used, or no usable row at all.
         """
-        ledger = _Ledger(self, report)
-        schema, source = self._open(as_rows(rows), report)
-        batches = _batches(source, BATCH if num_proc > 1 else 1)
-        for results in in_order(partial(self._format, schema), batches, num_proc):
-            for row, found in results:
-                for kept in ledger.enter(row, found):
-                    yield row, kept.output
-        ledger.close()
-
-    def tables(self, rows: Rows | Iterable[dict], report: Report, columns, num_proc: int = 1) -> Iterator:
-        """The same output as Arrow tables with `columns`, a `datasets.Features`.
-
-        Raises:
-            NeedsTools: a row has tool calls, and there is no column `tools`.
-        """
-        ledger = _Ledger(self, report)
-        schema, source = self._open(as_rows(rows), report)
-        work = partial(self._format_table, schema, columns)
-        for results, table in in_order(work, _batches(source, BATCH), num_proc):
-            kept = [kept.output for row, found in results for kept in ledger.enter(row, found)]
-            if kept:
-                yield table if len(kept) == len(table) else table.take(kept)
-        ledger.close()
-
-    def _open(self, rows: Rows, report: Report) -> tuple[Schema | None, Iterator[Row]]:
+        report.clear()  # each epoch of a stream reads all rows again
+        rows = as_rows(rows)
         report.schema, report.reason = self._choose_schema(rows, report)
         schema = SCHEMAS.get(report.schema)
-        source = _counted(rows, report)
+        source = self._source(rows, report)
         if schema and schema.gather:
-            source = schema.gather(map(self._mapped_row, source), self.task)
-        return schema, source
+            source = schema.gather(map(self._mapped, source), self.task)
+        seen, fingerprint = Digests(), hashlib.sha256()
+        for row, results in map_in_order(partial(self._format, schema), source, num_proc):
+            for result in results:
+                if not isinstance(result, Kept):
+                    self._leave_out(row, result, report)
+                    continue
+                duplicate = seen.add(result.digest)
+                if duplicate and self.dedup == "drop":
+                    report.add("skipped", row, "duplicate")
+                    continue
+                for flag in (*result.flags, "duplicate") if duplicate else result.flags:
+                    report.add("flags", row, flag)
+                fingerprint.update(result.digest)
+                report.rows_out += 1
+                yield row, result.output
+        report.fingerprint = fingerprint.hexdigest()[:16]
+        self._check_errors(report)
+        report.finish()
 
-    def _format(self, schema: Schema | None, rows: list[Row]) -> Results:
-        return [(Row(row.file, row.line, None), self._results(schema, row)) for row in rows]
+    def _source(self, rows: Rows, report: Report) -> Iterator[Row]:
+        for row in rows.unread():
+            report.rows_in += 1
+            yield row
 
-    def _format_table(self, schema: Schema | None, columns, rows: list[Row]) -> tuple[Results, Any]:
-        """The results, whose outputs are the numbers of their rows in the table."""
-        import pyarrow
+    def features(self, tools: bool = False):
+        """The `datasets.Features` of the output rows; `tools` where conversations have tool calls."""
+        return features(self.task, self.prompt_completion, self.margin, tools, self.keep_columns)
 
-        results, found = self._format(schema, rows), []
-        for _, row_results in results:
-            for index, result in enumerate(row_results):
-                if isinstance(result, Kept):
-                    row_results[index] = result._replace(output=len(found))
-                    found.append(result.output)
-        if "tools" not in columns and any(map(has_tools, found)):
-            raise NeedsTools
-        if not found:
-            return results, None
-        cells = {name: [output.get(name) for output in found] for name in columns}
-        if "tools" in columns or self.keep_columns:  # there is free JSON, which Arrow cannot take as it is
-            cells = {name: columns.encode_column(cells[name], name) for name in cells}
-        return results, pyarrow.Table.from_pydict(cells, columns.arrow_schema)
+    def _leave_out(self, row: Row, problem: RowProblem, report: Report) -> None:
+        kind = "skipped" if isinstance(problem, Skip) else "errors"
+        report.add(kind, row, problem.message, self._mapping.source_column(problem.column))
+        report.lost = report.lost or isinstance(problem, LostRows)
+        if self.fail_fast:
+            self._check_errors(report)
 
-    def _results(self, schema: Schema | None, row: Row) -> list[Kept | Skip | RowError]:
-        results = []
+    def _check_errors(self, report: Report) -> None:
+        errors = report.counts["errors"].total()
+        advice = None
+        if report.lost:
+            advice = "mend the file: rows after the break cannot be skipped one by one"
+        elif errors and self.on_error == "raise":
+            advice = "fix them, or leave bad rows out with --on_error skip"
+        elif errors > max(1, self.max_error_rate * max(report.rows_in, 1000 if self.fail_fast else 0)):
+            advice = f"more than --max_error_rate {self.max_error_rate} allows to skip"
+        if advice:
+            raise report.error(f"{report.errors_text()}\n{advice}")
+
+    def _format(self, schema: Schema | None, row: Row) -> tuple[Row, list[Kept | RowProblem]]:
+        """The place of a row, and what became of it."""
+        results: list[Kept | RowProblem] = []
         try:
             data = row.read()
-            if isinstance(data, RowError | Skip):
+            if isinstance(data, RowProblem):
                 raise data
             kept = self._kept_columns(data) if self.keep_columns else {}
-            example = schema.convert(data if schema.gather else self._mapped(data), self._roles)
+            example = schema.convert(data if schema.gather else self._mapping.apply(data), self._mapping.roles)
             for output in outputs(example, self.task, self.prompt_completion, self.margin):
                 cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(example.messages)
-                results.append(
-                    output if isinstance(output, Skip) else self._checked(output | kept if kept else output, cut)
-                )
-        except (Skip, RowError) as problem:
+                results.append(output if isinstance(output, Skip) else self._checked(output | kept, cut))
+        except RowProblem as problem:
             results.append(problem)
-        return results
+        return row._replace(data=None), results
 
     def _kept_columns(self, data: dict) -> dict:
         for name in self.keep_columns:
             if name not in data:
-                raise RowError(f"missing, and --keep_columns asks for it; this row has {listed(data)}", name)
+                raise RowError(f"missing, and --keep_columns asks for it; this row has {join_names(data)}", name)
             try:
                 json.dumps(data[name], allow_nan=False)
             except (TypeError, ValueError):
@@ -214,7 +190,7 @@ class Formatter:
         if special and self.on_special == "drop":
             return Skip(special)
         flags = [special, self._too_long(output)]
-        if any(len(said) > 1 for said in (output.get("chosen", ()), *output.get("completions", ()))):
+        if any(len(response) > 1 for response in (output.get("chosen", ()), *output.get("completions", ()))):
             flags.append("the responses diverge before the last turn")
         if cut:
             flags.append("the answer at the end of the prompt was left out")
@@ -223,8 +199,8 @@ class Formatter:
 
     def _special_token(self, output: dict) -> str | None:
         for turn in row_messages(output):
-            found = self._special.search(turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False))
-            if found:
+            text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False)
+            if found := self._control_tokens.search(text):
                 return f"special token {found[0]!r} in the {turn['role']} turn"
         return None
 
@@ -236,133 +212,21 @@ class Formatter:
 
     def _choose_schema(self, rows: Rows, report: Report) -> tuple[str | None, str]:
         if self.schema != "auto":
-            return self.schema, "as asked"
+            return self.schema, "named by the user"
         sample = list(islice((row.data for row in rows if isinstance(row.data, dict)), SAMPLE))
-        if not sample:  # nothing readable: the errors of the rows will tell
+        if not sample:  # the errors of the rows will say why
             return None, "no readable row"
-        sample = [self._mapped(data, lenient=True) for data in sample]
+        sample = [self._mapping.apply(data, lenient=True) for data in sample]
         try:
-            return detect({column for data in sample for column in data}, sample, self.task)
+            columns = {column for data in sample for column in data}
+            return detect(columns, sample, self.task, self._mapping.roles)
         except DataError as error:
             report.add("errors", next(iter(rows)), str(error))
             raise report.error(f"{rows.source}: {error}") from None
 
-    def _mapped_row(self, row: Row) -> Row:
+    def _mapped(self, row: Row) -> Row:
         data = row.read()
         try:
-            return row._replace(data=self._mapped(data) if isinstance(data, dict) else data)
+            return row._replace(data=self._mapping.apply(data) if isinstance(data, dict) else data)
         except RowError as error:
             return row._replace(data=error)
-
-    def _mapped(self, data: dict, lenient: bool = False) -> dict:
-        """The row as it would look if its columns had the names that a schema wants."""
-        if not self._columns:
-            return data
-        result = {} if self.schema == "auto" else dict(data)
-        for target, path in self._columns.items():
-            value: Any = data
-            for part in [path] if path in data else path.split("."):
-                if not isinstance(value, dict) or part not in value:
-                    if lenient:
-                        break
-                    raise RowError(f"missing; this row has {', '.join(map(str, data))}", target)
-                value = value[part]
-            else:
-                result[target] = value
-        return result
-
-
-def _flat(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping with `roles: {NAME: user}` written as `roles.NAME: user`."""
-    roles = mapping.get("roles")
-    if not isinstance(roles, Mapping):
-        return dict(mapping)
-    return {name: mapping[name] for name in mapping if name != "roles"} | {
-        f"roles.{each}": roles[each] for each in roles
-    }
-
-
-class _Ledger:
-    """Decides over formatted rows in the order of the source, and fills in the report."""
-
-    def __init__(self, formatter: Formatter, report: Report):
-        self.formatter, self.report = formatter, report
-        self.seen, self.fingerprint, self.lost = Digests(), hashlib.sha256(), False
-
-    def enter(self, row: Row, results: list[Kept | Skip | RowError]) -> Iterator[Kept]:
-        """Yields what is accepted."""
-        report = self.report
-        for result in results:
-            if isinstance(result, Kept):
-                duplicate = self.seen.add(result.digest)
-                if duplicate and self.formatter.dedup == "drop":
-                    report.add("skipped", row, "duplicate")
-                    continue
-                for flag in (*result.flags, "duplicate") if duplicate else result.flags:
-                    report.add("flags", row, flag)
-                self.fingerprint.update(result.digest)
-                report.rows_out += 1
-                yield result
-            elif isinstance(result, Skip):
-                report.add("skipped", row, result.reason, self._source_column(result.column))
-            else:
-                report.add("errors", row, result.message, self._source_column(result.column))
-                self.lost = self.lost or isinstance(result, LostRows)
-                if self.formatter.fail_fast:
-                    self._check_errors()
-
-    def close(self) -> None:
-        self.report.fingerprint = self.fingerprint.hexdigest()[:16]
-        self._check_errors()
-        self.report.finish()
-
-    def _source_column(self, column: str | None) -> str | None:
-        """The name that a column has in the source."""
-        columns = self.formatter._columns
-        name, rest = re.fullmatch(r"([^.\[]*)(.*)", column, re.DOTALL).groups() if column else ("", "")
-        return columns[name] + rest if name in columns else column
-
-    def _check_errors(self) -> None:
-        report, formatter = self.report, self.formatter
-        errors = report.counts["errors"].total()
-        if self.lost:
-            raise report.error(
-                f"{report.errors_text()}\nmend the file: rows after the break cannot be skipped one by one"
-            )
-        if errors and formatter.on_error == "raise":
-            raise report.error(f"{report.errors_text()}\nfix them, or leave bad rows out with --on_error skip")
-        rows = max(report.rows_in, 1000) if formatter.fail_fast else report.rows_in
-        if errors > max(1, formatter.max_error_rate * rows):
-            too_many = f"more than --max_error_rate {formatter.max_error_rate} allows to skip"
-            raise report.error(f"{report.errors_text()}\n{too_many}")
-
-
-def _counted(rows: Rows, report: Report) -> Iterator[Row]:
-    for row in rows.unread():
-        report.rows_in += 1
-        yield row
-
-
-def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    rows = iter(rows)
-    while batch := list(islice(rows, size)):
-        yield batch
-
-
-def as_rows(rows: Rows | Iterable[dict]) -> Rows:
-    """Rows of a dataset or of a list in memory, numbered from 1 and of the file "rows"."""
-    if isinstance(rows, Rows):
-        return rows
-    held = rows if hasattr(rows, "features") else [_checked(data) for data in rows]
-    return Rows("rows", partial(_held, held))
-
-
-def _held(rows: Iterable[dict | RowError]) -> Iterator[Row]:
-    return (Row("rows", number, data) for number, data in enumerate(rows, 1))
-
-
-def _checked(data: Any) -> dict | RowError:
-    try:
-        return check_row(data)
-    except RowError as error:
-        return error

@@ -1,23 +1,25 @@
-"""Finds the files of a source and their rows: `datasets` reads all but text files, of which it would tell no lines."""
+"""Finds the files of a source and reads their rows, all but text files by `datasets`."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recipes.data.text_files import COMPRESSED, TEXT_SUFFIXES, DataError, Row, read_text_file
+from recipes.data.rows import DataError, Row, RowError, check_row, join_names
+from recipes.data.text_files import COMPRESSED, TEXT_SUFFIXES, read_text_file
 
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSED))
+_HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")  # `name` or `owner/name`
 _SPLIT = re.compile(r"([\w.\-]+)(?:\[(\d*):(\d*)\])?")
 
 
 @dataclass
 class Rows:
-    """Rows that can be read again and again without being held in memory: iterating yields `Row`. Can be pickled."""
+    """Rows that are read anew each time they are iterated, so that none is held in memory. Can be pickled."""
 
     source: str
     open: Callable[[], Iterable[Row]]
@@ -28,7 +30,7 @@ class Rows:
         return (row._replace(data=row.read()) for row in self.unread())
 
     def unread(self) -> Iterator[Row]:
-        """Rows whose data may still be a line of JSON, for a process that shall decode it."""
+        """Rows whose data may still be a line of JSON, which worker processes decode."""
         return islice(self.open(), self.start, self.stop)
 
 
@@ -36,8 +38,8 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
     """Opens a dataset; of local sources, no row is read before the rows are iterated.
 
     Args:
-        source: an existing .jsonl, .ndjson, .json, .csv or .parquet file (but for Parquet, perhaps with .gz, .bz2,
-            .xz or .zst behind), a folder (a copy of a Hub dataset, files named by split, or one written by
+        source: an existing .jsonl, .ndjson, .json, .csv or .parquet file (all but Parquet may be compressed as .gz,
+            .bz2, .xz or .zst), a folder (a copy of a Hub dataset, files named by split, or one written by
             `save_to_disk`), "json", "csv" or "parquet" together with `data_files`, or a Hub name.
         split: a split name; `train[10:20]` takes rows 10 to 19. A single file is the split "train".
         name: the configuration of a Hub dataset or of a copy of one, or a subfolder of a local folder.
@@ -50,102 +52,90 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
     if match is None:
         raise DataError(f"split {split!r} is not a split name; expected e.g. 'train' or 'train[0:1000]'")
     split, start, stop = match[1], int(match[2] or 0), int(match[3]) if match[3] else None
-    if not str(source):
-        raise DataError("the name of the dataset is empty: no such file or folder")
-    read = _open(str(source), split, name, data_files, streaming)
-    return Rows(str(source), read, start, stop)
-
-
-def list_splits(source, name: str | None = None, data_files=None) -> list[str]:
-    """The splits that `load_rows` can open, without reading any row."""
-    path = Path(source).expanduser()
-    if isinstance(data_files, dict):
-        return list(data_files)
-    if data_files is not None or path.is_file():
-        return ["train"]
-    if path.is_dir():
-        if (saved := _subfolder(path, name)) and (saved / "dataset_dict.json").exists():
-            return json.loads((saved / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        return ["train"] if saved and (saved / "state.json").exists() else list(_files_by_split(path, name))
-    _refuse_missing_path(str(source))
-    import datasets
-
-    return _or_data_error(str(source), lambda: datasets.get_dataset_split_names(str(source), name))
-
-
-def _open(source: str, split: str, name: str | None, data_files, streaming: bool) -> Callable[[], Iterable[Row]]:
-    path = Path(source).expanduser()
-    if isinstance(data_files, dict):
-        if split not in data_files:
-            raise DataError(f"{source}: no split {split!r} in data_files; it has {_listed(data_files)}")
-        data_files = data_files[split]
-    if data_files is not None and (path.is_dir() or source in ("json", "csv", "parquet")):
-        folder = path if path.is_dir() else Path()
-        chosen = [data_files] if isinstance(data_files, str | Path) else data_files
-        return _read_files([folder / Path(file).expanduser() for file in chosen])
-    if path.is_file():
-        if split != "train":
-            raise DataError(f"{source} is one file, its only split is 'train', but {split!r} was asked for")
-        return _read_files([path])
-    if path.is_dir():
-        return _open_folder(path, name, split)
-    _refuse_missing_path(source)
-    import datasets
-
-    options = {"data_files": data_files, "split": split, "streaming": streaming}
-    dataset = _or_data_error(source, lambda: datasets.load_dataset(source, name, **options))
-    return partial(_numbered, source, dataset)
-
-
-def _open_folder(path: Path, name: str | None, split: str) -> Callable[[], Iterable[Row]]:
-    folder = _subfolder(path, name)
-    if folder and ((folder / "dataset_dict.json").exists() or (folder / "state.json").exists()):
+    source = str(source)
+    splits = _local_splits(source, name, data_files)
+    if splits is None:
         import datasets
 
-        dataset = _or_data_error(str(folder), lambda: datasets.load_from_disk(str(folder)))
-        by_split = dataset if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
+        options = {"data_files": data_files, "split": split, "streaming": streaming}
+        dataset = _or_data_error(source, lambda: datasets.load_dataset(source, name, **options))
+        splits = {split: partial(_numbered, source, dataset)}
+    elif split not in splits and Path(source).expanduser().is_file():
+        raise DataError(f"{source} is one file, its only split is 'train', but {split!r} was asked for")
+    elif split not in splits:
+        raise DataError(f"{source} has no split {split!r}; it has {join_names(splits)}")
+    return Rows(source, splits[split], start, stop)
+
+
+def as_rows(rows: Rows | Iterable[dict]) -> Rows:
+    """Rows of a dataset or of a list in memory; their file is called "rows", their lines count from 1."""
+    if isinstance(rows, Rows):
+        return rows
+    if hasattr(rows, "features"):  # of `datasets`
+        return Rows("rows", partial(_numbered, "rows", rows))
+    return Rows("rows", partial(_checked, list(rows)))
+
+
+def list_splits(source, name: str | None = None) -> list[str]:
+    """The splits that `load_rows` can open, without reading any row."""
+    splits = _local_splits(str(source), name)
+    if splits is None:
+        import datasets
+
+        splits = _or_data_error(str(source), lambda: datasets.get_dataset_split_names(str(source), name))
+    return list(splits)
+
+
+def _local_splits(source: str, name: str | None, data_files=None) -> dict[str, Callable[[], Iterable[Row]]] | None:
+    """For each split of a file or folder, the function that reads its rows; None for a name on the Hub."""
+    path = Path(source).expanduser()
+    if data_files is not None and (path.is_dir() or source in ("json", "csv", "parquet")):
+        folder = path if path.is_dir() else Path()
+        by_split = data_files if isinstance(data_files, dict) else {"train": data_files}
+        chosen = {split: [files] if isinstance(files, str | Path) else files for split, files in by_split.items()}
+        files_by_split = {split: [folder / Path(file).expanduser() for file in chosen[split]] for split in chosen}
+    elif source and path.is_file():
+        files_by_split = {"train": [path]}
+    elif source and path.is_dir():
+        folder = path / name if name else path
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            import datasets
+
+            saved = _or_data_error(str(folder), lambda: datasets.load_from_disk(str(folder)))
+            saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+            return {split: partial(_numbered, str(folder), saved[split]) for split in saved}
+        files_by_split = _files_by_split(path, name)
+    elif source.endswith(SUFFIXES) or not _HUB_NAME.fullmatch(source):  # a path must not become a look-up on the Hub
+        raise DataError(f"{source or 'an empty name'}: no such file or folder")
     else:
-        by_split = _files_by_split(path, name)
-    if split not in by_split:
-        raise DataError(f"{folder or path} has no split {split!r}; it has {_listed(by_split)}")
-    found = by_split[split]
-    return _read_files(list(map(Path, found))) if isinstance(found, list) else partial(_numbered, str(folder), found)
+        return None
+    return {split: _read_files(files) for split, files in files_by_split.items()}
 
 
-def _subfolder(path: Path, name: str | None) -> Path | None:
-    folder = path / name if name else path
-    return folder if folder.is_dir() else None
-
-
-def _files_by_split(folder: Path, name: str | None) -> dict[str, list[str]]:
-    """What `datasets` would put into each split of a folder: as its README.md says, else by the names of the files."""
-    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern, sanitize_patterns
-
-    def files(glob: str) -> list[str]:
-        try:
-            return [file for file in resolve_pattern(glob, str(folder)) if file.lower().endswith(SUFFIXES)]
-        except FileNotFoundError:  # one of several patterns for the same split
-            return []
+def _files_by_split(folder: Path, name: str | None) -> dict[str, list[Path]]:
+    """The files that `datasets` finds for each split: by the folder's README.md, else by the names of the files."""
+    from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns, sanitize_patterns
 
     config = _configuration(folder, name)
-    if config is None:
-        folder = folder / name if name else folder
-    elif "data_dir" in config:
-        folder = folder / config["data_dir"]
+    base = folder / (name or "") if config is None else folder / config.get("data_dir", "")
     try:
-        given = (config or {}).get("data_files")
-        patterns = sanitize_patterns(given) if given else get_data_patterns(str(folder))
+        listed = (config or {}).get("data_files")
+        patterns = sanitize_patterns(listed) if listed else get_data_patterns(str(base))
     except EmptyDatasetError:
         patterns = {}
-    found = {str(split): sorted({file for glob in globs for file in files(glob)}) for split, globs in patterns.items()}
-    found = {split: paths for split, paths in found.items() if paths}
+    found: dict[str, list[Path]] = {}
+    for split in patterns:
+        with suppress(FileNotFoundError):  # a copy of a Hub dataset may lack a split
+            files = sorted(set(DataFilesList.from_patterns(patterns[split], str(base))))
+            found[str(split)] = [Path(file) for file in files if file.lower().endswith(SUFFIXES)]
+    found = {split: files for split, files in found.items() if files}
     if not found:
-        raise DataError(f"{folder} holds no {_listed(TEXT_SUFFIXES)} or .parquet file, not even compressed ones")
+        raise DataError(f"{base} holds no {join_names(TEXT_SUFFIXES)} or .parquet file, not even compressed ones")
     return found
 
 
 def _configuration(folder: Path, name: str | None) -> dict | None:
-    """What the README.md of a copied Hub dataset says of a configuration; None where a folder itself is meant."""
+    """The configuration `name` in the README.md of a copied Hub dataset; None if a plain folder is meant."""
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import metadata_load
 
@@ -156,17 +146,17 @@ def _configuration(folder: Path, name: str | None) -> dict | None:
     card = folder / "README.md"
     configs, default = _or_data_error(str(card), read) if card.is_file() else ({}, None)
     if configs and (name or default) is None:
-        raise DataError(f"{folder} has the configurations {_listed(configs)}: choose one with --dataset_config")
+        raise DataError(f"{folder} has the configurations {join_names(configs)}: choose one with --dataset_config")
     if (name or default) in configs:
         return configs[name or default]
     if name and not (folder / name).is_dir():
-        known = f"its configurations are {_listed(configs)}" if configs else "a configuration here is a subfolder"
+        known = f"its configurations are {join_names(configs)}" if configs else "a configuration here is a subfolder"
         raise DataError(f"{folder} has no subfolder or configuration {name!r}: {known}")
     return None
 
 
 def _or_data_error(source: str, load: Callable[[], Any]):
-    """Hub and `datasets` failures come in dozens of exception types; the user needs the source and the last line."""
+    """Failures of the Hub and of `datasets` have dozens of types; the user needs the source and one line."""
     try:
         return load()
     except Exception as error:
@@ -177,41 +167,34 @@ def _or_data_error(source: str, load: Callable[[], Any]):
         raise DataError(f"{local}`datasets` could not load {source!r}: {type(cause).__name__}: {reason}") from error
 
 
-def _refuse_missing_path(source: str) -> None:
-    """A path that is not there must not become a Hub lookup: Hub names are `name` or `owner/name`."""
-    looks_like_path = source.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.\-]*(/\w[\w.\-]*)?", source)
-    if looks_like_path:
-        raise DataError(f"{source}: no such file or folder")
-
-
-def _listed(names: Iterable) -> str:
-    return ", ".join(map(str, names)) or "none"
-
-
 def _read_files(paths: list[Path]) -> Callable[[], Iterable[Row]]:
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         if not path.name.lower().endswith(SUFFIXES):
-            known = f"{_listed((*TEXT_SUFFIXES, '.parquet'))}, the texts also with {_listed(COMPRESSED)}"
+            known = f"{join_names(TEXT_SUFFIXES)}, .parquet, the texts also with {join_names(COMPRESSED)}"
             raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {known}")
     return partial(_rows_of, paths)
 
 
 def _rows_of(paths: list[Path]) -> Iterator[Row]:
     for path in paths:
-        yield from _read_file(path)
-
-
-def _read_file(path: Path) -> Iterator[Row]:
-    file = str(path)
-    if path.suffix.lower() == ".parquet":
+        if path.suffix.lower() != ".parquet":
+            yield from read_text_file(path)
+            continue
         import datasets
 
-        options = {"data_files": {"train": file}, "split": "train", "streaming": True}
-        yield from _numbered(file, _or_data_error(file, lambda: datasets.load_dataset("parquet", **options)))
-        return
-    yield from read_text_file(path)
+        options = {"data_files": {"train": str(path)}, "split": "train", "streaming": True}
+        load = partial(datasets.load_dataset, "parquet", **options)
+        yield from _numbered(str(path), _or_data_error(str(path), load))
+
+
+def _checked(rows: list) -> Iterator[Row]:
+    for number, data in enumerate(rows, 1):
+        try:
+            yield Row("rows", number, check_row(data))
+        except RowError as error:
+            yield Row("rows", number, error)
 
 
 def _numbered(file: str, dataset: Iterable[dict]) -> Iterator[Row]:
@@ -223,7 +206,7 @@ def _numbered(file: str, dataset: Iterable[dict]) -> Iterator[Row]:
 
 
 def _without_filled_nulls(value: Any, in_tools: bool = False) -> Any:
-    """Arrow gives every tool call the keys of all others, with nulls, which would be rendered."""
+    """Arrow gives every tool call the keys of all others, with nulls, and chat templates would render them."""
     if isinstance(value, list):
         return [_without_filled_nulls(item, in_tools) for item in value]
     if isinstance(value, dict):

@@ -1,16 +1,17 @@
-"""Cells and messages: what the converters of `recipes.data.schemas` are written with.
+"""Functions that converters are written with: they read the cells of a row and make messages out of them.
 
-Every function takes the name of the column that it reads, so that errors and skips can name it. Contents of messages
-are never changed; texts that become messages lose outer whitespace only.
+Each takes the name of the column that it reads, so that errors and skips can name it. The contents of messages are
+never changed; texts that become messages only lose outer whitespace.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from recipes.data.text_files import RowError, check_surrogates
+from recipes.data.rows import RowError, Skip, check_surrogates, describe, join_names
 
 Messages = list[dict[str, Any]]
 Roles = Mapping[str, str]
@@ -29,40 +30,16 @@ FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0"
 HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
-class Skip(Exception):
-    """The row is well formed but of no use, such as a tie; it is counted and left out."""
-
-    def __init__(self, reason: str, column: str | None = None):
-        super().__init__(reason)
-        self.reason, self.column = reason, column
-
-
-def describe(value: Any) -> str:
-    """A short description of an unexpected value, for error messages."""
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return f"the text {value[:40]!r}{'...' if len(value) > 40 else ''}"
-    if isinstance(value, list):
-        return f"a list of {describe(value[0])}" if value else "an empty list"
-    if isinstance(value, dict):
-        return f"an object with {listed(value) or 'no keys'}"
-    return f"{str(value)[:40]} ({type(value).__name__})"
-
-
-def listed(names: Iterable) -> str:
-    return ", ".join(map(str, names))
-
-
-def cell(row: dict, column: str) -> Any:
+def require(row: dict, column: str) -> Any:
+    """The value of a column that has to be there."""
     if column not in row:
-        raise RowError(f"missing; there are {listed(row) or 'no columns'}", column)
+        raise RowError(f"missing; there are {join_names(row) or 'no columns'}", column)
     return row[column]
 
 
 def text(row: dict, column: str) -> str:
     """A required text without outer whitespace; an empty one skips the row."""
-    cell(row, column)
+    require(row, column)
     value = optional_text(row, column)
     if not value:
         raise Skip("empty text", column)
@@ -76,8 +53,8 @@ def optional_text(row: dict, column: str) -> str:
     return (value or "").strip()
 
 
-def decoded(value: Any, column: str, kind: str) -> Any:
-    """A list or an object, which may be written as JSON text where the format knows none (CSV)."""
+def decode_json(value: Any, column: str, kind: str) -> Any:
+    """A list or an object, which is JSON text in formats that have neither (CSV)."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -89,54 +66,42 @@ def decoded(value: Any, column: str, kind: str) -> Any:
 
 def items(row: dict, column: str) -> list:
     """A required list."""
-    value = decoded(cell(row, column), column, "a list")
-    if value is None or value == [] or value == "":
+    value = decode_json(require(row, column), column, "a list")
+    if value in (None, "", []):
         raise Skip("empty list", column)
     if not isinstance(value, list):
         raise RowError(f"found {describe(value)}, expected a list", column)
     return value
 
 
-def objects(row: dict, column: str, *keys: str) -> list[tuple[str, dict]]:
-    """The objects of a required list, each with the name of its place; all of them have the keys."""
-    result = [(f"{column}[{index}]", item) for index, item in enumerate(items(row, column))]
-    for where, item in result:
-        if not isinstance(item, dict):
-            raise RowError(f"found {describe(item)}, expected an object with {listed(keys)}", where)
-        for key in keys:
-            if key not in item:
-                raise RowError(f"missing; there are {listed(item) or 'no keys'}", f"{where}.{key}")
-    return result
-
-
-def inner(value: Any, where: str) -> dict:
-    """An object inside a row, its keys renamed to their full place, to be read like a row."""
-    value = decoded(value, where, "an object")
+def as_object(value: Any, column: str) -> dict:
+    """An object inside a row, to be read like a row: its keys become full places such as `answers[0].rank`."""
+    value = decode_json(value, column, "an object")
     if not isinstance(value, dict):
-        raise RowError(f"found {describe(value)}, expected an object", where)
-    return {f"{where}.{key}": item for key, item in value.items()}
+        raise RowError(f"found {describe(value)}, expected an object", column)
+    return {f"{column}.{key}": item for key, item in value.items()}
 
 
-def number(value: Any, where: str) -> float:
-    try:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return value
-    except OverflowError:  # an integer beyond all floats
-        pass
-    raise RowError(f"found {describe(value)}, expected a number", where)
+def objects(row: dict, column: str) -> list[tuple[str, dict]]:
+    """The objects of a required list, to be read like rows, each with its place, such as `answers[0]`."""
+    places = [(f"{column}[{index}]", item) for index, item in enumerate(items(row, column))]
+    return [(place, as_object(item, place)) for place, item in places]
 
 
-def number_cell(row: dict, column: str) -> float:
-    """A required number, which may be written as text (CSV)."""
-    value = cell(row, column)
-    try:
-        return number(float(value) if isinstance(value, str) else value, column)
-    except ValueError:
-        return number(value, column)
+def number(row: dict, column: str, text_too: bool = True) -> float:
+    """A required number. With `text_too` it may be written as text, as all numbers in CSV are."""
+    value = found = require(row, column)
+    if isinstance(value, str) and text_too:
+        with suppress(ValueError):
+            found = float(value)
+    with suppress(OverflowError):  # an integer beyond all floats
+        if isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found):
+            return found
+    raise RowError(f"found {describe(value)}, expected a number", column)
 
 
 def flag(row: dict, column: str) -> bool | None:
-    """An optional yes or no, which may be written as text (CSV)."""
+    """An optional yes or no, which may be written as text, as in CSV."""
     value = row.get(column)
     found = FLAGS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
     if found is None and value not in (None, ""):
@@ -146,10 +111,10 @@ def flag(row: dict, column: str) -> bool | None:
 
 def choice(row: dict, column: str, options: Iterable[int]) -> int:
     """A required whole number out of a few."""
-    value = cell(row, column)
-    found = int(value) if isinstance(value, bool) else number_cell(row, column)
+    value = require(row, column)
+    found = int(value) if isinstance(value, bool) else number(row, column)
     if found not in options:
-        raise RowError(f"found {describe(value)}, expected one of {listed(options)}", column)
+        raise RowError(f"found {describe(value)}, expected one of {join_names(options)}", column)
     return int(found)
 
 
@@ -158,7 +123,7 @@ def message(role: str, content: str) -> dict[str, str]:
 
 
 def normalise(raw: list, column: str, roles: Roles) -> Messages:
-    """Messages with the roles of chat templates and untouched contents; blank system messages are left out."""
+    """Messages with the role names of chat templates and unchanged contents; blank system messages are left out."""
     result = []
     for index, turn in enumerate(raw):
         where = f"{column}[{index}]"
@@ -180,7 +145,7 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
 
 
 def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
-    """What chat templates know beside role and content, where it is not empty."""
+    """The other keys of a message that chat templates know, if they are not empty."""
     result = {}
     for key, kind in EXTRAS.items():
         value = turn.get(key)
@@ -196,7 +161,7 @@ def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
 def _role(role: Any, where: str, roles: Roles) -> str:
     if isinstance(role, str) and role.lower() in roles:
         return roles[role.lower()]
-    known = listed(sorted(roles))
+    known = join_names(sorted(roles))
     raise RowError(f"unknown role: found {describe(role)}, expected one of {known}; or map it: roles.NAME=user", where)
 
 
@@ -235,30 +200,27 @@ def check_order(messages: Messages, column: str | None = None) -> None:
         raise Skip("no user turn", column)
 
 
-def turns(row: dict, column: str, roles: Roles, role: str) -> Messages:
-    """A column that holds a text (said by `role`), one message or a list of messages."""
-    value = cell(row, column)
-    if isinstance(value, dict):
-        return normalise([value], column, roles)
-    if isinstance(value, list):
-        return normalise(items(row, column), column, roles)
-    return [message(role, text(row, column))]
+def read_messages(row: dict, column: str, roles: Roles, text_role: str = "assistant") -> Messages:
+    """A column that holds a text (the message of `text_role`), one message or a list of messages."""
+    value = require(row, column)
+    if isinstance(value, dict | list):
+        return normalise(items(row, column) if isinstance(value, list) else [value], column, roles)
+    return [message(text_role, text(row, column))]
 
 
-def asked(row: dict, column: str, roles: Roles) -> Messages:
+def prompt_messages(row: dict, column: str, roles: Roles) -> Messages:
     """The messages of a prompt column, after the row's optional `system` and `history`.
 
-    A text is one user message, unless it is a transcript "\\n\\nHuman: …\\n\\nAssistant:" that waits for its answer.
+    A text is one user message, unless it is a transcript "\\n\\nHuman: …\\n\\nAssistant:" that ends before the answer.
     """
     value = row.get(column)
     if isinstance(value, str) and value.startswith("\n\nHuman:") and value.rstrip().endswith("\n\nAssistant:"):
-        said = split_turns(value.rstrip().removesuffix("Assistant:"), column, HUMAN_ASSISTANT, roles)
-    else:
-        said = turns(row, column, roles, "user")
-    return in_context(row, said)
+        transcript = value.rstrip().removesuffix("Assistant:")
+        return in_context(row, split_turns(transcript, column, HUMAN_ASSISTANT, roles))
+    return in_context(row, read_messages(row, column, roles, "user"))
 
 
-def in_context(row: dict, said: Messages) -> Messages:
+def in_context(row: dict, messages: Messages) -> Messages:
     """Messages after the row's optional `system` (or `system_prompt`) and `history` of [user, assistant] texts."""
     system = optional_text(row, "system") or optional_text(row, "system_prompt")
     history = []
@@ -268,15 +230,15 @@ def in_context(row: dict, said: Messages) -> Messages:
         for side, role in enumerate(("user", "assistant")):
             where = f"history[{index}][{side}]"
             history.append(message(role, text({where: pair[side]}, where)))
-    if system and not (said and said[0]["role"] == "system"):
+    if system and not (messages and messages[0]["role"] == "system"):
         history.insert(0, message("system", system))
-    return history + said
+    return history + messages
 
 
 def split_turns(value: str, column: str, marker: re.Pattern, roles: Roles, first: str | None = None) -> Messages:
-    """Cuts a transcript at its markers, whose group 1 is the role; `first` says the text before the first marker."""
+    """Splits a transcript at its markers, whose group 1 is the role; `first` is the role of text before them."""
     start, *rest = marker.split(value)
-    raw = [message(role, said.strip()) for role, said in zip(rest[::2], rest[1::2], strict=True)]
+    raw = [message(role, turn.strip()) for role, turn in zip(rest[::2], rest[1::2], strict=True)]
     if first:
         raw.insert(0, message(first, start.strip()))
     elif start.strip() or not raw:
@@ -285,7 +247,7 @@ def split_turns(value: str, column: str, marker: re.Pattern, roles: Roles, first
 
 
 def split_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """Cuts two conversations after the turns that they share: (prompt, chosen, rejected)."""
+    """Splits two conversations after the turns that they share: (prompt, chosen, rejected)."""
     if chosen == rejected:
         raise Skip("identical responses", "rejected")
     shared = 0

@@ -1,17 +1,15 @@
 """Several formatted datasets as one, with weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.data.messages import listed
-from recipes.data.tasks import features
-from recipes.data.text_files import DataError
+from recipes.data.rows import DataError, join_names
 
 
 @dataclass
 class Source:
-    """One source of a mixture; the fields that TRL's `DatasetConfig` has too bear its names.
+    """One source of a mixture. Fields are named as in TRL's `DatasetConfig`, where it has them.
 
     `fraction` is the share of the source in the mixture, on any scale; all sources have one, or none.
     """
@@ -31,8 +29,8 @@ class Source:
             path, _, fraction = item.partition("=")
             item = {"path": path, "fraction": fraction or None}
         if "path" not in item or item.keys() - cls.__dataclass_fields__.keys():
-            fields = listed(cls.__dataclass_fields__)
-            raise DataError(f"datasets: a source has path and perhaps more of {fields}; found {listed(item)}")
+            fields = join_names(cls.__dataclass_fields__)
+            raise DataError(f"datasets: a source has path and perhaps more of {fields}; found {join_names(item)}")
         source = cls(**item)
         try:
             source.fraction = None if source.fraction is None else float(source.fraction)
@@ -43,34 +41,34 @@ class Source:
         return source
 
 
-def check_fractions(sources: list[Source]) -> None:
+def parse_sources(items: Iterable[str | Mapping]) -> list[Source]:
+    sources = [Source.parse(item) for item in items]
     if len({source.fraction is None for source in sources}) > 1:
         raise DataError("datasets: give every source a fraction, or none")
+    return sources
 
 
-def combine(parts: list, sources: list[Source], task: str, options: Mapping[str, Any], seed: int):
-    """One dataset out of formatted ones.
+def combine(parts: list, sources: list[Source], streaming: bool, seed: int):
+    """Combines formatted datasets into one.
 
-    As in TRL, fractions are shares of the mixture, which is as large as it can be without repeating a row, and the
-    first rows of each source are taken. Streams are interleaved at random instead, until the first one ends.
+    As in TRL, fractions are shares of the mixture, which is as large as possible without repeating a row, and takes
+    the first rows of each source. Streams are interleaved at random instead, until the first one ends.
     """
     from datasets import concatenate_datasets, interleave_datasets
 
     shares = None
     if sources[0].fraction is not None:
         shares = [source.fraction / sum(each.fraction for each in sources) for source in sources]
-    if options.get("streaming"):
+    if streaming:
         return interleave_datasets(parts, shares, seed) if shares else concatenate_datasets(parts)
-    if any("tools" in part.column_names for part in parts):
-        columns = features(task, options.get("prompt_completion", False), tools=True)
-        parts = [
-            part if "tools" in part.column_names else part.map(_without_tools, features=columns) for part in parts
-        ]
+    with_tools = next((part.features for part in parts if "tools" in part.column_names), None)
+    if with_tools:
+        parts = [part if part.features == with_tools else part.map(_no_tools, features=with_tools) for part in parts]
     if shares:
         total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
         parts = [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]
     return concatenate_datasets(parts)
 
 
-def _without_tools(row: dict) -> dict:
-    return {**row, "tools": None}  # all columns, or `datasets` cannot cast the messages
+def _no_tools(row: dict) -> dict:
+    return {**row, "tools": None}  # with all columns, so that `datasets` casts the messages too

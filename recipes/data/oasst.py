@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from math import inf
 
-from recipes.data.messages import Skip, describe, flag, number_cell
-from recipes.data.text_files import Row, RowError
+from recipes.data.messages import flag, number, require
+from recipes.data.rows import Row, RowError, RowProblem, Skip, describe
 
 
 def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:
@@ -18,42 +18,47 @@ def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:
     roots: list[Row] = []
     replies: dict[str, list[Row]] = {}
     for row in rows:
-        problem = row.data if isinstance(row.data, RowError) else _problem(row.data)
-        if problem:
+        try:
+            _check(row.data)
+        except RowProblem as problem:
             yield row._replace(data=problem)
-        elif row.data["parent_id"]:
-            replies.setdefault(row.data["parent_id"], []).append(row)
-        else:
-            roots.append(row)
+            continue
+        parent = row.data["parent_id"]
+        (replies.setdefault(parent, []) if parent else roots).append(row)
+    reached = set()
     for root in roots:
+        paths = list(_paths(root, replies))
+        reached |= {path[-1].line for path in paths}
         if task in ("preference", "ranking"):
-            found = list(_rankings(root, replies))
+            found = [ranking for path in paths for ranking in _ranking(path, replies)]
             yield from found or [root._replace(data=Skip("no message with two ranked replies"))]
         else:
             path = [root] if task == "prompt" else _best_path(root, replies)
             yield root._replace(data={**root.data, "messages": [_turn(row) for row in path]})
-    reached = {row.line for root in roots for path in _paths(root, replies) for row in path[-1:]}
     lost = (row for following in replies.values() for row in following if row.line not in reached)
     yield from (row._replace(data=Skip("a reply to a message that is not there", "parent_id")) for row in lost)
 
 
-def _problem(data: dict) -> RowError | Skip | None:
+def _check(data: dict | RowProblem) -> None:
+    if isinstance(data, RowProblem):
+        raise data
     for column in ("message_id", "parent_id", "role", "text"):
-        if column not in data:
-            return RowError("missing; OASST rows have message_id, parent_id, role and text", column)
-        if not isinstance(data[column], str) and not (column == "parent_id" and data[column] is None):
-            return RowError(f"found {describe(data[column])}, expected text", column)
-    try:
-        _rank(data)
-        if flag(data, "deleted"):
-            return Skip("deleted", "deleted")
-        return Skip("failed review", "review_result") if flag(data, "review_result") is False else None
-    except RowError as error:
-        return error
+        value = require(data, column)
+        if not isinstance(value, str) and (column, value) != ("parent_id", None):
+            raise RowError(f"found {describe(value)}, expected text", column)
+    _rank(data)
+    if flag(data, "deleted"):
+        raise Skip("deleted", "deleted")
+    if flag(data, "review_result") is False:
+        raise Skip("failed review", "review_result")
 
 
 def _turn(row: Row) -> dict:
     return {"role": row.data["role"], "content": row.data["text"]}
+
+
+def _rank(data: dict) -> float | None:
+    return None if data.get("rank") in (None, "") else number(data, "rank")
 
 
 def _best_path(root: Row, replies: dict[str, list[Row]]) -> list[Row]:
@@ -65,10 +70,6 @@ def _best_path(root: Row, replies: dict[str, list[Row]]) -> list[Row]:
     return path
 
 
-def _rank(data: dict) -> float | None:
-    return None if data.get("rank") in (None, "") else number_cell(data, "rank")
-
-
 def _paths(root: Row, replies: dict[str, list[Row]]) -> Iterator[list[Row]]:
     """The path from the root to each message of its tree."""
     ahead = [[root]]
@@ -78,10 +79,10 @@ def _paths(root: Row, replies: dict[str, list[Row]]) -> Iterator[list[Row]]:
         ahead += [[*path, row] for row in replies.get(path[-1].data["message_id"], [])]
 
 
-def _rankings(root: Row, replies: dict[str, list[Row]]) -> Iterator[Row]:
-    for path in _paths(root, replies):
-        following = replies.get(path[-1].data["message_id"], [])
-        ranked = [row for row in following if _rank(row.data) is not None]
-        if path[-1].data["role"] == "prompter" and len(ranked) > 1:
-            responses = [{"text": row.data["text"], "rank": _rank(row.data) + 1} for row in ranked]
-            yield path[-1]._replace(data={"prompt": [_turn(row) for row in path], "responses": responses})
+def _ranking(path: list[Row], replies: dict[str, list[Row]]) -> list[Row]:
+    """The ranked replies to the last message of a path, if a user wrote it and there are at least two."""
+    ranked = [row for row in replies.get(path[-1].data["message_id"], []) if _rank(row.data) is not None]
+    if path[-1].data["role"] != "prompter" or len(ranked) < 2:
+        return []
+    responses = [{"text": row.data["text"], "rank": _rank(row.data) + 1} for row in ranked]
+    return [path[-1]._replace(data={"prompt": [_turn(row) for row in path], "responses": responses})]

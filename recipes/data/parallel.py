@@ -1,41 +1,38 @@
-"""Work in several processes, in order and with little of it in memory."""
+"""Work in several processes, in order and with few rows in memory.
 
-from collections import deque
+`datasets.map(num_proc=…)` would need the source on disk a second time, as Arrow, and the errors of rows as columns.
+"""
+
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing import get_context
 from typing import Any
 
-from recipes.data.text_files import DataError
+from recipes.data.rows import DataError
 
-AHEAD = 2  # items that wait for each process
+BATCH = 1000  # rows that a process gets at a time
+AHEAD = 4 * BATCH  # rows for each process that are read before the first result is asked for
 
 _work: Callable | None = None  # of a worker process
 
 
-def in_order(work: Callable[[Any], Any], items: Iterable, num_proc: int) -> Iterator:
-    """`map(work, items)` by `num_proc` processes, which unlike those of `Pool.imap` read only a few items ahead.
+def map_in_order(work: Callable[[Any], Any], rows: Iterable, num_proc: int) -> Iterator:
+    """`map(work, rows)` by `num_proc` processes; `Executor.map` alone would read all rows first.
 
-    Processes are forked, as by `datasets`: they know what was registered in this one.
+    Processes are forked, as by `datasets`: they know the schemas that were registered in this one.
     """
     if num_proc < 2:
-        yield from map(work, items)
+        yield from map(work, rows)
         return
-    pending = deque()
+    rows = iter(rows)
     with ProcessPoolExecutor(num_proc, get_context("fork"), _start, (work,)) as pool:
         try:
-            for item in items:
-                pending.append(pool.submit(_run, item))
-                if len(pending) > AHEAD * num_proc:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            while window := list(islice(rows, AHEAD * num_proc)):
+                yield from pool.map(_run, window, chunksize=BATCH)
         except BrokenProcessPool:
             raise DataError("a process that formats rows was killed, perhaps for want of memory; use fewer") from None
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def _start(work: Callable) -> None:
@@ -43,5 +40,5 @@ def _start(work: Callable) -> None:
     _work = work
 
 
-def _run(item: Any) -> Any:
-    return _work(item)
+def _run(row: Any) -> Any:
+    return _work(row)

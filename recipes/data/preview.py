@@ -1,4 +1,4 @@
-"""What a model will see of a formatted row: the rendered text, the part that counts, and the number of tokens."""
+"""A formatted row as the model will see it: the rendered text, the part that is trained on, the number of tokens."""
 
 import json
 import os
@@ -31,15 +31,15 @@ def render(row: dict, tokenizer) -> Iterator[Rendered]:
     tools = json.loads(row["tools"]) if row.get("tools") else None
     responses = [(column, row[column]) for column in ("completion", "chosen", "rejected") if column in row]
     ranked = zip(row.get("ranks", ()), row.get("completions", ()), strict=True)
-    responses += [(f"rank {rank:g}", said) for rank, said in ranked]
+    responses += [(f"rank {rank:g}", response) for rank, response in ranked]
     prompt = row.get("prompt")
     if "messages" in row:
         prompt, responses = row["messages"][:-1], [("last turn", row["messages"][-1:])]
     start = _ids(tokenizer, prompt, tools, add_generation_prompt=True)
     if not responses:
         yield Rendered("prompt", tokenizer.decode(start), "", len(start), 0)
-    for name, said in responses:
-        whole = _ids(tokenizer, prompt + said, tools)
+    for name, response in responses:
+        whole = _ids(tokenizer, prompt + response, tools)
         shared = len(os.path.commonprefix([start, whole]))
         texts = tokenizer.decode(whole[:shared]), tokenizer.decode(whole[shared:])
         yield Rendered(name, *texts, shared, len(whole) - shared)

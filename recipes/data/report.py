@@ -1,4 +1,4 @@
-"""What became of the rows of a dataset: counts, reasons, places."""
+"""Reports: what became of the rows of a dataset, with counts, reasons and places."""
 
 import json
 from collections import Counter
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.data.text_files import DataError, Row
+from recipes.data.rows import DataError, Row
 
-KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # each list of a report, and what its entries say
-KEPT = 10_000  # entries of each list, and reasons that are counted by name; the sums are always complete
+KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # the lists, and the key of the text in each
+KEPT = 10_000  # entries of each list, and different texts that are counted; sums are always complete
 SHOWN = 5  # errors in the text of a DataError
 
 
@@ -28,18 +28,23 @@ class Report:
     errors: list[dict] = field(default_factory=list)
     counts: dict[str, Counter] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
     fingerprint: str = ""
+    lost: bool = False  # whether rows after an error could not be read
+
+    def clear(self) -> None:
+        vars(self).update(vars(Report(self.source, self.task)))
 
     def add(self, kind: str, row: Row, what: str, column: str | None = None) -> None:
         """`kind` is "skipped", "flags" or "errors"."""
         entries = getattr(self, kind)
         counts = self.counts[kind]
-        counts[what if what in counts or len(counts) < KEPT else "others"] += 1  # messages quote what they found
+        # messages quote values, so there may be many different ones
+        counts[what if what in counts or len(counts) < KEPT else "others"] += 1
         if len(entries) < KEPT:
             place = {"file": row.file, "line": row.line, **({} if kind == "flags" else {"column": column})}
             entries.append({**place, KINDS[kind]: what})
 
     def finish(self) -> None:
-        """Turns the errors, which were accepted, into skipped rows; refuses a source that gives nothing."""
+        """Counts the errors, which were accepted, as skipped rows; raises DataError if no row is left."""
         self.counts["skipped"].update(self.counts["errors"])
         self.counts["errors"].clear()
         for error in self.errors:

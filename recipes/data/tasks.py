@@ -1,12 +1,12 @@
-"""What each task makes of a `Dialogue` or a `Ranking`: the rows that TRL trains on.
+"""The rows of each task, on which TRL trains, made out of a `Dialogue` or a `Ranking`.
 
     sft         messages; or, with `prompt_completion`, prompt and completion, which is the last turn
-    preference  prompt, chosen, rejected, group_id and, where asked for, margin: one row per pair with unequal ranks
+    preference  prompt, chosen, rejected, group_id and, with `margin`, margin: one row per pair with unequal ranks
     ranking     prompt, completions (best first), ranks, group_id: one row per ranked prompt
     prompt      prompt, which ends with the user's turn
 
-All but `group_id`, a hash that is equal for equal prompts, and numbers are lists of {role, content}. SFT rows of a
-source with tool calls also have `tools`, as JSON text.
+Columns are lists of {role, content}, except for numbers and `group_id`, a hash that is equal for equal prompts. SFT
+rows of a source with tool calls also have `tools`, as JSON text.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ import json
 from collections.abc import Iterable, Iterator
 
 from recipes.data.converters import Dialogue, Ranking
-from recipes.data.messages import Messages, Skip, check_order
-from recipes.data.text_files import RowError
+from recipes.data.messages import Messages, check_order
+from recipes.data.rows import RowError, Skip
 
 
 def outputs(
@@ -24,8 +24,8 @@ def outputs(
     """The rows for a task, and a `Skip` for each part of the example that is left out.
 
     Raises:
-        Skip: all of the example is left out.
-        RowError: a margin was asked for and is not there.
+        Skip: the whole example is left out.
+        RowError: `margin` is set, and the example has none.
     """
     if task == "sft":
         yield _sft(example, prompt_completion)
@@ -60,7 +60,7 @@ def has_tools(row: dict) -> bool:
 def features(
     task: str, prompt_completion: bool = False, margin: bool = False, tools: bool = False, keep: Iterable[str] = ()
 ):
-    """The `datasets.Features` of a task's rows; messages with tool calls and the columns to `keep` are free JSON."""
+    """The `datasets.Features` of a task's rows; messages with tool calls and the columns to `keep` are any JSON."""
     from datasets import Features, List, Value
 
     from recipes.data.exact_json import ExactJson
@@ -125,11 +125,11 @@ def _margin(example: Ranking) -> dict[str, float]:
 
 def _pairs(ranking: dict, extra: dict) -> Iterator[dict | Skip]:
     ranked = list(zip(ranking["completions"], ranking["ranks"], strict=True))
-    said = [[turn["content"].strip() for turn in completion] for completion, _ in ranked]
+    texts = [[turn["content"].strip() for turn in completion] for completion, _ in ranked]
     for better, (chosen, rank) in enumerate(ranked):
         for worse in range(better + 1, len(ranked)):
             rejected, lower = ranked[worse]
-            if said[better] == said[worse] and rank < lower:
+            if texts[better] == texts[worse] and rank < lower:
                 yield Skip("identical responses")
             elif rank < lower:
                 pair = {"prompt": ranking["prompt"], "chosen": chosen, "rejected": rejected}

@@ -1,54 +1,40 @@
-"""Rows of JSON Lines, JSON and CSV files, each with its physical line, and what is wrong with them said by place.
+"""Reads JSON Lines, JSON and CSV files row by row, with line numbers, and reports errors by line.
 
 `datasets` would guess types (dates become timestamps, "NA" becomes null, 007 becomes 7.0) and name no line.
 """
 
-import codecs
 import csv
+import io
 import json
 import lzma
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
-from recipes.cli.errors import UserError
+from recipes.data.rows import (
+    DECODER,
+    NOT_UTF8,
+    DataError,
+    LostRows,
+    Row,
+    RowError,
+    check_surrogates,
+    decode_object,
+    not_json,
+    not_utf8,
+    skip_space,
+)
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
-CHUNK = 2**20  # bytes of a list in JSON that are read at a time, or more where an element is larger
+CHUNK = 2**16  # characters of a JSON list that are read at a time; more where an element is larger
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# Messages in a cell of CSV, which knows no lists. With single quotes they are Python's, as pandas writes them.
+# Messages in a cell of CSV: as JSON, or with single quotes in Python's notation, as pandas writes them.
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|tool_calls)["']\s*:""")
-
-
-class DataError(UserError):
-    """Data that cannot be used. `report` is the formatting report where formatting had begun, else None."""
-
-    report: Any = None
-
-
-class RowError(Exception):
-    """One row cannot be used; `message` says what was found, what was expected and what to do."""
-
-    def __init__(self, message: str, column: str | None = None):
-        super().__init__(message)
-        self.message, self.column = message, column
-
-
-class LostRows(RowError):
-    """What follows in the file cannot be read either, so that leaving out one row would leave out an unknown many."""
-
-
-class Row(NamedTuple):
-    """`line` is 1-based: the physical line in a text file (a CSV header is line 1), else the number of the row."""
-
-    file: str
-    line: int
-    data: Any  # a dict, the RowError that stands for it, or the line of JSON that holds it
-
-    def read(self) -> dict | RowError:
-        return _read_json_line(self.data) if isinstance(self.data, bytes) else self.data
+_SPACE = r"[ \t\n\r]*"
+_OPENING = re.compile(rf"{_SPACE}\[{_SPACE}(?P<closing>\])?{_SPACE}")  # of a JSON list
+_SEPARATOR = re.compile(rf"{_SPACE}(?:,|(?P<closing>\])){_SPACE}")
 
 
 def read_text_file(path: Path) -> Iterator[Row]:
@@ -99,163 +85,71 @@ def _read_jsonl(file: str, stream: Iterable[bytes]) -> Iterator[Row]:
     return (Row(file, number, raw) for number, raw in enumerate(stream, 1) if not raw.isspace())
 
 
-def _read_json_line(raw: bytes) -> dict | RowError:
-    try:
-        text = raw.decode("utf-8")
-        data, end = _decode(text, _skip_space(text, 0))
-        if text[end:].strip():
-            return RowError(f"text after the JSON object, from character {end + 1} on; one object per line")
-        return data
-    except UnicodeDecodeError as error:
-        return RowError(_not_utf8(raw[error.start]))
-    except (ValueError, RecursionError) as error:
-        return RowError(_not_json(error))
+def _characters(stream: BinaryIO) -> io.TextIOWrapper:
+    """The text of a file. Bytes that are not UTF-8 become surrogates, so that their place can be told."""
+    return io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="\n")
 
 
 def _read_json_list(file: str, stream: BinaryIO) -> Iterator[Row]:
-    """The elements of one JSON list, each at the line it starts on. Nothing after the first syntax error is read."""
-    window = _Window(stream)
-    try:
-        window.skip_space()
-        window.position += 1  # the bracket
-        closed = window.skip_space() == "]"
-        while not closed:
-            line = window.line()
-            yield Row(file, line, window.decode())
-            separator = window.skip_space()
-            closed = separator == "]"
-            if not closed:
-                if separator != ",":
-                    raise json.JSONDecodeError("expected ',' or ']' after an element", window.text, window.position)
-                window.position += 1
-                window.skip_space()
-        window.position += 1
-        if window.skip_space():
-            raise json.JSONDecodeError("text after the end of the list", window.text, window.position)
-    except UnicodeDecodeError as error:
-        line = window.first_line + window.text.count("\n") + error.object.count(b"\n", 0, error.start)
-        yield Row(file, line, LostRows(_not_utf8(error.object[error.start])))
-    except json.JSONDecodeError as error:
-        error.colno += window.column if error.lineno == 1 else 0
-        line = window.first_line + error.lineno - 1
-        yield Row(file, line, LostRows(f"{_not_json(error)}; nothing after it was read"))
-    except (ValueError, RecursionError) as error:
-        yield Row(file, window.line(), LostRows(f"{_not_json(error)}; nothing after it was read"))
+    """The elements of one JSON list, each at the line it starts on. Nothing after the first syntax error is read.
 
-
-class _Window:
-    """The part of a file of JSON that is in memory, which begins at `first_line` after `column` characters."""
-
-    def __init__(self, stream: BinaryIO):
-        self.stream, self.text, self.position = stream, "", 0
-        self.first_line, self.column, self.ended = 1, 0, False
-        self.counted, self.counted_line = 0, 1
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-
-    def line(self) -> int:
-        """The line of the position, which only moves on."""
-        self.counted_line += self.text.count("\n", self.counted, self.position)
-        self.counted = self.position
-        return self.counted_line
-
-    def more(self) -> None:
-        """Leaves out what was read and appends what follows."""
-        last = self.text.rfind("\n", 0, self.position)
-        self.column = self.position - last - 1 + (self.column if last < 0 else 0)
-        self.first_line, self.text = self.line(), self.text[self.position :]
-        self.position = self.counted = 0
-        raw = self.stream.read(max(CHUNK, len(self.text)))
-        self.text += self.decoder.decode(raw, final=not raw)
-        self.ended = not raw
-
-    def skip_space(self) -> str:
-        """The next character that is no space; empty at the end."""
-        self.position = _skip_space(self.text, self.position)
-        while self.position == len(self.text) and not self.ended:
-            self.more()
-            self.position = _skip_space(self.text, self.position)
-        return self.text[self.position : self.position + 1]
-
-    def decode(self) -> dict | RowError:
-        """The element that starts here, however much of the file it takes."""
-        while True:
-            try:
-                value, end = _decode(self.text, self.position)
-                if end < len(self.text) or self.ended:
-                    self.position = end
-                    return value
-            except json.JSONDecodeError as error:
-                cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated string")
-                if self.ended or not cut:
-                    raise
-            self.more()
-
-
-def _skip_space(text: str, position: int) -> int:
-    return json.decoder.WHITESPACE.match(text, position).end()
-
-
-def _decode(text: str, position: int) -> tuple[dict | RowError, int]:
-    """The object that starts at `position`, or what is wrong with it, and where it ends."""
-    try:
-        value, end = _DECODER.raw_decode(text, position)
-        escapes = text.find("\\ud", position, end) >= 0 or text.find("\\uD", position, end) >= 0
-        return value if isinstance(value, dict) and not escapes else check_row(value), end
-    except RowError as error:
-        return error, json.JSONDecoder().raw_decode(text, position)[1]
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowError(f"the key {twice!r} stands twice in one object; remove one of them", twice)
-    return result
-
-
-def _no_constant(constant: str):
-    raise RowError(f"{constant} is not valid JSON; write a number or null")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-
-
-def check_row(value: Any) -> dict:
-    """The row itself, if it is an object whose text can be stored; raises RowError."""
-    if not isinstance(value, dict):
-        raise RowError(f"found a {type(value).__name__}, expected an object {{...}} with named columns")
-    for column, cell in value.items():
-        check_surrogates(cell, column)
-    return value
-
-
-def check_surrogates(value: Any, column: str) -> None:
-    """Half a UTF-16 pair cannot be stored as UTF-8; `datasets` would fail on it much later."""
-    if isinstance(value, str):
+    Not by `ijson`: it gives no lines, keeps the last of two equal keys and reads half a surrogate pair as "?".
+    """
+    characters = _characters(stream)
+    text, line, column, ended = "", 1, 0, False  # what is in memory, and where in the file it begins
+    before = _OPENING
+    while True:
         try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(value[error.start]):04x}"
-            raise RowError(f"the text holds half a character ({half}, a lone surrogate); repair it", column) from None
-    elif isinstance(value, list | dict):
-        for item in value if isinstance(value, list) else (*value, *value.values()):
-            check_surrogates(item, column)
+            value, start, end = _next_element(text, before)
+        except json.JSONDecodeError as error:
+            cut = error.pos > len(text) - 16 or error.msg.startswith("Unterminated string")
+            if ended or not cut:
+                error.colno += column if error.lineno == 1 else 0
+                yield Row(file, line + error.lineno - 1, _lost(error))
+                return
+            end = len(text)
+        if end == len(text) and not ended:  # the rest of the element may follow
+            more = characters.read(max(CHUNK, len(text)))
+            if bad := NOT_UTF8.search(more):
+                line += text.count("\n") + more.count("\n", 0, bad.start())
+                yield Row(file, line, LostRows(not_utf8(bad)))
+                return
+            text, ended = text + more, not more
+            continue
+        if value is not None:
+            yield Row(file, line + text.count("\n", 0, start), value)
+        if value is None or isinstance(value, LostRows):
+            return
+        newline = text.rfind("\n", 0, end)
+        line, column = line + text.count("\n", 0, end), end - newline - 1 + (column if newline < 0 else 0)
+        text, before = text[end:], _SEPARATOR
 
 
-def _not_utf8(byte: int) -> str:
-    return f"not UTF-8 (byte 0x{byte:02x}), perhaps Latin-1; convert the file, e.g. iconv -f LATIN1 -t UTF-8"
+def _next_element(text: str, before: re.Pattern) -> tuple[dict | RowError | None, int, int]:
+    """The next element, or None where the list ends; and where in the text it starts and ends."""
+    found = before.match(text)
+    if found is None:
+        raise json.JSONDecodeError("expected ',' or ']' after an element", text, skip_space(text, 0))
+    start = found.end()
+    if found["closing"]:
+        if start < len(text):
+            raise json.JSONDecodeError("text after the end of the list", text, start)
+        return None, start, start
+    try:
+        value, end = decode_object(text, start)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        value, end = _lost(error), start
+    return value, start, end
 
 
-def _not_json(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off or edited by hand?"
-    return "the JSON is nested too deeply" if isinstance(error, RecursionError) else f"not usable as JSON: {error}"
+def _lost(error: ValueError | RecursionError) -> LostRows:
+    return LostRows(f"{not_json(error)}; nothing after it was read")
 
 
-def _read_csv(file: str, stream: Iterable[bytes]) -> Iterator[Row]:
-    # Bytes that are not UTF-8 pass as surrogates, so that only their own row is refused.
-    reader = csv.reader((raw.decode("utf-8", "surrogateescape") for raw in stream), strict=True)
+def _read_csv(file: str, stream: BinaryIO) -> Iterator[Row]:
+    reader = csv.reader(_characters(stream), strict=True)
     csv.field_size_limit(2**31 - 1)
     header: list[str] | None = None
     while True:
@@ -295,12 +189,11 @@ def _csv_row(header: list[str], cells: list[str]) -> dict | RowError:
         )
     row = dict(zip(header, cells, strict=True))
     for column, cell in row.items():
-        bad = re.search("[\udc80-\udcff]", cell)
-        if bad:
-            return RowError(_not_utf8(ord(bad[0]) - 0xDC00), column)
+        if bad := NOT_UTF8.search(cell):
+            return RowError(not_utf8(bad), column)
         if _MESSAGES.match(cell):
             try:
-                row[column] = _DECODER.decode(cell)
+                row[column] = DECODER.decode(cell)
                 check_surrogates(row[column], column)
             except RowError as error:
                 return error

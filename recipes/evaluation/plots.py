@@ -144,8 +144,9 @@ def plot_win_rates(rows: list[dict]) -> Figure:
         axes.barh(places, widths, 0.72, left, color=color, label=part)
         left += widths
     rates = [{"mean": row["win_rate"], "ci95": row["ci95"]} for row in rows]
-    axes.errorbar(*columns(rates, "mean"), places, xerr=error_bars(rates), fmt="D", color="black", markersize=4,
-                  label="win + tie / 2")  # fmt: skip
+    (means,) = columns(rates, "mean")
+    label = "win + tie / 2"
+    axes.errorbar(means, places, xerr=error_bars(rates), fmt="D", color="black", markersize=4, label=label)
     axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(places, [plain(f"{row['a']} against {row['b']} ({row['judge']})") for row in rows])
     axes.set_xlim(0, 1)

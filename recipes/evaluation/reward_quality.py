@@ -44,7 +44,7 @@ class Pair:
         return (self.chosen_length > self.rejected_length) + 0.5 * (self.chosen_length == self.rejected_length)
 
 
-def sampled_pairs(samples: list[list[Response]], scores: np.ndarray, quality: np.ndarray) -> list[Pair]:
+def sampled_pairs(samples: Sequence[Sequence[Response]], scores: np.ndarray, quality: np.ndarray) -> list[Pair]:
     """All pairs of responses to the same prompt that differ in `quality`, the better one first.
 
     Args:

@@ -1,5 +1,4 @@
-"""The human step: people rank the responses a model gave, and say why.
-
-`store` keeps every answer in one SQLite file, `server` and `terminal` are two ways to give them, `export` turns them
-into training data and `agreement` says how far they can be trusted. Nothing here needs torch or a network.
+"""The human step: people rank responses in a browser (`server`) or a shell (`terminal`), one SQLite file keeps every
+answer (`store`), `export` makes training data of the answers and `agreement` says how far to trust them. Of the other
+rooms this one may import `recipes.cli` only; it needs neither torch nor a network.
 """

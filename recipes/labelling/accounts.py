@@ -10,6 +10,8 @@ from recipes.labelling.database import Database
 
 SESSION_SECONDS = 14 * 24 * 3600
 MAX_NAME = 80
+TOKEN_LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"  # without i, l, o and u, which are misread
+MISREAD = str.maketrans("ilo", "110")
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,20 @@ class Labeler:
 
 
 def _hash(secret):
-    # The secrets are random, 192 bits or more: a slow hash would protect nothing further.
+    # For secrets of 192 random bits or more: a slow hash would protect nothing further.
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _new_token():
+    return "-".join("".join(secrets.choice(TOKEN_LETTERS) for _ in range(4)) for _ in range(3))
+
+
+def _token_hash(token):
+    """A token is short, 60 bits, so that people can type it, and the hash slow, so that nobody with a copy of the
+    database can try them all. One salt does for all: a token is looked up by its hash, and it is random."""
+    typed = token.lower().translate(MISREAD)
+    letters = "".join(c for c in typed if c in TOKEN_LETTERS)
+    return "scrypt:" + hashlib.scrypt(letters.encode(), salt=b"recipes.labelling", n=2**13, r=8, p=1).hex()
 
 
 def add_labeler(database: Database, name: str, new_token: bool = False) -> str:
@@ -31,14 +45,15 @@ def add_labeler(database: Database, name: str, new_token: bool = False) -> str:
     name = name.strip()
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise UserError(f"a labeler's name has 1 to {MAX_NAME} printable characters, not {name!r}")
-    token = secrets.token_urlsafe(24)
+    token = _new_token()
+    token_hash = _token_hash(token)
     with database.transaction(write=True) as db:
         known = db.execute("SELECT id FROM labeler WHERE name = ?", (name,)).fetchone()
         if known and not new_token:
             raise UserError(f"labeler {name!r} exists; --new_token replaces a lost token")
         if not known:
             db.execute("INSERT INTO labeler (name) VALUES (?)", (name,))
-        db.execute("UPDATE labeler SET token_hash = ? WHERE name = ?", (_hash(token), name))
+        db.execute("UPDATE labeler SET token_hash = ? WHERE name = ?", (token_hash, name))
         if known:
             db.execute("DELETE FROM session WHERE labeler_id = ?", (known["id"],))
     return token
@@ -51,20 +66,22 @@ def labelers(database: Database) -> list[Labeler]:
 
 def named_labeler(database: Database, name: str) -> Labeler:
     """For the terminal, where having the file is the permission: the labeler of that name, added if new."""
+    name = name.strip()
     known = {labeler.name: labeler for labeler in labelers(database)}
     if name not in known:
         add_labeler(database, name)
-        return named_labeler(database, name.strip())
+        return named_labeler(database, name)
     return known[name]
 
 
 def log_in(database: Database, token: str) -> str | None:
     """Returns the secret id of a new session, or None for an unknown token."""
+    hashes = (_token_hash(token[:MAX_NAME]), _hash(token.strip()))  # the second of a token that version 1 gave
+    session = secrets.token_urlsafe(32)
     with database.transaction(write=True) as db:
-        row = db.execute("SELECT id FROM labeler WHERE token_hash = ?", (_hash(token.strip()),)).fetchone()
+        row = db.execute("SELECT id FROM labeler WHERE token_hash IN (?, ?)", hashes).fetchone()
         if row is None:
             return None
-        session = secrets.token_urlsafe(32)
         db.execute("DELETE FROM session WHERE expires < ?", (time.time(),))
         db.execute("INSERT INTO session VALUES (?, ?, ?)", (_hash(session), row["id"], time.time() + SESSION_SECONDS))
     return session

@@ -4,22 +4,34 @@ A pair of responses has one of three outcomes: the first is better, a tie, the s
 prompts are not on one scale, so everything but Kendall's W (which is per prompt) is computed on pair outcomes.
 """
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
 from statistics import fmean, median
+from typing import NamedTuple
 
+import krippendorff
 import numpy as np
 
 from recipes.labelling.answers import ranks_of
 from recipes.labelling.database import Database
-from recipes.labelling.rankings import Ranking, count_standing, read_rankings
 
-# Labelers hired for training and held-out ones, in percent: Ouyang et al. 2022 (arXiv 2203.02155), section 3.4.
-INSTRUCTGPT = (72.6, 77.3)
+# Labelers hired for training and held-out ones: Ouyang et al. 2022 (arXiv 2203.02155), section 3.4.
+INSTRUCTGPT = (0.726, 0.773)
 RESAMPLES = 1000
+STANDINGS = {"submit": "ranked", "edit": "ranked", "skip": "skipped", "flag": "flagged"}
 
 Outcomes = dict[tuple[str, str], int]
+
+
+class Comparison(NamedTuple):
+    """In how many pairs of responses two rankings say the same; `strict` ones are those that neither of them ties."""
+
+    pairs: int
+    same: int
+    strict: int
+    same_strict: int
 
 
 def outcomes(tiers: Sequence[Sequence[str]]) -> Outcomes:
@@ -28,35 +40,22 @@ def outcomes(tiers: Sequence[Sequence[str]]) -> Outcomes:
     return {(a, b): (ranks[b] > ranks[a]) - (ranks[b] < ranks[a]) for a, b in combinations(sorted(ranks), 2)}
 
 
-def krippendorff_alpha(units: Iterable[Sequence[float]], level: str = "nominal") -> float | None:
-    """Krippendorff's alpha: 1 is perfect agreement, 0 what chance gives. None if it is 0/0.
+def compare(a: Outcomes, b: Outcomes) -> Comparison:
+    both = [(outcome, b[pair]) for pair, outcome in a.items()]
+    strict = [(x, y) for x, y in both if x and y]
+    return Comparison(len(both), sum(x == y for x, y in both), len(strict), sum(x == y for x, y in strict))
 
-    `units`: for each thing judged, the values it was given, any number of them (fewer than two count for nothing).
-    `level`: "nominal", "ordinal" or "interval". Formulas: Krippendorff, "Computing Krippendorff's Alpha-Reliability"
-    (2011), section E.
+
+def krippendorff_alpha(counts: np.ndarray, level: str = "nominal") -> float | None:
+    """Krippendorff's alpha: 1 is perfect agreement, 0 what chance gives. None where it is 0/0.
+
+    `counts`, integers (things judged, values in their order): how many people gave a thing that value. `level`:
+    "nominal", "ordinal" or "interval".
     """
-    coincidences: Counter = Counter()
-    for values in units:
-        for index, a in enumerate(values):
-            for other, b in enumerate(values):
-                if index != other:
-                    coincidences[a, b] += 1 / (len(values) - 1)
-    totals: Counter = Counter()
-    for (a, _), weight in coincidences.items():
-        totals[a] += weight
-    order, n = sorted(totals), sum(totals.values())
-
-    def distance(a, b):
-        if level == "nominal":
-            return float(a != b)
-        if level == "interval":
-            return (a - b) ** 2
-        low, high = sorted((order.index(a), order.index(b)))
-        return (sum(totals[value] for value in order[low : high + 1]) - (totals[a] + totals[b]) / 2) ** 2
-
-    observed = sum(weight * distance(a, b) for (a, b), weight in coincidences.items())
-    expected = sum(totals[a] * totals[b] * distance(a, b) for a in order for b in order if a != b)
-    return 1 - (n - 1) * observed / expected if expected else None
+    comparable = counts[counts.sum(axis=1) > 1]
+    if np.count_nonzero(comparable.sum(axis=0)) < 2:
+        return None
+    return float(krippendorff.alpha(value_counts=comparable, level_of_measurement=level))
 
 
 def kendalls_w(rankings: Sequence[Sequence[Sequence[Hashable]]]) -> float | None:
@@ -78,127 +77,138 @@ def kendalls_w(rankings: Sequence[Sequence[Sequence[Hashable]]]) -> float | None
     return 12 * sum((total - mean) ** 2 for total in sums.values()) / spread if spread else None
 
 
+class Judgement(NamedTuple):
+    """A ranking that counts, without the texts. `shown`: response ids in the order on the screen; `gold`: the
+    known order of an attention task, else None."""
+
+    prompt_id: str
+    sample_id: str
+    annotator: str
+    tiers: list[list[str]]
+    outcomes: Outcomes
+    shown: list[str]
+    active_seconds: float
+    gold: list[list[str]] | None
+
+
+def read_judgements(database: Database) -> list[Judgement]:
+    """In the order the prompts were imported, then by labeler."""
+    with database.transaction() as db:
+        rows = db.execute(
+            "SELECT p.id, p.sample_id, l.name, e.tiers, a.shown, s.active_seconds, g.tiers AS gold"
+            " FROM task_state AS s JOIN event AS e ON e.id = s.event_id JOIN prompt AS p ON p.id = s.prompt_id"
+            " JOIN labeler AS l ON l.id = s.labeler_id JOIN assignment AS a USING (prompt_id, labeler_id)"
+            " LEFT JOIN gold AS g ON g.prompt_id = p.id WHERE s.kind IN ('submit', 'edit') ORDER BY p.position, l.name"
+        ).fetchall()
+    judgements = []
+    for prompt_id, sample_id, name, tiers, shown, seconds, gold in rows:
+        tiers, shown, gold = json.loads(tiers), json.loads(shown), json.loads(gold or "null")
+        judgements.append(Judgement(prompt_id, sample_id, name, tiers, outcomes(tiers), shown, seconds, gold))
+    return judgements
+
+
 def agreement_report(database: Database) -> dict:
     """All the figures as plain values; a figure that nobody's data gives yet is None. Shares are in [0, 1]."""
-    everything = read_rankings(database)
+    judgements = read_judgements(database)
     by_prompt = defaultdict(list)
-    for ranking in everything:
-        if ranking.prompt.gold is None:  # attention tasks are easy on purpose: they would flatter the figures
-            by_prompt[ranking.prompt.id].append(ranking)
-    shared = {id: rankings for id, rankings in by_prompt.items() if len(rankings) > 1}
-    comparisons = [_compare(rankings) for rankings in shared.values()]
-    units = [unit for rankings in shared.values() for unit in _units(rankings)]
-    concordances = [kendalls_w([ranking.answer.tiers for ranking in rankings]) for rankings in shared.values()]
+    for judgement in judgements:
+        if judgement.gold is None:  # attention tasks are easy on purpose: they would flatter the figures
+            by_prompt[judgement.prompt_id].append(judgement)
+    shared = {id: given for id, given in by_prompt.items() if len(given) > 1}
+
+    compared = defaultdict(list)  # by pair of labelers: (prompt, comparison)
+    for id, given in shared.items():
+        for a, b in combinations(given, 2):
+            compared[a.annotator, b.annotator].append((id, compare(a.outcomes, b.outcomes)))
+    everybody = [comparison for pair in compared.values() for comparison in pair]
+    concordances = [kendalls_w([judgement.tiers for judgement in given]) for given in shared.values()]
     concordances = [w for w in concordances if w is not None]
+    counts = _outcome_counts(shared.values())
     return {
-        "rankings": len(everything),
-        "prompts": len({ranking.prompt.id for ranking in everything}),
+        "rankings": len(judgements),
+        "prompts": len({judgement.prompt_id for judgement in judgements}),
         "prompts_shared": len(shared),
         "pairwise": {
-            "with_ties": _share(comparisons, "same", "all"),
-            "without_ties": _share(comparisons, "same_strict", "strict"),
-            "instructgpt": [value / 100 for value in INSTRUCTGPT],
+            "with_ties": _share(everybody, ties=True),
+            "without_ties": _share(everybody),
+            "instructgpt": list(INSTRUCTGPT),
         },
-        "krippendorff_alpha": {level: krippendorff_alpha(units, level) for level in ("nominal", "ordinal")},
+        "krippendorff_alpha": {level: krippendorff_alpha(counts, level) for level in ("nominal", "ordinal")},
         "kendalls_w": fmean(concordances) if concordances else None,
-        "labelers": _labelers(database, everything, shared),
-        "labeler_pairs": _labeler_pairs(shared),
+        "labelers": _labelers(database, judgements, compared),
+        "labeler_pairs": [
+            {"a": a, "b": b, "prompts": len(pair), **_share(pair)} for (a, b), pair in sorted(compared.items())
+        ],
     }
 
 
-def _units(rankings):
-    """Pair outcomes, each pair both ways round: which response comes first is a matter of names, not of opinion."""
-    judged = [outcomes(ranking.answer.tiers) for ranking in rankings]
-    for pair in judged[0]:
-        values = [outcome[pair] for outcome in judged]
-        yield values
-        yield [-value for value in values]
-
-
-def _compare(rankings: Sequence[Ranking]) -> Counter:
-    counts: Counter = Counter()
-    for a, b in combinations(rankings, 2):
-        counts += _compare_tiers(a.answer.tiers, b.answer.tiers)
-    return counts
-
-
-def _compare_tiers(tiers, other_tiers) -> Counter:
-    counts: Counter = Counter()
-    others = outcomes(other_tiers)
-    for pair, outcome in outcomes(tiers).items():
-        other = others[pair]
-        counts["all"] += 1
-        counts["same"] += outcome == other
-        if outcome and other:
-            counts["strict"] += 1
-            counts["same_strict"] += outcome == other
-    return counts
-
-
-def _share(comparisons: Sequence[Counter], part: str, whole: str) -> dict:
-    """A share and its 95 % interval: prompts are drawn again with replacement, as pairs of one prompt go together."""
-    parts = np.array([counts[part] for counts in comparisons], dtype=float)
-    wholes = np.array([counts[whole] for counts in comparisons], dtype=float)
-    wanted = wholes > 0
-    parts, wholes = parts[wanted], wholes[wanted]
-    interval = None
-    if len(wholes) > 1:
-        draw = np.random.default_rng(0)
-        samples = (draw.integers(len(wholes), size=len(wholes)) for _ in range(RESAMPLES))
-        shares = [parts[sample].sum() / wholes[sample].sum() for sample in samples]
-        interval = [float(bound) for bound in np.quantile(shares, [0.025, 0.975])]
-    return {
-        "share": float(parts.sum() / wholes.sum()) if len(wholes) else None,
-        "ci95": interval,
-        "pairs": int(wholes.sum()),
-    }
-
-
-def _labelers(database, everything, shared):
-    result = {}
-    for name, standing in count_standing(database).items():
-        mine = [ranking for ranking in everything if ranking.annotator == name]
-        seconds = [ranking.active_seconds for ranking in mine]
-        judged = [outcome for ranking in mine for outcome in outcomes(ranking.answer.tiers).values()]
-        gold = [
-            (ranking.prompt.sample_id, _compare_tiers(ranking.prompt.gold, ranking.answer.tiers))
-            for ranking in mine
-            if ranking.prompt.gold is not None
-        ]
-        others = [
-            _compare_tiers(ranking.answer.tiers, other.answer.tiers)
-            for rankings in shared.values()
-            for ranking in rankings
-            for other in rankings
-            if ranking.annotator == name != other.annotator
-        ]
-        result[name] = standing | {
-            "median_seconds": median(seconds) if mine else None,
-            "rankings_per_hour": len(mine) * 3600 / sum(seconds) if sum(seconds) else None,
-            "seconds": seconds,
-            "tied": judged.count(0) / len(judged) if judged else None,
-            # Far above what chance gives (1 in K! for K responses): somebody may submit without reading.
-            "left_as_shown": fmean(_is_as_shown(ranking) for ranking in mine) if mine else None,
-            "with_others": _share(others, "same_strict", "strict"),
-            "gold": {
-                "tasks": len(gold),
-                **_share([counts for _, counts in gold], "same_strict", "strict"),
-                "disagreed": [id for id, counts in gold if counts["same_strict"] < counts["strict"]],
-            },
-        }
-    return result
-
-
-def _is_as_shown(ranking):
-    return ranking.answer.tiers == [[id] for id in ranking.shown]
-
-
-def _labeler_pairs(shared):
-    pairs = defaultdict(list)
-    for rankings in shared.values():
-        for a, b in combinations(rankings, 2):
-            pairs[a.annotator, b.annotator].append(_compare([a, b]))
-    return [
-        {"a": a, "b": b, "prompts": len(comparisons), **_share(comparisons, "same_strict", "strict")}
-        for (a, b), comparisons in sorted(pairs.items())
+def _outcome_counts(shared) -> np.ndarray:
+    """(pairs of responses, 3): how many labelers said worse, tie, better. Each pair stands there both ways round, for
+    which response comes first is a matter of names, not of opinion."""
+    counts = [
+        [said.count(outcome) for outcome in (-1, 0, 1)]
+        for given in shared
+        for said in zip(*(judgement.outcomes.values() for judgement in given), strict=True)
     ]
+    counts = np.array(counts, dtype=int).reshape(-1, 3)
+    return np.concatenate([counts, counts[:, ::-1]])
+
+
+def _share(compared: Iterable[tuple[str, Comparison]], ties: bool = False) -> dict:
+    """The share of pairs that two people judge alike, of those that nobody ties or (`ties`) of all, and its 95 %
+    bootstrap interval: prompts are drawn again with replacement, as the pairs of one prompt go together."""
+    by_prompt = defaultdict(lambda: (0, 0))
+    for id, comparison in compared:
+        same, pairs = (comparison.same, comparison.pairs) if ties else (comparison.same_strict, comparison.strict)
+        by_prompt[id] = (by_prompt[id][0] + same, by_prompt[id][1] + pairs)
+    figures = Counter(figure for figure in by_prompt.values() if figure[1])
+    if not figures:
+        return {"share": None, "ci95": None, "pairs": 0}
+    # Prompts with the same figures are drawn together: (kinds of prompts,), and how many there are of each.
+    same, pairs = np.array(list(figures)).T
+    prompts = np.array(list(figures.values()))
+    interval = None
+    if prompts.sum() > 1:
+        drawn = np.random.default_rng(0).multinomial(prompts.sum(), prompts / prompts.sum(), size=RESAMPLES)
+        interval = np.quantile((drawn @ same) / (drawn @ pairs), [0.025, 0.975]).tolist()
+    total = int(pairs @ prompts)
+    return {"share": int(same @ prompts) / total, "ci95": interval, "pairs": total}
+
+
+def _labelers(database, judgements, compared):
+    with database.transaction() as db:
+        names = [name for (name,) in db.execute("SELECT name FROM labeler ORDER BY name")]
+        standings = db.execute(
+            "SELECT l.name, s.kind, count(*) FROM task_state AS s JOIN labeler AS l ON l.id = s.labeler_id"
+            " WHERE s.kind IS NOT NULL GROUP BY l.name, s.kind"
+        ).fetchall()
+    counts = {name: dict.fromkeys(STANDINGS.values(), 0) for name in names}
+    for name, kind, count in standings:
+        counts[name][STANDINGS[kind]] += count
+    given, others = defaultdict(list), defaultdict(list)
+    for judgement in judgements:
+        given[judgement.annotator].append(judgement)
+    for pair, comparisons in compared.items():
+        for name in pair:
+            others[name] += comparisons
+    return {name: counts[name] | _labeler(given[name], others[name]) for name in names}
+
+
+def _labeler(given, others):
+    seconds = [judgement.active_seconds for judgement in given]
+    said = [outcome for judgement in given for outcome in judgement.outcomes.values()]
+    gold = [(j.sample_id, compare(outcomes(j.gold), j.outcomes)) for j in given if j.gold is not None]
+    return {
+        "median_seconds": median(seconds) if given else None,
+        "rankings_per_hour": len(given) * 3600 / sum(seconds) if sum(seconds) else None,
+        "seconds": seconds,
+        "tied": said.count(0) / len(said) if said else None,
+        # Far above what chance gives (1 in K! for K responses): somebody may submit without reading.
+        "left_as_shown": fmean(j.tiers == [[id] for id in j.shown] for j in given) if given else None,
+        "with_others": _share(others),
+        "gold": {
+            "tasks": len(gold),
+            **_share(gold),
+            "disagreed": [id for id, comparison in gold if comparison.same_strict < comparison.strict],
+        },
+    }

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -13,17 +14,34 @@ JUSTIFICATIONS = ("required", "optional", "off")
 MAX_TEXT = 4000
 
 
+# Separators, control and format characters (zero width among them), marks without a letter; and what Unicode calls
+# letters and symbols although nothing is seen of them.
+BLANK_CATEGORIES, BLANKS = ("Z", "M", "Cc", "Cf", "Cs"), "\u115f\u1160\u2800\u3164\uffa0"
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of it can be seen."""
+    return all(unicodedata.category(c).startswith(BLANK_CATEGORIES) or c in BLANKS for c in text)
+
+
 class AnswerError(UserError):
     """The answer cannot be stored as it is: the text says what is missing or wrong."""
 
 
 @dataclass(frozen=True)
 class Review:
-    """About one response: a sentence of reason, a quality from 1 (worst) to 7, and names from `FLAGS`."""
+    """About one response: a sentence of reason, a quality from 1 (worst) to 7, and names from `FLAGS`, each once.
+
+    A reason of which nothing can be seen is none.
+    """
 
     justification: str = ""
     rating: int | None = None
     flags: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "justification", "" if is_blank(self.justification) else self.justification)
+        object.__setattr__(self, "flags", tuple(dict.fromkeys(self.flags)))
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,9 @@ class Answer:
     tiers: list[list[str]]
     reviews: dict[str, Review] = field(default_factory=dict)
     comment: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "comment", "" if is_blank(self.comment) else self.comment)
 
     def digest(self, *context) -> str:
         """Hash of the answer and of what it answers; equal for a request and its repetition."""
@@ -51,17 +72,21 @@ def check(answer: Answer, action: str, response_ids: Iterable[str], justificatio
         raise AnswerError("a review belongs to no response of this prompt")
     texts = [answer.comment, *(review.justification for review in answer.reviews.values())]
     if any(len(text) > MAX_TEXT for text in texts):
-        raise AnswerError(f"a text is longer than {MAX_TEXT} characters")
+        raise AnswerError(f"a text has at most {MAX_TEXT} characters")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise AnswerError("a text holds half a character, or bytes that are not UTF-8") from error
     for review in answer.reviews.values():
         if review.rating is not None and not (type(review.rating) is int and 1 <= review.rating <= 7):
             raise AnswerError(f"a rating is a whole number from 1 to 7, not {review.rating!r}")
         if not set(review.flags) <= set(FLAGS):
             raise AnswerError(f"unknown flag in {review.flags}: use {', '.join(FLAGS)}")
     if action == "submit" and justifications == "required":
-        missing = [id for id in expected if not answer.reviews.get(id, Review()).justification.strip()]
+        missing = [id for id in expected if not answer.reviews.get(id, Review()).justification]
         if missing:
             raise AnswerError(f"{len(missing)} of {len(expected)} responses lack a reason for their rank")
-    if action == "flag" and not answer.comment.strip():
+    if action == "flag" and not answer.comment:
         raise AnswerError("say what is wrong with the prompt")
 
 

@@ -1,13 +1,14 @@
 """The SQLite file behind a labelling job: opened safely, written in transactions, copied while in use."""
 
-import os
 import sqlite3
-from contextlib import contextmanager
+import threading
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import quote
 
 from recipes.cli.errors import UserError
-from recipes.labelling.schema import TABLES, TRIGGERS, VERSION
+from recipes.labelling.files import new_file
+from recipes.labelling.schema import CREATE, UPGRADE_FROM_1, VERSION
 
 BUSY_SECONDS = 10
 
@@ -15,8 +16,8 @@ BUSY_SECONDS = 10
 class Database:
     """A labelling database, made when `create` is set and the file is missing.
 
-    WAL mode and synchronous=FULL: what was committed survives a crash. Every transaction has a connection of its own,
-    so threads and processes may share the file.
+    WAL mode and synchronous=FULL: what was committed is on the disk. Every transaction has a connection of its own, so
+    threads and processes may share the file, and a file that was taken away is noticed.
 
     Raises:
         UserError: no such file, or not a labelling database.
@@ -24,29 +25,30 @@ class Database:
 
     def __init__(self, path: str | Path, create: bool = False):
         self.path = Path(path)
+        # Writers of this process wait in turn. SQLite lets those who wait look again now and then, and some starve.
+        self._writing = threading.Lock()
+        if create and not self.path.exists():
+            self._create()
+        if not self.path.exists():
+            raise UserError(f"{self.path}: no such database; `serve --samples FILE` makes one")
         try:
-            if not self.path.exists():
-                if not create:
-                    raise UserError(f"{self.path}: no such database; `serve --samples FILE` makes one")
-                self._create()
             # Held open: the write-ahead log would otherwise be folded in and deleted after every single call.
             self._anchor = self._connect()
             version = self._anchor.execute("PRAGMA user_version").fetchone()[0]
+            if version == 1:
+                self._anchor.executescript(UPGRADE_FROM_1)
+                version = VERSION
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"{self.path}: cannot be opened as a labelling database ({error})") from error
         if version != VERSION:
             raise UserError(f"{self.path}: not a labelling database of version {VERSION} (its version is {version})")
 
     def _create(self):
-        self._claim(self.path)
-        db = self._connect()
-        db.execute("PRAGMA journal_mode = WAL")
-        db.executescript(f"BEGIN; {TABLES} {TRIGGERS} PRAGMA user_version = {VERSION}; COMMIT;")
-        db.close()
-
-    @staticmethod
-    def _claim(path):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        with _new_database(self.path) as part:
+            db = sqlite3.connect(part, isolation_level=None)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.executescript(CREATE)
+            db.close()
 
     def _connect(self):
         uri = f"file:{quote(str(self.path.absolute()))}?mode=rw"  # rw: a file that vanished is never made anew
@@ -58,33 +60,30 @@ class Database:
 
     @contextmanager
     def transaction(self, write: bool = False):
-        """Yields a connection inside BEGIN … COMMIT; whatever is raised rolls back."""
-        db = self._connect()
-        try:
+        """Yields a connection inside BEGIN … COMMIT; whatever is raised rolls back. Writers take turns."""
+        with self._writing if write else nullcontext(), closing(self._connect()) as db:
             db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            yield db
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
-        finally:
-            db.close()
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
 
     def backup(self, output: str | Path) -> None:
         """Writes a consistent copy, even while people work. Never overwrites."""
-        try:
-            self._claim(output)
-        except FileExistsError as error:
-            raise UserError(f"{output}: exists already; choose another name") from error
-        except OSError as error:
-            raise UserError(f"{output}: {error.strerror}") from error
-        source, copy = self._connect(), sqlite3.connect(output)
-        try:
-            source.backup(copy)
-        finally:
-            copy.close()
-            source.close()
+        with _new_database(output) as part:
+            with closing(self._connect()) as source, closing(sqlite3.connect(part)) as copy:
+                source.backup(copy)
 
     def close(self) -> None:
         self._anchor.close()
+
+
+def _new_database(path):
+    """A new file, for its owner only. What a database of that name has left, SQLite would take for a part of it."""
+    for left in (Path(f"{path}-wal"), Path(f"{path}-journal")):
+        if left.exists() and not Path(path).exists():
+            raise UserError(f"{left}: belongs to a database that is gone; move it away, or choose another name")
+    return new_file(path, mode=0o600)

@@ -1,15 +1,59 @@
 """Submitted rankings as training data: one JSON object per prompt and labeler."""
 
 import json
-import os
 from collections import Counter
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 from recipes.cli.errors import UserError
-from recipes.labelling.answers import Review, ranks_of
+from recipes.labelling.answers import Answer, Review, ranks_of
 from recipes.labelling.database import Database
-from recipes.labelling.rankings import Ranking, read_rankings
+from recipes.labelling.files import new_file
+from recipes.labelling.store import stored_answer
+from recipes.labelling.tasks import Response, SampledPrompt
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A ranking that counts, with all that is exported of it."""
+
+    prompt: SampledPrompt
+    annotator: str
+    answer: Answer
+    active_seconds: float
+    guideline_version: int | None
+
+
+def read_rankings(database: Database) -> list[Ranking]:
+    """In the order the prompts were imported, then by labeler."""
+    with database.transaction() as db:
+        responses = {}
+        for r in db.execute("SELECT * FROM response ORDER BY rowid"):
+            response = Response(r["id"], r["sample_id"], r["text"], r["model"], json.loads(r["sampling"]))
+            responses.setdefault(r["prompt_id"], []).append(response)
+        gold = {row["prompt_id"]: json.loads(row["tiers"]) for row in db.execute("SELECT * FROM gold")}
+        rows = db.execute(
+            "SELECT c.*, p.sample_id, p.messages, l.name, s.active_seconds AS seconds FROM current_ranking AS c"
+            " JOIN task_state AS s ON s.event_id = c.id JOIN prompt AS p ON p.id = c.prompt_id"
+            " JOIN labeler AS l ON l.id = c.labeler_id ORDER BY p.position, l.name"
+        ).fetchall()
+        return [
+            Ranking(
+                prompt=SampledPrompt(
+                    row["prompt_id"],
+                    row["sample_id"],
+                    json.loads(row["messages"]),
+                    responses[row["prompt_id"]],
+                    gold.get(row["prompt_id"]),
+                ),
+                annotator=row["name"],
+                answer=stored_answer(db, row),
+                active_seconds=row["seconds"],
+                guideline_version=row["guideline_version"],
+            )
+            for row in rows
+        ]
 
 
 def ranking_row(ranking: Ranking) -> dict:
@@ -18,53 +62,25 @@ def ranking_row(ranking: Ranking) -> dict:
     responses = []
     for response in sorted(ranking.prompt.responses, key=lambda response: ranks[response.id]):
         review = ranking.answer.reviews.get(response.id, Review())
-        row = {
-            "id": response.sample_id,
-            "text": response.text,
-            "rank": ranks[response.id],
-            "rating": review.rating,
-            "flags": list(review.flags),
-            "model": response.model,
-            "justification": review.justification.strip(),
-        }
-        responses.append(_without_blanks(row, keep=("id", "text", "rank")))
-    row = {
+        responses.append(
+            {"id": response.sample_id, "text": response.text, "rank": ranks[response.id]}
+            | _given(rating=review.rating, flags=list(review.flags), model=response.model)
+            | _given(justification=review.justification.strip())
+        )
+    return {
         "id": f"{ranking.prompt.sample_id}:{ranking.annotator}",
         "prompt_id": ranking.prompt.sample_id,
         "prompt": ranking.prompt.messages,
         "responses": responses,
         "annotator": ranking.annotator,
-        "justification": ranking.answer.comment.strip(),
+        **_given(justification=ranking.answer.comment.strip()),
         "seconds": round(ranking.active_seconds, 1),
-        "guideline_version": ranking.guideline_version,
+        **_given(guideline_version=ranking.guideline_version),
     }
-    return _without_blanks(row, keep=("id", "prompt_id", "prompt", "responses", "annotator", "seconds"))
 
 
-def _without_blanks(row, keep):
-    return {key: value for key, value in row.items() if key in keep or value not in (None, "", [])}
-
-
-def write_new(path: str | Path, text: str) -> None:
-    """Writes a file that does not exist yet, whole or not at all.
-
-    Raises:
-        UserError: `path` exists, or cannot be written.
-    """
-    try:
-        file = open(path, "x", encoding="utf-8")
-    except FileExistsError as error:
-        raise UserError(f"{path}: exists already and was left as it is; choose another --output") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    try:
-        with file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        Path(path).unlink()
-        raise UserError(f"{path}: {error.strerror}; nothing was written") from error
+def _given(**values):
+    return {name: value for name, value in values.items() if value not in (None, "", [])}
 
 
 def export(database: Database, output: str | Path, include_gold: bool = False) -> dict[str, int]:
@@ -81,7 +97,8 @@ def export(database: Database, output: str | Path, include_gold: bool = False) -
     if not rankings:
         raise UserError(f"{database.path}: no submitted rankings to export; nothing was written")
     lines = [json.dumps(ranking_row(ranking), ensure_ascii=False) + "\n" for ranking in rankings]
-    write_new(output, "".join(lines))
+    with new_file(output) as part:
+        part.write_text("".join(lines), encoding="utf-8")
 
     counts = Counter(gold_left_out=len(everything) - len(rankings), tied_pairs=0, pairs=0, all_tied=0)
     for ranking in rankings:

@@ -24,55 +24,37 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _comparisons(figure):
-    return f"{interval(figure)}   {figure['pairs']} comparisons"
+def labeler_table(report: dict) -> list[list[str]]:
+    """A header and one row per labeler, the cells as people read them."""
+    table = [
+        "labeler,ranked,skipped,flagged,median s,per hour,tied,left as shown,with others,with gold tasks".split(",")
+    ]
+    for name, labeler in report["labelers"].items():
+        counts = [str(labeler[count]) for count in ("ranked", "skipped", "flagged")]
+        pace = [number(labeler[figure], 0) for figure in ("median_seconds", "rankings_per_hour")]
+        habits = [percent(labeler[figure]) for figure in ("tied", "left_as_shown")]
+        gold = f"{interval(labeler['gold'])} of {labeler['gold']['tasks']}"
+        table.append([name, *counts, *pace, *habits, interval(labeler["with_others"]), gold])
+    return table
 
 
 def as_text(report: dict) -> str:
-    pairwise, alpha = report["pairwise"], report["krippendorff_alpha"]
-    low, high = (100 * value for value in pairwise["instructgpt"])
+    alpha, (hired, held_out) = report["krippendorff_alpha"], report["pairwise"]["instructgpt"]
+    strict, ties = report["pairwise"]["without_ties"], report["pairwise"]["with_ties"]
+    table = labeler_table(report)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         f"{report['rankings']} rankings of {report['prompts']} prompts; "
         f"{report['prompts_shared']} prompts were ranked by several labelers (gold tasks apart).",
-        "",
-        f"Pairwise agreement, ties left out  {_comparisons(pairwise['without_ties'])}",
-        f"Pairwise agreement, ties counted   {_comparisons(pairwise['with_ties'])}",
-        f"  InstructGPT's labelers           {low:.1f} % (hired for training), {high:.1f} % (held out)",
+        "" if report["prompts_shared"] else "Agreement needs prompts that two people rank: `serve --overlap 2`.\n",
+        f"Pairwise agreement, ties left out  {interval(strict)}   {strict['pairs']} comparisons",
+        f"Pairwise agreement, ties counted   {interval(ties)}   {ties['pairs']} comparisons",
+        f"  InstructGPT's labelers           {percent(hired)} (hired for training), {percent(held_out)} (held out)",
         f"Krippendorff's alpha, pair outcomes  nominal {number(alpha['nominal'])}, ordinal {number(alpha['ordinal'])}",
         f"Kendall's W, mean over prompts       {number(report['kendalls_w'])}",
         "",
+        *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table),
     ]
-    if not report["prompts_shared"]:
-        lines.insert(1, "Agreement needs prompts that two people rank: `serve --overlap 2`.")
-    header = (
-        "labeler",
-        "ranked",
-        "skipped",
-        "flagged",
-        "median s",
-        "per hour",
-        "tied",
-        "as shown",
-        "with others",
-        "gold",
-    )
-    rows = [header] + [
-        (
-            name,
-            str(labeler["ranked"]),
-            str(labeler["skipped"]),
-            str(labeler["flagged"]),
-            number(labeler["median_seconds"], 0),
-            number(labeler["rankings_per_hour"], 0),
-            percent(labeler["tied"]),
-            percent(labeler["left_as_shown"]),
-            percent(labeler["with_others"]["share"]),
-            f"{percent(labeler['gold']['share'])} of {labeler['gold']['tasks']} tasks",
-        )
-        for name, labeler in report["labelers"].items()
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for name, labeler in report["labelers"].items():
         if labeler["gold"]["disagreed"]:
             lines.append(f"{name} disagreed with gold tasks: {', '.join(labeler['gold']['disagreed'])}")
@@ -86,4 +68,5 @@ def as_html(report: dict, title: str) -> str:
     )
     environment.filters |= {"percent": percent, "interval": interval, "number": number}
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return environment.get_template("agreement.html").render(report=report, title=title, made=made)
+    template = environment.get_template("agreement.html")
+    return template.render(report=report, table=labeler_table(report), title=title, made=made)

@@ -1,6 +1,6 @@
 """The tables of a labelling database. Answers are events: written once, never changed, so nothing can be lost."""
 
-VERSION = 1
+VERSION = 2
 
 TABLES = """
 CREATE TABLE prompt (
@@ -71,26 +71,77 @@ CREATE TABLE review (
     flags TEXT NOT NULL,             -- JSON
     PRIMARY KEY (event_id, response_id)
 );
+"""
 
--- Where a labeler stands with a prompt: the last answer that is neither undone nor followed by another.
-CREATE VIEW standing AS
-SELECT * FROM event AS e
-WHERE e.kind IN ('submit', 'edit', 'skip', 'flag')
-  AND NOT EXISTS (SELECT 1 FROM event AS u WHERE u.undoes = e.id)
-  AND NOT EXISTS (
-    SELECT 1 FROM event AS later
-    WHERE later.prompt_id = e.prompt_id AND later.labeler_id = e.labeler_id AND later.id > e.id
-      AND later.kind IN ('submit', 'edit', 'skip', 'flag')
-      AND NOT EXISTS (SELECT 1 FROM event AS u WHERE u.undoes = later.id)
-  );
+# What the events amount to, kept up to date by triggers: a page must not read the history of a large job.
+STATE = """
+CREATE TABLE reading (               -- time spent on a task without changing anything: no event carries it
+    prompt_id TEXT NOT NULL,
+    labeler_id INTEGER NOT NULL,
+    active_seconds REAL NOT NULL,
+    server_time REAL NOT NULL,
+    FOREIGN KEY (prompt_id, labeler_id) REFERENCES assignment (prompt_id, labeler_id)
+);
+CREATE TABLE task_state (            -- where a labeler stands with a prompt
+    prompt_id TEXT NOT NULL,
+    labeler_id INTEGER NOT NULL,
+    event_id INTEGER REFERENCES event (id), -- the answer that counts: the last not undone; null while open
+    kind TEXT,                       -- of that event
+    touched REAL NOT NULL,           -- server time of the last sign of the labeler
+    active_seconds REAL NOT NULL,    -- sum over events and reading
+    PRIMARY KEY (prompt_id, labeler_id),
+    FOREIGN KEY (prompt_id, labeler_id) REFERENCES assignment (prompt_id, labeler_id)
+) WITHOUT ROWID;
+CREATE INDEX task_state_labeler ON task_state (labeler_id, kind);
+CREATE TRIGGER assignment_state AFTER INSERT ON assignment BEGIN
+    INSERT INTO task_state VALUES (new.prompt_id, new.labeler_id, NULL, NULL, new.assigned_at, 0);
+END;
+CREATE TRIGGER event_state AFTER INSERT ON event BEGIN
+    UPDATE task_state
+    SET touched = new.server_time, active_seconds = active_seconds + new.active_seconds, (event_id, kind) = (
+        SELECT e.id, e.kind FROM event AS e
+        WHERE e.prompt_id = new.prompt_id AND e.labeler_id = new.labeler_id
+          AND e.kind IN ('submit', 'edit', 'skip', 'flag')
+          AND NOT EXISTS (SELECT 1 FROM event AS u WHERE u.undoes = e.id)
+        ORDER BY e.id DESC LIMIT 1)
+    WHERE prompt_id = new.prompt_id AND labeler_id = new.labeler_id;
+END;
+CREATE TRIGGER reading_state AFTER INSERT ON reading BEGIN
+    UPDATE task_state SET touched = new.server_time, active_seconds = active_seconds + new.active_seconds
+    WHERE prompt_id = new.prompt_id AND labeler_id = new.labeler_id;
+END;
+CREATE VIEW standing AS SELECT e.* FROM task_state AS s JOIN event AS e ON e.id = s.event_id;
 CREATE VIEW current_ranking AS SELECT * FROM standing WHERE kind IN ('submit', 'edit');
 """
 
-WRITTEN_ONCE = ("prompt", "response", "gold", "guideline", "assignment", "event", "review")
+WRITTEN_ONCE = ("prompt", "response", "gold", "guideline", "assignment", "event", "review", "reading")
 
-TRIGGERS = "".join(
-    f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
-    f"BEGIN SELECT RAISE(ABORT, '{table} is written once'); END;\n"
-    for table in WRITTEN_ONCE
-    for verb in ("UPDATE", "DELETE")
-)
+
+def _write_once(tables):
+    return "".join(
+        f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+        f"BEGIN SELECT RAISE(ABORT, '{table} is written once'); END;\n"
+        for table in tables
+        for verb in ("UPDATE", "DELETE")
+    )
+
+
+CREATE = f"BEGIN; {TABLES} {STATE} {_write_once(WRITTEN_ONCE)} PRAGMA user_version = {VERSION}; COMMIT;"
+
+# Version 1 worked `standing` out anew each time; its events are the same.
+UPGRADE_FROM_1 = f"""
+BEGIN IMMEDIATE;
+CREATE TEMP TABLE before AS
+SELECT a.prompt_id, a.labeler_id, s.id, s.kind,
+    coalesce((SELECT max(server_time) FROM event AS e
+              WHERE e.prompt_id = a.prompt_id AND e.labeler_id = a.labeler_id), a.assigned_at),
+    (SELECT total(active_seconds) FROM event AS e WHERE e.prompt_id = a.prompt_id AND e.labeler_id = a.labeler_id)
+FROM assignment AS a LEFT JOIN standing AS s ON s.prompt_id = a.prompt_id AND s.labeler_id = a.labeler_id;
+DROP VIEW current_ranking;
+DROP VIEW standing;
+{STATE} {_write_once(["reading"])}
+INSERT INTO task_state SELECT * FROM before;
+DROP TABLE before;
+PRAGMA user_version = {VERSION};
+COMMIT;
+"""

@@ -1,11 +1,12 @@
 """The ranking page: what a labeler sees in the browser. Plain requests, no third party, nothing from the network."""
 
+import resource
 import secrets
 import socket
 import sqlite3
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -14,15 +15,21 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from recipes.cli.errors import UserError
 from recipes.labelling import accounts
 from recipes.labelling.answers import FLAGS, MAX_TEXT, Answer, AnswerError, Review, ranks_of
-from recipes.labelling.store import ConflictError, NotAssignedError, Store
+from recipes.labelling.markdown import render
+from recipes.labelling.store import MAX_ID, ConflictError, NotAssignedError, Store
 
 HERE = Path(__file__).parent
 MAX_BODY = 1_000_000  # bytes
+PAGE_LENGTH = 100  # answers
+MAX_CONNECTIONS = 400
+ANSWER_SECONDS = 20  # a connection on which nothing was answered for so long is closed
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -34,26 +41,43 @@ HEADERS = {
 }
 
 
+def _encodable(text: str) -> str:
+    text.encode()  # JSON can hold half a character, which no file can
+    return text
+
+
+# Bounds for what is sent: the database's integers have 64 bits.
+Text = Annotated[str, AfterValidator(_encodable)]
+Key = Annotated[Text, Field(min_length=16, max_length=64)]
+EventId = Annotated[int, Field(ge=0, le=MAX_ID)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+class ReadingBody(_Strict):
+    prompt_id: Text
+    active_seconds: Seconds
+
+
 class ReviewBody(_Strict):
-    justification: str = Field("", max_length=MAX_TEXT)
+    justification: Text = ""
     rating: int | None = None
-    flags: list[str] = []
+    flags: list[Text] = []
 
 
 class AnswerBody(_Strict):
-    prompt_id: str
-    action: str
-    tiers: list[list[str]]
-    reviews: dict[str, ReviewBody] = {}
-    comment: str = Field("", max_length=MAX_TEXT)
-    key: str = Field(min_length=16, max_length=64)
-    revision: int
-    active_seconds: float = Field(0.0, ge=0)
-    client_time: float | None = None
+    prompt_id: Text
+    action: Text
+    tiers: list[list[Text]]
+    reviews: dict[Text, ReviewBody] = {}
+    comment: Text = ""
+    key: Key
+    revision: EventId
+    active_seconds: Seconds = 0.0
+    client_time: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
     def answer(self) -> Answer:
         reviews = {id: Review(r.justification, r.rating, tuple(r.flags)) for id, r in self.reviews.items()}
@@ -72,9 +96,12 @@ def create_app(store: Store) -> FastAPI:
     # Browsers share cookies between ports: two databases served at once must not end each other's sessions.
     cookie = "labelling_" + sha256(str(store.path.resolve()).encode()).hexdigest()[:8]
 
-    def labeler(request: Request) -> accounts.Labeler:
+    def logged_in(request: Request) -> accounts.Labeler | None:
         session = request.cookies.get(cookie)
-        found = session and accounts.session_labeler(store, session)
+        return accounts.session_labeler(store, session) if session else None
+
+    def labeler(request: Request) -> accounts.Labeler:
+        found = logged_in(request)
         if not found:
             raise LoginNeeded
         return found
@@ -85,10 +112,13 @@ def create_app(store: Store) -> FastAPI:
         return templates.TemplateResponse(request, name, context, status_code=status)
 
     def page_of(request, me, name, **context):
-        return page(request, name, me=me, progress=store.progress(me.id), key=secrets.token_urlsafe(24), **context)
+        context |= {"me": me, "progress": store.progress(me.id), "key": secrets.token_urlsafe(24)}
+        return page(request, name, database=store.path, **context)
 
     def failure(request, status, text):
         """The one place where a request is refused: JSON for the page's script, a page for people."""
+        if request.method not in ("GET", "HEAD"):
+            text = f"NOT saved: {text}"
         if request.url.path.startswith("/api/"):
             return JSONResponse({"error": text}, status)
         return page(request, "message.html", status, text=text)
@@ -99,7 +129,7 @@ def create_app(store: Store) -> FastAPI:
             too_long = int(request.headers.get("content-length") or MAX_BODY + 1) > MAX_BODY
             if too_long or not _same_origin(request):
                 text = "the request is too long" if too_long else "the request came from another site"
-                response = failure(request, 413 if too_long else 403, f"NOT saved: {text}")
+                response = failure(request, 413 if too_long else 403, text)
                 response.headers.update(HEADERS)
                 return response
         response = await call_next(request)
@@ -111,33 +141,39 @@ def create_app(store: Store) -> FastAPI:
     @app.exception_handler(LoginNeeded)
     def login_needed(request: Request, _):
         if request.url.path.startswith("/api/"):
-            return failure(request, 401, "NOT saved: you are logged out. Log in again in another tab")
+            return failure(request, 401, "you are logged out. Log in again in another tab")
         return RedirectResponse("/login", 303)
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError):
         first = error.errors()[0]
-        return failure(request, 422, f"NOT saved: {'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+        return failure(request, 422, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+
+    @app.exception_handler(HTTPException)
+    def unusable(request: Request, error: HTTPException):
+        return failure(request, error.status_code, error.detail)
 
     @app.exception_handler(UserError)
     def refused(request: Request, error: UserError):
         status = {AnswerError: 422, ConflictError: 409, NotAssignedError: 404}.get(type(error), 400)
-        return failure(request, status, f"NOT saved: {error}" if request.method == "POST" else f"{error}")
+        return failure(request, status, str(error))
 
     @app.exception_handler(sqlite3.Error)
     @app.exception_handler(OSError)
     def storage(request: Request, error: Exception):
-        return failure(request, 503, f"NOT saved: the server cannot use its database ({error})")
+        return failure(request, 503, f"the server cannot use its database ({error})")
 
     @app.get("/login")
     def login_page(request: Request):
-        return page(request, "login.html")
+        if logged_in(request):  # who goes back in the browser comes here
+            return RedirectResponse("/", 303)
+        return page(request, "login.html", database=store.path)
 
     @app.post("/login")
-    def login(request: Request, token: Annotated[str, Form()]):
+    def login(request: Request, token: Annotated[Text, Form()]):
         session = accounts.log_in(store, token)
         if session is None:
-            return page(request, "login.html", 401, error="That token is not known here.")
+            return page(request, "login.html", 401, database=store.path, error="That token is not known here.")
         response = RedirectResponse("/", 303)
         response.set_cookie(
             cookie,
@@ -156,7 +192,7 @@ def create_app(store: Store) -> FastAPI:
         response.delete_cookie(cookie)
         return response
 
-    def task_page(request, me, task):
+    def task_page(request, me, task, is_first=False):
         position = {id: place for place, (id, _) in enumerate(task.responses)}
         texts = dict(task.responses)
         ranks = ranks_of(task.answer.tiers)
@@ -165,6 +201,7 @@ def create_app(store: Store) -> FastAPI:
                 "id": id,
                 "letter": chr(ord("A") + position[id]),
                 "text": texts[id],
+                "formatted": render(texts[id]),
                 "rank": ranks[id],
                 "tied": place > 0,
                 "review": task.answer.reviews.get(id, Review()),
@@ -172,20 +209,29 @@ def create_app(store: Store) -> FastAPI:
             for tier in task.answer.tiers
             for place, id in enumerate(tier)
         ]
-        return page_of(request, me, "rank.html", task=task, cards=cards, store=store, flags=FLAGS, max_text=MAX_TEXT)
+        context = {"flags": FLAGS, "max_text": MAX_TEXT, "guidelines_open": is_first}
+        context["account"] = f"{cookie} {me.id}"
+        return page_of(request, me, "rank.html", task=task, cards=cards, store=store, **context)
 
     @app.get("/")
     def next_task(request: Request, me: Me):
+        is_first = not store.has_tasks(me.id)
         task = store.next_task(me.id)
-        return task_page(request, me, task) if task else page_of(request, me, "done.html")
+        return task_page(request, me, task, is_first) if task else page_of(request, me, "done.html")
 
     @app.get("/task/{prompt_id}")
-    def task(request: Request, me: Me, prompt_id: str):
+    def task(request: Request, me: Me, prompt_id: Text):
         return task_page(request, me, store.task(me.id, prompt_id))
 
     @app.get("/answers")
-    def answers(request: Request, me: Me):
-        return page_of(request, me, "answers.html", answers=store.history(me.id))
+    def answers(request: Request, me: Me, before: EventId = MAX_ID):
+        found = store.history(me.id, before, PAGE_LENGTH)
+        return page_of(request, me, "answers.html", answers=found, page_length=PAGE_LENGTH)
+
+    @app.post("/api/reading")
+    def reading(me: Me, body: ReadingBody):
+        store.add_reading(me.id, body.prompt_id, body.active_seconds)
+        return {}
 
     @app.post("/api/answer")
     def answer(me: Me, body: AnswerBody):
@@ -193,7 +239,7 @@ def create_app(store: Store) -> FastAPI:
         return {"revision": store.record(me.id, body.prompt_id, body.action, body.answer(), *sent)}
 
     @app.post("/undo")
-    def undo(me: Me, event: Annotated[int, Form()], key: Annotated[str, Form(min_length=16, max_length=64)]):
+    def undo(me: Me, event: Annotated[EventId, Form()], key: Annotated[Key, Form()]):
         return RedirectResponse(f"/task/{store.undo(me.id, event, key)}", 303)
 
     return app
@@ -216,5 +262,36 @@ def serve(store: Store, host: str = "127.0.0.1", port: int = 8000) -> None:
         raise UserError(f"cannot listen on {host} port {port}: {reason}; choose another --port or --host") from error
     shown = f"[{host}]" if ":" in host else host
     print(f"Ranking page: http://{shown}:{listener.getsockname()[1]}/  (Ctrl+C stops it)", flush=True)
-    config = uvicorn.Config(create_app(store), log_level="warning", access_log=False, server_header=False)
+    config = uvicorn.Config(
+        create_app(store), http=Connection, backlog=64, log_level="warning", access_log=False, server_header=False
+    )
     uvicorn.Server(config).run(sockets=[listener])
+
+
+class Connection(H11Protocol):
+    """Uvicorn waits for ever for a request that was begun and not finished, and for somebody to take an answer. Enough
+    such connections use up the file handles, and then nobody can save."""
+
+    answered = False
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.since = self.loop.time()
+        self.loop.call_later(ANSWER_SECONDS, self.close_unless_answered)
+        soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if len(self.connections) > min(MAX_CONNECTIONS, soft_limit // 2):
+            connections: set[Any] = self.connections  # all of them of this class
+            oldest = min(connections, key=lambda connection: (connection.answered, connection.since))
+            self.connections.discard(oldest)
+            oldest.transport.abort()
+
+    def on_response_complete(self):
+        self.answered = True
+        super().on_response_complete()
+
+    def close_unless_answered(self):
+        if not self.answered:
+            self.transport.abort()
+        elif not self.transport.is_closing():
+            self.answered = False
+            self.loop.call_later(ANSWER_SECONDS, self.close_unless_answered)

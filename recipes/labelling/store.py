@@ -6,6 +6,7 @@ Functions that store something return after the commit; what they return is safe
 import json
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 from recipes.cli.errors import UserError
@@ -13,32 +14,22 @@ from recipes.labelling.answers import Answer, Review, check
 from recipes.labelling.database import Database
 from recipes.labelling.tasks import SampledPrompt
 
+MAX_ID = 2**63 - 1  # the largest integer that SQLite keeps
 LEASE_SECONDS = 3600  # an open task that nobody touches for this long is offered to somebody else
 
 # Prompts that labeler :me has not met and that fewer than :overlap people have answered or are working on.
 _AVAILABLE = """
 FROM prompt AS p
 WHERE NOT EXISTS (SELECT 1 FROM gold AS g WHERE g.prompt_id = p.id)
-  AND NOT EXISTS (SELECT 1 FROM assignment AS a WHERE a.prompt_id = p.id AND a.labeler_id = :me)
+  AND NOT EXISTS (SELECT 1 FROM task_state AS s WHERE s.prompt_id = p.id AND s.labeler_id = :me)
   AND :overlap > (
-    SELECT count(*) FROM assignment AS a
-    LEFT JOIN standing AS s ON s.prompt_id = a.prompt_id AND s.labeler_id = a.labeler_id
-    WHERE a.prompt_id = p.id AND CASE
-      WHEN s.kind IS NOT NULL THEN s.kind != 'skip'
-      ELSE :stale < coalesce((SELECT max(e.server_time) FROM event AS e
-                              WHERE e.prompt_id = a.prompt_id AND e.labeler_id = a.labeler_id), a.assigned_at)
-      END)
+    SELECT count(*) FROM task_state AS s
+    WHERE s.prompt_id = p.id AND CASE WHEN s.kind IS NULL THEN s.touched > :stale ELSE s.kind != 'skip' END)
 """
 
 _UNSEEN_GOLD = """
 FROM prompt AS p JOIN gold AS g ON g.prompt_id = p.id
-WHERE NOT EXISTS (SELECT 1 FROM assignment AS a WHERE a.prompt_id = p.id AND a.labeler_id = :me)
-"""
-
-_OPEN = """
-FROM assignment AS a
-WHERE a.labeler_id = :me AND NOT EXISTS
-  (SELECT 1 FROM standing AS s WHERE s.prompt_id = a.prompt_id AND s.labeler_id = a.labeler_id)
+WHERE NOT EXISTS (SELECT 1 FROM task_state AS s WHERE s.prompt_id = p.id AND s.labeler_id = :me)
 """
 
 
@@ -97,19 +88,25 @@ class Store(Database):
         """Adds the new ones, all or none, and returns how many. A `gold` ranking makes its prompt an attention task.
 
         Raises:
-            UserError: a prompt has two different gold rankings.
+            UserError: a prompt has two different gold rankings, or was changed since it was added from this `source`.
         """
-        added = 0
+        added, present = 0, {task.id for task in tasks}
         with self.transaction(write=True) as db:
             for task in tasks:
-                added += db.execute(
-                    "INSERT OR IGNORE INTO prompt (id, sample_id, messages, source) VALUES (?, ?, ?, ?)",
-                    (task.id, task.sample_id, json.dumps(task.messages), source),
-                ).rowcount
-                db.executemany(
-                    "INSERT OR IGNORE INTO response VALUES (?, ?, ?, ?, ?, ?)",
-                    [(r.id, task.id, r.sample_id, r.text, r.model, json.dumps(r.sampling)) for r in task.responses],
-                )
+                if not db.execute("SELECT 1 FROM prompt WHERE id = ?", (task.id,)).fetchone():
+                    _refuse_corrected(db, task, source, present)
+                    db.execute(
+                        "INSERT INTO prompt (id, sample_id, messages, source) VALUES (?, ?, ?, ?)",
+                        (task.id, task.sample_id, json.dumps(task.messages), source),
+                    )
+                    db.executemany(
+                        "INSERT INTO response VALUES (?, ?, ?, ?, ?, ?)",
+                        [
+                            (r.id, task.id, r.sample_id, r.text, r.model, json.dumps(r.sampling))
+                            for r in task.responses
+                        ],
+                    )
+                    added += 1
                 if task.gold:
                     tiers = json.dumps([sorted(tier) for tier in task.gold])
                     db.execute("INSERT OR IGNORE INTO gold VALUES (?, ?)", (task.id, tiers))
@@ -122,29 +119,41 @@ class Store(Database):
         with self.transaction() as db:
             return {t: db.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in ("prompt", "gold", "labeler")}
 
+    def has_tasks(self, labeler_id: int) -> bool:
+        """Whether the labeler has ever been given one."""
+        with self.transaction() as db:
+            return bool(db.execute("SELECT 1 FROM task_state WHERE labeler_id = ?", (labeler_id,)).fetchone())
+
     def next_task(self, labeler_id: int) -> Task | None:
         """The labeler's oldest open task, else a new one; None when nothing is left."""
-        find = f"SELECT a.prompt_id {_OPEN} ORDER BY a.assigned_at LIMIT 1"
-        me = {"me": labeler_id}
+        oldest_open = (
+            "SELECT s.prompt_id FROM task_state AS s JOIN assignment AS a USING (prompt_id, labeler_id)"
+            " WHERE s.labeler_id = ? AND s.kind IS NULL ORDER BY a.assigned_at LIMIT 1"
+        )
         with self.transaction() as db:
-            row = db.execute(find, me).fetchone()
-        if row is None:
+            row = db.execute(oldest_open, (labeler_id,)).fetchone()
+            found = None if row else self._find(db, labeler_id)
+        if found:  # searched while others could write: looked at again, from there on, while they wait
             with self.transaction(write=True) as db:
-                row = db.execute(find, me).fetchone() or self._assign(db, labeler_id)
+                row = db.execute(oldest_open, (labeler_id,)).fetchone()
+                if row is None:
+                    row = self._find(db, labeler_id, found["position"]) or self._find(db, labeler_id)
+                    self._assign(db, row, labeler_id)
         return self.task(labeler_id, row["prompt_id"]) if row else None
 
-    def _assign(self, db, labeler_id):
-        row = None
+    def _find(self, db, labeler_id, position=0):
         for pool in self._pools(db, labeler_id):
-            find = f"SELECT p.id AS prompt_id {pool} ORDER BY p.position LIMIT 1"
-            row = row or db.execute(find, self._availability(labeler_id)).fetchone()
-        if row is not None:
-            shown = self._unused_order(db, row["prompt_id"])
-            db.execute(
-                "INSERT INTO assignment VALUES (?, ?, ?, ?)",
-                (row["prompt_id"], labeler_id, json.dumps(shown), time.time()),
+            find = (
+                f"SELECT p.id AS prompt_id, p.position {pool} AND p.position >= :position ORDER BY p.position LIMIT 1"
             )
-        return row
+            if row := db.execute(find, self._availability(labeler_id) | {"position": position}).fetchone():
+                return row
+
+    def _assign(self, db, row, labeler_id):
+        if row:
+            shown = json.dumps(self._unused_order(db, row["prompt_id"]))
+            values = (row["prompt_id"], labeler_id, shown, time.time())
+            db.execute("INSERT INTO assignment VALUES (?, ?, ?, ?)", values)
 
     def _availability(self, labeler_id):
         return {"me": labeler_id, "overlap": self.overlap, "stale": time.time() - LEASE_SECONDS}
@@ -154,7 +163,7 @@ class Store(Database):
         those left over come last, so that the count of tasks left goes down evenly and gives none of them away."""
         if not self.gold_every:
             return [_AVAILABLE]
-        done = db.execute("SELECT count(*) FROM assignment WHERE labeler_id = ?", (labeler_id,)).fetchone()[0]
+        done = db.execute("SELECT count(*) FROM task_state WHERE labeler_id = ?", (labeler_id,)).fetchone()[0]
         block, place = divmod(done, self.gold_every)
         is_gold_turn = place == random.Random(f"{labeler_id} {block}").randrange(self.gold_every)
         return [_UNSEEN_GOLD, _AVAILABLE] if is_gold_turn else [_AVAILABLE, _UNSEEN_GOLD]
@@ -175,7 +184,8 @@ class Store(Database):
         key = (prompt_id, labeler_id)
         with self.transaction() as db:
             row = db.execute(
-                "SELECT p.messages, a.shown FROM assignment AS a JOIN prompt AS p ON p.id = a.prompt_id"
+                "SELECT p.messages, a.shown, s.kind, s.event_id, s.active_seconds FROM assignment AS a"
+                " JOIN task_state AS s USING (prompt_id, labeler_id) JOIN prompt AS p ON p.id = a.prompt_id"
                 " WHERE a.prompt_id = ? AND a.labeler_id = ?",
                 key,
             ).fetchone()
@@ -183,23 +193,23 @@ class Store(Database):
                 raise NotAssignedError("you have no such task")
             shown = json.loads(row["shown"])
             texts = dict(db.execute("SELECT id, text FROM response WHERE prompt_id = ?", (prompt_id,)).fetchall())
-            of_task = "WHERE prompt_id = ? AND labeler_id = ?"
-            last = db.execute(f"SELECT * FROM event {of_task} ORDER BY id DESC LIMIT 1", key).fetchone()
-            standing = db.execute(f"SELECT * FROM standing {of_task}", key).fetchone()
+            last = db.execute(
+                "SELECT * FROM event WHERE prompt_id = ? AND labeler_id = ? ORDER BY id DESC LIMIT 1", key
+            ).fetchone()
             content = last
             if last is not None and last["kind"] == "undo":
                 # Back to what counts again; with nothing before it, the undone answer stays on the screen to change.
-                content = standing or db.execute("SELECT * FROM event WHERE id = ?", (last["undoes"],)).fetchone()
-            seconds = db.execute(f"SELECT total(active_seconds) FROM event {of_task}", key).fetchone()[0]
+                event_id = row["event_id"] or last["undoes"]
+                content = db.execute("SELECT * FROM event WHERE id = ?", (event_id,)).fetchone()
             return Task(
                 prompt_id=prompt_id,
                 messages=json.loads(row["messages"]),
                 responses=[(id, texts[id]) for id in shown],
                 answer=stored_answer(db, content) if content else Answer([[id] for id in shown]),
                 revision=last["id"] if last else 0,
-                standing=standing["kind"] if standing else None,
+                standing=row["kind"],
                 has_draft=bool(last) and last["kind"] == "draft",
-                active_seconds=seconds,
+                active_seconds=row["active_seconds"],
             )
 
     def record(
@@ -226,22 +236,12 @@ class Store(Database):
         with self.transaction(write=True) as db:
             if (stored := self._replayed(db, key, digest)) is not None:
                 return stored
-            of_task = (prompt_id, labeler_id)
-            assignment = db.execute(
-                "SELECT shown, assigned_at FROM assignment WHERE prompt_id = ? AND labeler_id = ?", of_task
-            ).fetchone()
-            if assignment is None:
-                raise NotAssignedError("you have no such task")
-            check(answer, action, json.loads(assignment["shown"]), self.justifications)
-            last_id, last_time = db.execute(
-                "SELECT coalesce(max(id), 0), coalesce(max(server_time), ?) FROM event"
-                " WHERE prompt_id = ? AND labeler_id = ?",
-                (assignment["assigned_at"], *of_task),
-            ).fetchone()
-            if revision is not None and revision != last_id:
+            state = self._state(db, prompt_id, labeler_id)
+            check(answer, action, json.loads(state["shown"]), self.justifications)
+            last = "SELECT coalesce(max(id), 0) FROM event WHERE prompt_id = ? AND labeler_id = ?"
+            if revision not in (None, db.execute(last, (prompt_id, labeler_id)).fetchone()[0]):
                 raise ConflictError("this task was changed in another tab or window: reload to see what is stored")
-            ranked = "SELECT 1 FROM current_ranking WHERE prompt_id = ? AND labeler_id = ?"
-            kind = "edit" if action == "submit" and db.execute(ranked, of_task).fetchone() else action
+            kind = "edit" if action == "submit" and state["kind"] in ("submit", "edit") else action
             event_id = self._insert_event(
                 db,
                 prompt_id=prompt_id,
@@ -249,7 +249,7 @@ class Store(Database):
                 kind=kind,
                 tiers=json.dumps(answer.tiers),
                 comment=answer.comment,
-                active_seconds=max(0.0, min(active_seconds, time.time() - last_time)),
+                active_seconds=_credible(active_seconds, state),
                 key=key,
                 digest=digest,
                 client_time=client_time,
@@ -259,6 +259,24 @@ class Store(Database):
                 [(event_id, id, r.justification, r.rating, json.dumps(r.flags)) for id, r in answer.reviews.items()],
             )
         return event_id
+
+    def add_reading(self, labeler_id: int, prompt_id: str, active_seconds: float) -> None:
+        """Counts time that was spent on a task without changing anything; what is stored of it stays the same."""
+        with self.transaction(write=True) as db:
+            state = self._state(db, prompt_id, labeler_id)
+            seconds = _credible(active_seconds, state)
+            db.execute("INSERT INTO reading VALUES (?, ?, ?, ?)", (prompt_id, labeler_id, seconds, time.time()))
+
+    @staticmethod
+    def _state(db, prompt_id, labeler_id):
+        state = db.execute(
+            "SELECT s.kind, s.touched, a.shown FROM task_state AS s JOIN assignment AS a USING (prompt_id, labeler_id)"
+            " WHERE s.prompt_id = ? AND s.labeler_id = ?",
+            (prompt_id, labeler_id),
+        ).fetchone()
+        if state is None:
+            raise NotAssignedError("you have no such task")
+        return state
 
     def undo(self, labeler_id: int, event_id: int, key: str) -> str:
         """Takes back an answer that counts, so that the one before it counts again; returns its prompt's id."""
@@ -299,28 +317,48 @@ class Store(Database):
         and `last`: the (event id, kind) that undo would take back, or None."""
         with self.transaction() as db:
             rows = db.execute(
-                "SELECT id, kind FROM standing WHERE labeler_id = ? ORDER BY id", (labeler_id,)
-            ).fetchall()
-            kinds = ["submit" if row["kind"] == "edit" else row["kind"] for row in rows]
-            args = self._availability(labeler_id)
-            parts = [_OPEN, *self._pools(db, labeler_id)]
-            left = sum(db.execute(f"SELECT count(*) {part}", args).fetchone()[0] for part in parts)
-            seconds = "SELECT total(active_seconds) FROM event WHERE labeler_id = ?"
-            return {
-                "ranked": kinds.count("submit"),
-                "skipped": kinds.count("skip"),
-                "flagged": kinds.count("flag"),
-                "left": left,
-                "active_seconds": db.execute(seconds, (labeler_id,)).fetchone()[0],
-                "last": tuple(rows[-1]) if rows else None,
-            }
-
-    def history(self, labeler_id: int) -> list[dict]:
-        """The labeler's answers that stand, newest first: `prompt_id`, `kind`, `messages`, `server_time`."""
-        with self.transaction() as db:
-            rows = db.execute(
-                "SELECT s.prompt_id, s.kind, s.server_time, p.messages FROM standing AS s"
-                " JOIN prompt AS p ON p.id = s.prompt_id WHERE s.labeler_id = ? ORDER BY s.id DESC",
+                "SELECT coalesce(kind, 'open') AS kind, count(*) AS tasks, max(event_id) AS last,"
+                " total(active_seconds) AS seconds FROM task_state WHERE labeler_id = ? GROUP BY kind",
                 (labeler_id,),
             ).fetchall()
+            tasks = Counter({row["kind"]: row["tasks"] for row in rows})
+            args = self._availability(labeler_id)
+            new = [db.execute(f"SELECT count(*) {pool}", args).fetchone()[0] for pool in self._pools(db, labeler_id)]
+        last = max((row["last"], row["kind"]) for row in [*rows, {"last": 0, "kind": None}] if row["last"] is not None)
+        return {
+            "ranked": tasks["submit"] + tasks["edit"],
+            "skipped": tasks["skip"],
+            "flagged": tasks["flag"],
+            "left": tasks["open"] + sum(new),
+            "active_seconds": sum(row["seconds"] for row in rows),
+            "last": last if last[0] else None,
+        }
+
+    def history(self, labeler_id: int, before: int = MAX_ID, limit: int = MAX_ID) -> list[dict]:
+        """The labeler's answers that stand, newest first, and earlier than event `before`: `id` of the event,
+        `prompt_id`, `kind`, `messages`, `server_time`."""
+        with self.transaction() as db:
+            rows = db.execute(
+                "SELECT s.id, s.prompt_id, s.kind, s.server_time, p.messages FROM standing AS s"
+                " JOIN prompt AS p ON p.id = s.prompt_id WHERE s.labeler_id = ? AND s.id < ?"
+                " ORDER BY s.id DESC LIMIT ?",
+                (labeler_id, before, limit),
+            ).fetchall()
         return [dict(row) | {"messages": json.loads(row["messages"])} for row in rows]
+
+
+def _refuse_corrected(db, task, source, present):
+    """A row that was corrected keeps its id and has other texts: added, it would be a second task under that id. Where
+    ids are line numbers, a line that moved is told from one that was changed by its text, `present` elsewhere."""
+    same_id = "SELECT id FROM prompt WHERE source = ? AND sample_id = ?"
+    for (id,) in db.execute(same_id, (source, task.sample_id)):
+        if id not in present:
+            raise UserError(
+                f"{source}: {task.sample_id!r} has other texts than when it was added. People may have ranked those:"
+                " give the corrected row another id, or start another --database"
+            )
+
+
+def _credible(active_seconds, state):
+    """No more than has passed since the labeler's last sign."""
+    return max(0.0, min(active_seconds, time.time() - state["touched"]))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from recipes.cli.errors import UserError
 from recipes.labelling.answers import tiers_of
 
 MAX_RESPONSES = 26  # they are called A to Z
+MAX_LINE = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,13 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
         UserError: the file or a line of it cannot be used; nothing is returned then.
     """
     tasks, left_out = [], {"repeated_responses": 0, "too_few_responses": 0}
+    seen = {}  # by id: where it stands, and what for
     for number, row in _rows(path):
         try:
             task, repeated = _task(row, gold, default_id=str(number))
+            line, known = seen.setdefault(task.sample_id, (number, task.id))
+            if known != task.id:
+                raise ValueError(f"the id {task.sample_id!r} stands on line {line} already, with other texts")
         except (KeyError, TypeError, ValueError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
             raise UserError(f"{path}, line {number}: {what}") from error
@@ -60,11 +66,13 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
 def _rows(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), start=1):
+                if len(line) > MAX_LINE:
+                    raise UserError(f"{path}, line {number}: longer than {MAX_LINE} characters; one object per line")
                 if line.strip():
                     try:
                         yield number, json.loads(line)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise UserError(f"{path}, line {number}: not JSON ({error}); one object per line") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
@@ -75,6 +83,7 @@ def _rows(path):
 def _task(row, gold, default_id):
     if not isinstance(row, dict):
         raise TypeError("expected an object with 'prompt' and 'responses'")
+    json.dumps(row, ensure_ascii=False).encode()  # half a character, which JSON can hold and no file can
     messages = _messages(row["prompt"])
     rows = row["responses"]
     if not isinstance(rows, list) or not all(isinstance(response, dict) for response in rows):
@@ -123,7 +132,7 @@ def _messages(prompt):
 
 
 def _rank(rank, index):
-    if isinstance(rank, bool) or not isinstance(rank, int | float):
+    if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
         raise TypeError(f"the 'rank' of response {index + 1} must be a number, 1 for the best")
     return rank
 

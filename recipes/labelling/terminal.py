@@ -70,7 +70,8 @@ def rank_in_terminal(store: Store, labeler_id: int) -> int:
         task = store.task(labeler_id, prompt_id) if prompt_id else store.next_task(labeler_id)
         prompt_id = None
         if task is None:
-            print("\nNothing is left to rank. Thank you!")
+            print("\nNothing is left to rank. Thank you! The next step:")
+            print(f"python scripts/rank_responses.py export --database {store.path} --output rankings.jsonl")
             return submitted
         session = _TaskSession(store, labeler_id, task)
         try:
@@ -139,7 +140,11 @@ class _TaskSession:
     def rank(self):
         has_content = self.task.revision > 0
         before = " > ".join("=".join(self.letter(id) for id in tier) for tier in self.answer.tiers)
-        text = self.ask(f"Ranking [{before}]: " if has_content else "Ranking: ")
+        if has_content:
+            text = self.ask(f"Ranking [{before}] (Enter keeps it, ? for help): ")
+        else:
+            best, *others = reversed(self.letters)
+            text = self.ask(f"Ranking, best first, = for a tie (as in {best} > {'='.join(others)}; ? for help): ")
         if text in ("", "?"):
             if text == "?" or not has_content:
                 raise AnswerError(HELP.strip())
@@ -150,15 +155,17 @@ class _TaskSession:
 
     def justify(self, id):
         review = self.answer.reviews.get(id, Review())
-        kept = f" [{visible(review.justification)}]" if review.justification else ""
-        text = self.ask(f"Why is {self.letter(id)} there?{kept} ", commands=False) or review.justification
+        needed = "one sentence" if self.store.justifications == "required" else "one sentence, or Enter for none"
+        hint = f"[{visible(review.justification)}] (Enter keeps it)" if review.justification else f"({needed})"
+        text = self.ask(f"Why is {self.letter(id)} there? {hint}: ", commands=False) or review.justification
         if not text and self.store.justifications == "required":
             raise AnswerError("one sentence of reason, please")
         self.answer = replace(self.answer, reviews=self.answer.reviews | {id: replace(review, justification=text)})
         self.record("draft")
 
     def mark(self):
-        text = self.ask("Ratings 1-7 and problems, h(armful) u(ntruthful) n(o answer), as in A6 B2u (optional): ")
+        marks = "Ratings 1-7 and problems, h(armful) u(ntruthful) n(o answer), as in A6 B2u (Enter for none): "
+        text = self.ask(marks)
         reviews = dict(self.answer.reviews)
         for letter, (rating, flags) in parse_marks(text, self.letters).items():
             review = reviews.get(self.ids[letter], Review())
@@ -167,7 +174,7 @@ class _TaskSession:
         self.record("draft")
 
     def submit(self):
-        if self.ask("Enter submits: "):
+        if self.ask(f"Enter submits (or {', '.join(COMMANDS)}): "):
             raise AnswerError(f"press Enter to submit, or type one of {', '.join(COMMANDS)}")
         self.record("submit")
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from recipes.cli.errors import UserError, first_line
 from recipes.models.heads import ScoreHead
@@ -141,6 +141,20 @@ def checkpoint_under_roles(model: PeftModel) -> None:
         enable({**own, "context_fn": recompute_under_role}, **kwargs)
 
     base.activation_checkpointing_enable = enable_under_roles
+
+
+def keep_one_embedding_hook(base: PreTrainedModel) -> None:
+    """Let transformers replace the hook on the embeddings each time checkpointing is turned on, instead of adding one.
+
+    TRL turns checkpointing off and on for every rollout.
+    """
+    enable = base.enable_input_require_grads
+
+    def enable_anew():
+        base.disable_input_require_grads()
+        enable()
+
+    base.enable_input_require_grads = enable_anew
 
 
 # Roles of PPO

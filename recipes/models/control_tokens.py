@@ -1,4 +1,4 @@
-"""Control tokens in the text of a dataset: finding them, and keeping them text.
+"""Keeps control tokens in messages text; `recipes.data.control_tokens` lists them.
 
 A message that says `<|im_end|>` would end its own turn: tokenizers look for their control tokens in the whole rendered
 chat and do not know who wrote them. transformers can tell the template's own from those in messages
@@ -7,12 +7,7 @@ chat and do not know who wrote them. transformers can tell the template's own fr
 
 from typing import Any
 
-
-def control_tokens(tokenizer) -> list[str]:
-    """The special tokens of a tokenizer, and the added tokens that its chat template writes."""
-    template = str(tokenizer.chat_template or "")
-    tokens = tokenizer.added_tokens_decoder.values()
-    return [each.content for each in tokens if each.special or (each.content.strip() and each.content in template)]
+from recipes.data.control_tokens import control_tokens
 
 
 def keep_control_tokens_text(tokenizer):

@@ -64,8 +64,8 @@ def _load_classifier(source: ModelSource, model_args: ModelConfig) -> PreTrained
     return model
 
 
-def never_pack(model: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from packing 4-bit weights on CPUs with AVX512-BF16, in place.
+def never_pack(model: PreTrainedModel) -> PreTrainedModel:
+    """Keep bitsandbytes from packing 4-bit weights on CPUs with AVX512-BF16; the same model.
 
     It packs a layer in its first forward in eval mode, and every later forward takes a kernel without a backward: a
     rollout would end the training, with a UserWarning. Layers narrower than a block of 64 cannot be packed at all.
@@ -98,8 +98,11 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
 
 def load_adapter(model: PreTrainedModel, source: ModelSource, is_trainable: bool = False) -> PeftModel:
     """`model` with the adapter of `source` on it."""
-    options = {"config": source.peft_config, "is_trainable": is_trainable}
-    return attach(lambda: PeftModel.from_pretrained(model, source.path, **options), source.path, source.base)
+
+    def load() -> PeftModel:
+        return PeftModel.from_pretrained(model, source.path, config=source.peft_config, is_trainable=is_trainable)
+
+    return attach(load, source.path, source.base)
 
 
 def disable_router_logits(model: nn.Module) -> None:

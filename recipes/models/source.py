@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from recipes.cli.errors import UserError, first_line
@@ -46,6 +46,16 @@ class ModelSource:
     @property
     def without_adapter(self) -> ModelSource:
         return replace(self, path=self.weights, base=None, adapter={})
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Token ids at which the generation configuration of the weights stops."""
+        try:
+            config = GenerationConfig.from_pretrained(self.weights, revision=self.revision)
+        except (OSError, ValueError):
+            return []
+        ids = config.eos_token_id
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
     @cached_property
     def config(self) -> PretrainedConfig:

@@ -1,7 +1,9 @@
 """Loads the tokenizer of a base or an adapter, with a chat template, and without TRL and PEFT, which take seconds."""
 
 import os
+import sys
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.cli.errors import UserError, first_line
@@ -54,7 +56,37 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = next(spare, tokenizer.eos_token)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    stop_at_turn_end(tokenizer, source)
     return keep_control_tokens_text(tokenizer)
+
+
+def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
+    """Make the token that the chat template ends an answer with the EOS token, where generation stops at another.
+
+    Some bases end text with one token and have a template that ends turns with another, as Qwen's `<|endoftext|>` and
+    ChatML's `<|im_end|>`. SFT would then teach a mark at which nothing stops, and every sample would go on into
+    invented turns.
+    """
+    user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+    try:
+        asked = tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template([user, answer], return_dict=False)
+    except (TemplateError, TypeError, ValueError):
+        return  # a template that wants more than a question and an answer; the data's rows will tell
+    of_answer = whole[len(os.path.commonprefix([asked, whole])) :]
+    if {tokenizer.eos_token_id, *source.stop_ids} & {*of_answer}:
+        return
+    others = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    marks = [token for token in of_answer if token in tokenizer.added_tokens_decoder and token not in others]
+    if marks:
+        before, tokenizer.eos_token = tokenizer.eos_token, tokenizer.convert_ids_to_tokens(marks[-1])
+        text = f"The EOS token of {source.path} is now {tokenizer.eos_token}, with which its chat template ends an "
+        text += f"answer; it was {before}."
+    else:
+        text = f"Warning: the chat template of {source.path} ends an answer with no token at which generation stops "
+        text += f"(EOS is {tokenizer.eos_token}): a model trained with it will not stop. Use a template that does."
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, stops: list[int], **template_arguments) -> list[int]:

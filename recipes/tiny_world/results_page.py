@@ -7,7 +7,7 @@ from statistics import fmean
 import numpy as np
 import yaml
 
-from recipes.cli.run import git_revision
+from recipes.cli.record import git_revision
 from recipes.evaluation.frontier import ENOUGH
 from recipes.evaluation.plots import plot_over_optimization, plot_reward_kl, save_png
 from recipes.evaluation.report import render

@@ -12,11 +12,19 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from trl import SFTTrainer
+from trl.trainer.utils import RepeatSampler
 
 from recipes.cli import signals
 from recipes.cli.checkpoints import newest_whole, put_in_place, rotate, unfinished
 from recipes.cli.errors import RunEnded, UserError, first_line
 from recipes.cli.files import sizes, sync_tree
+
+
+class EpochSampler(RepeatSampler):
+    """`RepeatSampler` whose order depends on seed and epoch only, so that a resumed run sees the same prompts."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
 
 
 class RunCallback(TrainerCallback):

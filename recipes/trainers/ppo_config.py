@@ -5,7 +5,15 @@ from dataclasses import MISSING, dataclass, field, fields
 
 from trl import GRPOConfig
 
-from recipes.trainers.fast import FAST_PATHS
+FAST_PATHS = (
+    "response_logps",
+    "length_sorting",
+    "sampling_logps",
+    "drop_finished",
+    "packed_weights",
+    "fused_adapters",
+    "early_backward",
+)
 
 # Fields of GRPOConfig and TrainingArguments that PPO has no use for, and why: any value but the default is refused.
 _GROUPS = "GRPO compares responses of one prompt; PPO has a critic and whitens advantages"

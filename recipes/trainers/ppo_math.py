@@ -4,9 +4,23 @@ Shapes: B responses of at most T tokens, right padded; `mask` is (B, T) with 1 a
 All tensors are float32 unless a docstring says otherwise.
 """
 
+import textwrap
 from collections.abc import Callable
 
 import torch
+
+# What the model card of a policy cites.
+PAPER = {
+    "title": "Fine-Tuning Language Models from Human Preferences",
+    "id": "1909.08593",
+    "citation": textwrap.dedent("""\
+        @article{ziegler2019finetuning,
+            title = {{Fine-Tuning Language Models from Human Preferences}},
+            author = {Daniel M. Ziegler and Nisan Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and
+                      Dario Amodei and Paul Christiano and Geoffrey Irving},
+            year = 2019, eprint = {arXiv:1909.08593},
+        }"""),
+}
 
 
 def masked_moments(

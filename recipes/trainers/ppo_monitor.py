@@ -63,11 +63,12 @@ class PPOMonitor:
                 f"objective/kl is {mean:.0f} nats a response: the policy has left the reference, and the reward model "
                 "what it was trained on. Raise kl_coef or lower learning_rate.",
             )
-        if cut_share == 1:
+        if cut_share >= 0.5:
             cause = "The tokenizer pads with EOS: was EOS trained in SFT? " if self.pad_is_eos else ""
+            which = "Every response" if cut_share == 1 else f"A share of {cut_share:.2f} of the responses"
             self.warn_once(
                 "cut",
-                f"Every response was cut at max_completion_length ({self.args.max_completion_length}), so fragments "
+                f"{which} was cut at max_completion_length ({self.args.max_completion_length}), so fragments "
                 f"are scored. {cause}Raise the limit, or teach stopping with missing_eos_penalty.",
             )
         if len(scores) > 1 and scores.max() == scores.min():

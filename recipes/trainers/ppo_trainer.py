@@ -13,7 +13,6 @@ needs a value for every token. A rollout has four steps, in this order in the fi
 
 import copy
 import os
-import textwrap
 from collections.abc import Callable
 
 import torch
@@ -26,7 +25,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import prepare_fsdp
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head
 
 from recipes.cli.errors import UserError
 from recipes.models.adapters import (
@@ -36,6 +35,7 @@ from recipes.models.adapters import (
     check_adapter_kind,
     checkpoint_under_roles,
     float32_adapters,
+    keep_one_embedding_hook,
     train_only,
     use_role,
 )
@@ -50,10 +50,11 @@ from recipes.models.heads import (
 )
 from recipes.models.tokenization import turn_end
 from recipes.models.vllm import send_only_policy
-from recipes.trainers.checkpoints import WholeCheckpoints
+from recipes.trainers.checkpoints import EpochSampler, WholeCheckpoints
 from recipes.trainers.fast.fast_paths import FastPaths
 from recipes.trainers.ppo_config import PPOConfig
 from recipes.trainers.ppo_math import (
+    PAPER,
     AdaptiveKL,
     compute_gae,
     explained_variance,
@@ -67,13 +68,6 @@ from recipes.trainers.ppo_monitor import PPOMonitor, last_good_state
 from recipes.trainers.ptx import PtxBatches
 from recipes.trainers.reward_functions import checked
 from recipes.trainers.rollout import Results, Rollout, at_responses, sequences
-
-
-class EpochSampler(RepeatSampler):
-    """`RepeatSampler` whose order depends on seed and epoch only, so that a resumed run sees the same prompts."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
 
 
 class PPOTrainer(WholeCheckpoints, GRPOTrainer):
@@ -110,17 +104,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
-    _paper = {
-        "title": "Fine-Tuning Language Models from Human Preferences",
-        "id": "1909.08593",
-        "citation": textwrap.dedent("""\
-            @article{ziegler2019finetuning,
-                title = {{Fine-Tuning Language Models from Human Preferences}},
-                author = {Daniel M. Ziegler and Nisan Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and
-                          Dario Amodei and Paul Christiano and Geoffrey Irving},
-                year = 2019, eprint = {arXiv:1909.08593},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -246,6 +230,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         add_state_forward(base, self.temperature, self._fast.frozen_head(base))
         if args.disable_dropout:
             disable_dropout_rates(base)
+        keep_one_embedding_hook(base)
         if self._is_peft:
             checkpoint_under_roles(self._policy)
         if ref_model is not None:

@@ -212,7 +212,7 @@ def test_duplicates_are_flagged_or_dropped():
     assert len(dataset) == 2 and report.skipped[0]["line"] == 3
 
 
-def test_mapping_reaches_into_objects_and_beats_detection():
+def test_mapping_reaches_into_objects_and_overrides_detection():
     row = {"question": {"text": "q"}, "best": "a", "worst": 3, "messages": DIALOGUE, "who.ever": "b"}
     mapping = {"prompt": "question.text", "chosen": "best", "rejected": "who.ever"}
     (pair,) = formatted([row], "preference", mapping=mapping)

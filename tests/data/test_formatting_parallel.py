@@ -99,10 +99,11 @@ def test_a_process_that_is_killed_is_one_clear_error():
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(DataError, match="was killed, perhaps for want of memory"):
-        list(parallel.in_order(killed, range(9), 2))
+        list(parallel.map_in_order(killed, range(9), 2))
 
 
-def test_few_items_are_read_ahead():
+def test_few_items_are_read_ahead(monkeypatch):
+    monkeypatch.setattr(parallel, "AHEAD", 2)
     read = []
 
     def items():
@@ -110,7 +111,7 @@ def test_few_items_are_read_ahead():
             read.append(number)
             yield number
 
-    results = parallel.in_order(abs, items(), 2)
+    results = parallel.map_in_order(abs, items(), 2)
     assert next(results) == 0 and len(read) <= 2 * parallel.AHEAD + 1
     assert list(results) == list(range(1, 100))
 

@@ -9,9 +9,10 @@ from datasets import IterableDataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
+from recipes.data.control_tokens import control_tokens
 from recipes.data.preview import render
 from recipes.formatting import DataError, FormattingArguments, format_dataset, load_formatted, load_rows
-from recipes.models.control_tokens import control_tokens, keep_control_tokens_text
+from recipes.models.control_tokens import keep_control_tokens_text
 from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
 from tests import tiny_models as models
 

@@ -69,15 +69,21 @@ def test_columns_of_the_other_tasks(tmp_path, task, row, expected):
 def test_errors_leave_the_report_and_no_rows(tmp_path):
     data, output, report = tmp_path / "data.csv", tmp_path / "rows.jsonl", tmp_path / "report.json"
     data.write_text("prompt,completion\nq,a\nq,a,b\n")
+    output.write_text("older\n")
     code, out, err = inspect(data, "--task", "sft", "--output", output, "--report", report)
-    assert (code, out) == (1, "")
+    assert (code, out, output.read_text()) == (2, "", "older\n")
+    assert "rows.jsonl exists, and nothing is ever written over" in err and not report.exists()
+    output.unlink()
+
+    code, out, err = inspect(data, "--task", "sft", "--output", output, "--report", report)
+    assert (code, out) == (1, "") and not output.exists()
     assert f"{data}:3: found 3 fields, expected 2 as in the header" in err
     saved = json.loads(report.read_text())
     assert saved["rows_in"] == 2
     assert [(error["file"], error["line"], error["column"]) for error in saved["errors"]] == [(str(data), 3, None)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "report.json"]
+    report.unlink()
 
-    report = tmp_path / "second.json"
     code, out, err = inspect(data, "--task", "sft", "--output", output, "--report", report, "--on_error", "skip")
     assert code == 0 and len(lines(output)) == 1
     saved = json.loads(report.read_text())

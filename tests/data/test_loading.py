@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from recipes.data.text_files import RowError
+from recipes.data.rows import RowError
 from recipes.formatting import DataError, format_dataset, list_splits, load_rows
 
 GOOD = b'{"prompt": "q"}\n'
@@ -233,6 +233,10 @@ def test_a_copy_of_a_hub_dataset_is_read_as_its_card_says(tmp_path):
             CARD.replace("part-*", "no-*").replace("held", "no"),
             "holds no .jsonl, .ndjson, .json, .csv or .parquet file",
         ),
+        (
+            CARD.replace("helpful/part-*.jsonl", "[helpful/part-0.jsonl, gone.jsonl]"),
+            "has no split 'train'; it has test",
+        ),
         (CARD.replace("{split", "{{split"), "`datasets` could not load .*README.md"),
         (CARD.replace("config_name: helpful", "name: helpful"), "README.md.*Each config must include `config_name`"),
     ):
@@ -283,9 +287,10 @@ def test_slices_and_saved_splits(tmp_path):
         load_rows(tmp_path / "saved", split="dev")
 
 
-def test_parquet_does_not_fill_tool_calls_with_nulls(tmp_path):
+def test_arrow_does_not_fill_tool_calls_with_nulls(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from datasets import Dataset
 
     def turns(**arguments):
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
@@ -299,8 +304,9 @@ def test_parquet_does_not_fill_tool_calls_with_nulls(tmp_path):
 
     rows = [{"messages": turns(a=1)}, {"messages": turns(b="x")}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "tools.parquet")
-    dataset, _ = format_dataset(load_rows(tmp_path / "tools.parquet"), "sft")
-    assert [row["messages"] for row in dataset] == [row["messages"] for row in rows]
+    for source in (load_rows(tmp_path / "tools.parquet"), Dataset(pa.Table.from_pylist(rows))):
+        dataset, _ = format_dataset(source, "sft")
+        assert [row["messages"] for row in dataset] == [row["messages"] for row in rows]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 2**20])

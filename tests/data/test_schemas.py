@@ -194,6 +194,28 @@ def test_two_schemas_that_fit_are_an_error():
         format_dataset([row], "preference")
 
 
+def test_a_schema_is_detected_where_it_reads_most_rows():
+    pair = {"prompt": "q", "completion": "a"}
+    always_null = {**pair, "messages": None, "conversations": []}
+    assert detect(always_null, [always_null] * 3, "sft")[0] == "prompt_completion"
+    assert detect(pair, [{"prompt": "q"}, pair, {**pair, "prompt": 5}], "sft")[0] == "prompt_completion"
+    assert detect(pair, [pair, {**pair, "prompt": 5}, {**pair, "prompt": 6}], "sft")[1].startswith("column names only")
+    apart = [{"prompt": "q"}, {"completion": "a"}]
+    assert detect(pair, apart, "sft") == ("prompt_completion", "column names only; the values do not fit")
+    with pytest.raises(DataError, match="rows:1:completion: missing; there are prompt"):
+        format_dataset(apart, "sft")
+
+
+def test_detection_knows_the_roles_of_a_mapping():
+    turns = [{"from": "teacher", "value": "q"}, {"from": "gpt", "value": "a"}]
+    row = {"conversations": turns}
+    with pytest.raises(DataError, match=r"rows:1:conversations\[0\].from: unknown role: found the text 'teacher'"):
+        format_dataset([row], "sft")
+    mapping = {"conversations": "conversations", "roles.teacher": "user"}
+    _, report = format_dataset([row], "sft", mapping=mapping)
+    assert (report.schema, report.reason) == ("conversations", "columns conversations")
+
+
 def test_near_misses_are_named():
     with pytest.raises(DataError, match="nearly: 'preference': column 'rejected' is missing"):
         format_dataset([{"prompt": "q", "chosen": "a", "best": "b"}], "preference")

@@ -19,6 +19,18 @@ from recipes.labelling.database import Database
 SCRIPT = Path(__file__).parents[2] / "scripts" / "rank_responses.py"
 
 
+HOSTILE = [
+    "<script>document.title = 'ran'</script>",
+    "<img src=x onerror=\"document.title='ran'\">",
+    "</div></li></ol><h1>outside</h1>",
+    '"><svg onload=alert(1)>',
+    "${document.title = 'ran'} {{ 7 * 7 }} {% raw %} #{7*7}",
+    "[click](javascript:alert(1)) ![x](http://tracker.example/x.png)",
+    "&lt;b&gt; &amp;amp; \u202eoverridden\u202c \x07 bell",
+    "</textarea><script>document.title = 'ran'</script>",
+]
+
+
 def write_samples(path, prompts=4, responses=4, model="model-nobody-may-see"):
     rows = [
         {
@@ -34,10 +46,10 @@ def write_samples(path, prompts=4, responses=4, model="model-nobody-may-see"):
     return path
 
 
-def cli(*args, check=True):
+def cli(*args, check=True, **kwargs):
     """Runs the command line; returns what it printed, or (with `check=False`) the finished process."""
     process = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=60, input=""
+        [sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=60, input="", **kwargs
     )
     if not check:
         return process
@@ -92,6 +104,10 @@ class Client:
         if token:
             response = self.http.post("/login", data={"token": token})
             assert response.status_code == 303, response.text
+
+    def move(self, url):
+        """To a server that was started anew: the session stays."""
+        self.http = httpx.Client(base_url=url, headers={"Origin": url}, cookies=self.http.cookies, timeout=30)
 
     def task(self, path="/"):
         page = self.http.get(path)

@@ -1,156 +1,31 @@
-"""The ranking page in a real browser. Needs `pip install playwright axe-playwright-python` and Debian's chromium."""
+"""The ranking page in a real browser: mouse, keys, touch, what is stored, and what is not allowed to happen."""
 
 import json
-import os
 import re
-import shutil
 import sqlite3
-from pathlib import Path
 
 import pytest
 
-from tests.labelling.labelling_server import add_labeler, server, write_samples
-from tests.labelling.test_server import HOSTILE
-
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="the browser tests need playwright: pip install playwright"
+from tests.labelling.browsing import (
+    PHONE,
+    assert_draft,
+    card,
+    drag,
+    give_reasons,
+    last_event,
+    letters,
+    ranks,
+    screenshot,
+    stored_letters,
+    submit,
+    wait_saved,
+    wait_until,
 )
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the browser tests need chromium: apt-get install chromium")
-
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-# A folder to keep screenshots in, to look at or for the documentation.
-SCREENSHOTS = os.environ.get("LABELLING_SCREENSHOTS")
+from tests.labelling.labelling_server import HOSTILE, server, write_samples
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("browser")
-    samples = write_samples(folder / "samples.jsonl", prompts=4)
-    with server(folder / "labels.db", "--samples", samples, "--overlap", "100") as running:
-        running.database = folder / "labels.db"
-        yield running
-
-
-@pytest.fixture
-def open_page(browser, request):
-    """Opens a page logged in as a new labeler. Afterwards nothing may have left the machine, broken the content
-    security policy or failed in the page's scripts."""
-    contexts, foreign, violations, errors = [], [], [], []
-
-    def watch(page, url):
-        page.set_default_timeout(10_000)
-        page.on("request", lambda r: None if r.url.startswith(url) else foreign.append(r.url))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda m: violations.append(m.text) if "Content Security Policy" in m.text else None)
-
-    def open_page(running, **options):
-        context = browser.new_context(**options)
-        contexts.append(context)
-        context.on("page", lambda page: watch(page, running.url))
-        page = context.new_page()
-        page.goto(running.url)
-        page.fill("#token", add_labeler(running.database, f"{request.node.name} {len(contexts)}"))
-        page.click("text=Log in")
-        page.wait_for_selector("#cards .state:not(:empty)")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert (foreign, violations, errors) == ([], [], [])
-
-
-def screenshot(page, name):
-    if SCREENSHOTS:
-        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
-
-
-def letters(page):
-    """The ranking on the screen: letters in order, `=` before one that is tied with the one above."""
-    cards = page.eval_on_selector_all(
-        "#cards > li", "cards => cards.map(card => [card.dataset.letter, 'tied' in card.dataset])"
-    )
-    return "".join("=" * tied + letter for letter, tied in cards)
-
-
-def ranks(page):
-    return page.locator(".rank").all_inner_texts()
-
-
-def card(page, letter):
-    return page.locator(f"[data-letter={letter}]")
-
-
-def give_reasons(page):
-    for letter in "ABCD":
-        card(page, letter).locator("[name=justification]").fill(f"reason for {letter}")
-
-
-def submit(page):
-    """Presses the button and waits for the next page."""
-    prompt = page.locator("#task").get_attribute("data-prompt")
-    page.click("[data-do=submit]")
-    page.wait_for_selector(f"#task:not([data-prompt={prompt!r}]), main:not(:has(#task))")
-
-
-def wait_saved(page):
-    page.locator("#status", has_text="Saved at").wait_for()
-
-
-def last_event(database):
-    with sqlite3.connect(database) as db:
-        db.row_factory = sqlite3.Row
-        return dict(db.execute("SELECT * FROM event ORDER BY id DESC LIMIT 1").fetchone())
-
-
-def stored_letters(page, event):
-    shown = page.locator("#task").get_attribute("data-shown").split()
-    tiers = [["ABCDEFGHI"[shown.index(id)] for id in tier] for tier in json.loads(event["tiers"])]
-    return "".join("=".join(tier) for tier in tiers)
-
-
-def drag(page, letter, onto, below=False):
-    """Drags a card to where another one is, and drops it once the page has made room there."""
-
-    def place():
-        return letters(page).replace("=", "").index(letter)
-
-    wanted = letters(page).replace("=", "").index(onto)
-    for _ in range(5):  # on a busy machine a press or a move is now and then not taken for a drag
-        box, target = card(page, letter).locator(".handle").bounding_box(), card(page, onto).bounding_box()
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        page.mouse.move(x, y)
-        page.mouse.down()
-        page.mouse.move(x + 8, y, steps=2)
-        y = target["y"] + target["height"] * (0.9 if below else 0.1)
-        page.wait_for_timeout(50)
-        page.mouse.move(target["x"] + 60, y, steps=8)
-        for step in range(40):
-            if place() == wanted:
-                break
-            page.wait_for_timeout(50)  # the library's animation
-            page.mouse.move(target["x"] + 60 + step % 2, y)
-        page.mouse.up()
-        page.locator(".sortable-chosen").wait_for(state="detached")
-        if place() == wanted:
-            return
-
-
-def test_drag_tie_and_submit(job, open_page):
-    page = open_page(job, viewport={"width": 1000, "height": 1300})
+def test_drag_tie_and_submit(browser_job, open_page):
+    page = open_page(browser_job, viewport={"width": 1000, "height": 1300})
     page.locator(".guidelines summary").click()
     page.locator(".guidelines:not([open])").wait_for()
     drag(page, "D", onto="A")
@@ -175,11 +50,11 @@ def test_drag_tie_and_submit(job, open_page):
     give_reasons(page)
     order_before = page.locator("#task").get_attribute("data-shown").split()
     submit(page)
-    event = last_event(job.database)
+    event = last_event(browser_job.database)
     assert event["kind"] == "submit" and "1 ranked, 3 left" in page.locator("header").inner_text()
     tiers = [["ABCD"[order_before.index(id)] for id in tier] for tier in json.loads(event["tiers"])]
     assert tiers == [["D"], ["A", "C"], ["B"]], "stored as it stood on the screen"
-    with sqlite3.connect(job.database) as db:
+    with sqlite3.connect(browser_job.database) as db:
         stored = db.execute(
             "SELECT response_id, justification, rating, flags FROM review WHERE event_id = ?", (event["id"],)
         )
@@ -188,8 +63,8 @@ def test_drag_tie_and_submit(job, open_page):
     assert reviews["B"] == ["reason for B", None, '["did_not_answer"]']
 
 
-def test_keyboard_alone(job, open_page):
-    page = open_page(job)
+def test_keyboard_alone(browser_job, open_page):
+    page = open_page(browser_job)
     press = page.keyboard.press
 
     def focused():
@@ -227,12 +102,12 @@ def test_keyboard_alone(job, open_page):
     press("Control+Enter")
     press("Control+Enter")
     page.wait_for_selector(f"#task:not([data-prompt={prompt!r}])")
-    event = last_event(job.database)
+    event = last_event(browser_job.database)
     assert event["kind"] == "submit" and event["active_seconds"] >= 0, "a key pressed twice submits once"
 
 
-def test_an_unchanged_order_is_asked_about(job, open_page):
-    page = open_page(job)
+def test_an_unchanged_order_is_asked_about(browser_job, open_page):
+    page = open_page(browser_job)
     give_reasons(page)
     page.click("[data-do=submit]")
     assert "the order is as it was shown" in page.locator("#alert").inner_text()
@@ -240,36 +115,35 @@ def test_an_unchanged_order_is_asked_about(job, open_page):
     assert "1 ranked" in page.locator("header").inner_text()
 
 
-def test_reload_restores_the_draft(job, open_page):
-    page = open_page(job)
+def test_reload_restores_the_draft(browser_job, open_page):
+    page = open_page(browser_job)
     card(page, "C").locator("[data-do=up]").click()
     card(page, "B").locator("[data-do=tie]").click()
     give_reasons(page)
     card(page, "A").locator("[name=rating]").select_option("2")
     card(page, "A").locator("[value=harmful]").check()
     page.fill("#comment", "left half done")
+    reasons = {letter: f"reason for {letter}" for letter in "ABCD"}
     wait_saved(page)
-    order = letters(page)
+    assert stored_letters(page, last_event(browser_job.database)) == letters(page) == "AC=BD"
+    elsewhere = page.context.new_page()  # it has no fields to fill in by itself
+    elsewhere.goto(browser_job.url)
+    assert_draft(elsewhere, "AC=BD", reasons, "left half done")
+    elsewhere.close()
     page.reload()
-    page.wait_for_selector(".state:not(:empty)")
-    assert letters(page) == order == "AC=B D".replace(" ", "")
-    assert card(page, "B").locator("[name=justification]").input_value() == "reason for B"
+    assert_draft(page, "AC=BD", reasons, "left half done")
     assert card(page, "A").locator("[name=rating]").input_value() == "2"
     assert card(page, "A").locator("[value=harmful]").is_checked()
-    assert page.input_value("#comment") == "left half done"
 
     page.fill("#comment", "closed at once")
-    page.goto(job.url + "/answers")  # within the moment that drafts wait for more to come
-    for _ in range(100):  # the draft is sent as the page goes; a busy server takes the next page's request first
-        if last_event(job.database)["comment"] == "closed at once":
-            break
-        page.wait_for_timeout(100)
-    page.goto(job.url)
-    assert page.input_value("#comment") == "closed at once"
+    page.goto(browser_job.url + "/answers")  # within the moment that drafts wait for more to come
+    wait_until(lambda: last_event(browser_job.database)["comment"] == "closed at once")
+    page.goto(browser_job.url)
+    assert_draft(page, "AC=BD", reasons, "closed at once")
 
 
-def test_undo_edit_skip_and_flag(job, open_page):
-    page = open_page(job)
+def test_undo_edit_skip_and_flag(browser_job, open_page):
+    page = open_page(browser_job)
     card(page, "B").locator("[data-do=up]").click()
     give_reasons(page)
     submit(page)
@@ -282,32 +156,32 @@ def test_undo_edit_skip_and_flag(job, open_page):
     assert "You have ranked this one" in page.locator(".note").inner_text()
     card(page, "D").locator("[data-do=up]").click()
     submit(page)
-    assert last_event(job.database)["kind"] == "edit"
+    assert last_event(browser_job.database)["kind"] == "edit"
     page.click("[data-do=flag]")
     assert "say what is wrong" in page.locator("#alert").inner_text()
     page.fill("#comment", "holds a phone number")
     prompt = page.locator("#task").get_attribute("data-prompt")
     page.click("[data-do=flag]")
     page.wait_for_selector(f"#task:not([data-prompt={prompt!r}])")
-    assert last_event(job.database)["comment"] == "holds a phone number"
+    assert last_event(browser_job.database)["comment"] == "holds a phone number"
     prompt = page.locator("#task").get_attribute("data-prompt")
     page.click("[data-do=skip]")
     page.wait_for_selector(f"#task:not([data-prompt={prompt!r}])")
     assert "1 ranked, 1 left, 1 skipped, 1 flagged" in page.locator("header").inner_text()
 
 
-def test_two_labelers_see_different_orders_and_two_tabs_do_not_mix(job, open_page):
-    ann, bob = open_page(job), open_page(job)
+def test_two_labelers_see_different_orders_and_two_tabs_do_not_mix(browser_job, open_page):
+    ann, bob = open_page(browser_job), open_page(browser_job)
     shown = [page.locator("#task").get_attribute("data-shown") for page in (ann, bob)]
     assert shown[0] != shown[1] and sorted(shown[0].split()) == sorted(shown[1].split())
     other_tab = ann.context.new_page()
-    other_tab.goto(job.url)
+    other_tab.goto(browser_job.url)
     card(ann, "A").locator("[data-do=down]").click()
     wait_saved(ann)
     card(other_tab, "D").locator("[data-do=up]").click()
     other_tab.wait_for_selector("#alert:not(:empty)")
     assert "another tab" in other_tab.locator("#alert").inner_text()
-    assert stored_letters(ann, last_event(job.database)) == letters(ann) == "BACD"
+    assert stored_letters(ann, last_event(browser_job.database)) == letters(ann) == "BACD"
 
 
 def test_a_dead_server_is_said_at_once_and_the_draft_is_saved_when_it_is_back(tmp_path, open_page):
@@ -329,8 +203,8 @@ def test_a_dead_server_is_said_at_once_and_the_draft_is_saved_when_it_is_back(tm
             assert letters(page) == "BACD"
 
 
-def test_on_a_phone(job, open_page):
-    page = open_page(job, **PHONE)
+def test_on_a_phone(browser_job, open_page):
+    page = open_page(browser_job, **PHONE)
     page.locator(".guidelines summary").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     screenshot(page, "phone")
@@ -383,9 +257,9 @@ def test_hostile_text_stays_text(tmp_path, open_page):
         assert page.title() == "Your answers" and page.locator(".answers img").count() == 0
 
 
-def test_accessibility(job, open_page):
+def test_accessibility(browser_job, open_page):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
-    page = open_page(job)
+    page = open_page(browser_job)
     found = {}
 
     def check(name):
@@ -398,14 +272,14 @@ def test_accessibility(job, open_page):
     check("ranking with an error")
     page.emulate_media(color_scheme="dark")
     check("dark")
-    page.goto(job.url + "/answers")
+    page.goto(browser_job.url + "/answers")
     check("answers")
-    page.goto(job.url + "/nowhere")
+    page.goto(browser_job.url + "/nowhere")
     page.context.clear_cookies()
-    page.goto(job.url)
+    page.goto(browser_job.url)
     check("login")
     assert found == {}
     name = re.compile("Response A rank 1 of 4")
-    page = open_page(job)
+    page = open_page(browser_job)
     assert page.get_by_role("listitem", name=name).count() == 1, "a card is announced with its rank"
     assert page.locator("[role=alert], [role=status], [aria-live=polite]").count() == 3

@@ -5,28 +5,24 @@ import json
 import re
 import resource
 import secrets
+import socket
 import sqlite3
 import stat
 import sys
+import threading
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
+import uvicorn
 
-from recipes.labelling.rankings import read_rankings
+from recipes.labelling import server as page_server
+from recipes.labelling.export import read_rankings
 from recipes.labelling.store import Store
-from tests.labelling.labelling_server import Client, add_labeler, cli, server, write_samples
-
-HOSTILE = [
-    "<script>document.title = 'ran'</script>",
-    "<img src=x onerror=\"document.title='ran'\">",
-    "</div></li></ol><h1>outside</h1>",
-    '"><svg onload=alert(1)>',
-    "${document.title = 'ran'} {{ 7 * 7 }} {% raw %} #{7*7}",
-    "[click](javascript:alert(1)) ![x](http://tracker.example/x.png)",
-    "&lt;b&gt; &amp;amp; \u202eoverridden\u202c \x07 bell",
-    "</textarea><script>document.title = 'ran'</script>",
-]
+from tests.labelling.labelling_server import HOSTILE, Client, add_labeler, cli, server, write_samples
 
 
 def rows(database, query, *args):
@@ -140,6 +136,39 @@ def test_headers_and_what_the_page_loads(job, labeler):
         assert httpx.get(job.url + path).status_code == 404
 
 
+def test_a_token_can_be_typed(job):
+    token = add_labeler(job.database, "typist")
+    assert re.fullmatch(r"([0-9a-hjkmnp-tv-z]{4}-){2}[0-9a-hjkmnp-tv-z]{4}", token)
+    for typed in (token.upper(), token.replace("-", ""), f" {token.replace('-', ' ')}\n", token.replace("0", "O")):
+        assert Client(job.url).http.post("/login", data={"token": typed}).status_code == 303, typed
+    for typed in (token[:-1], "", "-", token[::-1]):
+        assert Client(job.url).http.post("/login", data={"token": typed}).status_code in (401, 422), typed
+    again = cli("add-labeler", "typist", "--new_token", "--database", job.database)
+    assert re.search(r"'typist' \(shown only now\): \S{14}$", again)
+    assert Client(job.url).http.post("/login", data={"token": token}).status_code == 401
+    page = httpx.get(job.url + "/login").text
+    assert f"add-labeler NAME --new_token --database {job.database}" in page
+
+
+def test_what_is_said_about_tokens_and_the_next_step(tmp_path):
+    samples = write_samples(tmp_path / "samples.jsonl", prompts=1)
+    with server(tmp_path / "labels.db", "--samples", samples) as running:
+        token = re.search(r"First labeler .* \(shown only now\): (\S+)", running.log)[1]
+        client = Client(running.url, token)
+        client.answer(client.task())
+        done = client.http.get("/").text
+        assert "All done" in done and f"export --database {tmp_path / 'labels.db'} --output rankings.jsonl" in done
+    with server(tmp_path / "labels.db") as running:
+        assert token not in running.log
+        assert f"add-labeler NAME --new_token --database {tmp_path / 'labels.db'}" in running.log
+
+
+def test_guidelines_are_open_once(labeler):
+    client = labeler()
+    assert '<details class="guidelines" open>' in client.task().source
+    assert '<details class="guidelines" >' in client.task().source
+
+
 # What the labeler sees
 
 
@@ -237,6 +266,96 @@ def test_malformed_answers_are_refused_and_say_why(job, labeler):
     assert client.task().revision == 0
 
 
+HUGE = 2**70
+
+
+def test_numbers_and_texts_that_no_page_sends(job, labeler):
+    """Each is refused, or stored as far as it makes sense; none is an internal error, and each says what is wrong."""
+    client = labeler()
+    task = client.task()
+    a = task.ids[0]
+    lone_surrogate = r"\ud800"
+    bodies = [
+        {"revision": HUGE},
+        {"revision": -HUGE},
+        {"active_seconds": float("nan")},
+        {"active_seconds": float("inf")},
+        {"client_time": float("inf")},
+        {"reviews": {a: {"justification": "x", "rating": HUGE}}},
+        {"prompt_id": "x" * 100_000},
+        {"key": "k" * 65},
+    ]
+    texts = [json.dumps(client.body(task, "draft", **changes)) for changes in bodies]
+    for field in ("comment", "key", "prompt_id", "action"):
+        body = client.body(task, "draft") | {field: "no half" + "HERE" * 5}
+        texts.append(json.dumps(body).replace("HERE", lone_surrogate))
+    texts += ["[" * 200_000, "{", "", "null", '"text"', "1" * 5000]
+    for text in texts:
+        reply = client.http.post("/api/answer", content=text, headers={"Content-Type": "application/json"})
+        assert reply.status_code in (400, 404, 422), (text[:200], reply.text)
+        assert reply.json()["error"].startswith("NOT saved: "), (text[:200], reply.text)
+    assert not rows(
+        job.database, "SELECT 1 FROM event WHERE prompt_id = ? AND comment LIKE 'no half%'", task.prompt_id
+    )
+    client.answer(task, "draft", active_seconds=float(HUGE))
+    for event in (HUGE, -1, 2**63, "x", ""):
+        assert client.http.post("/undo", data={"event": event, "key": "k" * 20}).status_code == 422
+        assert client.http.get("/answers", params={"before": event}).status_code == 422
+    assert client.http.post("/undo", data={"event": 2**63 - 1, "key": "k" * 20}).status_code == 409
+    for body in ({"active_seconds": HUGE}, {"active_seconds": -1}, {"prompt_id": "unknown"}):
+        reading = {"prompt_id": task.prompt_id, "active_seconds": 1.0} | body
+        assert client.http.post("/api/reading", json=reading).status_code in (200, 404, 422)
+    assert client.http.post("/login", data={"token": "\ud800".encode("utf-8", "surrogatepass")}).status_code < 500
+    assert client.http.post("/login", data={"token": "t" * 900_000}).status_code == 401
+    nowhere = client.http.get("/nowhere")
+    assert nowhere.status_code == 404 and "That did not work" in nowhere.text
+
+
+def test_repeated_marks_and_reasons_that_nobody_can_see(job, labeler):
+    client = labeler()
+    task = client.task()
+    a, *others = task.ids
+    twice = {a: {"justification": "x", "flags": ["harmful", "untruthful", "harmful"]}}
+    event = client.answer(task, "draft", reviews=twice)
+    stored = rows(job.database, "SELECT flags FROM review WHERE event_id = ?", event)
+    assert stored == [('["harmful", "untruthful"]',)]
+    task = client.task()
+    for unseen in (
+        "\u200b",
+        " \u00a0\u2003",
+        "\u2060\ufeff\u00ad",
+        "\u3164",
+        "\u2800",
+        "\u0301",
+        "\u202e\u2066",
+        "\x00",
+    ):
+        reviews = {id: {"justification": "seen"} for id in others} | {a: {"justification": unseen}}
+        refused = client.post(client.body(task, reviews=reviews))
+        assert refused.status_code == 422 and "1 of 4 responses lack a reason" in refused.json()["error"], repr(unseen)
+        flagged = client.post(client.body(task, "flag", comment=unseen))
+        assert flagged.status_code == 422 and "what is wrong" in flagged.json()["error"], repr(unseen)
+    for seen in ("!", "好", "👍\ufe0f", "e\u0301", "لا"):
+        task = client.task(f"/task/{task.prompt_id}")
+        client.answer(task, reviews={id: {"justification": seen} for id in task.ids})
+
+
+def test_time_spent_reading_is_counted_and_changes_nothing(job, labeler):
+    client = labeler()
+    task = client.task()
+    reading = {"prompt_id": task.prompt_id, "active_seconds": 10_000.0}
+    assert client.http.post("/api/reading", json=reading).status_code == 200
+    now = client.task()
+    assert now.revision == task.revision and "Draft restored" not in now.source
+    seconds = "SELECT max(active_seconds) FROM reading WHERE prompt_id = ?"
+    ((most,),) = rows(job.database, seconds, task.prompt_id)
+    assert 0 < most < 60, "no more than has passed"
+    assert client.http.post("/api/reading", json=reading | {"prompt_id": "unknown"}).status_code == 404
+    client.answer(task)
+    elsewhere = httpx.Client(base_url=job.url, cookies=client.http.cookies)
+    assert elsewhere.post("/api/reading", json=reading).status_code == 403, "the request came from another site"
+
+
 def test_submit_edit_undo_skip_flag(job, labeler):
     client = labeler()
     first = client.task()
@@ -301,6 +420,19 @@ def test_two_tabs_cannot_overwrite_each_other(labeler):
     assert client.task(f"/task/{tab_one.prompt_id}").tiers == [tab_one.ids]
 
 
+def test_many_who_come_at_once_get_a_task_each_and_no_prompt_twice_too_often(tmp_path):
+    """Twelve labelers, six prompts, two people each: all twelve places are given, none of them twice."""
+    database = tmp_path / "labels.db"
+    tokens = [add_labeler(database, f"labeler {number}") for number in range(12)]
+    samples = write_samples(tmp_path / "samples.jsonl", prompts=6)
+    with server(database, "--samples", samples, "--overlap", "2", "--gold_every", "0") as running:
+        clients = [Client(running.url, token) for token in tokens]
+        with ThreadPoolExecutor(24) as pool:  # every labeler in two tabs
+            tasks = list(pool.map(lambda client: client.task().prompt_id, clients * 2))
+    assert tasks[:12] == tasks[12:], "both tabs show the same task"
+    assert sorted(Counter(tasks[:12]).values()) == [2] * 6
+
+
 def test_progress_and_time_are_summed_by_the_server(job, labeler):
     client = labeler()
     task = client.task()
@@ -351,9 +483,7 @@ def test_no_acknowledged_answer_is_lost_when_the_server_is_killed(tmp_path):
 
     with server(database, "--overlap", "4") as running:
         for client, body in unanswered.items():
-            client.http = httpx.Client(
-                base_url=running.url, headers={"Origin": running.url}, cookies=client.http.cookies, timeout=30
-            )
+            client.move(running.url)
             reply = client.post(body)
             assert reply.status_code == 200, "the session and the repeated request outlive the server"
             assert len(rows(database, "SELECT 1 FROM event WHERE key = ?", body["key"])) == 1
@@ -421,6 +551,53 @@ def test_a_full_disk_says_not_saved_and_keeps_what_was_stored(tmp_path):
         client = Client(running.url, token)
         assert client.post(body).status_code == 200
         assert client.task().revision == task.revision + 1
+
+
+def test_connections_that_never_finish_a_request_keep_nobody_out(tmp_path):
+    """More of them than the server has file handles: half a request, half an answer, or nothing at all."""
+    database = tmp_path / "labels.db"
+    token = add_labeler(database, "ann")
+    samples = write_samples(tmp_path / "samples.jsonl")
+
+    def few_handles():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+
+    with server(database, "--samples", samples, preexec_fn=few_handles) as running:
+        address = ("127.0.0.1", int(running.url.rsplit(":", 1)[1]))
+        starts = [b"", b"GET / HTTP/1.1\r\nHost: x\r\n", b"POST /api/answer HTTP/1.1\r\nContent-Length: 100\r\n\r\n{"]
+        with ExitStack() as stack:
+            for number in range(200):
+                connection = stack.enter_context(socket.create_connection(address, timeout=5))
+                with suppress(OSError):
+                    connection.sendall(starts[number % 3])
+            for _ in range(3):
+                client = Client(running.url, token)
+                client.answer(client.task())
+
+
+def test_a_connection_without_an_answer_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_server, "ANSWER_SECONDS", 0.3)
+    store = Store(tmp_path / "labels.db", create=True)
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(page_server.create_app(store), http=page_server.Connection, log_level="error")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        slow = socket.create_connection(listener.getsockname(), timeout=5)
+        start = time.monotonic()
+        with pytest.raises(OSError):
+            for byte in b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: " + b"y" * 100:
+                slow.sendall(bytes([byte]))
+                time.sleep(0.1)
+        assert 0.25 < time.monotonic() - start < 5
+        client = httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}")
+        for _ in range(5):
+            assert client.get("/login").status_code == 200, "one that is in use stays open"
+            time.sleep(0.2)
+    finally:
+        running.should_exit = True
+        thread.join(timeout=10)
 
 
 def test_export_equals_what_was_submitted_by_several_labelers(tmp_path):

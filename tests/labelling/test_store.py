@@ -4,12 +4,17 @@ import json
 import math
 import os
 import pty
+import random
+import re
 import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recipes.cli.errors import UserError
@@ -18,11 +23,12 @@ from recipes.labelling import accounts, store
 from recipes.labelling.agreement import agreement_report, kendalls_w, krippendorff_alpha, outcomes
 from recipes.labelling.answers import Answer, AnswerError, Review, ranks_of, tiers_of
 from recipes.labelling.export import export
+from recipes.labelling.markdown import render
 from recipes.labelling.report import as_html, as_text
 from recipes.labelling.store import ConflictError, NotAssignedError, Store
 from recipes.labelling.tasks import read_tasks
 from recipes.labelling.terminal import parse_marks, parse_ranking, visible
-from tests.labelling.labelling_server import SCRIPT, cli, write_samples
+from tests.labelling.labelling_server import HOSTILE, SCRIPT, cli, write_samples
 
 
 @pytest.fixture
@@ -84,6 +90,112 @@ def test_repeated_responses_are_left_out_and_counted(tmp_path):
     assert left_out == {"repeated_responses": 2, "too_few_responses": 1}
 
 
+def test_a_corrected_file_does_not_add_a_second_task_under_an_id(tmp_path):
+    def serve(*rows):
+        samples = tmp_path / "samples.jsonl"
+        samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        done = cli(
+            "terminal", "--database", tmp_path / "labels.db", "--samples", samples, "--labeler", "ann", check=False
+        )
+        return done.stderr if done.returncode else ""
+
+    def row(text, **id):
+        return id | {"prompt": text, "responses": [{"text": f"{text} a"}, {"text": f"{text} b"}]}
+
+    assert serve(row("one", id="p1"), row("twoo", id="p2")) == ""
+    refused = serve(row("one", id="p1"), row("two", id="p2"), row("three", id="p3"))
+    assert f"{tmp_path / 'samples.jsonl'}: 'p2' has other texts than when it was added" in refused
+    assert "another id" in refused and len(refused.splitlines()) == 1
+    assert Store(tmp_path / "labels.db").size()["prompt"] == 2, "all or none"
+    assert serve(row("one", id="p1"), row("twoo", id="p2"), row("two", id="p2b")) == ""
+
+    refused = serve(row("one", id="p1"), row("twoo", id="p2"), row("other", id="p1"))
+    assert "line 3: the id 'p1' stands on line 1 already, with other texts" in refused
+    for file in tmp_path.glob("labels.db*"):
+        file.unlink()
+    assert serve(row("one"), row("two")) == ""
+    assert "'2' has other texts" in serve(row("one"), row("twoo"))
+    assert serve(row("before"), row("one"), row("two")) == "", "a line number is an id that moves"
+    assert Store(tmp_path / "labels.db").size()["prompt"] == 3
+
+
+def test_a_database_of_version_1_is_upgraded(tmp_path):
+    """Version 1 wrote it: a ranking and a change that was undone, a change, a skip, a flag, an undone one, a draft."""
+    path = tmp_path / "labels.db"
+    with sqlite3.connect(path) as db:
+        db.executescript(Path(__file__).with_name("version_1.sql").read_text())
+        before = [tuple(row) for row in db.execute("SELECT * FROM standing ORDER BY id")]
+        events = db.execute("SELECT * FROM event").fetchall()
+        (seconds,) = db.execute("SELECT total(active_seconds) FROM event").fetchone()
+    token = "W53KDGasIOGuLft4qzAyHvyURppDKkzP"  # ann's
+    for _ in range(2):
+        job = Store(path, overlap=2)
+        with job.transaction() as db:
+            assert [tuple(row) for row in db.execute("SELECT * FROM standing ORDER BY id")] == before
+            assert [tuple(row) for row in db.execute("SELECT * FROM event")] == events
+            assert db.execute("SELECT total(active_seconds) FROM task_state").fetchone()[0] == pytest.approx(seconds)
+        job.close()
+    ann, bob = (labeler.id for labeler in accounts.labelers(job))
+    progress = job.progress(ann)
+    assert [progress[kind] for kind in ("ranked", "skipped", "flagged", "left")] == [2, 1, 1, 1]
+    assert accounts.log_in(job, token) and accounts.log_in(job, token.lower()) is None
+    assert [response["rank"] for row in export_rows(job) for response in row["responses"]] == [1, 2] * 2
+    task = job.next_task(bob)
+    assert task.has_draft and submit(job, bob, task) and job.progress(bob)["ranked"] == 1
+    with pytest.raises(sqlite3.Error, match="written once"), job.transaction(write=True) as db:
+        db.execute("DELETE FROM reading WHERE active_seconds < 0 OR 1")
+        db.execute("INSERT INTO reading VALUES (?, ?, 1, 1)", (task.prompt_id, bob))
+        db.execute("DELETE FROM reading")
+
+
+def test_where_labelers_stand_is_what_their_events_say(make):
+    """Whatever is done, in whatever order, the table that triggers keep equals the history, read from the start."""
+    job, labelers = make(prompts=5, labelers=3, overlap=3)
+    chance = random.Random(0)
+    for step in range(250):
+        me = chance.choice(labelers)
+        known = job.history(me)
+        tasks = [answer["prompt_id"] for answer in known]
+        if (task := job.next_task(me)) is not None:
+            tasks.append(task.prompt_id)
+        task = job.task(me, chance.choice(tasks))
+        action = chance.choice(["draft", "submit", "skip", "flag", "undo", "read"])
+        if action == "undo" and known:
+            job.undo(me, chance.choice(known)["id"], f"u{step}")
+        elif action == "read":
+            job.add_reading(me, task.prompt_id, 0.01)
+        elif action != "undo":
+            answer = replace(reviewed(task), comment="because")
+            job.record(me, task.prompt_id, action, answer, key=f"k{step}", active_seconds=0.01)
+    with job.transaction() as db:
+        events = [dict(row) for row in db.execute("SELECT * FROM event ORDER BY id")]
+        undone = {event["undoes"] for event in events}
+        expected = {}
+        for event in events:
+            if event["kind"] in ("submit", "edit", "skip", "flag") and event["id"] not in undone:
+                expected[event["prompt_id"], event["labeler_id"]] = (event["id"], event["kind"])
+        states = {(s["prompt_id"], s["labeler_id"]): dict(s) for s in db.execute("SELECT * FROM task_state")}
+        seconds = {
+            key: db.execute(
+                "SELECT (SELECT total(active_seconds) FROM event WHERE prompt_id = ?1 AND labeler_id = ?2)"
+                " + (SELECT total(active_seconds) FROM reading WHERE prompt_id = ?1 AND labeler_id = ?2)",
+                key,
+            ).fetchone()[0]
+            for key in states
+        }
+    assert len(events) > 100 and len(undone) > 10
+    stands = {key: (s["event_id"], s["kind"]) for key, s in states.items() if s["kind"]}
+    assert stands == expected
+    assert {key: s["active_seconds"] for key, s in states.items()} == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("flag", ["--overlap", "--gold_every"])
+@pytest.mark.parametrize("number", ["-1", "1.5", "x", "1" * 40])
+def test_numbers_on_the_command_line_have_bounds(tmp_path, flag, number):
+    refused = cli("serve", "--database", tmp_path / "labels.db", f"{flag}={number}", check=False)
+    assert refused.returncode == 2 and "is not a whole number from" in refused.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -98,6 +210,9 @@ def test_repeated_responses_are_left_out_and_counted(tmp_path):
         ('{"prompt": "q", "responses": [{"text": "\\ud800"}, {"text": "b"}]}', "line 2: 'utf-8' codec"),
         ('{"prompt": "q", "model": {}, "responses": [{"text": "a"}]}', "line 2: the 'model' of response 1"),
         (json.dumps({"prompt": "q", "responses": [{"text": str(n)} for n in range(27)]}), "line 2: 27 responses"),
+        ('{"id": "\\ud800", "prompt": "q", "responses": [{"text": "a"}, {"text": "b"}]}', "line 2: 'utf-8' codec"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ("x" * 10_000_001, "line 2: longer than 10000000 characters"),
     ],
 )
 def test_bad_lines_are_named_and_nothing_is_made(tmp_path, line, expected):
@@ -111,7 +226,7 @@ def test_bad_lines_are_named_and_nothing_is_made(tmp_path, line, expected):
 
 def test_gold_needs_ranks_that_do_not_contradict(tmp_path, make):
     job, _ = make()
-    for rank in (None, True, "1"):
+    for rank in (None, True, "1", float("nan"), float("inf")):
         (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "q", "responses": [{"text": "a", "rank": rank}]}))
         with pytest.raises(UserError, match="'rank' of response 1 must be a number"):
             read_tasks(tmp_path / "bad.jsonl", gold=True)
@@ -337,11 +452,12 @@ def test_krippendorff_alpha_gives_the_published_values():
         . 3 3 3 2 3 4 2 2 5 1 .
         1 2 3 3 2 4 4 1 2 5 1 ."""
     table = [line.split() for line in observers.strip().splitlines()]
-    units = [[int(value) for value in unit if value != "."] for unit in zip(*table, strict=True)]
+    counts = np.array([[unit.count(value) for value in "12345"] for unit in zip(*table, strict=True)])
     published = {"nominal": 0.743, "ordinal": 0.815, "interval": 0.849}
-    assert {level: round(krippendorff_alpha(units, level), 3) for level in published} == published
-    assert krippendorff_alpha([[1, 1], [1, 1]]) is None and krippendorff_alpha([[1], [2]]) is None
-    assert krippendorff_alpha([[1, 1], [2, 2]]) == 1
+    assert {level: round(krippendorff_alpha(counts, level), 3) for level in published} == published
+    assert krippendorff_alpha(np.array([[2, 0], [2, 0]])) is None
+    assert krippendorff_alpha(np.array([[1, 0], [0, 1]])) is None, "nobody to agree with"
+    assert krippendorff_alpha(np.array([[2, 0], [0, 2]])) == 1
 
 
 def test_kendalls_w_gives_the_published_values():
@@ -389,9 +505,10 @@ def test_agreement_report_counts_by_hand(make, tmp_path):
     # W is 1 on prompt 0; on prompt 1 the rank sums are 1 + 2.5, 2 + 2.5, 3 + 1.
     spread = sum((total - 4) ** 2 for total in (3.5, 4.5, 4.0))
     assert report["kendalls_w"] == pytest.approx((1 + 12 * spread / (4 * 24 - 2 * 6)) / 2)
-    # Twelve values (six pairs, both ways round): five each of better and worse, and two ties.
-    both_ways = [[1, 1], [-1, -1]] * 3 + [[1, 0], [-1, 0]] + [[1, -1], [-1, 1]] * 2
-    assert report["krippendorff_alpha"]["nominal"] == pytest.approx(krippendorff_alpha(both_ways))
+    # Six pairs, both ways round: they disagree in 6 of 12. Of their 24 values 11 are better, 11 worse and 2 ties: of
+    # the 24 * 23 ways to draw two of them, 2 * 11 * 11 + 2 * 22 * 2 give two that differ.
+    expected = (2 * 11 * 11 + 2 * 22 * 2) / (24 * 23)
+    assert report["krippendorff_alpha"]["nominal"] == pytest.approx(1 - (6 / 12) / expected)
     first, second = report["labelers"]["labeler 0"], report["labelers"]["labeler 1"]
     assert first["gold"] == {"tasks": 1, "share": 1.0, "ci95": None, "pairs": 3, "disagreed": []}
     assert second["gold"]["share"] == 0 and second["gold"]["disagreed"] == ["g0"]
@@ -432,6 +549,56 @@ def test_reports_before_anybody_agrees_on_anything(make):
     assert "--overlap 2" in as_text(report) and "--overlap 2" in as_html(report, "Agreement")
 
 
+# Markdown
+
+
+def test_markdown_is_shown_and_nothing_else_gets_through():
+    text = "# Title\n\nSome **bold** `code` <b>raw</b> &lt;\n\n```python\nif a < b:\n    x()\n```\n\n- one\n- two\n\n"
+    text += "|a|b|\n|-|-|\n|1|2|"
+    html = render(text)
+    for part in (
+        "<h4>Title</h4>", "<strong>bold</strong>", "<code>code</code>", "&lt;b&gt;raw&lt;/b&gt;", "&amp;lt;",
+        "<pre><code>if a &lt; b:\n    x()\n</code></pre>", "<li>one</li>", "<td>1</td>",
+    ):  # fmt: skip
+        assert part in html, part
+    links = (
+        "[link](http://evil.example) ![image](http://evil.example/x.png) <http://evil.example> [r]\n\n[r]: http://x"
+    )
+    html = render(f"**see** {links}")
+    assert "<a" not in html and "<img" not in html and "[link](http://evil.example)" in html
+    for text in [
+        *HOSTILE,
+        "*x*<script>alert(1)</script>",
+        "```\n</code></pre><script>x</script>",
+        "| <img src=x onerror=y> |\n|-|",
+    ]:
+        html = render(f"**x**\n\n{text}")
+        assert set(re.findall(r"<(\w+)", html)) <= {
+            "p",
+            "br",
+            "strong",
+            "em",
+            "pre",
+            "code",
+            "table",
+            "thead",
+            "tr",
+            "th",
+        }
+        assert not re.search(r"<[^>]*\s(on\w+|href|src|style)", html)
+    for plain in ("plain", "two\n\nparagraphs", "2 * 3 * 4", "a < b", "", "x" * 30_000 + "**b**"):
+        assert render(plain) is None, "shown as it was written"
+
+
+@pytest.mark.parametrize(
+    "unit", ["*a **a ", "[", "`a", "> ", "_a", "[a]: x\n", "|", "  - x\n", "**", "![", "<a ", "&", "\\\\"]
+)
+def test_markdown_of_a_mean_model_takes_no_time(unit):
+    start = time.perf_counter()
+    render((unit * 20_000)[:20_000])
+    assert time.perf_counter() - start < 2
+
+
 # Terminal
 
 
@@ -469,16 +636,19 @@ def test_ranking_in_a_terminal_from_draft_to_export(tmp_path):
         main, side = pty.openpty()
         command = [sys.executable, str(SCRIPT), "terminal", *map(str, args), "--samples", str(samples)]
         process = subprocess.Popen(command, stdin=side, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        os.write(main, "".join(f"{line}\n" for line in lines).encode() + b"\x04")
+        os.write(main, "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape") + b"\x04")
         printed, _ = process.communicate(timeout=60)
         os.close(main), os.close(side)
         assert process.returncode == 0, printed
         assert "hidden-model" not in printed
         return printed
 
-    printed = session("B > A", "C > A=B", "first reason")
+    printed = session("B > A", "?", "C > A=B", "first \udcff reason", "first reason")
+    assert "Ranking, best first" in printed and "? for help" in printed and "(one sentence)" in printed
+    assert "not UTF-8" in printed
     assert "use each of A, B, C once" in printed and "kept as a draft" in printed
     printed = session("", "", "second", "third", "A6 Bu", "", "skip")
+    assert f"export --database {database} --output rankings.jsonl" in printed, "what comes next"
     assert "Ranking [C > A=B]" in printed and "[first reason]" in printed and "Saved." in printed
     assert "Nothing is left to rank" in printed and "1 rankings submitted" in printed
     (row,) = export_rows(Store(database))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, get_quantization_config
@@ -22,6 +22,7 @@ from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer, turn_end
 from tests.architectures import FAMILIES, TOKENIZERS
 from tests.conftest import ROOT, run_recipe, write_jsonl
+from tests.tiny_models import save_adapter
 
 MODES = {"LoRA": {}, "full": {"use_peft": "false"}, "4-bit": {"load_in_4bit": "true"}}
 IN_4_BIT = ("Llama 3", "Qwen 3", "Gemma 2", "Mistral", "GPT-NeoX, Pythia")
@@ -148,7 +149,7 @@ def check_ppo(trainer, folder: Path, base: str, mode: str, policy: Path, reward_
     changed = moved(before, after)
     assert changed == set(before) if mode != "full" else len(changed) > 0.7 * len(before)
 
-    prompts, completions = trainer._prompt_ids, trainer._completion_ids
+    prompts, completions = trainer._rollout.prompt_ids, trainer._rollout.completion_ids
     assert len({len(row) for row in prompts}) > 1, "prompts have to be padded for the checks to work"
     pad = trainer._tokenizer.pad_token_id
     span, width = max(map(len, prompts)), max(map(len, completions))
@@ -181,7 +182,7 @@ def check_ppo(trainer, folder: Path, base: str, mode: str, policy: Path, reward_
     end = turn_end(trainer._tokenizer, stops)
     rows = [p + c + (end if c[-1] in stops else []) for p, c in pairs]
     expected = torch.cat([scorer(input_ids=torch.tensor([row])).logits[:, 0] for row in rows])
-    assert_close(torch.tensor(trainer.reward_model(None, None, None)), expected, mode)
+    assert_close(torch.tensor(trainer.score_sampled_ids(trainer._rollout)), expected, mode)
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +190,7 @@ def other_reward(data, tmp_path_factory) -> Path:
     """A reward adapter on a base of its own, for policies that cannot have one."""
     folder = tmp_path_factory.mktemp("other")
     base = FAMILIES["Llama 3"].save(folder / "base")
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-    lora = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["score"])
-    get_peft_model(model, lora).save_pretrained(folder / "reward")
-    load_tokenizer(resolve_model(base)).save_pretrained(folder / "reward")
+    save_adapter(folder / "reward", base, "SEQ_CLS")
     return folder / "reward"
 
 

@@ -7,9 +7,6 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from recipes.cli.arguments import parse
@@ -28,15 +25,8 @@ SAMPLING = SamplingArguments(
 def folders(tmp_path_factory) -> dict[str, str]:
     """A random base and an adapter on it that answers differently."""
     folder = tmp_path_factory.mktemp("models")
-    models.causal_lm(sharpness=2.0).save_pretrained(folder / "base")
-    models.word_tokenizer().save_pretrained(folder / "base")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.5)
-    adapted.save_pretrained(folder / "adapter")
-    return {"base": str(folder / "base"), "adapter": str(folder / "adapter")}
+    base = models.save_base(folder / "base", sharpness=2.0)
+    return {"base": base, "adapter": models.save_adapter(folder / "adapter", base, std=0.5)}
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from recipes.cli.errors import UserError
 from recipes.models import source
@@ -18,14 +16,10 @@ from tests.conftest import run_recipe, write_jsonl
 def folders(tmp_path_factory) -> Path:
     """A base, a full reward model, and the adapters `sft` and `reward` on the base."""
     folder = tmp_path_factory.mktemp("models")
-    models.causal_lm().save_pretrained(folder / "base")
+    base = models.save_base(folder / "base")
     models.reward_model().save_pretrained(folder / "full_reward")
-    policy = AutoModelForCausalLM.from_pretrained(folder / "base")
-    scorer = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
-    get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", r=3)).save_pretrained(folder / "sft")
-    get_peft_model(scorer, LoraConfig(task_type="SEQ_CLS", r=4)).save_pretrained(folder / "reward")
-    for name in ("base", "sft", "reward"):
-        models.word_tokenizer().save_pretrained(folder / name)
+    models.save_adapter(folder / "sft", base, r=3)
+    models.save_adapter(folder / "reward", base, "SEQ_CLS", r=4)
     return folder
 
 

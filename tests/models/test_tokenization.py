@@ -38,6 +38,28 @@ def test_a_tokenizer_without_template_gets_one_that_ends_answers_with_eos(load):
     assert text.startswith(prompt)
 
 
+CHATML = (
+    "{% for message in messages %}{{ '<user> ' + message['content'] + ' <im_end> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def test_eos_is_what_the_template_ends_an_answer_with(tmp_path, capsys):
+    """As Qwen's bases, whose text ends with <|endoftext|> and whose ChatML turns end with <|im_end|>."""
+    marked = models.word_tokenizer()
+    marked.add_special_tokens({"additional_special_tokens": ["<im_end>"]})
+    marked.chat_template = CHATML
+    marked.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(resolve_model(str(tmp_path)))
+    assert tokenizer.eos_token == "<im_end>" and tokenizer.pad_token == "<pad>"
+    assert "is now <im_end>, with which its chat template ends an answer; it was <eos>" in capsys.readouterr().err
+
+
+def test_a_template_that_never_ends_an_answer_is_said(load, capsys):
+    load(chat_template="{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}")
+    assert "ends an answer with no token at which generation stops (EOS is <eos>)" in capsys.readouterr().err
+
+
 def test_the_templates_answer_goes_on_from_its_prompt_in_tokens(load):
     tokenizer = load()
     prompt = tokenizer.apply_chat_template(TURNS[:1], add_generation_prompt=True, return_dict=False)

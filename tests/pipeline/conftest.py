@@ -16,8 +16,6 @@ WORDS = 59
 def data(tmp_path_factory) -> dict[str, str]:
     """A random base and small data files: demonstrations that answer with even words, rankings that like `w2`."""
     folder = tmp_path_factory.mktemp("data")
-    models.causal_lm().save_pretrained(folder / "base")
-    models.word_tokenizer().save_pretrained(folder / "base")
     prompts = models.prompts(48)
     generator = torch.Generator().manual_seed(1)
 
@@ -28,7 +26,7 @@ def data(tmp_path_factory) -> dict[str, str]:
     demonstrations = [{"messages": prompt + [{"role": "assistant", "content": answer()}]} for prompt in prompts]
     rankings = [ranking(str(number), prompt, [answer() for _ in range(3)]) for number, prompt in enumerate(prompts)]
     return {
-        "base": str(folder / "base"),
+        "base": models.save_base(folder / "base"),
         "demonstrations": write_jsonl(folder / "demonstrations.jsonl", demonstrations),
         "rankings": write_jsonl(folder / "rankings.jsonl", rankings),
         "prompts": write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts]),

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from recipes.cli.run import run
 from tests import tiny_models as models
@@ -21,18 +19,11 @@ from tests.conftest import ROOT, recipe_line, run_recipe, write_jsonl
 def files(tmp_path_factory) -> dict[str, str]:
     """Two bases of different size, an SFT and a reward adapter on the first, small data files."""
     folder = tmp_path_factory.mktemp("files")
-    models.causal_lm().save_pretrained(folder / "base")
-    models.causal_lm(hidden_size=48, num_attention_heads=4).save_pretrained(folder / "other")
-    for name in ("base", "other"):
-        models.word_tokenizer().save_pretrained(folder / name)
-    lora = {"r": 4, "target_modules": "all-linear"}
-    policy = AutoModelForCausalLM.from_pretrained(folder / "base")
-    get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", **lora)).save_pretrained(folder / "sft")
-    for base, name in (("base", "reward"), ("other", "other_reward")):
-        scorer = AutoModelForSequenceClassification.from_pretrained(folder / base, num_labels=1)
-        head = LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **lora)
-        get_peft_model(scorer, head).save_pretrained(folder / name)
-        models.word_tokenizer().save_pretrained(folder / name)
+    base = models.save_base(folder / "base")
+    other = models.save_base(folder / "other", hidden_size=48, num_attention_heads=4)
+    models.save_adapter(folder / "sft", base)
+    models.save_adapter(folder / "reward", base, "SEQ_CLS")
+    models.save_adapter(folder / "other_reward", other, "SEQ_CLS")
     prompts = [{"prompt": prompt} for prompt in models.prompts(64)]
     write_jsonl(folder / "prompts.jsonl", prompts)
     write_jsonl(folder / "wrong.jsonl", [{"question": "w1", "reply": "w2"}])

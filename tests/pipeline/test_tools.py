@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from recipes.cli.arguments import parse
@@ -15,27 +15,12 @@ from scripts import chat, merge_adapter
 from tests import tiny_models as models
 
 
-def adapter(model, base, folder, task_type):
-    model.name_or_path = str(base)
-    heads = ["score"] if task_type == "SEQ_CLS" else None
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task_type, modules_to_save=heads)
-    adapted = get_peft_model(model, config)
-    torch.manual_seed(3)
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name or "score.modules_to_save" in name:
-            torch.nn.init.normal_(weight, std=0.5)
-    adapted.save_pretrained(folder)
-    models.word_tokenizer().save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    models.causal_lm().save_pretrained(folder / "base")
-    models.word_tokenizer().save_pretrained(folder / "base")
-    adapter(models.causal_lm(), folder / "base", folder / "policy", "CAUSAL_LM")
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
-    adapter(classifier, folder / "base", folder / "reward", "SEQ_CLS")
+    base = models.save_base(folder / "base")
+    models.save_adapter(folder / "policy", base, std=0.5)
+    models.save_adapter(folder / "reward", base, "SEQ_CLS", std=0.5)
     (folder / "reward" / "reward_statistics.json").write_text('{"mean": 0.5, "std": 2.0}')
     return folder
 

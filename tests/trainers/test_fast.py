@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from recipes.cli.errors import UserError
-from recipes.trainers.fast import FAST_PATHS
 from recipes.trainers.fast.drop_finished import DropFinishedSampler, draw
 from recipes.trainers.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
 from recipes.trainers.fast.length_buckets import UNLIMITED, length_buckets, map_buckets, sort_by_length
+from recipes.trainers.ppo_config import FAST_PATHS
 from recipes.trainers.rollout import response_states, right_align
 from tests import tiny_models as models
 from tests.trainers.conftest import make_trainer

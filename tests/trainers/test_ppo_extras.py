@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from recipes.cli.errors import UserError
+from recipes.models.adapters import active_role, use_role
 from recipes.trainers.ppo_monitor import POOR_CRITIC_ROLLOUTS, PPOMonitor
 from recipes.trainers.ptx import IGNORED, PtxBatches
 from tests import tiny_models as models
@@ -170,7 +171,8 @@ HEALTHY["explained_variance"] = 0.3
         ({}, {"kl": torch.full((3,), -1.0)}, "generation config's temperature"),
         ({}, {"kl": torch.tensor([60.0, 70.0, 80.0])}, r"is 70 nats .* Raise kl_coef"),
         ({"adaptive_kl_target": 2.0}, {"kl": torch.tensor([10.0, 11.0, 12.0])}, r"is 11 nats"),
-        ({}, {"cut_share": 1.0}, r"cut at max_completion_length \(8\).* pads with EOS"),
+        ({}, {"cut_share": 1.0}, r"Every response was cut at max_completion_length \(8\).* pads with EOS"),
+        ({}, {"cut_share": 0.5}, r"A share of 0.50 of the responses was cut at max_completion_length"),
         ({}, {"scores": torch.full((3,), 0.5)}, "scored 0.5: there is nothing to learn"),
     ],
 )
@@ -235,7 +237,7 @@ def test_a_real_run_says_what_is_wrong_with_it(world, tmp_path, caplog):
 
 
 def test_a_healthy_run_says_nothing(world, tmp_path, caplog):
-    make_trainer(world, tmp_path, max_steps=4, max_completion_length=48).train()
+    make_trainer(world, tmp_path, max_steps=4, max_completion_length=110).train()
     assert not [record for record in caplog.records if record.name == "recipes.trainers.ppo_monitor"]
 
 
@@ -253,3 +255,29 @@ def test_a_loss_that_is_nan_stops_with_rows_and_the_last_checkpoint(world, tmp_p
     trainer._compute_loss = poisoned
     with pytest.raises(UserError, match=r"Step 3: the loss is nan, .* rows \[0, 1, 2, 3\] .*checkpoint-2"):
         trainer.train()
+
+
+def test_checkpointing_leaves_one_hook_on_the_embeddings(world, tmp_path):
+    trainer = make_trainer(world, tmp_path, activation_checkpointing=True, max_steps=12)
+    counts = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            counts.append(len(model.get_base_model().get_input_embeddings()._forward_hooks))
+
+    trainer.add_callback(Count())
+    trainer.train()
+    assert len(set(counts)) == 1, "three rollouts, as many hooks"
+
+
+def test_a_switch_of_roles_does_not_walk_the_model(world, tmp_path, monkeypatch):
+    """Checkpointing switches once a block in every backward."""
+    trainer = make_trainer(world, tmp_path, activation_checkpointing=True, max_steps=1)
+    trainer.train()
+    model, walks = trainer.model, []
+    modules = type(model).modules
+    monkeypatch.setattr(type(model), "modules", lambda self: walks.append(self) or modules(self))
+    for role in ("critic", "default", "reward", "ref"):
+        with use_role(model, role):
+            assert active_role(model) == role
+    assert not walks

@@ -17,6 +17,7 @@ from transformers import (
 
 from recipes.cli.errors import UserError
 from recipes.models.adapters import add_score_roles
+from recipes.models.loading import never_pack
 from recipes.trainers.ppo_trainer import PPOTrainer
 from tests import tiny_models as models
 from tests.trainers.conftest import config, history, make_trainer, shared_base_policy
@@ -559,7 +560,7 @@ def test_a_four_bit_base_plays_all_roles(world, tmp_path):
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
-    base = AutoModelForCausalLM.from_pretrained(world["base"], quantization_config=quantization)
+    base = never_pack(AutoModelForCausalLM.from_pretrained(world["base"], quantization_config=quantization))
     model = PeftModel.from_pretrained(base, world["sft"], is_trainable=True)
     add_score_roles(model, {"reward": world["reward"], "critic": world["reward"]})
     trainer = make_trainer(world, tmp_path, model=model)

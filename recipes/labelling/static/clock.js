@@ -14,7 +14,10 @@ export function tick() {
   clock.textContent = `${Math.floor(total / 60)}:${String(Math.floor(total % 60)).padStart(2, "0")}`;
 }
 
-export const untakenSeconds = () => untaken;
+export function untakenSeconds() {
+  tick();
+  return untaken;
+}
 
 // Seconds since the last call; the server adds up what the requests of a task carry.
 export function takeSeconds() {

@@ -2,40 +2,55 @@
 
 import { tick } from "./clock.js";
 import { cards, list, moveTo, refresh, tiers, toggleTie } from "./order.js";
-import { complain, isUnsaved, save, saveOnLeaving, touch } from "./saving.js";
+import { complain, isUnsaved, save, saveOnLeaving, sendWhatWasLeft, touch } from "./saving.js";
 
 const task = document.getElementById("task");
 const comment = document.getElementById("comment");
 const shown = task.dataset.shown.trim();
 const cardOf = (node) => node.closest?.(".card");
 
-let warned = false, finishing = false;
+// A text of which something can be seen; the server asks the same, in answers.py.
+const isBlank = (text) => !/[^\p{Z}\p{M}\p{Cc}\p{Cf}\p{Cs}\u115F\u1160\u2800\u3164\uFFA0]/u.test(text);
 
+let attempted = "", confirmed = false, finishing = false;
+
+// What stands against an action: a text, and where to mend it (nowhere for a question that is only to be confirmed).
 function problem(action) {
-  if (action === "flag" && !comment.value.trim()) {
-    comment.focus();
-    return "Not flagged: say what is wrong with the prompt, then flag it again.";
+  if (action === "flag" && isBlank(comment.value)) {
+    return { text: "Not flagged: say what is wrong with the prompt, then flag it again.", field: comment };
   }
-  if (action !== "submit") return "";
+  if (action !== "submit") return {};
   const fields = [...list.querySelectorAll("[aria-required]")];
-  fields.forEach((field) => field.setAttribute("aria-invalid", !field.value.trim()));
-  const empty = fields.filter((field) => !field.value.trim());
+  fields.forEach((field) => field.setAttribute("aria-invalid", isBlank(field.value)));
+  const empty = fields.filter((field) => isBlank(field.value));
   if (empty.length) {
-    empty[0].focus();
-    return `Not submitted: give a reason for ${empty.map((field) => cardOf(field).dataset.letter).join(", ")}.`;
+    const letters = empty.map((field) => cardOf(field).dataset.letter).join(", ");
+    return { text: `Not submitted: give a reason for ${letters}.`, field: empty[0] };
   }
-  if (!warned && !task.dataset.standing && tiers().map((tier) => tier.join("=")).join(" ") === shown) {
-    warned = true;
-    return "Not submitted yet: the order is as it was shown. If that is your ranking, submit again.";
+  if (!confirmed && !task.dataset.standing && tiers().map((tier) => tier.join("=")).join(" ") === shown) {
+    return { text: "One question: the order is as it was shown. If that is your ranking, submit again." };
   }
-  return "";
+  return {};
+}
+
+// Once an answer was refused, the page follows what is still missing.
+function changed() {
+  touch();
+  if (!attempted) return;
+  const { text, field } = problem(attempted);
+  complain(field ? text : "");
 }
 
 async function finish(action) {
   if (finishing) return;
-  const text = problem(action);
-  complain(text);
-  if (text) return;
+  const { text = "", field } = problem(action);
+  complain(text, !field);
+  if (text) {
+    attempted = action;
+    confirmed = !field;
+    field?.focus();
+    return;
+  }
   finishing = true;
   const buttons = task.querySelectorAll(".actions button");
   buttons.forEach((button) => { button.disabled = true; });
@@ -50,11 +65,23 @@ function toggleText(card, button) {
   button.textContent = open ? "Show less" : "Show all";
 }
 
+function toggleRaw(card, button) {
+  button.setAttribute("aria-pressed", card.classList.toggle("raw"));
+  offerMore(card);
+}
+
+function offerMore(card) {
+  const body = card.querySelector(".body");
+  const more = card.querySelector(".more");
+  if (!card.classList.contains("open")) more.hidden = body.scrollHeight <= body.clientHeight + 1;
+}
+
 const ACTIONS = {
   up: (card) => moveTo(card, cards().indexOf(card) - 1),
   down: (card) => moveTo(card, cards().indexOf(card) + 1),
   tie: toggleTie,
   more: toggleText,
+  raw: toggleRaw,
   submit: () => finish("submit"),
   skip: () => finish("skip"),
   flag: () => finish("flag"),
@@ -64,12 +91,13 @@ task.addEventListener("click", (event) => {
   const button = event.target.closest("[data-do]");
   if (button) ACTIONS[button.dataset.do](cardOf(button), button);
 });
-task.addEventListener("input", touch);
-list.addEventListener("reorder", touch);
+task.addEventListener("input", changed);
+list.addEventListener("reorder", changed);
 
 document.addEventListener("keydown", (event) => {
   const card = cardOf(event.target);
-  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  const steps = event.altKey ? { ArrowUp: -1, ArrowDown: 1 } : { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 };
+  const step = steps[event.key]; // Alt with left and right goes back and forth in the browser
   let handled = true;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) finish("submit");
   else if (step && event.altKey && card) moveTo(card, cards().indexOf(card) + step);
@@ -90,10 +118,13 @@ document.addEventListener("visibilitychange", () => {
   if (document.hidden) saveOnLeaving();
 });
 window.addEventListener("pagehide", saveOnLeaving);
-window.addEventListener("beforeunload", (event) => { if (isUnsaved()) event.preventDefault(); });
+window.addEventListener("beforeunload", (event) => {
+  saveOnLeaving();
+  if (isUnsaved()) event.preventDefault();
+});
+window.addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); }); // an old state, gone back to
+window.addEventListener("resize", () => cards().forEach(offerMore));
 
-for (const card of cards()) {
-  const text = card.querySelector(".text");
-  card.querySelector(".more").hidden = text.scrollHeight <= text.clientHeight + 1;
-}
+cards().forEach(offerMore);
 refresh();
+sendWhatWasLeft();

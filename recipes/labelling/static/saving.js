@@ -1,23 +1,68 @@
-// Drafts and answers on their way to the server, one request at a time and in order. A request that may not have
-// arrived is repeated with the same key, which the server stores once. The revision tells the server what this page was
-// based on, so that two tabs cannot overwrite each other.
+// Drafts and answers on their way to the server, one request at a time and in order.
+//
+// They wait in an outbox that outlives the page (not the tab): what a page could not send before it was reloaded or left
+// is sent by the next one. A request that may have arrived is repeated with the same key, which the server stores once.
+// The revision tells the server what a page was based on, so that two tabs cannot overwrite each other.
 
 import { takeSeconds, untakenSeconds } from "./clock.js";
 import { cards, tiers } from "./order.js";
 
 const RETRY_MS = 3000;
+const TIMEOUT_MS = 20000;
 const DRAFT_MS = 700;
-const KEEPALIVE_MAX = 60000; // browsers let 64 kB outlive a closed tab
+const KEEPALIVE_BYTES = 60000; // browsers let 64 kB outlive a closed page, and refuse to send more that way
 
 const task = document.getElementById("task");
+const storedAs = `outbox ${task.dataset.account}`;
+const outbox = readOutbox();
 let revision = Number(task.dataset.revision);
 let dirty = false; // changed since the last snapshot
-let underWay = false; // a snapshot has been sent and not acknowledged
-let stopped = false, draftTimer = null, queue = Promise.resolve();
+let stopped = false; // nothing can be saved from this page any more
+let trouble = "", problem = "", isQuestion = false;
+let draftTimer = null, sending = null;
 
 const status = (text) => { document.getElementById("status").textContent = text; };
-export const complain = (text) => { document.getElementById("alert").textContent = text; };
-export const isUnsaved = () => (dirty || underWay) && !stopped;
+
+// Two kinds of bad news share one place: `trouble` with saving, and a `problem` with what is to be submitted. Neither
+// ends the other.
+function show() {
+  const alert = document.getElementById("alert");
+  alert.textContent = trouble || problem;
+  alert.classList.toggle("question", isQuestion && !trouble);
+}
+
+function setTrouble(text) {
+  trouble = text;
+  show();
+}
+
+export function complain(text, question = false) {
+  problem = text;
+  isQuestion = question;
+  show();
+}
+
+function readOutbox() {
+  try {
+    return JSON.parse(sessionStorage.getItem(storedAs)) ?? [];
+  } catch {
+    return [];
+  }
+}
+
+function storeOutbox() {
+  try {
+    sessionStorage.setItem(storedAs, JSON.stringify(outbox));
+  } catch { /* no room, or not allowed: then it lives as long as the page */ }
+}
+
+const fitsKeepalive = (text) => new TextEncoder().encode(text).length <= KEEPALIVE_BYTES;
+
+// Whether leaving the page now may lose something.
+export function isUnsaved() {
+  if (stopped || !(dirty || outbox.length)) return false;
+  return dirty || trouble !== "" || outbox.length > 1 || !fitsKeepalive(JSON.stringify(outbox[0]));
+}
 
 function snapshot(action) {
   const reviews = {};
@@ -37,7 +82,7 @@ function snapshot(action) {
     reviews,
     comment: document.getElementById("comment").value,
     key: Array.from(random, (byte) => byte.toString(16).padStart(2, "0")).join(""),
-    revision,
+    revision: null, // the one before it, once that is known
     active_seconds: takeSeconds(),
     client_time: Date.now() / 1000,
   };
@@ -51,56 +96,89 @@ export function touch() {
 }
 
 // Resolves to true once the server has stored it.
-export function save(action) {
+export async function save(action) {
   clearTimeout(draftTimer);
-  queue = queue.then(() => {
-    if (stopped || (action === "draft" && !dirty)) return false;
-    dirty = false;
-    return deliver(JSON.stringify(snapshot(action)), action !== "draft");
-  });
-  return queue;
+  if (stopped || (action === "draft" && !dirty)) return false;
+  dirty = false;
+  const body = snapshot(action);
+  if (outbox.length > 1) body.active_seconds += outbox.pop().active_seconds; // a draft that was not under way yet
+  outbox.push(body);
+  storeOutbox();
+  return (await send()).has(body.key);
 }
 
-// Also keeps the time somebody has spent reading without a change; an answer already given is left alone.
+// Before the page is left: what has changed, or else the time somebody has spent reading. An answer already given is
+// left alone.
 export function saveOnLeaving() {
-  if (!task.dataset.standing && untakenSeconds() >= 1) dirty = true;
-  save("draft");
-}
-
-async function deliver(body, isFinal) {
-  underWay = true;
-  for (;;) {
-    const { ok, reply, retry } = await post(body);
-    underWay = retry;
-    if (ok) {
-      revision = reply.revision;
-      stopped = isFinal;
-      complain("");
-      if (!dirty) status(`Saved at ${new Date().toLocaleTimeString()}`);
-      return true;
-    }
-    status("");
-    complain(retry ? `${reply.error}. Trying again; keep this page open.` : reply.error);
-    if (!retry) {
-      dirty = true;
-      return false;
-    }
-    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+  if (dirty) save("draft");
+  else if (!stopped && !task.dataset.standing && untakenSeconds() >= 1) {
+    post("/api/reading", { prompt_id: task.dataset.prompt, active_seconds: takeSeconds() });
   }
 }
 
-async function post(body) {
+// Resolves to the keys that were stored, once the outbox is empty.
+function send() {
+  sending ??= emptyOutbox().finally(() => { sending = null; });
+  return sending;
+}
+
+async function emptyOutbox() {
+  const stored = new Set();
+  while (outbox.length) {
+    const body = outbox[0];
+    const isHere = body.prompt_id === task.dataset.prompt;
+    body.revision ??= revision;
+    storeOutbox();
+    status("Saving …");
+    const { ok, reply, retry } = await post("/api/answer", body);
+    if (retry) {
+      status("");
+      setTrouble(`${reply.error}. Trying again; keep this page open.`);
+      await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+      continue;
+    }
+    outbox.shift();
+    if (ok) {
+      stored.add(body.key);
+      if (isHere) revision = Math.max(revision, reply.revision);
+      stopped ||= isHere && body.action !== "draft";
+    } else {
+      outbox.length = 0; // what follows builds on it
+      dirty = isHere;
+    }
+    storeOutbox();
+    setTrouble(ok ? "" : reply.error);
+    status(ok && !dirty ? `Saved at ${new Date().toLocaleTimeString()}` : "");
+  }
+  return stored;
+}
+
+async function post(path, content) {
+  const body = JSON.stringify(content);
   try {
-    const response = await fetch("/api/answer", {
+    const response = await fetch(path, {
       method: "POST",
       body,
       headers: { "Content-Type": "application/json" },
-      keepalive: body.length < KEEPALIVE_MAX,
+      keepalive: fitsKeepalive(body),
+      signal: AbortSignal.timeout(TIMEOUT_MS),
     });
-    stopped = response.status === 409 || response.status === 404; // the task has moved on without this page
     const retry = response.status === 401 || response.status >= 500;
+    const moved = response.status === 409 || response.status === 404; // the task has moved on without this page
+    stopped ||= moved && path === "/api/answer" && content.prompt_id === task.dataset.prompt;
     return { ok: response.ok, reply: await response.json(), retry };
   } catch {
     return { ok: false, reply: { error: "NOT saved: the server does not answer" }, retry: true };
   }
+}
+
+// Sends what the page before could not wait for. Nothing can be changed meanwhile, as it may change what is shown.
+export async function sendWhatWasLeft() {
+  if (!outbox.length) return;
+  task.inert = true;
+  const rendered = revision;
+  await send();
+  if (revision > rendered) return location.replace(location.pathname);
+  stopped = dirty = false; // a refusal was of what the page before was based on; this one is new
+  task.inert = false;
 }

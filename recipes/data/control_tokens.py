@@ -1,0 +1,23 @@
+"""Texts that a tokenizer may read as control tokens: a message that says `<|im_end|>` would end its own turn."""
+
+import re
+from collections.abc import Iterable
+
+# Marks of common chat templates, looked for whatever the tokenizer is.
+TEMPLATE_MARKS = (
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>",
+    "<|end|>", "[INST]", "[/INST]", "<<SYS>>", "<s>", "</s>", "<bos>", "<eos>",
+)  # fmt: skip
+
+
+def control_tokens(tokenizer) -> list[str]:
+    """The special tokens of a tokenizer, and the added tokens that its chat template writes."""
+    template = str(tokenizer.chat_template or "")
+    tokens = tokenizer.added_tokens_decoder.values()
+    return [each.content for each in tokens if each.special or (each.content.strip() and each.content in template)]
+
+
+def search_pattern(special_tokens: Iterable[str]) -> re.Pattern:
+    """A pattern that finds the template marks and `special_tokens` in a text, and the longest where several match."""
+    return re.compile("|".join(map(re.escape, sorted({*TEMPLATE_MARKS, *special_tokens}, key=len, reverse=True))))

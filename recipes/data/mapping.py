@@ -1,0 +1,81 @@
+"""Mappings: which column of a source is which column of a schema, and which role names it uses."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from recipes.data.messages import ROLES
+from recipes.data.rows import DataError, RowError, describe, join_names
+
+
+def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, Any] | None:
+    """A mapping as it comes from the command line (key=value items or a JSON object) or from YAML."""
+    if not items:
+        return None
+    if isinstance(items, Mapping):
+        return dict(items)
+    joined = items if isinstance(items, str) else " ".join(items)
+    if joined.lstrip().startswith("{"):
+        try:
+            return parse_mapping(json.loads(joined))
+        except json.JSONDecodeError as error:
+            raise DataError(f"--dataset_mapping is not valid JSON: {error}") from None
+    items = items.split() if isinstance(items, str) else items
+    for item in items:
+        if not re.fullmatch(r"[^=]+=[^=]+", item):
+            raise DataError(f"--dataset_mapping: {item!r} is not KEY=COLUMN, e.g. prompt=question.text")
+    return dict(item.split("=") for item in items)
+
+
+class ColumnMapping:
+    """Renames the columns of rows.
+
+    Args:
+        mapping: from columns of the schema to columns of the source, where dots reach into objects. `roles.NAME`, or
+            a mapping `roles`, adds roles.
+        keep_others: whether columns that are not mapped stay as they are; else they are left out.
+    Raises:
+        DataError: the mapping names no column, or a role that does not exist.
+    """
+
+    def __init__(self, mapping: Mapping[str, Any] | None, keep_others: bool):
+        self.columns, self.roles, self.keep_others = {}, dict(ROLES), keep_others
+        mapping = dict(mapping or {})
+        if isinstance(mapping.get("roles"), Mapping):
+            mapping |= {f"roles.{name}": role for name, role in mapping.pop("roles").items()}
+        for name, target in mapping.items():
+            if not isinstance(target, str) or not target:
+                raise DataError(f"mapping {name}: found {describe(target)}, expected the name of a column")
+            if not name.startswith("roles."):
+                self.columns[name] = target
+            elif target in ROLES.values():
+                self.roles[name.removeprefix("roles.").lower()] = target
+            else:
+                raise DataError(f"mapping {name}={target}: expected {join_names(sorted(set(ROLES.values())))}")
+
+    def apply(self, row: dict, lenient: bool = False) -> dict:
+        """The row with the column names of the schema.
+
+        Raises:
+            RowError: a column is missing, unless `lenient`.
+        """
+        if not self.columns:
+            return row
+        result = dict(row) if self.keep_others else {}
+        for target, path in self.columns.items():
+            value: Any = row
+            for part in [path] if path in row else path.split("."):
+                if not isinstance(value, dict) or part not in value:
+                    if lenient:
+                        break
+                    raise RowError(f"missing; this row has {join_names(row)}", target)
+                value = value[part]
+            else:
+                result[target] = value
+        return result
+
+    def source_column(self, column: str | None) -> str | None:
+        """The name in the source of a column, or of a place in it such as `answers[0].rank`."""
+        name, rest = re.fullmatch(r"([^.\[]*)(.*)", column or "", re.DOTALL).groups()
+        return self.columns[name] + rest if name in self.columns else column

@@ -1,0 +1,143 @@
+"""A row of a source, and what can be wrong with it."""
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from recipes.cli.errors import UserError
+
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
+
+
+class DataError(UserError):
+    """Data that cannot be used. `report` is the formatting report where formatting had begun, else None."""
+
+    report: Any = None
+
+
+class RowProblem(Exception):
+    """Why one row is not used; `column` is the place in the row, such as `answers[0].rank`."""
+
+    def __init__(self, message: str, column: str | None = None):
+        super().__init__(message)
+        self.message, self.column = message, column
+
+
+class Skip(RowProblem):
+    """The row is correct but of no use, such as a tie; it is counted and left out."""
+
+
+class RowError(RowProblem):
+    """The row is wrong; the message says what was found, what was expected and what to do."""
+
+
+class LostRows(RowError):
+    """All rows that follow in the file are lost too, so that this error cannot be skipped like one bad row."""
+
+
+class Row(NamedTuple):
+    """`line` is 1-based: the physical line in a text file (a CSV header is line 1), else the number of the row."""
+
+    file: str
+    line: int
+    data: Any  # a dict, the RowProblem that stands for it, or the line of JSON that holds it
+
+    def read(self) -> dict | RowProblem:
+        return _read_json_line(self.data) if isinstance(self.data, bytes) else self.data
+
+
+def join_names(names: Iterable) -> str:
+    """Names for a message, separated by commas."""
+    return ", ".join(map(str, names))
+
+
+def describe(value: Any) -> str:
+    """A short description of an unexpected value, for error messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}{'...' if len(value) > 40 else ''}"
+    if isinstance(value, list):
+        return f"a list of {describe(value[0])}" if value else "an empty list"
+    if isinstance(value, dict):
+        return f"an object with {join_names(value) or 'no keys'}"
+    return f"{str(value)[:40]} ({type(value).__name__})"
+
+
+def _read_json_line(raw: bytes) -> dict | RowError:
+    try:
+        text = raw.decode("utf-8", "surrogateescape")
+        if bad := NOT_UTF8.search(text):
+            return RowError(not_utf8(bad))
+        data, end = decode_object(text, skip_space(text, 0))
+        if text[end:].strip():
+            return RowError(f"text after the JSON object, from character {end + 1} on; one object per line")
+        return data
+    except (ValueError, RecursionError) as error:
+        return RowError(not_json(error))
+
+
+def skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\n\r":
+        position += 1
+    return position
+
+
+def decode_object(text: str, position: int) -> tuple[dict | RowError, int]:
+    """The object that starts at `position`, or what is wrong with it, and where it ends."""
+    try:
+        value, end = DECODER.raw_decode(text, position)
+        escapes = text.find("\\ud", position, end) >= 0 or text.find("\\uD", position, end) >= 0
+        return value if isinstance(value, dict) and not escapes else check_row(value), end
+    except RowError as error:
+        return error, json.JSONDecoder().raw_decode(text, position)[1]
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError(f"the key {twice!r} stands twice in one object; remove one of them", twice)
+    return result
+
+
+def _no_constant(constant: str):
+    raise RowError(f"{constant} is not valid JSON; write a number or null")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+
+
+def check_row(value: Any) -> dict:
+    """The row itself, if it is an object whose text can be stored; raises RowError."""
+    if not isinstance(value, dict):
+        raise RowError(f"found a {type(value).__name__}, expected an object {{...}} with named columns")
+    for column, cell in value.items():
+        check_surrogates(cell, column)
+    return value
+
+
+def check_surrogates(value: Any, column: str) -> None:
+    """Raises RowError for half a UTF-16 pair, which UTF-8 cannot store: `datasets` would fail much later."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):04x}"
+            raise RowError(f"the text holds half a character ({half}, a lone surrogate); repair it", column) from None
+    elif isinstance(value, list | dict):
+        for item in value if isinstance(value, list) else (*value, *value.values()):
+            check_surrogates(item, column)
+
+
+def not_utf8(escaped: re.Match) -> str:
+    byte = ord(escaped[0]) - 0xDC00
+    return f"not UTF-8 (byte 0x{byte:02x}), perhaps Latin-1; convert the file, e.g. iconv -f LATIN1 -t UTF-8"
+
+
+def not_json(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off or edited by hand?"
+    return "the JSON is nested too deeply" if isinstance(error, RecursionError) else f"not usable as JSON: {error}"

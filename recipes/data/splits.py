@@ -1,0 +1,55 @@
+"""Keeps training and evaluation apart: no prompt of one may be in the other."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from recipes.data.digests import Digests
+from recipes.data.report import Report
+from recipes.data.rows import DataError, Row
+from recipes.data.tasks import group_id
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def check_leakage(train: "Dataset", test: "Dataset") -> Report:
+    """Flags the rows of `test` whose prompt is also a prompt in `train`; both come from `format_dataset`."""
+    report = Report("test", "leakage", reason="rows whose prompt is not in train")
+    known = Digests()
+    for digest in _prompt_digests(train):
+        known.add(digest)
+    for number, digest in enumerate(_prompt_digests(test), 1):
+        report.rows_in += 1
+        if digest in known:
+            report.add("flags", Row("test", number, None), "the prompt is also in train")
+        else:
+            report.rows_out += 1
+    return report
+
+
+def _prompt_digests(dataset: "Dataset") -> Iterator[bytes]:
+    """Of each row, 8 bytes that are equal for equal prompts."""
+    column = next(name for name in ("group_id", "prompt", "messages") if name in dataset.column_names)
+    for row in dataset.select_columns(column):
+        value = row[column]
+        yield bytes.fromhex(value if column == "group_id" else group_id(value[:-1] if column == "messages" else value))
+
+
+def split_by_group(dataset: "Dataset", test_size: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
+    """Splits into (train, test) so that all rows of one prompt fall on the same side.
+
+    Args:
+        test_size: share of the prompts, between 0 and 1, that goes to test. The side of a prompt depends on nothing
+            but the prompt and the seed, so it stays when rows are added.
+    """
+    import numpy
+
+    if not 0 < test_size < 1:
+        raise DataError(f"the share of the test split is {test_size}; expected a number between 0 and 1")
+    digests = (hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest() for digest in _prompt_digests(dataset))
+    sides = (int.from_bytes(digest[:8]) < test_size * 2**64 for digest in digests)
+    in_test = numpy.fromiter(sides, bool, len(dataset))
+    if in_test.all() or not in_test.any():
+        raise DataError(f"{len(dataset)} rows are too few prompts for a test share of {test_size}; try another seed")
+    return dataset.select(numpy.flatnonzero(~in_test)), dataset.select(numpy.flatnonzero(in_test))

@@ -1,0 +1,56 @@
+"""Files that appear under their name only when they are whole, and that replace nothing."""
+
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from recipes.cli.errors import UserError
+
+
+@contextmanager
+def new_file(path: str | Path, mode: int = 0o666) -> Iterator[Path]:
+    """Yields an empty file beside `path` to write; it gets its name once the block has ended and it is on the disk.
+
+    `mode`: its permissions, less the umask.
+
+    Raises:
+        UserError: `path` exists, or could not be written; it is as it was then.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        if path.exists():
+            raise FileExistsError
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        yield part
+        _sync(part)
+        _rename(part, path)
+        _sync(path.parent)
+    except FileExistsError as error:
+        raise UserError(f"{path}: exists already and was left as it is; choose another name") from error
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: {reason}; nothing was written") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _rename(part, path):
+    try:
+        os.link(part, path)  # unlike a rename it fails where somebody else has made the file in the meantime
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.rename(part, path)
+
+
+def _sync(path):
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,31 @@
+"""Model text as people are meant to read it: Markdown, of which only harmless elements are left."""
+
+from functools import lru_cache
+
+import nh3
+from markdown_it import MarkdownIt
+
+MAX_LENGTH = 20_000  # characters; what is longer is shown as it was written
+
+# No raw HTML. Links and images stay as they are written: the reader shall see where a link leads, and an image would
+# be loaded from elsewhere.
+_PARSER = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
+_PARSER.disable(["link", "image", "autolink", "reference", "html_block", "html_inline", "entity"])
+_INLINE = ("p", "br")
+_TAGS = {*_INLINE, "blockquote", "code", "em", "h4", "hr", "li", "ol", "pre", "s", "strong", "ul"}
+_TAGS |= {"table", "thead", "tbody", "tr", "th", "td"}
+
+
+@lru_cache(maxsize=1000)
+def render(text: str) -> str | None:
+    """Safe HTML, or None for a text that reads the same as it is written (or is too long to be worth it)."""
+    if len(text) > MAX_LENGTH:
+        return None
+    tokens = _PARSER.parse(text)
+    if not any(token.tag not in ("", *_INLINE) for token in [*tokens, *(t for b in tokens for t in b.children or ())]):
+        return None
+    for token in tokens:
+        if token.type.startswith("heading"):
+            token.tag = "h4"  # below the page's own headings
+    html = _PARSER.renderer.render(tokens, _PARSER.options, {})
+    return nh3.clean(html, tags=_TAGS, attributes={"ol": {"start"}}, link_rel=None)
