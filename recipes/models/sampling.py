@@ -171,9 +171,7 @@ def sample_to_file(
         done, complete = read_done(output, plan, common)
         append_samples(model, tokenizer, plan, done, complete, sampling, common, output)
     except OSError as error:
-        raise UserError(
-            f"{output}: {error.strerror}. What is in it is complete: the same line goes on from there."
-        ) from error
+        raise UserError(f"{output}: {error.strerror}. Once it can be written, the same line goes on.") from error
     finally:
         lock.release(f"{output}.lock")
 
