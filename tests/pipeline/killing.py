@@ -111,6 +111,12 @@ class Recipe:
             assert after is not None, f"still running after {TIMEOUT} s: {self.log()}"
         return process.exitcode
 
+    def command(self, config: str, **changes) -> list[str]:
+        """The command that runs it by one of the files in accelerate_configs."""
+        launcher = ["accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml"]
+        arguments = self.arguments | {"output_dir": str(self.folder)} | changes
+        return [*launcher, f"recipes/{self.step}.py", *recipe_line(self.step, **arguments)]
+
     def log(self) -> str:
         return Path(f"{self.folder}.log").read_text(encoding="utf-8", errors="replace")
 

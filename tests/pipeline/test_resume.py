@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from recipes.cli.checkpoints import newest_whole, problem
-from tests.conftest import ROOT, flags, run_command, write_jsonl
+from tests.conftest import ROOT, run_command, write_jsonl
 from tests.pipeline.conftest import ppo_arguments, reward_arguments, sft_arguments
 from tests.pipeline.killing import Recipe, assert_same_result, stop
 
@@ -211,12 +211,6 @@ def wait_for(condition, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def launch(recipe: Recipe, config: str, **changes) -> list[str]:
-    line = ["accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml", f"recipes/{recipe.step}.py"]
-    line += ["--config", f"recipes/configs/tiny_world/{recipe.step}.yaml"]
-    return line + flags(**recipe.arguments, **changes, output_dir=recipe.folder)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu", "multi_cpu"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
@@ -224,7 +218,7 @@ def test_training_ends_with_its_launcher(recipes, tmp_path, config, number):
     """The signal goes to the launcher alone, in the middle of a run; a resume at once finds nothing in its way."""
     recipe = recipes["sft"].at(tmp_path / "run")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    line = launch(recipe, config) + flags(max_steps=100_000)
+    line = recipe.command(config, max_steps=100_000)
     with open(tmp_path / "log", "w") as log:
         launcher = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=log, stderr=log)
     try:
@@ -240,7 +234,7 @@ def test_training_ends_with_its_launcher(recipes, tmp_path, config, number):
     checkpoint = newest_whole(str(recipe.folder))[0]
     assert f"--resume_from_checkpoint true goes on from {checkpoint}" in log, log[-3000:]
     step = int(checkpoint.rpartition("-")[2])
-    resumed = run_command(launch(recipe, config, resume_from_checkpoint="true") + flags(max_steps=step + 3))
+    resumed = run_command(recipe.command(config, resume_from_checkpoint="true", max_steps=step + 3))
     assert f"going on from {checkpoint}" in resumed.stdout
     state = json.loads((recipe.folder / "trainer_state.json").read_text(encoding="utf-8"))
     assert state["global_step"] == step + 3

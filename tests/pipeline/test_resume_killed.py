@@ -4,21 +4,26 @@ Each recipe is killed with SIGKILL at random moments, and before each operation 
 finishes; and gets a SIGTERM at random moments. The counts of a run go into docs/reliability.md.
 """
 
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from recipes.cli.checkpoints import problem
-from tests.conftest import ROOT
+from recipes.cli.checkpoints import newest_whole, problem
+from tests.conftest import ROOT, run_command
 from tests.pipeline.conftest import ppo_arguments, reward_arguments, sft_arguments
-from tests.pipeline.killing import Recipe, assert_same_result
+from tests.pipeline.killing import Recipe, assert_same_result, stop
 
 pytestmark = [pytest.mark.kill, pytest.mark.slow]
+LAUNCHES = 10
 RANDOM_KILLS = 20  # at 40 to 100 % of the time that a run takes: before, nothing is written yet
 STEPS = ("sft", "reward", "ppo")
 TITLES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
@@ -94,6 +99,37 @@ def test_told_to_stop_at_a_random_moment(recipes, tmp_path, step):
     # It stops after a step, or at once while nothing is trained, or is done before the signal comes.
     assert codes.keys() <= {128 + signal.SIGTERM, -signal.SIGTERM, 0}, codes
     COUNTS[step, "told to stop at a random moment"] = RANDOM_KILLS
+
+
+def test_two_processes_killed_at_a_random_moment(recipes, tmp_path):
+    """Through the real launcher; all three processes are killed at once, between the first save and the last."""
+    moments = random.Random(2)
+    halved = {"per_device_train_batch_size": 4, "max_steps": 24}
+    whole = Recipe("ppo", tmp_path / "whole", **(recipes["ppo"].arguments | halved))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def saved(recipe: Recipe) -> int:
+        newest, _ = newest_whole(str(recipe.folder))
+        return int(newest.rpartition("-")[2]) if newest else 0
+
+    run_command(whole.command("multi_cpu"), timeout=240)
+    for number in range(LAUNCHES):
+        recipe, last = whole.at(tmp_path / f"{number}"), moments.randrange(24)
+        with open(tmp_path / "log", "w") as log:
+            line = recipe.command("multi_cpu")
+            launcher = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=log, stderr=log)
+        try:
+            while saved(recipe) < last // 3 * 3 and launcher.poll() is None:
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0.0, 0.3))
+        finally:
+            stop(launcher.pid)
+            launcher.wait(60)
+        for checkpoint in recipe.folder.glob("checkpoint-*"):
+            assert problem(str(checkpoint)) is None, f"{checkpoint} has its name and is not whole"
+        run_command(recipe.command("multi_cpu", resume_from_checkpoint="auto"), timeout=240)
+        assert_same_result(whole.folder, recipe.folder)
+    COUNTS["ppo", "two processes, at a random moment"] = LAUNCHES
 
 
 def stages(trace: list[str]) -> list[int]:
