@@ -217,6 +217,11 @@ def launch(recipe: Recipe, config: str, **changes) -> list[str]:
     return line + flags(**recipe.arguments, **changes, output_dir=recipe.folder)
 
 
+def hear_ctrl_c() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu", "multi_cpu"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
@@ -226,7 +231,14 @@ def test_training_ends_with_its_launcher(recipes, tmp_path, config, number):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     line = launch(recipe, config) + flags(max_steps=100_000)
     with open(tmp_path / "log", "w") as log:
-        launcher = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=log, stderr=log)
+        launcher = subprocess.Popen(
+            line,
+            cwd=ROOT,
+            env=os.environ | {"PATH": path},
+            stdout=log,
+            stderr=log,
+            preexec_fn=hear_ctrl_c,
+        )
     try:
         wait_for(lambda: newest_whole(str(recipe.folder))[0] or launcher.poll() is not None)
         workers = psutil.Process(launcher.pid).children(recursive=True)
