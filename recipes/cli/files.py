@@ -3,14 +3,25 @@
 import os
 import shutil
 
+from safetensors import SafetensorError
+
 
 def sync(path: str) -> None:
     """Wait until a file, or the list of a folder's entries, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        if not os.path.isdir(path):  # some network disks cannot do it for folders
+            raise
     finally:
         os.close(handle)
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether an error says that a file could not be written, as on a full disk, whichever library wrote it."""
+    by_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
+    return by_torch or isinstance(error, OSError | SafetensorError)
 
 
 def sync_tree(folder: str) -> None:

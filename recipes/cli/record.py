@@ -24,7 +24,7 @@ LENGTH = ("max_steps", "num_train_epochs", "total_episodes")
 # What a resumed run may be given anew, because it changes nothing that is trained; docs/reliability.md lists it.
 FREE = re.compile(
     "|".join(LENGTH)
-    + r"|output_dir|resume_from_checkpoint|ignore_data_skip|restore_callback_states_from_checkpoint"
+    + r"|output_dir|resume_from_checkpoint"
     + r"|logging_.*|log_.*|report_to|run_name|project|trackio_.*|disable_tqdm|num_completions_to_print"
     + r"|include_num_input_tokens_seen|skip_memory_metrics|debug"
     + r"|save_.*|enable_jit_checkpoint|push_to_hub|hub_.*"

@@ -18,8 +18,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from recipes.cli import lock, signals
 from recipes.cli.arguments import parse
 from recipes.cli.checkpoints import UNFINISHED, newest_whole, problem, recover, unfinished
-from recipes.cli.errors import RunEnded, UserError
-from recipes.cli.files import move_contents
+from recipes.cli.errors import RunEnded, UserError, first_line
+from recipes.cli.files import is_write_error, move_contents
 from recipes.cli.launch import world_size
 from recipes.cli.record import (
     RECORD,
@@ -122,8 +122,9 @@ class RunFolder:
         if not newest and (why := problem(given)):
             instead = f" {checkpoint} is whole." if checkpoint else ""
             raise UserError(f"--resume_from_checkpoint {given}: {why}; there is no checkpoint to go on from.{instead}")
-        if newest and checkpoint is None and self.before is None:
-            why = "; ".join([f"there is no checkpoint in {self.path}", *notes])
+        finished = os.path.exists(os.path.join(self.path, RESULT))
+        if newest and checkpoint is None and (self.before is None or notes or finished):
+            why = "; ".join([f"there is no{' whole' if notes else ''} checkpoint in {self.path}", *notes])
             raise UserError(f"--resume_from_checkpoint {given}: {why}.")
         refuse_changes(self.before, self.record, origin)
         if not newest:
@@ -167,17 +168,25 @@ class RunFolder:
             last: writes further files of the first process into the folder it is called with.
         """
         aside = unfinished(self.path, "result")
-        if trainer.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        trainer.accelerator.wait_for_everyone()
-        trainer.save_model(aside, _internal_call=True)
-        if last is not None and trainer.accelerator.is_main_process:
-            os.makedirs(aside, exist_ok=True)
-            last(aside)
-        trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save:
-            move_contents(aside, self.path, last=RESULT)
-            recover(self.path)
+        try:
+            if trainer.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+            trainer.accelerator.wait_for_everyone()
+            trainer.save_model(aside, _internal_call=True)
+            if last is not None and trainer.accelerator.is_main_process:
+                os.makedirs(aside, exist_ok=True)
+                last(aside)
+            trainer.accelerator.wait_for_everyone()
+            if trainer.args.should_save:
+                move_contents(aside, self.path, last=RESULT)
+                recover(self.path)
+        except Exception as error:
+            if not is_write_error(error):
+                raise
+            raise UserError(
+                f"The trained model cannot be written to {self.path}: {first_line(error)}. "
+                "When there is room, --resume_from_checkpoint true goes on from the newest checkpoint."
+            ) from error
 
     def finish(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
         """Save model, tokenizer, model card, trainer state and the record of the run, and leave the process group.

@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -32,6 +33,9 @@ def listening() -> bool:
 def stops_after_a_step() -> Iterator[None]:
     """Within, SIGTERM and SIGINT are only noted, for the trainer to stop in good order; a second one ends at once."""
     global _received, _listening
+    if threading.current_thread() is not threading.main_thread():  # only that one can handle signals
+        yield
+        return
     owner, first = os.getpid(), 0.0
 
     def note(number: int, frame) -> None:

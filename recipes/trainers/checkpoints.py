@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -17,7 +16,7 @@ from trl.trainer.utils import RepeatSampler
 from recipes.cli import signals
 from recipes.cli.checkpoints import newest_whole, put_in_place, rotate, unfinished
 from recipes.cli.errors import RunEnded, UserError, first_line
-from recipes.cli.files import sizes, sync_tree
+from recipes.cli.files import is_write_error, sizes, sync_tree
 
 
 class EpochSampler(RepeatSampler):
@@ -158,9 +157,9 @@ class WholeCheckpoints(Trainer):
                 checkpoint = put_in_place(folder, output_dir, files, not self.args.save_only_model)
                 rotate(output_dir, self.args.save_total_limit, checkpoint, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-                raise  # not torch's writer
+        except Exception as error:
+            if not is_write_error(error):
+                raise
             newest, _ = newest_whole(output_dir)
             raise UserError(
                 f"The checkpoint of step {self.state.global_step} cannot be written below {output_dir}: "

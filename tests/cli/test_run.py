@@ -18,6 +18,7 @@ from recipes.cli.errors import RunEnded, UserError
 from recipes.cli.files import move_contents, sizes
 from recipes.cli.run import RunFolder, run
 from recipes.data.report import Report
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -114,12 +115,23 @@ def test_resuming_takes_the_newest_whole_checkpoint(training_args, resume, tmp_p
     with pytest.raises(UserError, match="checkpoint-9: checkpoint.json, which is written last, is missing"):
         resume(paths[1])
     (tmp_path / "out" / "checkpoint-8" / "checkpoint.json").write_text('{"files": ')
-    assert resume("true") is None, "nothing whole: the run starts again"
-    assert "no checkpoint yet, starting from the beginning" in capsys.readouterr().err
+    with pytest.raises(UserError, match="there is no whole checkpoint in .*out; .*-11 is not whole: .*-10 is .*-9 is"):
+        resume("auto")
     with pytest.raises(UserError, match="checkpoint-8: checkpoint.json cannot be read"):
         resume(paths[0])
     with pytest.raises(UserError, match="checkpoint-99: there is no such folder"):
         resume(str(tmp_path / "out" / "checkpoint-99"))
+
+
+def test_a_run_without_a_checkpoint_starts_again_unless_it_is_finished(training_args, resume, tmp_path, capsys):
+    begin(training_args)
+    for wish in ("true", "auto"):
+        assert resume(wish) is None
+        assert "out: no checkpoint yet, starting from the beginning." in capsys.readouterr().err
+    (tmp_path / "out" / record.RESULT).write_text((tmp_path / "out" / record.RECORD).read_text())
+    TrainerState(global_step=9, epoch=3.0).save_to_json(str(tmp_path / "out" / "trainer_state.json"))
+    with pytest.raises(UserError, match="there is no checkpoint in .*out"):
+        resume("true", num_train_epochs=5)
 
 
 def test_what_holds_the_model_only_is_not_resumed(training_args, resume, tmp_path):
@@ -174,6 +186,12 @@ def test_a_changed_argument_is_refused_by_name_or_changes_nothing(training_args,
 @dataclass
 class Models:
     model_name_or_path: str
+
+
+def test_every_argument_that_may_change_is_in_the_docs():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for name in record.FREE.pattern.split("|"):
+        assert f"`{name.replace('.*', '*')}`" in page, name
 
 
 def test_another_model_under_the_same_name_is_noticed(training_args, tmp_path):

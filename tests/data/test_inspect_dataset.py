@@ -117,7 +117,24 @@ def test_the_dataset_is_never_written_over(tmp_path):
     data.write_text('{"prompt": "q"}\n')
     assert inspect(data, "--task", "prompt", "--output", data)[0] != 0
     assert inspect(data, "--task", "prompt", "--report", tmp_path / "." / "data.jsonl")[0] != 0
+    for name in ("data.jsonl", "test.jsonl"):  # a new file there would be another split of the dataset
+        code, _, err = inspect(tmp_path, "--task", "prompt", "--output", tmp_path / name)
+        assert code != 0 and f"{name} is part of the dataset itself" in err
     assert data.read_text() == '{"prompt": "q"}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_nothing_is_written_over(tmp_path):
+    data, other = tmp_path / "data.jsonl", tmp_path / "adapter_model.safetensors"
+    data.write_text('{"prompt": "q"}\n')
+    other.write_text("weights")
+    new = tmp_path / "new.jsonl"
+    for arguments in (("--output", other, "--report", new), ("--report", other, "--output", new)):
+        code, _, err = inspect(data, "--task", "prompt", *arguments)
+        assert code != 0 and f"{other} exists, and nothing is ever written over" in err
+    code, _, err = inspect(data, "--task", "prompt", "--output", new, "--report", new)
+    assert code != 0 and "--output and --report are the same file" in err
+    assert other.read_text() == "weights" and not new.exists()
 
 
 @pytest.fixture(scope="module")

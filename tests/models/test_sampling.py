@@ -1,6 +1,8 @@
 """Sampling: real generation from small models, into a file that survives being stopped anywhere."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -12,7 +14,7 @@ from recipes.cli.errors import UserError
 from recipes.models.sampling import Prompt, SamplingArguments, load_generator, sample, sample_to_file
 from scripts import sample_responses
 from tests import tiny_models as models
-from tests.conftest import flags, write_jsonl
+from tests.conftest import ROOT, flags, write_jsonl
 
 SAMPLING = SamplingArguments(
     num_generations=3, top_k=0, top_p=1.0, max_completion_length=6, seed=7, generation_batch_size=9
@@ -118,10 +120,66 @@ def test_a_file_of_something_else_is_refused_and_kept(generator, prompts, tmp_pa
         with pytest.raises(UserError, match="another --output|other prompts"):
             write(generator, output=output, **({"prompts": prompts} | changed))
         assert output.read_bytes() == before
-    output.write_text("not samples\n")
-    with pytest.raises(UserError, match=r"samples\.jsonl:1: not a line of samples"):
+
+
+def foreign(whole: bytes) -> dict[str, bytes]:
+    """Files that the samples `whole` were not cut to."""
+    first, second = whole.splitlines(keepends=True)[:2]
+    return {
+        "a text": b"not samples\n",
+        "one line without an end": b"a thesis",
+        "rows without an end": b'{"prompt": "w1"}\n{"prompt": "w2"}',
+        "something after samples": first + b"my notes",
+        "the next line of other prompts": first + b'{"id": "p77", "prompt": [',
+        "other samples and a cut line": second + first[:30],
+        "more than all": whole + b'{"id": "p1"',
+        "not text": bytes(range(256)),
+        "nothing but an end": b"\n",
+    }
+
+
+@pytest.mark.parametrize("kind", foreign(b"\n\n"))
+def test_a_file_that_it_did_not_begin_is_never_touched(generator, prompts, tmp_path, kind):
+    output = tmp_path / "samples.jsonl"
+    content = foreign(write(generator, prompts, tmp_path / "whole.jsonl"))[kind]
+    output.write_bytes(content)
+    before = output.stat().st_mtime_ns
+    with pytest.raises(UserError, match=r"samples\.jsonl:\d+: not a line of samples|other prompts"):
         write(generator, prompts, output)
-    assert output.read_text() == "not samples\n"
+    assert output.read_bytes() == content and output.stat().st_mtime_ns == before
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.jsonl", "whole.jsonl"}
+
+
+def test_a_cut_in_the_middle_of_a_letter_is_mended(generator, tmp_path):
+    prompts = [Prompt("p", [{"role": "user", "content": "w1 \u00e9\u00e9"}], "prompts.jsonl:1")]
+    whole = write(generator, prompts, tmp_path / "whole.jsonl")
+    output = tmp_path / "samples.jsonl"
+    output.write_bytes(whole[: whole.index("\u00e9".encode()) + 1])
+    assert write(generator, prompts, output) == whole
+
+
+def test_a_second_sampler_of_one_file_is_refused(generator, prompts, tmp_path):
+    output = tmp_path / "samples.jsonl"
+    holder = "import sys; from recipes.cli import lock; lock.hold(sys.argv[1], ''); print(1, flush=True); input()"
+    command = [sys.executable, "-c", holder, f"{output}.lock"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        try:
+            assert first.stdout.readline() == b"1\n"
+            with pytest.raises(UserError, match=rf"samples\.jsonl is in use by process {first.pid} on "):
+                write(generator, prompts, output)
+            assert not output.exists()
+        finally:
+            first.kill()
+    write(generator, prompts, output)
+    assert len(read(output)) == 10 and not (tmp_path / "samples.jsonl.lock").exists()
+
+
+def test_an_output_that_cannot_be_written_is_one_line(generator, prompts, tmp_path):
+    with pytest.raises(UserError, match="is not a file"):
+        write(generator, prompts, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/samples\.jsonl: Not a directory"):
+        write(generator, prompts, tmp_path / "file" / "samples.jsonl")
 
 
 def test_a_prompt_that_does_not_fit_is_named(generator, prompts, tmp_path):
