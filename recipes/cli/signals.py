@@ -50,14 +50,21 @@ def stops_after_a_step() -> Iterator[None]:
         elif time.monotonic() - first > SAME_SIGNAL_SECONDS:
             end(number)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    # A program that was started in the background ignores Ctrl-C, and goes on to.
+    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     _received, _listening = None, True
+    for number in before:
+        signal.signal(number, note)
+    late = None
     try:
         yield
+        late = _received  # it came after the last step
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         _received, _listening = None, False
+    if late is not None:
+        end(late)
 
 
 def end(number: int) -> None:

@@ -398,6 +398,7 @@ def test_one_signal_is_noted_and_a_second_one_ends_the_process(tmp_path, monkeyp
         monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", -1.0)
         os.kill(os.getpid(), signal.SIGINT)
         assert ended == [signal.SIGINT]
+    assert ended == [signal.SIGINT, signal.SIGTERM], "what comes after the last step is not lost"
     assert signal.getsignal(signal.SIGTERM) is before and not signals.listening()
     assert capfd.readouterr().err.count("SIGTERM: stopping after this step") == 1
 

@@ -211,6 +211,11 @@ def wait_for(condition, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
+def hear_ctrl_c() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu", "multi_cpu"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
@@ -220,7 +225,14 @@ def test_training_ends_with_its_launcher(recipes, tmp_path, config, number):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     line = recipe.command(config, max_steps=100_000)
     with open(tmp_path / "log", "w") as log:
-        launcher = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=log, stderr=log)
+        launcher = subprocess.Popen(
+            line,
+            cwd=ROOT,
+            env=os.environ | {"PATH": path},
+            stdout=log,
+            stderr=log,
+            preexec_fn=hear_ctrl_c,
+        )
     try:
         wait_for(lambda: newest_whole(str(recipe.folder))[0] or launcher.poll() is not None)
         workers = psutil.Process(launcher.pid).children(recursive=True)
