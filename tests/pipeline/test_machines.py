@@ -1,23 +1,29 @@
 """Machines that are not here, as far as they can be tried: Slurm, sharding with FSDP2, missing packages."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from recipes.cli.arguments import parse
+from recipes.cli.checkpoints import newest_whole
 from recipes.cli.errors import UserError
 from recipes.cli.launch import check_launch
 from recipes.ppo import PPOScriptArguments, check_arguments
 from recipes.trainers.ppo_config import PPOConfig
 from tests.cli.test_launch import PROBE
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, recipe_line, run_command
+from tests.pipeline.conftest import sft_arguments
+from tests.pipeline.killing import assert_same_result, stop
 from tests.trainers.fsdp_worker import ADAM
 from tests.trainers.ppo_worker import train
 
@@ -86,6 +92,40 @@ def test_a_slurm_job_is_one_run_on_all_machines(tmp_path, job):
     output = run_command(["bash", SLURM / "recipe.sbatch", *arguments], timeout=240, env=job).stdout
     assert "Running: 2 processes on cpu" in output
     assert output.count("sum 3") == 2
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_moves_goes_on_and_ends_as_one_that_was_not_moved(data, tmp_path, job):
+    """Slurm tells every process of a job to stop, then starts its script anew, also before anything was written."""
+    job |= {"SLURM_SUBMIT_DIR": str(ROOT), "ACCELERATE_CONFIG": "accelerate_configs/multi_cpu.yaml"}
+    steps = {"max_steps": 60, "save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 4}
+
+    def script(name: str) -> list:
+        arguments = recipe_line("sft", **(sft_arguments(data, tmp_path / name) | steps))
+        return ["bash", SLURM / "recipe.sbatch", "recipes/sft.py", *arguments]
+
+    run_command(script("whole"), timeout=400, env=job)
+    moved = os.environ | job | {"SLURM_RESTART_COUNT": "1"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(script("moved"), env=moved, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 300
+        while newest_whole(str(tmp_path / "moved"))[0] is None and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        processes = psutil.Process(process.pid).children(recursive=True)
+        for each in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.terminate()
+        assert process.wait(120) != 0
+        assert psutil.wait_procs(processes, timeout=120)[1] == []
+    finally:
+        stop(process.pid)
+    text = (tmp_path / "log").read_text(encoding="utf-8")
+    assert "Stopped by SIGTERM after step" in text, text[-3000:]
+    result = run_command(script("moved"), timeout=400, env=job | {"SLURM_RESTART_COUNT": "2"})
+    assert "moved: going on from" in result.stdout
+    assert_same_result(tmp_path / "whole", tmp_path / "moved")
 
 
 @pytest.mark.parametrize(
