@@ -190,11 +190,16 @@ class WholeCheckpoints(Trainer):
             self._resumed_state = torch.load(path, map_location="cpu", weights_only=True)
             self._resumed_from = checkpoint
 
-    def _run_epoch(self, *args, **kwargs):
+    def _run_epoch(self, *, epoch, train_dataloader, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # Trainer asks only after one more step
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        sampler = innermost_sampler(train_dataloader)
+        if hasattr(sampler, "set_epoch"):
+            # Where a resumed run skips batches and several processes share them, Trainer does not get through to it,
+            # and rows come in the order of the first epoch.
+            sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         if self._run_callback.asked_to_stop():
@@ -204,6 +209,14 @@ class WholeCheckpoints(Trainer):
             raise RunEnded(f"Stopped by {number.name} after step {self.state.global_step}. {rest}.", 128 + number)
         self._initial_global_step = 0  # a resumed run reports loss and speed of all its steps
         return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
+
+
+def innermost_sampler(dataloader):
+    """The sampler that draws rows, below those that make batches, deal them to processes and skip some; or `None`."""
+    sampler = getattr(dataloader, "batch_sampler", None)
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    return getattr(sampler, "sampler", None)
 
 
 class WholeSFTTrainer(WholeCheckpoints, SFTTrainer):

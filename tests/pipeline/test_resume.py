@@ -250,3 +250,16 @@ def test_training_ends_with_its_launcher(recipes, tmp_path, config, number):
     assert f"going on from {checkpoint}" in resumed.stdout
     state = json.loads((recipe.folder / "trainer_state.json").read_text(encoding="utf-8"))
     assert state["global_step"] == step + 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["sft", "ppo"])
+def test_two_processes_see_the_rows_of_a_later_epoch_in_its_order(recipes, tmp_path, step):
+    """Resumed in the middle of the second epoch, with rows still to come in it."""
+    options = {"per_device_train_batch_size": 4, "save_steps": {"sft": 8, "ppo": 15}[step], "save_total_limit": 5}
+    options |= {"max_steps": {"sft": 12, "ppo": 24}[step]}
+    whole, resumed = recipes[step].at(tmp_path / "whole"), recipes[step].at(tmp_path / "resumed")
+    run_command(whole.command("multi_cpu", **options), timeout=240)
+    checkpoint = whole.folder / f"checkpoint-{options['save_steps']}"
+    run_command(resumed.command("multi_cpu", **options, resume_from_checkpoint=checkpoint), timeout=240)
+    assert_same_weights(whole.folder, resumed.folder)

@@ -23,7 +23,7 @@ from tests.pipeline.conftest import ppo_arguments, reward_arguments, sft_argumen
 from tests.pipeline.killing import Recipe, assert_same_result, stop
 
 pytestmark = [pytest.mark.kill, pytest.mark.slow]
-LAUNCHES = 10
+LAUNCHES = 8
 RANDOM_KILLS = 20  # at 40 to 100 % of the time that a run takes: before, nothing is written yet
 STEPS = ("sft", "reward", "ppo")
 TITLES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
@@ -101,11 +101,12 @@ def test_told_to_stop_at_a_random_moment(recipes, tmp_path, step):
     COUNTS[step, "told to stop at a random moment"] = RANDOM_KILLS
 
 
-def test_two_processes_killed_at_a_random_moment(recipes, tmp_path):
-    """Through the real launcher; all three processes are killed at once, between the first save and the last."""
-    moments = random.Random(2)
-    halved = {"per_device_train_batch_size": 4, "max_steps": 24}
-    whole = Recipe("ppo", tmp_path / "whole", **(recipes["ppo"].arguments | halved))
+@pytest.mark.parametrize("step", STEPS)
+def test_two_processes_killed_at_a_random_moment(recipes, tmp_path, step):
+    """Through the real launcher; all three processes are killed at once. Each run has several epochs."""
+    moments, last = random.Random(step), 24
+    halved = {"per_device_train_batch_size": 4, "max_steps": last}
+    whole = Recipe(step, **(recipes[step].arguments | halved | {"output_dir": tmp_path / "whole"}))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
     def saved(recipe: Recipe) -> int:
@@ -114,12 +115,12 @@ def test_two_processes_killed_at_a_random_moment(recipes, tmp_path):
 
     run_command(whole.command("multi_cpu"), timeout=240)
     for number in range(LAUNCHES):
-        recipe, last = whole.at(tmp_path / f"{number}"), moments.randrange(24)
+        recipe, until = whole.at(tmp_path / f"{number}"), moments.randrange(0, last, 3)
         with open(tmp_path / "log", "w") as log:
             line = recipe.command("multi_cpu")
             launcher = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=log, stderr=log)
         try:
-            while saved(recipe) < last // 3 * 3 and launcher.poll() is None:
+            while saved(recipe) < until and launcher.poll() is None:
                 time.sleep(0.002)
             time.sleep(moments.uniform(0.0, 0.3))
         finally:
@@ -129,7 +130,7 @@ def test_two_processes_killed_at_a_random_moment(recipes, tmp_path):
             assert problem(str(checkpoint)) is None, f"{checkpoint} has its name and is not whole"
         run_command(recipe.command("multi_cpu", resume_from_checkpoint="auto"), timeout=240)
         assert_same_result(whole.folder, recipe.folder)
-    COUNTS["ppo", "two processes, at a random moment"] = LAUNCHES
+    COUNTS[step, "two processes, at a random moment"] = LAUNCHES
 
 
 def stages(trace: list[str]) -> list[int]:

@@ -44,7 +44,7 @@ CHECKPOINTS = {
     "_save_checkpoint": ["model", "trial"],
     "_push_from_checkpoint": ["checkpoint_folder"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
-    "_run_epoch": ["model", "epoch", "..."],
+    "_run_epoch": ["model", "epoch", "train_dataloader", "..."],
     "_finalize_training": ["trial", "num_train_samples", "start_time"],
 }
 
