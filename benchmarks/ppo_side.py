@@ -1,6 +1,6 @@
 """One side of a PPO benchmark: trains rollout after rollout, one each time the parent says go (see turns.py).
 
-    python benchmarks/ppo_side.py ours|ours_full_critic|trl SHAPE ROLLOUTS DEVICE
+    python benchmarks/ppo_side.py ours|ours_full_critic|without_PATH|without_all|trl SHAPE ROLLOUTS DEVICE
 
 Phases are timed by wrapping methods from outside: `generate`, `score` (log-probabilities, rewards, values and
 advantages) and `train` (all epochs with their optimizer steps).
@@ -65,12 +65,15 @@ def scalar_model(shape: Shape, device: str) -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(shape.config(num_labels=1)).to(device)
 
 
-def ours(shape: Shape, rows: list[list[int]], rollouts: int, device: str, meter: Meter, folder: str, critic: str):
+def ours(shape: Shape, rows: list[list[int]], rollouts: int, device: str, meter: Meter, folder: str, side: str):
     from recipes.models.adapters import add_score_roles
+    from recipes.trainers.ppo_config import FAST_PATHS
     from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
 
+    left_out = FAST_PATHS if side == "without_all" else [side.removeprefix("without_")]
     args = PPOConfig(
         folder,
+        fast_paths=[path for path in FAST_PATHS if path not in left_out],
         steps_per_generation=shape.batch // shape.micro_batch,
         num_iterations=shape.epochs,
         max_completion_length=shape.limit(),
@@ -80,10 +83,11 @@ def ours(shape: Shape, rows: list[list[int]], rollouts: int, device: str, meter:
     )
     meter.loaded("libraries")
     model = policy(shape, device)
-    add_score_roles(model, {"reward": None} if critic == "full" else {"reward": None, "critic": None})
+    full_critic = side == "ours_full_critic"
+    add_score_roles(model, {"reward": None} if full_critic else {"reward": None, "critic": None})
     # A reward model whose scores differ, like the peer's.
     torch.nn.init.normal_(model.get_base_model().score.modules_to_save["reward"].weight, std=0.02)
-    value_model = scalar_model(shape, device) if critic == "full" else None
+    value_model = scalar_model(shape, device) if full_critic else None
     meter.loaded("models")
     trainer = PPOTrainer(
         args=args,
@@ -159,7 +163,7 @@ def main():
         if side == "trl":
             trl(shape, rows, rollouts, device, meter, folder)
         else:
-            ours(shape, rows, rollouts, device, meter, folder, "full" if side == "ours_full_critic" else "adapter")
+            ours(shape, rows, rollouts, device, meter, folder, side)
 
 
 if __name__ == "__main__":
