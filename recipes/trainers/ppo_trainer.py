@@ -313,7 +313,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         scores = rewards.clone()
         if self._has_reward_model:
-            scores[:, 0] = (scores[:, 0] - self.args.score_mean) / self.args.score_std
+            scores[:, 0] = (scores[:, 0] - (self.args.score_mean or 0)) / (self.args.score_std or 1)
         self._monitor.scores(scores, self.reward_func_names, self._has_reward_model, self.state.global_step)
         first = self.accelerator.process_index * len(prompts)
         total = (scores * self.reward_weights.to(scores.device)).nansum(1)
