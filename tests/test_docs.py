@@ -1,8 +1,8 @@
 """README and docs: every printed command runs where it stands, every link leads somewhere, every flag exists.
 
 Blocks of `bash` and `python` are run, the README's first, then those of the pages in the order in which
-`docs/index.md` names them, all in one folder. A block under `<!-- not run: WHY -->` is left out. Launched recipes get a
-few flags more, which make them short, and run in this process, as everything that is Python does.
+`docs/index.md` names them, all in one folder. A block under `<!-- not run: WHY -->` is left out. Recipes get a few
+flags more, which make them short, and run in this process, as everything that is Python does.
 """
 
 import builtins
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT
 
 INDEX = ROOT / "docs" / "index.md"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
