@@ -30,7 +30,14 @@ SHORT = {
     "scripts/evaluate.py": ["--best_of_n", "4", "--num_prompts", "6", "--max_completion_length", "12"],
 }
 # Commands that other tests run, or that set up what is there already.
-ELSEWHERE = ("source ", "bash scripts/quickstart.sh", "bash scripts/test.sh", "bash .ci/lint", "UPDATE_MATRIX=1 ")
+ELSEWHERE = (
+    "source ",
+    "bash scripts/quickstart.sh",
+    "bash scripts/test.sh",
+    "bash .ci/lint",
+    ".venv/bin/python -m pip ",
+    "UPDATE_MATRIX=1 ",
+)
 # What the reader has: demonstrations and prompts in tables.
 OWN = {
     "demonstrations.csv": "prompt,completion\n" + "What does the cow say?,The cow says moo.\n" * 3,
