@@ -1,6 +1,6 @@
 """Step 1, supervised fine-tuning: a base model learns from (instruction, response) demonstrations.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py \\
+    accelerate launch -q --config_file accelerate_configs/cpu.yaml recipes/sft.py \\
         --config recipes/configs/tiny_world/sft.yaml --output_dir runs/sft
 
 Every flag of TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig` works, in the YAML or on the command line. The
