@@ -625,7 +625,7 @@ def test_a_four_bit_base_plays_all_roles(world, tmp_path):
     base = never_pack(AutoModelForCausalLM.from_pretrained(world["base"], quantization_config=quantization))
     model = PeftModel.from_pretrained(base, world["sft"], is_trainable=True)
     add_score_roles(model, {"reward": world["reward"], "critic": world["reward"]})
-    trainer = make_trainer(world, tmp_path, model=model)
+    trainer = make_trainer(world, tmp_path, model=model, learning_rate=5e-6, critic_learning_rate=9e-5)
     layer = trainer.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
     assert layer.weight.dtype == torch.uint8
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
