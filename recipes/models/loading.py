@@ -238,7 +238,7 @@ def statistics_file(name: str) -> str | None:
 
 
 def read_reward_statistics(name: str) -> dict | None:
-    """What `save_reward_statistics` stored in a folder or a Hub repository, `{"mean", "std", "n", "source"}`, or `None`.
+    """`{"mean", "std", "n", "source"}` as `save_reward_statistics` stored it in a folder or Hub repository, or `None`.
 
     Raises:
         UserError: the numbers cannot be used.
