@@ -44,7 +44,7 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(300, 120, 240, 1, 1, 12, 32, 16, 48, 64, 2, 4, 2, 4_096),
+    "cpu": Size(200, 120, 200, 1, 1, 12, 32, 16, 48, 64, 2, 4, 2, 4_096),
     "cuda": Size(2000, 2000, 1600, 2, 1, 60, 128, 32, 256, 400, 4, 64, 6, 65_536),
     "smoke": Size(120, 120, 120, 1, 1, 1, 8, 4, 4, 2, 1, 2, 1, 256),
 }
@@ -100,7 +100,7 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
         f"--warmup_steps 4 --max_completion_length {size.completion} --total_episodes {rollouts['rollout']} "
         f"--logging_steps 2 --save_steps {max(1, steps // size.checkpoints)} --save_total_limit {size.checkpoints}"
     )
-    dtype = "bfloat16" if device == "cuda" else "float32"
+    dtype = "bfloat16" if bf16_is_fast(device) else "float32"
     policies = " ".join(f"{name}={{folder}}/{name}" for name in ("base", "sft", *PPO_RUNS))
     runs = " ".join(f"{name}={{folder}}/{name}" for name in PPO_RUNS if name != "ppo_ptx")
     evaluate = (
@@ -111,7 +111,7 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
         f"--num_checkpoints {size.checkpoints} --curve_generations 1 --temperatures 0.5 --generation_batch_size 64 "
         f"--max_completion_length {size.completion} --dtype {dtype} --output_dir {{folder}}/{{output}} --seed {{seed}}"
     )
-    measure = "python -m benchmarks.real_model.measure {output} --folder {folder}"
+    measure = f"python -m benchmarks.real_model.measure {{output}} --folder {{folder}} --dtype {dtype}"
     data = "python -m benchmarks.real_model.data"
     limits = (
         f"--prompt_chars {size.prompt_chars} --question_chars {size.question_chars} "

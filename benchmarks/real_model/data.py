@@ -23,8 +23,8 @@ PASSAGE = 200  # characters of ordinary text in one demonstration of PPO-ptx
 # SmolLM2's template puts a system turn of 20 tokens before every conversation that has none, two fifths of the tokens
 # of such short rows; this one does not.
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{{ message['content'] + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 

@@ -23,14 +23,14 @@ from recipes.models.sampling import load_generator
 CHUNK = 256  # tokens of ordinary text in a row
 
 
-def load_reward(path: Path | str) -> RewardModel:
+def load_reward(path: Path | str, dtype: str) -> RewardModel:
     arguments = EvaluationArguments(policies=["none=none"], reward_model_name_or_path=str(path))
-    return RewardModel(arguments, ModelConfig(dtype="float32"))
+    return RewardModel(arguments, ModelConfig(dtype=dtype))
 
 
 @cache
 def loaded_judge() -> RewardModel:
-    return load_reward(os.environ["REAL_MODEL_JUDGE"])
+    return load_reward(os.environ["REAL_MODEL_JUDGE"], "bfloat16")
 
 
 def judge(prompts, completions, **kwargs) -> list[float]:
@@ -40,13 +40,13 @@ def judge(prompts, completions, **kwargs) -> list[float]:
     return [(score - model.mean) / model.std for score in model.raw_scores(conversations)]
 
 
-def accuracy(folder: Path) -> dict:
+def accuracy(folder: Path, dtype: str) -> dict:
     """How well each reward model orders the comparisons it has not seen, and ours minus TRL's on the same."""
     unseen = {name: ["test", "judge"] for name in ("reward", "trl_reward")} | {"judge": ["test"]}
     results, pairs = {}, {}
     for name, parts in unseen.items():
         files = [str(folder / "data" / f"{part}_pairs.jsonl") for part in parts]
-        pairs[name] = load_reward(folder / name).pairs(read_pairs(files, FormattingArguments()))
+        pairs[name] = load_reward(folder / name, dtype).pairs(read_pairs(files, FormattingArguments()))
         results[name] = reward_model_quality(pairs[name]) | {"unseen": parts}
     results["ours_minus_trl"] = difference(pairs["reward"], pairs["trl_reward"])
     return results
@@ -59,7 +59,7 @@ def difference(ours: list[Pair], theirs: list[Pair]) -> dict:
 
 
 @torch.no_grad()
-def tax(folder: Path, names: list[str], tokens: int) -> dict:
+def tax(folder: Path, dtype: str, names: list[str], tokens: int) -> dict:
     """Mean loss of the next token, nats, on ordinary text that no stage has trained on, by policy.
 
     `change` is from SFT, paired by row of `CHUNK` tokens.
@@ -67,7 +67,7 @@ def tax(folder: Path, names: list[str], tokens: int) -> dict:
     texts = [row.data["text"] for row in load_rows(folder / "data" / "text.jsonl")]
     losses: dict[str, np.ndarray] = {}
     for name in names:
-        model, tokenizer = load_generator(ModelConfig(str(folder / name), dtype="float32"))
+        model, tokenizer = load_generator(ModelConfig(str(folder / name), dtype=dtype))
         ids = [tokenizer(text)["input_ids"] for text in texts]
         rows = [row[start : start + CHUNK] for row in ids for start in range(0, len(row) - CHUNK, CHUNK)]
         rows = rows[:: max(1, len(rows) * CHUNK // tokens)]
@@ -83,10 +83,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", choices=["accuracy.json", "tax.json"])
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, help="of ordinary text, about")
     parser.add_argument("--policies", nargs="+", default=["base", "sft", "ppo", "ppo_ptx", "ppo_no_kl"])
     args = parser.parse_args()
-    result = accuracy(args.folder) if args.output == "accuracy.json" else tax(args.folder, args.policies, args.tokens)
+    common = (args.folder, args.dtype)
+    result = accuracy(*common) if args.output == "accuracy.json" else tax(*common, args.policies, args.tokens)
     (args.folder / args.output).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
