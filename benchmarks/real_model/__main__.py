@@ -44,7 +44,7 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(200, 120, 200, 1, 1, 12, 32, 16, 48, 64, 2, 4, 2, 4_096),
+    "cpu": Size(200, 120, 200, 1, 2, 10, 32, 16, 48, 64, 2, 4, 2, 4_096),
     "cuda": Size(2000, 2000, 1600, 2, 1, 60, 128, 32, 256, 400, 4, 64, 6, 65_536),
     "smoke": Size(120, 120, 120, 1, 1, 1, 8, 4, 4, 2, 1, 2, 1, 256),
 }
@@ -84,21 +84,21 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
     def recipe(name: str, data: str, arguments: str, script: str = "") -> str:
         own = ""
         if name in epochs:
-            own = f"--num_train_epochs {epochs[name]} --per_device_train_batch_size 16 --gradient_accumulation_steps 1"
+            own = f"--num_train_epochs {epochs[name]} --per_device_train_batch_size 8 --gradient_accumulation_steps 1"
         return (
             f"python {script or f'recipes/{name}.py'} --config recipes/configs/smollm2_135m/{name}.yaml "
             f"--dataset_name {{folder}}/data/{data}.jsonl --dataset_train_split train {own} {arguments} "
             f"{machine(device)} --output_dir {{folder}}/{{output}} --seed {{seed}}"
         )
 
-    reward = "--model_name_or_path {folder}/sft --learning_rate 3e-4 --eval_strategy no --max_length 2048"
-    steps = size.rollouts * 2
+    reward = "--model_name_or_path {folder}/sft --learning_rate 2e-4 --eval_strategy no --max_length 2048"
+    steps = size.rollouts * 4  # two minibatches, two epochs
     ppo = (
         "--model_name_or_path {folder}/sft --reward_model_name_or_path {folder}/reward "
         f"--per_device_train_batch_size {size.micro_batch} --steps_per_generation {size.rollout // size.micro_batch} "
-        f"--gradient_accumulation_steps {half // size.micro_batch} --num_iterations 1 --learning_rate 3e-4 "
+        f"--gradient_accumulation_steps {half // size.micro_batch} --num_iterations 2 --learning_rate 3e-4 "
         f"--warmup_steps 4 --max_completion_length {size.completion} --total_episodes {rollouts['rollout']} "
-        f"--logging_steps 2 --save_steps {max(1, steps // size.checkpoints)} --save_total_limit {size.checkpoints}"
+        f"--logging_steps 4 --save_steps {max(1, steps // size.checkpoints)} --save_total_limit {size.checkpoints}"
     )
     dtype = "bfloat16" if bf16_is_fast(device) else "float32"
     policies = " ".join(f"{name}={{folder}}/{name}" for name in ("base", "sft", *PPO_RUNS))
@@ -117,7 +117,7 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
         f"--prompt_chars {size.prompt_chars} --question_chars {size.question_chars} "
         f"--response_chars {size.response_chars} --test_share {TEST_SHARE}"
     )
-    judged = "--model_name_or_path {folder}/base --use_peft false --learning_rate 3e-5 --eval_strategy no"
+    judged = "--model_name_or_path {folder}/base --use_peft false --learning_rate 2e-5 --eval_strategy no"
     sft = f"--model_name_or_path {{folder}}/base --warmup_steps 4 {LAYERS[device]}"
     trl_reward = recipe("reward", "policy_pairs", reward, "-m benchmarks.real_model.trl_reward")
     return [
