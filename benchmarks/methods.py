@@ -2,15 +2,14 @@
 
     python benchmarks/methods.py --output_dir runs/methods
 
-In the tiny world, where gold, the true quality, is known. The seeds differ in everything from SFT on. PPO is this
-project's, GRPO, RLOO and DPO are TRL's; best-of-n and a low temperature need no training. All start from the SFT
-model. PPO, GRPO and RLOO sample as many answers and make as many updates; DPO makes as many updates on the ranked
-answers. Each has the same number of trials, chosen by gold on validation prompts with the first seed, and is measured
-on held-out prompts with every seed.
+In the tiny world, where gold, the true quality, is known. PPO is this project's, GRPO, RLOO and DPO are TRL's; best of
+n and a low temperature train nothing. PPO, GRPO and RLOO sample as many answers and make as many updates, DPO makes as
+many updates on the ranked answers. Each has the same number of trials, of which gold on validation prompts chooses one
+with the first seed. That one is measured on held-out prompts with every seed, and seeds differ in all from SFT on.
 
 Every run and every measurement is a file that is not made again: the same line goes on where it stopped. The folder
-then holds `methods.json` (every trial, every seed), `methods.md` (the table) and `methods.png`. Run it with
-OMP_NUM_THREADS=1: so small a model gains nothing from a second thread.
+then holds `methods.json` (every trial and seed), `methods.md` (the tables) and `methods.png`. Set OMP_NUM_THREADS=1:
+a model so small gains nothing from a second thread.
 """
 
 import argparse
@@ -26,38 +25,33 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib.pyplot as plt
 import numpy as np
 import yaml
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
+from turns import ROOT, environment, resident, rounded
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # read when TRL is imported
+from recipes import ppo
+from recipes.cli.arguments import parse
+from recipes.cli.errors import UserError
+from recipes.cli.record import git_revision
+from recipes.evaluation.frontier import best_of_n, best_of_n_kl_with_ties
+from recipes.evaluation.metrics import mean_interval
+from recipes.evaluation.plots import COLORS, error_bars, plt, square_root_axis
+from recipes.evaluation.policies import PolicySpec
+from recipes.formatting import format_dataset, load_rows
+from recipes.models.loading import load_policy
+from recipes.models.source import resolve_model
+from recipes.models.tokenization import load_tokenizer
+from recipes.tiny_world import evaluate, world
+from recipes.tiny_world.quickstart import PIPELINE, Quickstart, finish
 
-from matplotlib.figure import Figure  # noqa: E402
-from transformers import set_seed  # noqa: E402
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer  # noqa: E402
-from turns import ROOT, environment, resident, rounded  # noqa: E402
-
-from recipes import ppo  # noqa: E402
-from recipes.cli.arguments import parse  # noqa: E402
-from recipes.cli.errors import UserError  # noqa: E402
-from recipes.cli.record import git_revision  # noqa: E402
-from recipes.evaluation.frontier import best_of_n, best_of_n_kl_with_ties  # noqa: E402
-from recipes.evaluation.metrics import mean_interval  # noqa: E402
-from recipes.evaluation.plots import COLORS, error_bars, square_root_axis  # noqa: E402
-from recipes.evaluation.policies import PolicySpec  # noqa: E402
-from recipes.formatting import format_dataset, load_rows  # noqa: E402
-from recipes.models.loading import load_policy  # noqa: E402
-from recipes.models.source import resolve_model  # noqa: E402
-from recipes.models.tokenization import load_tokenizer  # noqa: E402
-from recipes.tiny_world import evaluate, world  # noqa: E402
-from recipes.tiny_world.quickstart import PIPELINE, Quickstart, finish  # noqa: E402
-
-CONFIG = ROOT / "recipes" / "configs" / "tiny_world" / "ppo.yaml"  # also TRL's methods take from it what they know
+CONFIG = ROOT / "recipes" / "configs" / "tiny_world" / "ppo.yaml"  # TRL's trainers take from it what they know
 TRL = {"GRPO": (GRPOTrainer, GRPOConfig), "RLOO": (RLOOTrainer, RLOOConfig), "DPO": (DPOTrainer, DPOConfig)}
-METHODS = ("PPO", *TRL)
+TRAINED = ("PPO", *TRL)
 COOL, BEST = "SFT, low temperature", "SFT, best of n"
-# `beta` is what a nat of KL costs in units of the reward. PPO calls it kl_coef; DPO's is that of a reward in the unit
-# of the reward model, whose scores have a standard deviation near 1.
+# `beta` is the price of a nat of KL; PPO calls it kl_coef. DPO's is in the reward model's own unit, which in this
+# world is near the standard deviation that the others divide by.
 TRIALS = [
     {"beta": 0.1, "learning_rate": 1e-3},
     {"beta": 0.3, "learning_rate": 1e-3},
@@ -67,9 +61,10 @@ TEMPERATURES = (0.6, 0.4, 0.2)
 BEST_OF = (2, 4, 8, 16)
 SEEDS = (0, 1, 2)
 GROUP = 4  # answers to a prompt in GRPO and RLOO, which compare them
-SAMPLES = {"validation": 8, "heldout": 4}  # answers to a prompt that a policy is measured by
-SFT_SAMPLES = 32  # of SFT to a held-out prompt, among which best-of-n finds its best
-CLIPPED = 1.0  # what an answer pays that has no end, PPO's missing_eos_penalty
+MEASURED = {"validation": 4, "heldout": 3}  # answers to a prompt that a policy is measured by
+POOL = 16  # answers of SFT to a prompt among which best of n finds its best
+MEANS = ("gold", "greedy", "proxy", "kl")
+NO_END = 1.0  # what an answer without an end pays: PPO's missing_eos_penalty
 
 
 def pipeline(folder: Path, seed: int) -> None:
@@ -84,9 +79,8 @@ def once(file: Path, job: Callable[..., dict], *args, **kwargs) -> dict:
     if not file.exists():
         print(file.with_suffix(""), flush=True)
         file.parent.mkdir(parents=True, exist_ok=True)
-        process = multiprocessing.get_context("fork").Process(
-            target=_write, args=(file, partial(job, *args, **kwargs))
-        )
+        work = partial(write, file, partial(job, *args, **kwargs))
+        process = multiprocessing.get_context("fork").Process(target=work)  # libraries are imported once
         process.start()
         process.join()
         if process.exitcode != 0:
@@ -94,81 +88,77 @@ def once(file: Path, job: Callable[..., dict], *args, **kwargs) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _write(file: Path, job: Callable[[], dict]) -> None:
+def write(file: Path, job: Callable[[], dict]) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with file.with_suffix(".log").open("w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    found = json.dumps(rounded(job(), 4))
-    partial_file = file.with_suffix(".partial")
-    partial_file.write_text(found + "\n", encoding="utf-8")
-    partial_file.replace(file)
+    unfinished = file.with_suffix(".partial")
+    unfinished.write_text(json.dumps(rounded(job(), 4)) + "\n", encoding="utf-8")
+    unfinished.replace(file)
 
 
 def train(method: str, folder: Path, output: Path, seed: int, beta: float, learning_rate: float) -> dict:
-    """Train in `output`, and say what it cost: loading and saving count, imports do not."""
+    """Train a method from the models in `folder`, and say what it cost: loading and saving count, imports do not."""
     shutil.rmtree(output, ignore_errors=True)  # what a stopped run left
-    run_ppo = partial(train_ppo, folder, output, seed, beta, learning_rate)
-    samples = run_ppo() if method == "PPO" else train_trl(method, folder, output, seed, beta, learning_rate)
-    memory = resident("VmHWM") / 2**20
-    return {"cpu_seconds": time.process_time(), "memory_mib": memory, "samples": samples, "commit": git_revision()}
+    shared = {"output_dir": str(output), "seed": seed, "learning_rate": learning_rate, "save_strategy": "no"}
+    args = train_ppo(folder, beta, shared) if method == "PPO" else train_trl(method, folder, beta, shared)
+    rollouts = 0 if method == "DPO" else args.max_steps // (args.steps_per_generation * args.num_iterations)
+    return {
+        "cpu_seconds": time.process_time(),
+        "memory_mib": resident("VmHWM") / 2**20,  # libraries included
+        "samples": rollouts and rollouts * args.generation_batch_size,  # beside the ranked ones
+        "commit": git_revision(),
+    }
 
 
-def train_ppo(folder: Path, output: Path, seed: int, beta: float, learning_rate: float) -> int:
-    flags = {"model_name_or_path": folder / "sft", "reward_model_name_or_path": folder / "reward", "seed": seed}
-    flags |= {"kl_coef": beta, "learning_rate": learning_rate, "output_dir": output, "save_strategy": "no"}
-    flags |= {"missing_eos_penalty": CLIPPED}
+def train_ppo(folder: Path, beta: float, shared: dict):
+    flags = {"model_name_or_path": folder / "sft", "reward_model_name_or_path": folder / "reward", "kl_coef": beta}
+    flags |= {"dataset_name": evaluate.DATA / "prompts_train.jsonl", "missing_eos_penalty": NO_END, **shared}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    args = ppo.main(*parse(ppo.ARGUMENTS, ["--config", str(CONFIG), *words])).args
-    return args.generation_batch_size * args.max_steps // args.steps_per_generation // args.num_iterations
+    return ppo.main(*parse(ppo.ARGUMENTS, ["--config", str(CONFIG), *words])).args
 
 
-def train_trl(method: str, folder: Path, output: Path, seed: int, beta: float, learning_rate: float) -> int:
+def train_trl(method: str, folder: Path, beta: float, shared: dict):
     trainer_class, config_class = TRL[method]
     known = {field.name for field in fields(config_class)}
-    values = {name: value for name, value in yaml.safe_load(CONFIG.read_text("utf-8")).items() if name in known}
-    values |= {"output_dir": str(output), "seed": seed, "beta": beta, "learning_rate": learning_rate}
-    values |= {"save_strategy": "no", "disable_tqdm": True}
-    source = resolve_model(str(folder / "sft"))
-    tokenizer = load_tokenizer(source)
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    config = {name: value for name, value in config.items() if name in known} | shared | {"beta": beta}
     if method == "DPO":
-        data, task, extra = folder / "rankings.jsonl", "preference", {}
+        task, data, rewards = "preference", folder / "rankings.jsonl", {}
     else:
-        data, task, extra = evaluate.DATA / "prompts_train.jsonl", "prompt", {"reward_funcs": reward_function(folder)}
-        values["num_generations"] = GROUP
+        task, data = "prompt", evaluate.DATA / "prompts_train.jsonl"
+        rewards, config["num_generations"] = {"reward_funcs": reward_function(folder)}, GROUP
     dataset, _ = format_dataset(load_rows(str(data)), task)
-    set_seed(seed)
-    model = load_policy(source, ModelConfig(use_peft=True))
-    args = config_class(**values)
-    trainer = trainer_class(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **extra)
+    set_seed(shared["seed"])
+    source = resolve_model(str(folder / "sft"))
+    model, tokenizer = load_policy(source, ModelConfig(use_peft=True)), load_tokenizer(source)
+    args = config_class(**config)
+    trainer = trainer_class(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **rewards)
     trainer.train()
-    trainer.model.save_pretrained(output, selected_adapters=["default"])
-    tokenizer.save_pretrained(output)
-    if method == "DPO":
-        return 0  # it samples nothing beyond the ranked answers
-    return args.generation_batch_size * args.max_steps // args.steps_per_generation // args.num_iterations
+    trainer.model.save_pretrained(args.output_dir, selected_adapters=["default"])
+    tokenizer.save_pretrained(args.output_dir)
+    return args
 
 
 def reward_function(folder: Path) -> Callable[..., list[float]]:
-    """PPO's reward without its KL, as a reward function of TRL: standardised scores, less where the end is missing."""
-    reward = evaluate.evaluation(folder, "validation", seed=0).reward
+    """PPO's reward without its KL, for TRL: standardised scores, less where the end is missing."""
+    model = evaluate.evaluation(folder, "validation", seed=0).reward
 
     def proxy(prompts, completions, completion_ids, **_) -> list[float]:
-        raw = reward.raw_scores([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
-        ended = [ids[-1] == world.END_TOKEN_ID for ids in completion_ids]
-        return [
-            (score - reward.mean) / reward.std - CLIPPED * (not end) for score, end in zip(raw, ended, strict=True)
-        ]
+        raw = model.raw_scores([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
+        missing = [NO_END * (ids[-1] != world.END_TOKEN_ID) for ids in completion_ids]
+        return [(score - model.mean) / model.std - price for score, price in zip(raw, missing, strict=True)]
 
     return proxy
 
 
-def measure(folder: Path, split: str, path: Path, name: str, samples: int, temperature: float = 1.0) -> dict:
+def measure(folder: Path, split: str, path: Path, name: str, samples: int, temperature: float) -> dict:
     """Gold, proxy reward and KL to SFT, in nats, of each sample, (prompts, samples); gold of greedy answers."""
     spec = PolicySpec(name, str(path), samples, temperature)
-    found = evaluate.evaluation(folder, split, seed=0).measure([spec, spec.at(0, 1)])
-    sampled, greedy = found.values()
-    one = {"gold": sampled.scores["gold"], "proxy": sampled.reward, "kl": sampled.k1, "greedy": greedy.scores["gold"]}
-    return {key: values.tolist() for key, values in one.items()}
+    sampled, greedy = evaluate.evaluation(folder, split, seed=0).measure([spec, spec.at(0, 1)]).values()
+    scores = {"gold": sampled.scores["gold"], "greedy": greedy.scores["gold"], "proxy": sampled.reward}
+    return {key: values.tolist() for key, values in (scores | {"kl": sampled.k1}).items()}
 
 
 def best_of(found: dict, n: int) -> dict:
@@ -178,144 +168,98 @@ def best_of(found: dict, n: int) -> dict:
     return {key: values[:, None] for key, values in best.items()}
 
 
-def summary(found: list[dict]) -> dict:
+def row(method: str, setting: dict, found: list[dict], costs: list[dict] = ()) -> dict:
     """Means over all seeds with 95 % intervals over prompts, and the mean of each seed."""
-    return {
+    means = {
         key: mean_interval(np.concatenate([one[key] for one in found], axis=1))
         | {"seeds": [float(np.mean(one[key])) for one in found]}
         for key in found[0]
     }
+    return {"method": method, "setting": setting, **means, "costs": list(costs)}
 
 
 def make(output_dir: Path) -> None:
-    """All runs and measurements, then the file with every trial, the table and the picture."""
+    """All runs and measurements, then the file with every trial, the tables and the picture."""
     folders = {seed: output_dir / f"seed{seed}" for seed in SEEDS}
     for seed, folder in folders.items():
         pipeline(folder, seed)
 
-    def trained(method: str, trial: dict, seed: int) -> tuple[Path, dict]:
-        name = f"{method}_beta{trial['beta']:g}_lr{trial['learning_rate']:g}"
-        output = folders[seed] / "methods" / name
-        return output, once(output.with_name(f"{name}.json"), train, method, folders[seed], output, seed, **trial)
+    def untrained(split: str, seed: int, name: str, temperature: float = 1.0, samples: int = 0) -> dict:
+        file, path = folders[seed] / "methods" / f"{name}_{split}.json", folders[seed] / "sft"
+        return once(file, measure, folders[seed], split, path, name, samples or MEASURED[split], temperature)
 
-    def measured(split: str, seed: int, path: Path, name: str, samples: int = 0, temperature: float = 1.0) -> dict:
-        file = folders[seed] / "methods" / f"{name}_{split}.json"
-        return once(file, measure, folders[seed], split, path, name, samples or SAMPLES[split], temperature)
-
-    def cooled(split: str, seed: int, temperature: float) -> dict:
-        return measured(split, seed, folders[seed] / "sft", f"SFT_T{temperature:g}", temperature=temperature)
+    def trained(split: str, seed: int, method: str, trial: dict) -> tuple[dict, dict]:
+        path = folders[seed] / "methods" / f"{method}_beta{trial['beta']:g}_lr{trial['learning_rate']:g}"
+        cost = once(path.with_name(f"{path.name}.json"), train, method, folders[seed], path, seed, **trial)
+        file = path.with_name(f"{path.name}_{split}.json")
+        return once(file, measure, folders[seed], split, path, path.name, MEASURED[split], 1.0), cost
 
     trials = []
     for temperature in TEMPERATURES:
-        found = cooled("validation", SEEDS[0], temperature)
-        trials.append({"method": COOL, "setting": {"temperature": temperature}, **summary([found])})
-    for method in METHODS:
-        for trial in TRIALS:
-            path, cost = trained(method, trial, SEEDS[0])
-            found = measured("validation", SEEDS[0], path, path.name)
-            trials.append({"method": method, "setting": trial, **summary([found]), "cost": cost})
-    ranked = sorted(trials, key=lambda trial: trial["gold"]["mean"])
-    chosen = {trial["method"]: trial["setting"] for trial in ranked}  # the last of each, which has most gold
+        found = untrained("validation", SEEDS[0], f"SFT_T{temperature:g}", temperature)
+        trials.append(row(COOL, {"temperature": temperature}, [found]))
+    for trial in TRIALS:
+        for method in TRAINED:
+            found, cost = trained("validation", SEEDS[0], method, trial)
+            trials.append(row(method, trial, [found], [cost]))
+    best = {trial["method"]: trial["setting"] for trial in sorted(trials, key=lambda trial: trial["gold"]["mean"])}
 
-    sft = [measured("heldout", seed, folders[seed] / "sft", "SFT", SFT_SAMPLES) for seed in SEEDS]
-    rows = [{"method": "SFT", "setting": {}, **summary(sft)}]
-    for temperature in TEMPERATURES:  # all of them, for the picture
-        found = [cooled("heldout", seed, temperature) for seed in SEEDS]
-        rows.append({"method": COOL, "setting": {"temperature": temperature}, **summary(found)})
-    for n in (n for n in BEST_OF if n <= SFT_SAMPLES):
-        rows.append({"method": BEST, "setting": {"n": n}, **summary([best_of(one, n) for one in sft])})
-    for method in METHODS:
-        runs = [trained(method, chosen[method], seed) for seed in SEEDS]
-        found = [measured("heldout", seed, path, path.name) for seed, (path, _) in zip(SEEDS, runs, strict=True)]
-        rows.append(
-            {"method": method, "setting": chosen[method], **summary(found), "costs": [cost for _, cost in runs]}
-        )
+    pool = [untrained("heldout", seed, "SFT", samples=POOL) for seed in SEEDS]
+    rows = [row("SFT", {}, pool)]
+    found = [untrained("heldout", seed, "SFT_low", best[COOL]["temperature"]) for seed in SEEDS]
+    rows.append(row(COOL, best[COOL], found))
+    rows += [row(BEST, {"n": n}, [best_of(one, n) for one in pool]) for n in BEST_OF if n <= POOL]
+    for method in TRAINED:
+        found, costs = zip(*[trained("heldout", seed, method, best[method]) for seed in SEEDS], strict=True)
+        rows.append(row(method, best[method], found, costs))
 
-    result = {**environment(), "chosen": chosen, "trials": trials, "heldout": rows}
-    (output_dir / "methods.json").write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
-    (output_dir / "methods.md").write_text(tables(trials, rows, chosen), encoding="utf-8")
-    figure(rows).savefig(output_dir / "methods.png", dpi=150, bbox_inches="tight")
-    print(f"\n{tables(trials, rows, chosen)}\n{output_dir}: methods.json, methods.md and methods.png")
+    text = f"{table(rows)}\n{table(sorted(trials, key=lambda trial: (*TRAINED, COOL).index(trial['method'])))}"
+    (output_dir / "methods.md").write_text(text, encoding="utf-8")
+    result = rounded({**environment(), "trials": trials, "heldout": rows})
+    (output_dir / "methods.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    draw(rows, output_dir / "methods.png")
+    print(f"\n{text}\nIn {output_dir}: methods.json, methods.md, methods.png")
 
 
 def words(setting: dict) -> str:
-    names = {"learning_rate": "rate", "temperature": "T"}
-    return ", ".join(f"{names.get(name, name)} {value:g}" for name, value in setting.items())
+    short = {"learning_rate": "rate", "temperature": "T"}
+    return ", ".join(f"{short.get(name, name)} {value:g}" for name, value in setting.items())
 
 
-def number(found: dict | None, digits: int = 2, interval: bool = False) -> str:
-    if found is None:
-        return "–"
-    low, high = found["ci95"]
-    return f"{found['mean']:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if interval else "")
-
-
-def tables(trials: list[dict], rows: list[dict], chosen: dict[str, dict]) -> str:
-    """The held-out results of what was chosen and the validation results of every trial, in Markdown."""
-    lines = ["| method | setting | gold | gold, each seed | gold, greedy | proxy reward | KL | CPU s | memory, MiB |"]
-    lines.append("|" + " --- |" * 9)
-    for row in rows:
-        if row["setting"] != chosen.get(row["method"], row["setting"]):
-            continue
-        costs = row.get("costs")
-        spent = [
-            f"{fmean(cost[name] for cost in costs):.0f}" if costs else "–" for name in ("cpu_seconds", "memory_mib")
-        ]
-        seeds = ", ".join(f"{mean:.2f}" for mean in row["gold"]["seeds"])
-        cells = [row["method"], words(row["setting"]), number(row["gold"], interval=True), seeds]
-        cells += [number(row.get("greedy")), number(row["proxy"], interval=True), number(row["kl"], interval=True)]
-        lines.append(f"| {' | '.join([*cells, *spent])} |")
-    lines += ["", "| method | trial | gold, validation | proxy reward | KL | CPU s |", "|" + " --- |" * 6]
-    for trial in trials:
-        setting = (
-            f"**{words(trial['setting'])}**"
-            if trial["setting"] == chosen[trial["method"]]
-            else words(trial["setting"])
-        )
-        cells = [
-            trial["method"],
-            setting,
-            number(trial["gold"], 3, interval=True),
-            number(trial["proxy"]),
-            number(trial["kl"]),
-        ]
-        lines.append(
-            f"| {' | '.join(cells)} | {trial['cost']['cpu_seconds']:.0f} |"
-            if "cost" in trial
-            else f"| {' | '.join(cells)} | – |"
-        )
+def table(rows: list[dict]) -> str:
+    """Rows in Markdown: means with 95 % intervals over prompts, and costs, the mean of a run."""
+    lines = ["| method | setting | gold | each seed | gold, greedy | proxy reward | KL | CPU s | MiB | samples |"]
+    lines.append("|" + " --- |" * 10)
+    for one in rows:
+        cells = [one["method"], words(one["setting"])]
+        form = "{mean:.2f} [{ci95[0]:.2f}, {ci95[1]:.2f}]"
+        cells += [form.format(**one[key]) if key in one else "" for key in MEANS]
+        cells.insert(3, ", ".join(f"{mean:.2f}" for mean in one["gold"]["seeds"]))
+        for name in ("cpu_seconds", "memory_mib", "samples"):
+            cells.append(f"{fmean(cost[name] for cost in one['costs']):.0f}" if one["costs"] else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def figure(rows: list[dict]) -> Figure:
-    """Gold against KL on held-out prompts: a point for each trained method, lines for what needs no training."""
-    drawing, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    start = next(row for row in rows if row["method"] == "SFT")
-    for color, method in zip(COLORS, (COOL, BEST, *METHODS), strict=False):
-        own = [row for row in rows if row["method"] == method]
-        line = [start, *own] if method in (COOL, BEST) else own
-        kl, gold = ([row[key] for row in line] for key in ("kl", "gold"))
-        axes.errorbar(
-            [one["mean"] for one in kl],
-            [one["mean"] for one in gold],
-            xerr=error_bars(kl),
-            yerr=error_bars(gold),
-            fmt="s--" if method in (COOL, BEST) else "o",
-            color=color,
-            markersize=4 if method in (COOL, BEST) else 8,
-            linewidth=1,
-            label=method,
-        )
-        for row in own:
-            if method in (COOL, BEST):
-                text = words(row["setting"]).replace(" ", " = ")
-                place = (row["kl"]["mean"], row["gold"]["mean"])
-                axes.annotate(text, place, textcoords="offset points", xytext=(4, -10), fontsize=7, color=color)
-    axes.plot(start["kl"]["mean"], start["gold"]["mean"], "k*", markersize=12, label="SFT")
+def draw(rows: list[dict], file: Path) -> None:
+    """Gold against KL: a point for each trained method, lines from SFT for what trains nothing."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for color, method in zip(COLORS, (BEST, COOL, *TRAINED), strict=False):
+        own = [one for one in rows if one["method"] == method]
+        line = own if method in TRAINED else [rows[0], *own]
+        kl, gold = ([one[key] for one in line] for key in ("kl", "gold"))
+        places = [[one["mean"] for one in values] for values in (kl, gold)]
+        look = {"fmt": "o", "markersize": 8} if method in TRAINED else {"fmt": "s--", "markersize": 4, "linewidth": 1}
+        axes.errorbar(*places, yerr=error_bars(gold), xerr=error_bars(kl), color=color, label=method, **look)
+        for one in own:
+            text = method if method in TRAINED else words(one["setting"]).replace(" ", " = ")
+            place = (one["kl"]["mean"], one["gold"]["mean"])
+            axes.annotate(text, place, xytext=(5, 6), textcoords="offset points", fontsize=8, color=color)
+    axes.annotate("SFT", (0, rows[0]["gold"]["mean"]), xytext=(5, -12), textcoords="offset points", fontsize=8)
     square_root_axis(axes, "KL to SFT, nats per answer")
-    axes.set_ylabel("gold, held-out prompts, sampled at temperature 1 (but where T stands)")
+    axes.set_ylabel("gold on held-out prompts")
     axes.legend(fontsize=8)
-    return drawing
+    figure.savefig(file, dpi=150)
 
 
 def main() -> int:
