@@ -1,6 +1,6 @@
 """Step 3, PPO: the policy answers prompts, the reward model scores the answers, a KL penalty keeps it near SFT.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/ppo.py \\
+    accelerate launch -q --config_file accelerate_configs/cpu.yaml recipes/ppo.py \\
         --config recipes/configs/tiny_world/ppo.yaml \\
         --model_name_or_path runs/sft --reward_model_name_or_path runs/reward --output_dir runs/ppo
 

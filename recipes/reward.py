@@ -1,6 +1,6 @@
 """Step 2, reward model: a model learns to score responses as a person ranked them.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/reward.py \\
+    accelerate launch -q --config_file accelerate_configs/cpu.yaml recipes/reward.py \\
         --config recipes/configs/tiny_world/reward.yaml \\
         --model_name_or_path runs/sft --dataset_name rankings.jsonl --output_dir runs/reward
 

@@ -1,6 +1,6 @@
 """Step 1, supervised fine-tuning: a base model learns from (instruction, response) demonstrations.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py \\
+    accelerate launch -q --config_file accelerate_configs/cpu.yaml recipes/sft.py \\
         --config recipes/configs/tiny_world/sft.yaml --output_dir runs/sft
 
 Every flag of TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig` works, in the YAML or on the command line. The
@@ -50,7 +50,8 @@ def main(
         format_args,
         tokenizer,
         evaluate=training_args.eval_strategy != "no",
-        prompt_completion=not training_args.assistant_only_loss,
+        prompt_completion=training_args.completion_only_loss is not False,
+        assistant_only_loss=training_args.assistant_only_loss,
         num_proc=training_args.dataset_num_proc,
         seed=training_args.seed,
     )

@@ -3,6 +3,8 @@
 import math
 from dataclasses import MISSING, dataclass, field, fields
 
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
 from trl import GRPOConfig
 
 FAST_PATHS = (
@@ -53,6 +55,15 @@ REFUSED = {
     "label_smoothing_factor": "PPO's loss has no labels to smooth",
     "neftune_noise_alpha": "noise in the embeddings would make the policy another one than the one that sampled",
     "train_sampling_strategy": "prompts are shuffled anew each epoch, or keep their order with shuffle_dataset: false",
+}
+# Keys of generation_kwargs that a rollout cannot have, and what to set instead.
+REFUSED_IN_GENERATION = {
+    "temperature": "set the argument temperature, which training divides logits by too",
+    "num_return_sequences": "set num_generations",
+    "eos_token_id": "responses end with the stop tokens of the tokenizer and of the base's generation config",
+    "pad_token_id": "it is the tokenizer's",
+    "stop_strings": "responses end with stop tokens, not with text",
+    "return_dict_in_generate": "a rollout is token ids alone",
 }
 
 
@@ -170,6 +181,7 @@ class PPOConfig(GRPOConfig):
             self.num_generations = _OneResponse(1)
         super().__post_init__()
         self.num_generations = int(self.num_generations)
+        self._check_generation_kwargs()
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
@@ -179,6 +191,22 @@ class PPOConfig(GRPOConfig):
             rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
             minibatches = self.steps_per_generation // self.gradient_accumulation_steps
             self.max_steps = rollouts * self.num_iterations * minibatches
+
+    def _check_generation_kwargs(self) -> None:
+        """Refuse generation arguments that would be ignored or break a rollout; vLLM checks its own."""
+        asked = self.generation_kwargs or {}
+        for name in asked:
+            if name in REFUSED_IN_GENERATION:
+                raise ValueError(f"generation_kwargs takes no {name}: {REFUSED_IN_GENERATION[name]}.")
+        if self.use_vllm:
+            return
+        if unknown := asked.keys() - vars(GenerationConfig()).keys():
+            raise ValueError(f"generation_kwargs: transformers knows no generation argument {sorted(unknown)[0]}.")
+        mode = GenerationConfig(**({"do_sample": True} | asked)).get_generation_mode()
+        sampling = (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
+        beams = (GenerationMode.BEAM_SAMPLE, GenerationMode.BEAM_SEARCH)
+        if mode not in (*sampling, *beams) or (mode in beams and self.use_transformers_continuous_batching):
+            raise ValueError(f"generation_kwargs {asked} ask for {mode.value}, which rollouts cannot be sampled by.")
 
     @property
     def micro_batches_per_rollout(self) -> int:
