@@ -1,6 +1,6 @@
 """Is PPO worth it? PPO and what people use instead, from one SFT model, its rankings and one reward model.
 
-    python benchmarks/methods.py --output_dir runs/methods
+    python -m benchmarks.methods --output_dir runs/methods
 
 In the tiny world, where gold, the true quality, is known. PPO is this project's, GRPO, RLOO and DPO are TRL's; best of
 n and a low temperature train nothing. PPO, GRPO and RLOO sample as many answers and make as many updates, DPO makes as
@@ -29,8 +29,8 @@ import numpy as np
 import yaml
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
-from turns import ROOT, environment, resident, rounded
 
+from benchmarks.turns import ROOT, environment, resident, rounded
 from recipes import ppo
 from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
@@ -89,10 +89,11 @@ def once(file: Path, job: Callable[..., dict], *args, **kwargs) -> dict:
 
 
 def write(file: Path, job: Callable[[], dict]) -> None:
+    """Run a job in a process of its own, which then ends: its output goes to a log, and so does its traceback."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with file.with_suffix(".log").open("w", encoding="utf-8") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log = file.with_suffix(".log").open("w", encoding="utf-8")
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
     unfinished = file.with_suffix(".partial")
     unfinished.write_text(json.dumps(rounded(job(), 4)) + "\n", encoding="utf-8")
     unfinished.replace(file)
