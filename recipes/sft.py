@@ -55,7 +55,8 @@ def main(
         format_args,
         tokenizer,
         evaluate=training_args.eval_strategy != "no",
-        prompt_completion=not training_args.assistant_only_loss,
+        prompt_completion=training_args.completion_only_loss is not False,
+        assistant_only_loss=training_args.assistant_only_loss,
         num_proc=training_args.dataset_num_proc,
         seed=training_args.seed,
     )

@@ -71,10 +71,13 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingAr
 def formatted(args: argparse.Namespace, format_args: FormattingArguments, report: Report, tokenizer) -> Iterator[dict]:
     special = control_tokens(tokenizer) if tokenizer else ()
     limit = {"tokenizer": tokenizer, "max_length": args.max_length}
-    formatter = Formatter(args.task, special_tokens=special, **limit, **format_args.options())
+    options = {**limit, **format_args.options(), "prompt_completion": args.task == "sft"}  # as recipes/sft.py
+    formatter = Formatter(args.task, special_tokens=special, **options)
     rows = load_rows(args.source, args.split, args.dataset_config)
     for row, output in formatter(rows, report, args.num_proc):
         output.pop("group_id", None)
+        if "completion" in output:
+            output = {"messages": output.pop("prompt") + output.pop("completion"), **output}
         yield {"file": row.file, "line": row.line, **output}
 
 

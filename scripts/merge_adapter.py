@@ -24,7 +24,7 @@ from trl import ModelConfig
 
 from recipes.cli.errors import UserError
 from recipes.cli.run import run
-from recipes.models.loading import load_policy, load_reward_model
+from recipes.models.loading import load_policy, load_reward_model, statistics_file
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 
@@ -92,8 +92,7 @@ def merge(args: MergeArguments) -> None:
         model.to(source.config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    statistics = os.path.join(adapter, "reward_statistics.json")
-    if os.path.exists(statistics):
+    if (statistics := statistics_file(adapter)) is not None:
         shutil.copy(statistics, folder)
     print(f"Merged {adapter} into {source.base}: {folder}")
 

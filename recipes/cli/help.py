@@ -18,6 +18,7 @@ import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recipes.cli.errors import UserError
 
@@ -157,8 +158,8 @@ def show(command: str, flags: dict[str, Flag], everything: bool) -> str:
                 " (required)" if flag.required else f" (default: {flag.default})" if flag.default != "None" else ""
             )
             if everything:
-                words = textwrap.wrap(flag.help + default, width - 6) or [""]
-                text += "".join(f"\n{line}" for line in [start, *(f"      {line}" for line in words)])
+                lines = textwrap.wrap(flag.help + default, width - 6)
+                text += "".join(f"\n{line}" for line in [start, *(f"      {line}" for line in lines)])
             else:
                 sentence = re.split(r"\.(?= [A-Z]|$)", flag.help)[0]
                 words = textwrap.shorten(sentence + default, width - 44, placeholder=" …")
@@ -178,7 +179,8 @@ def read_flags(command: str) -> dict[str, Flag]:
     """The flags of all dataclasses in the tuple `ARGUMENTS` of a file, in the order of its parser."""
     for node in tree(command).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ARGUMENTS":
-            found = [read_class(ast.unparse(name), command) for name in node.value.elts]
+            names = [each.id for each in ast.walk(node.value) if isinstance(each, ast.Name)]
+            found = [read_class(name, command) for name in names]
             return {name: flag for flags in found for name, flag in flags.items()}
     raise LookupError(f"{command} has no ARGUMENTS")
 
@@ -199,7 +201,7 @@ def read_class(name: str, path: str) -> dict[str, Flag]:
     return found
 
 
-def read_flag(item: ast.AnnAssign, options: dict[str, ast.expr], owner: str) -> Flag:
+def read_flag(item: Any, options: dict[str, Any], owner: str) -> Flag:
     default = options.get("default") or (item.value if not isinstance(item.value, ast.Call) else None)
     factory = options.get("default_factory")
     if factory is not None:
