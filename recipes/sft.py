@@ -1,16 +1,21 @@
 """Step 1, supervised fine-tuning: a base model learns from (instruction, response) demonstrations.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py \\
+    accelerate launch -q --config_file accelerate_configs/cpu.yaml recipes/sft.py \\
         --config recipes/configs/tiny_world/sft.yaml --output_dir runs/sft
 
 Every flag of TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig` works, in the YAML or on the command line. The
 loss is on the response only: the last assistant turn, or every one with `--assistant_only_loss true`.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
+
+    answer_early(__file__)
 
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig
@@ -50,7 +55,8 @@ def main(
         format_args,
         tokenizer,
         evaluate=training_args.eval_strategy != "no",
-        prompt_completion=not training_args.assistant_only_loss,
+        prompt_completion=training_args.completion_only_loss is not False,
+        assistant_only_loss=training_args.assistant_only_loss,
         num_proc=training_args.dataset_num_proc,
         seed=training_args.seed,
     )

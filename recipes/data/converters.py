@@ -6,17 +6,16 @@ rows of each task out of dialogues and rankings.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from recipes.data.messages import (
     HUMAN_ASSISTANT,
-    NOTHING,
     Messages,
     Roles,
     as_object,
     choice,
-    flag,
     in_context,
     items,
     message,
@@ -33,11 +32,18 @@ from recipes.data.messages import (
 )
 from recipes.data.rows import RowError, Skip, describe, join_names
 
-SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"), ("chosen_score", "rejected_score"))
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen_score", "rejected_score"),
+)
 
 
 @dataclass
 class Dialogue:
+    """A conversation. Answers with the key `weight` (0) are not to be learned."""
+
     messages: Messages
     tools: list | None = None
 
@@ -55,17 +61,27 @@ class Ranking:
     ranks: list[float]
     margin: float | None = None
     dropped: list[Skip] = field(default_factory=list)
+    tools: list | None = None
 
 
 Converter = Callable[[dict, Roles], Dialogue | Ranking]
 
 
+@contextmanager
+def answers_to(prompt: Messages) -> Iterator[None]:
+    """For reading responses: where they are of no use, as in a tie, the prompt still is, to the task "prompt"."""
+    try:
+        yield
+    except Skip as skip:
+        skip.prompt = prompt
+        raise
+
+
 def dialogue(column: str) -> Converter:
-    """For a list of messages, perhaps with `tools`."""
+    """For a list of messages."""
 
     def convert(row: dict, roles: Roles) -> Dialogue:
-        tools = None if row.get("tools") in NOTHING else items(row, "tools")
-        return Dialogue(in_context(row, normalise(items(row, column), column, roles)), tools)
+        return Dialogue(in_context(row, normalise(items(row, column), column, roles)))
 
     return convert
 
@@ -78,8 +94,6 @@ def conversation_pairs(row: dict, roles: Roles) -> Dialogue:
 
 
 def prompt_completion(row: dict, roles: Roles) -> Dialogue:
-    if flag(row, "label") is False:  # TRL's unpaired preferences: a completion not to be learned
-        raise Skip("labelled as a bad completion", "label")
     return Dialogue(prompt_messages(row, "prompt", roles) + read_messages(row, "completion", roles))
 
 
@@ -109,31 +123,44 @@ def oasst(row: dict, roles: Roles) -> Dialogue | Ranking:
 
 def preferences(question: str | None = None) -> Converter:
     """For `chosen` and `rejected`: answers to a question, or whole conversations that share their first turns."""
+    columns = ("chosen", "rejected")
 
     def convert(row: dict, roles: Roles) -> Ranking:
-        chosen, rejected = (read_messages(row, column, roles) for column in ("chosen", "rejected"))
-        if not chosen or not rejected:
-            raise Skip("empty list", "rejected" if chosen else "chosen")
-        if chosen[0]["role"] == rejected[0]["role"] == "assistant":
-            if question is None:
+        if question and all(isinstance(row.get(column), str | None) for column in columns):
+            context = prompt_messages(row, question, roles)
+            with answers_to(context):
+                chosen, rejected = (read_messages(row, column, roles) for column in columns)
+        else:
+            chosen, rejected = (read_messages(row, column, roles) for column in columns)
+            if not chosen or not rejected:
+                raise Skip("empty list", "rejected" if chosen else "chosen")
+            if not chosen[0]["role"] == rejected[0]["role"] == "assistant":
+                shared, chosen, rejected = split_pair(chosen, rejected)
+                context = in_context(row, shared)
+            elif question is None:
                 raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
-            return Ranking(prompt_messages(row, question, roles), [chosen, rejected], [1, 2], _margin(row))
-        shared, chosen, rejected = split_pair(chosen, rejected)
-        return Ranking(in_context(row, shared), [chosen, rejected], [1, 2], _margin(row))
+            else:
+                context = prompt_messages(row, question, roles)
+        return _preferred(row, context, chosen, rejected)
 
     return convert
 
 
 def transcripts(row: dict, roles: Roles) -> Ranking:
     sides = [split_turns(text(row, column), column, HUMAN_ASSISTANT, roles) for column in ("chosen", "rejected")]
-    shared, chosen, rejected = split_pair(*sides)
-    return Ranking(shared, [chosen, rejected], [1, 2], _margin(row))
+    return _preferred(row, *split_pair(*sides))
 
 
 def conversations_preference(row: dict, roles: Roles) -> Ranking:
-    responses = [read_messages(row, column, roles) for column in ("chosen", "rejected")]
-    turns = normalise(items(row, "conversations"), "conversations", roles)
-    return Ranking(in_context(row, turns), responses, [1, 2], _margin(row))
+    context = in_context(row, normalise(items(row, "conversations"), "conversations", roles))
+    with answers_to(context):
+        chosen, rejected = (read_messages(row, column, roles) for column in ("chosen", "rejected"))
+    return _preferred(row, context, chosen, rejected)
+
+
+def _preferred(row: dict, context: Messages, chosen: Messages, rejected: Messages) -> Ranking:
+    with answers_to(context):
+        return Ranking(context, [chosen, rejected], [1, 2], _margin(row))
 
 
 def _margin(row: dict) -> float | None:
@@ -161,8 +188,10 @@ def better_response(label: str) -> Converter:
     """For prompt, response_0, response_1 and the column that says which of them is better."""
 
     def convert(row: dict, roles: Roles) -> Ranking:
-        responses = [read_messages(row, column, roles) for column in ("response_0", "response_1")]
-        return best_of_two(prompt_messages(row, "prompt", roles), *responses, choice(row, label, (0, 1)))
+        context = prompt_messages(row, "prompt", roles)
+        with answers_to(context):
+            responses = [read_messages(row, column, roles) for column in ("response_0", "response_1")]
+        return best_of_two(context, *responses, choice(row, label, (0, 1)))
 
     return convert
 
@@ -172,14 +201,15 @@ def strength(question: str, first: str, second: str, label: str) -> Converter:
     marker = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
     def convert(row: dict, roles: Roles) -> Ranking:
-        value = choice(row, label, range(-3, 4))
-        if value == 0:
-            raise Skip("tie", label)
         if isinstance(row.get(question), str):
             context = split_turns(text(row, question), question, marker, roles, first="user")
         else:
             context = prompt_messages(row, question, roles)
-        responses = [read_messages(row, column, roles) for column in (first, second)]
+        with answers_to(context):
+            value = choice(row, label, range(-3, 4))
+            if value == 0:
+                raise Skip("tie", label)
+            responses = [read_messages(row, column, roles) for column in (first, second)]
         return best_of_two(context, *responses, best=value > 0, margin=abs(value))
 
     return convert
@@ -194,36 +224,42 @@ def summaries(row: dict, roles: Roles) -> Ranking:
         raise Skip("empty text", "info.post")
     body = f"POST: {post}" if post else article
     parts = (f"SUBREDDIT: r/{subreddit}" if subreddit and post else "", f"TITLE: {title}" if title else "", body)
-    found = [text(summary, f"{place}.text") for place, summary in objects(row, "summaries")]
+    context = [message("user", "\n\n".join((*filter(None, parts), "TL;DR:")))]
+    with answers_to(context):
+        found = [text(summary, f"{place}.text") for place, summary in objects(row, "summaries")]
     best = choice(row, "choice", range(len(found)))
     if len(found) != 2:
         raise RowError(f"found {len(found)} summaries, expected 2", "summaries")
-    responses = [[message("assistant", summary)] for summary in found]
-    return best_of_two([message("user", "\n\n".join((*filter(None, parts), "TL;DR:")))], *responses, best)
+    return best_of_two(context, *([message("assistant", summary)] for summary in found), best)
 
 
 def webgpt(row: dict, roles: Roles) -> Ranking:
-    question = text(as_object(require(row, "question"), "question"), "question.full_text")
+    context = [message("user", text(as_object(require(row, "question"), "question"), "question.full_text"))]
     margin = number(row, "score_0") - number(row, "score_1")
-    if margin == 0:
-        raise Skip("tie: equal scores", "score_0")
-    answers = [read_messages(row, column, roles) for column in ("answer_0", "answer_1")]
-    return best_of_two([message("user", question)], *answers, best=margin < 0, margin=abs(margin))
+    with answers_to(context):
+        if margin == 0:
+            raise Skip("tie: equal scores", "score_0")
+        answers = [read_messages(row, column, roles) for column in ("answer_0", "answer_1")]
+    return best_of_two(context, *answers, best=margin < 0, margin=abs(margin))
 
 
 def shp(row: dict, roles: Roles) -> Ranking:
-    answers = [read_messages(row, column, roles) for column in ("human_ref_A", "human_ref_B")]
-    return best_of_two([message("user", text(row, "history"))], *answers, best=1 - choice(row, "labels", (0, 1)))
+    context = [message("user", text(row, "history"))]
+    with answers_to(context):
+        answers = [read_messages(row, column, roles) for column in ("human_ref_A", "human_ref_B")]
+    return best_of_two(context, *answers, best=1 - choice(row, "labels", (0, 1)))
 
 
 def arena_conversations(row: dict, roles: Roles) -> Ranking:
     winner = require(row, "winner")
-    if isinstance(winner, str) and re.fullmatch(r"tie( ?\(both ?bad\))?|both_?bad", winner):
-        raise Skip("tie" if winner == "tie" else "both bad", "winner")
-    if winner not in ("model_a", "model_b"):
+    tie = isinstance(winner, str) and re.fullmatch(r"tie( ?\(both ?bad\))?|both_?bad", winner)
+    if not tie and winner not in ("model_a", "model_b"):
         raise RowError(f"found {describe(winner)}, expected model_a, model_b, tie or both_bad", "winner")
     sides = ("conversation_a", "conversation_b")
     shared, first, second = split_pair(*(normalise(items(row, column), column, roles) for column in sides))
+    with answers_to(shared):
+        if tie:
+            raise Skip("tie" if winner == "tie" else "both bad", "winner")
     return best_of_two(shared, first, second, best=winner == "model_b")
 
 
@@ -233,8 +269,6 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
     flags = [choice(row, label, (0, 1)) for label in labels]
     if sum(flags) != 1:
         raise RowError(f"found {flags} in {join_names(labels)}, expected exactly one 1", labels[0])
-    if flags[2]:
-        raise Skip("tie", labels[2])
     questions = items(row, "prompt")
     sides = []
     for column in ("response_a", "response_b"):
@@ -244,7 +278,11 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
         pairs = zip(questions, answers, strict=True)
         turns = [turn for user, reply in pairs for turn in (message("user", user), message("assistant", reply))]
         sides.append(normalise(turns, column, roles))
-    return best_of_two(*split_pair(*sides), best=flags[1])
+    shared, first, second = split_pair(*sides)
+    with answers_to(shared):
+        if flags[2]:
+            raise Skip("tie", labels[2])
+    return best_of_two(shared, first, second, best=flags[1])
 
 
 def rankings(column: str, text_key: str, rank_key: str) -> Converter:
@@ -252,9 +290,10 @@ def rankings(column: str, text_key: str, rank_key: str) -> Converter:
 
     def convert(row: dict, roles: Roles) -> Ranking:
         result = Ranking(prompt_messages(row, "prompt", roles), [], [])
-        for place, response in objects(row, column):
-            rank = number(response, f"{place}.{rank_key}", text_too=False)
-            _add_response(result, response, f"{place}.{text_key}", rank)
+        with answers_to(result.prompt):
+            for place, response in objects(row, column):
+                rank = number(response, f"{place}.{rank_key}", text_too=False)
+                _add_response(result, response, f"{place}.{text_key}", rank)
         return result
 
     return convert
@@ -274,12 +313,35 @@ def _add_response(result: Ranking, response: dict, column: str, rank: float) -> 
 def ultrafeedback(row: dict, roles: Roles) -> Ranking:
     """Ranked by `fine-grained_score`: `overall_score` holds parsing errors (10 that means 1)."""
     result = Ranking([message("user", text(row, "instruction"))], [], [])
-    for place, response in objects(row, "completions"):
-        score = f"{place}.fine-grained_score"
-        require(response, f"{place}.response")
-        if response.get(score) is None:
+    with answers_to(result.prompt):
+        for place, response in objects(row, "completions"):
+            score = f"{place}.fine-grained_score"
+            require(response, f"{place}.response")
+            if response.get(score) is None:
+                result.dropped.append(Skip("no score", score))
+            else:
+                _add_response(result, response, f"{place}.response", -number(response, score, text_too=False))
+    return _ranked_by_score(result)
+
+
+def distilabel(row: dict, roles: Roles) -> Ranking:
+    """`ratings` has one number for each of `generations`; the highest is the best."""
+    turns = [message("user", text(row, "instruction"))]
+    result = Ranking(in_context(row, turns), [], [])
+    with answers_to(result.prompt):
+        generations, ratings = items(row, "generations"), items(row, "ratings")
+    if len(generations) != len(ratings):
+        raise RowError(f"found {len(ratings)} ratings of {len(generations)} generations", "ratings")
+    for index, (generation, rating) in enumerate(zip(generations, ratings, strict=True)):
+        place, score = f"generations[{index}]", f"ratings[{index}]"
+        if rating is None:
             result.dropped.append(Skip("no score", score))
         else:
-            _add_response(result, response, f"{place}.response", -number(response, score, text_too=False))
+            _add_response(result, {place: generation}, place, -number({score: rating}, score))
+    return _ranked_by_score(result)
+
+
+def _ranked_by_score(result: Ranking) -> Ranking:
+    """With ranks (1, 2, …) instead of scores with a minus."""
     result.ranks = [1 + sum(other < rank for other in result.ranks) for rank in result.ranks]
     return result

@@ -8,7 +8,9 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
+from recipes.data.columns import ReadRow, check_columns, read_tools
 from recipes.data.control_tokens import search_pattern
+from recipes.data.converters import Dialogue, Ranking
 from recipes.data.digests import Digests
 from recipes.data.loading import Rows, as_rows
 from recipes.data.mapping import ColumnMapping
@@ -33,6 +35,11 @@ RESERVED = (
     "prompt", "prompts", "completion", "completions", "completion_ids", "image", "images", "tools",
     "chat_template_kwargs", "trainer_state", "log_extra", "log_metric", "environments",
 )  # fmt: skip
+
+
+# Flags of rows that are not used whole.
+CUT = "the answer at the end of the prompt was left out"
+UNTRAINED = "answers with weight 0 are not trained"
 
 
 class Kept(NamedTuple):
@@ -60,6 +67,7 @@ class Formatter:
         special_tokens: control tokens to look for, in addition to the marks of common chat templates.
         dedup: repeated rows are kept and reported ("flag") or left out ("drop").
         prompt_completion: for sft, `prompt` and `completion` instead of `messages`, to train on the last turn only.
+        assistant_only_loss: `completion` begins with the first answer that is trained, for TRL's option of this name.
         tokenizer, max_length: report rows that render to more than `max_length` tokens.
         fail_fast: raise at the first error instead of after all rows.
         keep_columns: for prompts, columns of the source that stay beside the prompt, for PPO's reward functions.
@@ -76,6 +84,7 @@ class Formatter:
     special_tokens: Iterable[str] = ()
     dedup: str = "flag"
     prompt_completion: bool = False
+    assistant_only_loss: bool = False
     max_error_rate: float = 0.01
     tokenizer: Any = None
     max_length: int | None = None
@@ -111,7 +120,8 @@ class Formatter:
         if schema and schema.gather:
             source = schema.gather(map(self._mapped, source), self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
-        for row, results in map_in_order(partial(self._format, schema), source, num_proc):
+        for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
+            report.add_unread(unread)
             for result in results:
                 if not isinstance(result, Kept):
                     self._leave_out(row, result, report)
@@ -157,21 +167,40 @@ class Formatter:
         if advice:
             raise report.error(f"{report.errors_text()}\n{advice}")
 
-    def _format(self, schema: Schema | None, row: Row) -> tuple[Row, list[Kept | RowProblem]]:
-        """The place of a row, and what became of it."""
+    def _format(self, schema: Schema | None, row: Row) -> tuple[Row, list[Kept | RowProblem], Iterable[str]]:
+        """The place of a row, what became of it, and the columns that were not used."""
         results: list[Kept | RowProblem] = []
+        unread: Iterable[str] = ()
         try:
             data = row.read()
             if isinstance(data, RowProblem):
                 raise data
             kept = self._kept_columns(data) if self.keep_columns else {}
-            example = schema.convert(data if schema.gather else self._mapping.apply(data), self._mapping.roles)
-            for output in outputs(example, self.task, self.prompt_completion, self.margin):
-                cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(example.messages)
-                results.append(output if isinstance(output, Skip) else self._checked(output | kept, cut))
+            columns = ReadRow(data if schema.gather else self._mapping.apply(data))
+            example = self._example(schema, columns)
+            for output in outputs(example, self.task, self.prompt_completion, self.margin, self.assistant_only_loss):
+                if not isinstance(output, Skip):
+                    cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(example.messages)
+                    masked = self.task == "sft" and any("weight" in turn for turn in example.messages)
+                    notes = [CUT] * cut + [UNTRAINED] * masked
+                    output = self._checked(output | kept, notes)
+                results.append(output)
+            if not schema.gather:
+                unread = (columns.unread() | self._mapping.unmapped(data)) - kept.keys()
         except RowProblem as problem:
             results.append(problem)
-        return row._replace(data=None), results
+        return row._replace(data=None), results, unread
+
+    def _example(self, schema: Schema, row: dict) -> Dialogue | Ranking:
+        check_columns(row, self.task)
+        try:
+            example = schema.convert(row, self._mapping.roles)
+        except Skip as skip:
+            if self.task != "prompt" or skip.prompt is None:
+                raise
+            example = Dialogue(skip.prompt)
+        example.tools = read_tools(row)
+        return example
 
     def _kept_columns(self, data: dict) -> dict:
         for name in self.keep_columns:
@@ -183,17 +212,17 @@ class Formatter:
                 raise RowError(f"found {describe(data[name])}, which is not JSON and cannot be kept", name) from None
         return {name: data[name] for name in self.keep_columns}
 
-    def _checked(self, output: dict, cut: bool) -> Kept | Skip:
+    def _checked(self, output: dict, notes: list[str]) -> Kept | Skip:
         special = self._special_token(output)
         if special and self.on_special == "fail":
             raise RowError(f"found {special}; remove it, or pass --on_special flag or drop")
         if special and self.on_special == "drop":
             return Skip(special)
-        flags = [special, self._too_long(output)]
+        if any("<image>" in turn["content"] for turn in row_messages(output)):
+            raise Skip("<image> stands for an image, which cannot be used")
+        flags = [special, self._too_long(output), *notes]
         if any(len(response) > 1 for response in (output.get("chosen", ()), *output.get("completions", ()))):
             flags.append("the responses diverge before the last turn")
-        if cut:
-            flags.append("the answer at the end of the prompt was left out")
         digest = hashlib.blake2b(json.dumps(output).encode(), digest_size=8).digest()
         return Kept(output, digest, list(filter(None, flags)))
 

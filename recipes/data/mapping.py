@@ -75,6 +75,12 @@ class ColumnMapping:
                 result[target] = value
         return result
 
+    def unmapped(self, row: dict) -> set[str]:
+        """The columns of a row that `apply` leaves out."""
+        if not self.columns or self.keep_others:
+            return set()
+        return row.keys() - {part for path in self.columns.values() for part in (path, path.split(".")[0])}
+
     def source_column(self, column: str | None) -> str | None:
         """The name in the source of a column, or of a place in it such as `answers[0].rank`."""
         name, rest = re.fullmatch(r"([^.\[]*)(.*)", column or "", re.DOTALL).groups()

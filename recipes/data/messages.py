@@ -20,12 +20,20 @@ ROLES = {
     "system": "system",
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
 }
-EXTRAS = {"tool_calls": list, "tool_call_id": str, "name": str, "reasoning_content": str}
+REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers gives templates each under both first names
+EXTRAS = {"tool_calls": list, "tool_call_id": str, "name": str, **dict.fromkeys(REASONING, str)}
+# Keys of a message that say whether it is learned (OpenAI's weight, axolotl, ms-swift), and those that say it is not.
+LEARNED = ("weight", "train", "training", "loss", "loss_mask", "loss_weight", "loss_scale")
+MASKED = ("masked", "mask")
+# What changes the meaning of a text and cannot be used: media, answers that are only begun, weights of single tokens.
+MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos")
+UNUSABLE = (*MEDIA, "prefix", "partial", "train_detail", "training_detail")
+KNOWN = {"role", "content", "from", "value", "function_call", *EXTRAS, *LEARNED, *MASKED, *UNUSABLE}
 MESSAGE = "expected a message {role, content} or {from, value}"
 
-NOTHING = (None, "", [], "[]")
+NOTHING = (None, "", [], "[]", {}, "{}")
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
@@ -130,11 +138,11 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
         if not isinstance(turn, dict):
             raise RowError(f"found {describe(turn)}, {MESSAGE}", where)
         role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
-        if role_key not in turn or (content_key not in turn and not turn.get("tool_calls")):
+        if role_key not in turn or not (content_key in turn or turn.get("tool_calls") or turn.get("function_call")):
             raise RowError(f"found {describe(turn)}, {MESSAGE}", where)
         role = _role(turn[role_key], f"{where}.{role_key}", roles)
         content = _content(turn.get(content_key), f"{where}.{content_key}")
-        extras = _extras(turn, role, where) if len(turn) > 2 else {}
+        extras = _extras(turn, role, where) if turn.keys() - {role_key, content_key} else {}
         if turn[role_key] == "function_call":
             content, extras = "", {"tool_calls": _tool_calls(content, f"{where}.{content_key}")}
         if content.strip() or "tool_calls" in extras or role == "tool":
@@ -145,8 +153,10 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
 
 
 def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
-    """The other keys of a message that chat templates know, if they are not empty."""
-    result = {}
+    """The other keys of a message that chat templates know, if they are not empty; `weight` 0 if it is not learned."""
+    refuse(turn, UNUSABLE, f"{where}.")
+    masked = role == "assistant" and not_learned(turn, (*LEARNED, *MASKED), f"{where}.")
+    result: dict[str, Any] = {"weight": 0} if masked else {}
     for key, kind in EXTRAS.items():
         value = turn.get(key)
         if value in (None, "", []) or (key == "name" and role != "tool"):
@@ -155,7 +165,29 @@ def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
             wanted = "a list of objects" if kind is list else "text"
             raise RowError(f"found {describe(value)}, expected {wanted}", f"{where}.{key}")
         result[key] = value
+    if "tool_calls" not in result and turn.get("function_call"):  # OpenAI's older form
+        result["tool_calls"] = _tool_calls(turn["function_call"], f"{where}.function_call")
     return result
+
+
+def refuse(values: dict, keys: Iterable[str], where: str = "") -> None:
+    """Skips a row that has one of the keys (or whose message at `where` has it): it must not be ignored."""
+    for key in keys:
+        if values.get(key) not in (*NOTHING, False):
+            raise Skip(f"{key} cannot be used", f"{where}{key}")
+
+
+def not_learned(values: dict, keys: Iterable[str], where: str = "") -> str | None:
+    """The first of the keys that says not to learn from a row (or from its message at `where`)."""
+    for key in keys:
+        if key in values and flag({where + key: values[key]}, where + key) is (key in MASKED):
+            return where + key
+    return None
+
+
+def without_weights(messages: Messages) -> Messages:
+    """Messages without the mark of those that are not learned, which chat templates do not know."""
+    return [{key: turn[key] for key in turn if key != "weight"} for turn in messages]
 
 
 def _role(role: Any, where: str, roles: Roles) -> str:
@@ -175,12 +207,10 @@ def _content(content: Any, where: str) -> str:
     raise RowError(f"found {describe(content)}, expected text or a list of text blocks", where)
 
 
-def _tool_calls(content: str, where: str) -> list[dict]:
-    try:
-        calls = json.loads(content)
-    except (ValueError, RecursionError):
-        calls = None
-    calls = calls if isinstance(calls, list) else [calls]
+def _tool_calls(content: str | dict, where: str) -> list[dict]:
+    with suppress(ValueError, RecursionError):
+        content = json.loads(content) if isinstance(content, str) else content
+    calls = content if isinstance(content, list) else [content]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise RowError(f"found {describe(content)}, expected a function call as JSON {{name, arguments}}", where)
     return [{"type": "function", "function": call} for call in calls]
@@ -248,11 +278,13 @@ def split_turns(value: str, column: str, marker: re.Pattern, roles: Roles, first
 
 def split_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     """Splits two conversations after the turns that they share: (prompt, chosen, rejected)."""
-    if chosen == rejected:
-        raise Skip("identical responses", "rejected")
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
+    if chosen == rejected:
+        skip = Skip("identical responses", "rejected")
+        skip.prompt = chosen[:-1]
+        raise skip
     if shared == 0 or chosen[shared - 1]["role"] in ("assistant", "system"):
         raise Skip("the prompts of chosen and rejected differ", "rejected")
     if shared == min(len(chosen), len(rejected)):

@@ -2,15 +2,17 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.data.rows import DataError, Row
+from recipes.data.rows import DataError, Row, join_names
 
 KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # the lists, and the key of the text in each
 KEPT = 10_000  # entries of each list, and different texts that are counted; sums are always complete
 SHOWN = 5  # errors in the text of a DataError
+UNREAD = 20  # names of unused columns in the text of a report
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Report:
     flags: list[dict] = field(default_factory=list)
     errors: list[dict] = field(default_factory=list)
     counts: dict[str, Counter] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
+    unread: Counter = field(default_factory=Counter)  # columns, and keys of messages, that are not used
     fingerprint: str = ""
     lost: bool = False  # whether rows after an error could not be read
 
@@ -43,6 +46,9 @@ class Report:
             place = {"file": row.file, "line": row.line, **({} if kind == "flags" else {"column": column})}
             entries.append({**place, KINDS[kind]: what})
 
+    def add_unread(self, names: Iterable[str]) -> None:
+        self.unread.update(name if name in self.unread or len(self.unread) < KEPT else "others" for name in names)
+
     def finish(self) -> None:
         """Counts the errors, which were accepted, as skipped rows; raises DataError if no row is left."""
         self.counts["skipped"].update(self.counts["errors"])
@@ -54,13 +60,14 @@ class Report:
         if self.rows_in == 0:
             raise self.error(f"{self.source}: no rows: the file or split is empty")
         if self.rows_out == 0:
-            reasons = ", ".join(f"{what} ({count})" for what, count in self.counts["skipped"].most_common(SHOWN))
+            skipped = self.counts["skipped"].most_common(SHOWN)
+            reasons = ", ".join(f"{what} ({count}{self._first('skipped', what)})" for what, count in skipped)
             raise self.error(f"{self.source}: none of {self.rows_in} rows is of use for {self.task!r}: {reasons}")
 
     def to_dict(self) -> dict[str, Any]:
         keys = ("source", "task", "schema", "reason", "rows_in", "rows_out", *KINDS, "fingerprint")
         counts = {f"{kind}_by_reason": dict(counter.most_common(100)) for kind, counter in self.counts.items()}
-        return {**{key: getattr(self, key) for key in keys}, **counts}
+        return {**{key: getattr(self, key) for key in keys}, **counts, "not_used": dict(self.unread)}
 
     def save(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -69,12 +76,17 @@ class Report:
     def __str__(self) -> str:
         rows = f"{self.rows_in} rows in, {self.rows_out} out"
         lines = [f"{self.source}: {rows}; task {self.task}, schema {self.schema} ({self.reason})"]
-        for kind in ("skipped", "flags"):
+        for kind, verb in (("skipped", "skipped"), ("flags", "flagged")):
             for what, count in self.counts[kind].most_common(10):
-                first = next((entry for entry in getattr(self, kind) if what in entry.values()), None)
-                where = f", first at {first['file']}:{first['line']}" if first else ""
-                lines.append(f"  {'skipped' if kind == 'skipped' else 'flagged'} {count}: {what}{where}")
+                lines.append(f"  {verb} {count}: {what}{self._first(kind, what)}")
+        if self.unread:
+            names = sorted(self.unread)
+            lines.append(f"  not used: {join_names(names[:UNREAD])}{', …' if len(names) > UNREAD else ''}")
         return "\n".join(lines)
+
+    def _first(self, kind: str, what: str) -> str:
+        entry = next((entry for entry in getattr(self, kind) if entry[KINDS[kind]] == what), None)
+        return f", first at {_place(entry)}" if entry else ""
 
     def error(self, message: str) -> DataError:
         error = DataError(message)
@@ -86,8 +98,12 @@ class Report:
         total = self.counts["errors"].total()
         lines = [f"{self.source}: {total} of {self.rows_in} rows cannot be used for task {self.task!r}"]
         for entry in self.errors[:SHOWN]:
-            column = f":{entry['column']}" if entry["column"] else ""
-            lines.append(f"  {entry['file']}:{entry['line']}{column}: {entry['message']}")
+            lines.append(f"  {_place(entry)}: {entry['message']}")
         if total > SHOWN:
             lines.append(f"  and {total - SHOWN} more")
         return "\n".join(lines)
+
+
+def _place(entry: dict) -> str:
+    column = entry.get("column")
+    return f"{entry['file']}:{entry['line']}{':' + column if column else ''}"

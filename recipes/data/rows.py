@@ -25,7 +25,12 @@ class RowProblem(Exception):
 
 
 class Skip(RowProblem):
-    """The row is correct but of no use, such as a tie; it is counted and left out."""
+    """The row is correct but of no use, such as a tie; it is counted and left out.
+
+    `prompt` is the prompt (messages) of a row whose responses only are of no use: it serves the task "prompt".
+    """
+
+    prompt: list | None = None
 
 
 class RowError(RowProblem):

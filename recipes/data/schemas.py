@@ -51,6 +51,7 @@ class Schema:
             except RowError as error:
                 errors.append(f"{error.column}: {error.message}")
             except Skip as skip:
+                read += skip.prompt is not None  # its responses are of no use, yet they could be read
                 skips.append(f"{skip.column}: {skip.message}")
         if read and read >= len(errors):
             return []
@@ -139,6 +140,7 @@ SCHEMAS: dict[str, Schema] = {
     "ranking": Schema(RANKED, ("prompt", "responses"), convert.ranking, 30),
     "nectar": Schema(RANKED, ("prompt", "answers"), convert.rankings("answers", "answer", "rank"), 30),
     "ultrafeedback": Schema(RANKED, ("instruction", "completions"), convert.ultrafeedback, 30),
+    "distilabel": Schema(RANKED, ("instruction", "generations", "ratings"), convert.distilabel, 30),
     # trees of messages
     "oasst": Schema(TASKS, ("message_id", "parent_id", "role", "text"), convert.oasst, 40, conversation_trees),
     # conversations

@@ -1,6 +1,6 @@
 """The rows of each task, on which TRL trains, made out of a `Dialogue` or a `Ranking`.
 
-    sft         messages; or, with `prompt_completion`, prompt and completion, which is the last turn
+    sft         messages; or, with `prompt_completion`, prompt and completion, which is the last turn that is trained
     preference  prompt, chosen, rejected, group_id and, with `margin`, margin: one row per pair with unequal ranks
     ranking     prompt, completions (best first), ranks, group_id: one row per ranked prompt
     prompt      prompt, which ends with the user's turn
@@ -12,14 +12,19 @@ rows of a source with tool calls also have `tools`, as JSON text.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from recipes.data.converters import Dialogue, Ranking
-from recipes.data.messages import Messages, check_order
+from recipes.data.messages import REASONING, Messages, check_order, without_weights
 from recipes.data.rows import RowError, Skip
 
 
 def outputs(
-    example: Dialogue | Ranking, task: str, prompt_completion: bool = False, margin: bool = False
+    example: Dialogue | Ranking,
+    task: str,
+    prompt_completion: bool = False,
+    margin: bool = False,
+    assistant_only_loss: bool = False,
 ) -> Iterator[dict | Skip]:
     """The rows for a task, and a `Skip` for each part of the example that is left out.
 
@@ -28,7 +33,9 @@ def outputs(
         RowError: `margin` is set, and the example has none.
     """
     if task == "sft":
-        yield _sft(example, prompt_completion)
+        tools = {"tools": json.dumps(example.tools)} if example.tools else {}
+        for row in _sft(example.messages, prompt_completion, assistant_only_loss):
+            yield row | tools
     elif task == "prompt":
         yield {"prompt": _prompt(example)}
     else:
@@ -77,27 +84,40 @@ def features(
     return Features(columns | extra | {name: ExactJson() for name in keep})
 
 
-def _sft(example: Dialogue, prompt_completion: bool) -> dict:
-    messages = example.messages
+def _sft(messages: Messages, prompt_completion: bool, assistant_only_loss: bool) -> Iterator[dict]:
+    """One row, or several where turns that are not trained lie between those that are: TRL masks a prompt only."""
     check_order(messages)
     if messages[-1]["role"] != "assistant":
         raise Skip(f"the last turn is {messages[-1]['role']}, not assistant")
-    row = {"prompt": messages[:-1], "completion": messages[-1:]} if prompt_completion else {"messages": messages}
-    return row | ({"tools": json.dumps(example.tools)} if example.tools else {})
+    answers = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
+    runs = [list(run) for masked, run in groupby(answers, lambda index: "weight" in messages[index]) if not masked]
+    if not runs:
+        raise Skip("every answer has weight 0")
+    if not prompt_completion and (len(runs) > 1 or runs[0][0] != answers[0]):
+        raise Skip("an answer with weight 0 stands before one that is trained, and `messages` cannot mask it")
+    messages = without_weights(messages)
+    if not prompt_completion:
+        yield {"messages": messages[: runs[0][-1] + 1]}
+        return
+    for run in runs if assistant_only_loss else [runs[-1][-1:]]:
+        yield {"prompt": messages[: run[0]], "completion": messages[run[0] : run[-1] + 1]}
 
 
 def _prompt(example: Dialogue | Ranking) -> Messages:
-    messages = example.prompt if isinstance(example, Ranking) else example.messages
+    messages = without_weights(example.prompt if isinstance(example, Ranking) else example.messages)
     check_order(messages)
-    _refuse_tools(messages)
+    _refuse_tools(messages, example.tools)
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def _ranking(example: Ranking) -> dict:
+    prompt = without_weights(example.prompt)
     for response in example.responses:
-        check_order(example.prompt + response)
-        _refuse_tools(example.prompt + response)
-        if example.prompt[-1]["role"] != "user" or response[-1]["role"] != "assistant":
+        check_order(prompt + response)
+        if any("weight" in turn for turn in response):
+            raise Skip("a response has weight 0")
+        _refuse_tools(prompt + response, example.tools)
+        if prompt[-1]["role"] != "user" or response[-1]["role"] != "assistant":
             raise Skip("a prompt must end with a user turn and a response with an assistant turn")
     if len(example.responses) < 2:
         raise Skip("fewer than two responses")
@@ -105,16 +125,19 @@ def _ranking(example: Ranking) -> dict:
         raise Skip("tie: all responses have the same rank")
     order = sorted(range(len(example.ranks)), key=example.ranks.__getitem__)
     return {
-        "prompt": example.prompt,
+        "prompt": prompt,
         "completions": [example.responses[index] for index in order],
         "ranks": [float(example.ranks[index]) for index in order],
-        "group_id": group_id(example.prompt),
+        "group_id": group_id(prompt),
     }
 
 
-def _refuse_tools(messages: Messages) -> None:
-    if any(turn["role"] == "tool" or len(turn) > 2 for turn in messages):
+def _refuse_tools(messages: Messages, tools: list | None) -> None:
+    keys = {"tools"} if tools else {key for turn in messages for key in (*turn, turn["role"])}
+    if keys & {"tools", "tool", "tool_calls"}:
         raise Skip("tool calls are supported for task 'sft' only")
+    if keys & {*REASONING}:
+        raise Skip("reasoning is supported for task 'sft' only")
 
 
 def _margin(example: Ranking) -> dict[str, float]:

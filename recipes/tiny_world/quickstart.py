@@ -30,7 +30,7 @@ RUNNING: list[subprocess.Popen] = []  # what other threads end
 PROGRESS = re.compile(r"(\d+/\d+) \[|parts: (\S+)")  # of a progress bar; of an evaluation
 INTERVAL = 15.0  # seconds between two lines of progress
 REAL_MODEL = (
-    "accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/sft.py "
+    "accelerate launch -q --config_file accelerate_configs/single_gpu.yaml recipes/sft.py "
     "--model_name_or_path Qwen/Qwen3-0.6B-Base --use_peft true --learning_rate 2e-4 "
     "--dataset_name HuggingFaceH4/no_robots --output_dir runs/qwen3/sft"
 )
@@ -56,7 +56,7 @@ class Stage:
 
 
 def recipe(name: str, arguments: str = "") -> str:
-    launch = f"accelerate launch --config_file accelerate_configs/cpu.yaml recipes/{name}.py"
+    launch = f"accelerate launch -q --config_file accelerate_configs/cpu.yaml recipes/{name}.py"
     config = f"--config recipes/configs/tiny_world/{name}.yaml"
     return f"{launch} {config} {arguments} --output_dir {{folder}}/{{output}} --seed {{seed}}"
 

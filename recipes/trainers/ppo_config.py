@@ -3,6 +3,8 @@
 import math
 from dataclasses import MISSING, dataclass, field, fields
 
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
 from trl import GRPOConfig
 
 FAST_PATHS = (
@@ -55,6 +57,20 @@ REFUSED = {
     "neftune_noise_alpha": "noise in the embeddings would make the policy another one than the one that sampled",
     "train_sampling_strategy": "prompts are shuffled anew each epoch, or keep their order with shuffle_dataset: false",
 }
+NOT_NEGATIVE = ("kl_coef", "vf_coef", "ptx_coef", "epsilon", "cliprange_value", "missing_eos_penalty")
+NOT_NEGATIVE += ("critic_learning_rate", "critic_warmup_steps")
+POSITIVE = ("score_std", "score_clip", "adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "temperature")
+POSITIVE += ("ptx_max_length", "total_episodes", "num_iterations")
+
+# Keys of generation_kwargs that a rollout cannot have, and what to set instead.
+REFUSED_IN_GENERATION = {
+    "temperature": "set the argument temperature, which training divides logits by too",
+    "num_return_sequences": "set num_generations",
+    "eos_token_id": "responses end with the stop tokens of the tokenizer and of the base's generation config",
+    "pad_token_id": "it is the tokenizer's",
+    "stop_strings": "responses end with stop tokens, not with text",
+    "return_dict_in_generate": "a rollout is token ids alone",
+}
 
 
 class _OneResponse(int):
@@ -100,8 +116,8 @@ class PPOConfig(GRPOConfig):
         default=None, metadata={"help": "Subtracted from the score of a response without a stop token."}
     )
     score_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to ± this value."})
-    score_mean: float = field(default=0.0, metadata={"help": "Subtracted from the reward model's score."})
-    score_std: float = field(default=1.0, metadata={"help": "The reward model's score is divided by it."})
+    score_mean: float | None = field(default=None, metadata={"help": "Subtracted from the reward model's score."})
+    score_std: float | None = field(default=None, metadata={"help": "The reward model's score is divided by it."})
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1."})
 
     # Advantages and critic
@@ -144,18 +160,19 @@ class PPOConfig(GRPOConfig):
             value, default = getattr(self, each.name), each.default
             if each.name in REFUSED and default is not MISSING and value != default:
                 raise ValueError(f"{each.name} ({value}) is not used by PPO: {REFUSED[each.name]}.")
-        if self.kl_coef < 0:
-            raise ValueError(f"kl_coef must be at least 0, got {self.kl_coef}.")
+        for names, at_least in ((NOT_NEGATIVE, "at least"), (POSITIVE, "above")):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not (0 < value < math.inf or value == 0 and at_least == "at least"):
+                    raise ValueError(f"{name} must be {at_least} 0, got {value}.")
+        if self.score_mean is not None and not math.isfinite(self.score_mean):
+            raise ValueError(f"score_mean must be a number, got {self.score_mean}.")
         if self.kl_estimator not in ("k1", "k3"):
             raise ValueError(f"kl_estimator must be k1 or k3, got {self.kl_estimator}.")
         if self.loss_type not in ("dapo", "bnpo"):
             raise ValueError(f"loss_type must be dapo or bnpo for PPO, got {self.loss_type}.")
         if unknown := set(self.fast_paths) - set(FAST_PATHS):
             raise ValueError(f"fast_paths takes {', '.join(FAST_PATHS)}, not {', '.join(sorted(unknown))}.")
-        if self.score_std <= 0:
-            raise ValueError(f"score_std must be above 0, got {self.score_std}.")
-        if self.ptx_coef < 0:
-            raise ValueError(f"ptx_coef must be at least 0, got {self.ptx_coef}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, got {self.ema_decay}.")
         for name in ("gamma", "lam"):
@@ -171,6 +188,7 @@ class PPOConfig(GRPOConfig):
             self.num_generations = _OneResponse(1)
         super().__post_init__()
         self.num_generations = int(self.num_generations)
+        self._check_generation_kwargs()
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
@@ -180,6 +198,22 @@ class PPOConfig(GRPOConfig):
             rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
             minibatches = self.steps_per_generation // self.gradient_accumulation_steps
             self.max_steps = rollouts * self.num_iterations * minibatches
+
+    def _check_generation_kwargs(self) -> None:
+        """Refuse generation arguments that would be ignored or break a rollout; vLLM checks its own."""
+        asked = self.generation_kwargs or {}
+        for name in asked:
+            if name in REFUSED_IN_GENERATION:
+                raise ValueError(f"generation_kwargs takes no {name}: {REFUSED_IN_GENERATION[name]}.")
+        if self.use_vllm:
+            return
+        if unknown := asked.keys() - vars(GenerationConfig()).keys():
+            raise ValueError(f"generation_kwargs: transformers knows no generation argument {sorted(unknown)[0]}.")
+        mode = GenerationConfig(**({"do_sample": True} | asked)).get_generation_mode()
+        sampling = (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
+        beams = (GenerationMode.BEAM_SAMPLE, GenerationMode.BEAM_SEARCH)
+        if mode not in (*sampling, *beams) or (mode in beams and self.use_transformers_continuous_batching):
+            raise ValueError(f"generation_kwargs {asked} ask for {mode.value}, which rollouts cannot be sampled by.")
 
     @property
     def micro_batches_per_rollout(self) -> int:

@@ -11,16 +11,17 @@ needs a value for every token. A rollout has four steps, in this order in the fi
 `docs/ppo.md` explains every metric, and `recipes/trainers/ppo_math.py` has the formulas.
 """
 
+import contextlib
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
@@ -266,10 +267,19 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _generate(self, prompts: list):
         """TRL's sampling of B prompts, whose ids the steps after it need."""
-        with self._fast.sampling():
+        with self._fast.sampling(), self._only_own_sampling():
             samples = super()._generate(prompts)
         self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
         return samples
+
+    @contextlib.contextmanager
+    def _only_own_sampling(self) -> Iterator[None]:
+        """Around generation: hide the base's generation_config.json, whose filters would make another policy of it."""
+        of_base, self._base.generation_config = self._base.generation_config, GenerationConfig()
+        try:
+            yield
+        finally:
+            self._base.generation_config = of_base
 
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
@@ -303,7 +313,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         scores = rewards.clone()
         if self._has_reward_model:
-            scores[:, 0] = (scores[:, 0] - self.args.score_mean) / self.args.score_std
+            scores[:, 0] = (scores[:, 0] - (self.args.score_mean or 0)) / (self.args.score_std or 1)
         self._monitor.scores(scores, self.reward_func_names, self._has_reward_model, self.state.global_step)
         first = self.accelerator.process_index * len(prompts)
         total = (scores * self.reward_weights.to(scores.device)).nansum(1)

@@ -1,6 +1,7 @@
 """Sampling: real generation from small models, into a file that survives being stopped anywhere."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -212,6 +213,23 @@ def test_an_adapter_samples_as_itself(folders, generator, prompts):
     assert own != base
     with adapter[0].disable_adapter():
         assert sample(*adapter, conversations, greedy) == base
+
+
+@pytest.mark.parametrize("name", ["base", "adapter"])
+def test_sampling_is_what_the_flags_say_whatever_came_with_the_base(folders, prompts, tmp_path, name):
+    """Filters in generation_config.json would make another policy of what chat, ranking and evaluation sample."""
+    base = shutil.copytree(folders["base"], tmp_path / "base")
+    filters = {"min_p": 0.9, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": [5, 6, 7]}
+    config = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(config | filters | {"num_beams": 2, "top_k": 1}))
+    folder = base
+    if name == "adapter":
+        folder = shutil.copytree(folders["adapter"], tmp_path / "adapter")
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    conversations = [prompt.messages for prompt in prompts]
+    filtered, plain = (load_generator(ModelConfig(model_name_or_path=str(each))) for each in (folder, folders[name]))
+    assert sample(*filtered, conversations, SAMPLING) == sample(*plain, conversations, SAMPLING)
 
 
 def test_command_line(folders, tmp_path):

@@ -1,4 +1,4 @@
-"""What PPO can do beside its loop: demonstrations (PPO-ptx), the mean of the policy, warnings that say why."""
+"""What PPO can do beside its loop: demonstrations (PPO-ptx), an average of the policy (EMA), warnings that say why."""
 
 import logging
 import math

@@ -1,6 +1,8 @@
 """Rewards, advantages and losses against numbers worked out by hand."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -70,18 +72,26 @@ def test_whitening_ignores_padding_and_can_keep_the_mean():
 
 
 def test_moments_of_two_processes_are_those_of_all_tokens():
+    """Two threads, a row each, whose `reduce` adds up what both give."""
     values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 100.0]])
-    sums = []
-    for row, mask in zip(values, MASK, strict=True):  # what each process would contribute
-        sums.append(torch.stack([(row * mask).sum(), mask.sum()]))
-    both = iter([sum(sums), None])
+    given, barrier = [None, None], Barrier(2, timeout=10)
 
-    def reduce(own):
-        total = next(both)
-        return own if total is None else total
+    def moments(row: int):
+        def reduce(own):
+            given[row] = own
+            barrier.wait()
+            total = sum(given)
+            barrier.wait()
+            return total
 
-    mean, _ = masked_moments(values[:1], MASK[:1], reduce)
-    assert mean.item() == 3.0
+        return masked_moments(values[row : row + 1], MASK[row : row + 1], reduce)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(moments, range(2)))
+    tokens = values[MASK.bool()]
+    for mean, variance in found:
+        torch.testing.assert_close(mean, tokens.mean())
+        torch.testing.assert_close(variance, tokens.var())
 
 
 def test_value_loss_takes_the_worse_of_plain_and_clipped():

@@ -443,6 +443,53 @@ def test_the_models_of_trls_ppo_trainer_are_taken_as_they_are(world, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+FILTERS = {
+    "min_p": 0.9,
+    "no_repeat_ngram_size": 1,
+    "repetition_penalty": 5.0,
+    "eta_cutoff": 0.5,
+    "suppress_tokens": list(range(5, 30)),
+    "begin_suppress_tokens": [7],
+    "bad_words_ids": [[9]],
+    "forced_eos_token_id": 1,
+    "exponential_decay_length_penalty": (1, 2.0),
+    "num_beams": 2,
+    "temperature": 0.1,
+    "top_k": 1,
+    "max_new_tokens": 2,
+}
+
+
+@pytest.mark.parametrize("fast_paths", [["drop_finished"], []], ids=["our loop", "transformers' loop"])
+def test_sampling_defaults_of_the_base_do_not_filter_rollouts(world, tmp_path, fast_paths):
+    """generation_config.json of many bases has some; log-probabilities know nothing of them."""
+    rollouts = []
+    for defaults in ({}, FILTERS):
+        model = shared_base_policy(world)
+        of_base = model.get_base_model().generation_config
+        of_base.update(**defaults)
+        trainer = make_trainer(world, tmp_path, model=model, fast_paths=fast_paths)
+        torch.manual_seed(0)
+        rollouts.append(rollout(trainer, 16)["completion_ids"])
+        assert model.get_base_model().generation_config is of_base, "it is saved with the model"
+    assert torch.equal(*rollouts)
+
+
+@pytest.mark.parametrize("asked", [{"num_beams": 2}, {"do_sample": False}, {"suppress_tokens": [*range(5, 60)]}])
+def test_what_generation_kwargs_ask_for_is_done_by_transformers(world, tmp_path, asked):
+    trainer = make_trainer(world, tmp_path, generation_kwargs=asked, max_steps=1)
+    batch = rollout(trainer)
+    inputs = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
+    again = trainer.model.eval().generate(**inputs, generation_config=trainer.generation_config)
+    if "suppress_tokens" in asked:
+        assert not torch.isin(batch["completion_ids"], torch.arange(5, 60)).any()
+    elif "do_sample" in asked:
+        ids = again[:, inputs["input_ids"].size(1) :][batch["completion_mask"].bool()]
+        assert torch.equal(ids, batch["completion_ids"][batch["completion_mask"].bool()])
+    trainer.train()
+    assert history(trainer, "val/ratio")[0] == pytest.approx(1)
+
+
 def test_a_bad_score_stops_with_the_row(world, tmp_path):
     def broken(prompts, completions, **kwargs):
         return [math.inf if i == 2 else 0.0 for i in range(len(prompts))]
@@ -485,6 +532,21 @@ def test_a_function_may_pass_over_a_response(world, tmp_path):
         ({"loss_type": "grpo"}, "loss_type must be dapo or bnpo"),
         ({"lam": 1.5}, "lam must be between 0 and 1"),
         ({"score_std": 0.0}, "score_std must be above 0"),
+        ({"score_std": -1.0}, "score_std must be above 0, got -1"),
+        ({"score_std": math.nan}, "score_std must be above 0, got nan"),
+        ({"score_mean": math.inf}, "score_mean must be a number"),
+        ({"score_clip": -1.0}, "score_clip must be above 0"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must be at least 0"),
+        ({"total_episodes": 0}, "total_episodes must be above 0"),
+        ({"kl_coef": math.nan}, "kl_coef must be at least 0, got nan"),
+        ({"generation_kwargs": {"num_beamz": 2}}, "knows no generation argument num_beamz"),
+        ({"generation_kwargs": '{"num_return_sequences": 2}'}, "takes no num_return_sequences: set num_generations"),
+        ({"generation_kwargs": {"temperature": 2.0}}, "takes no temperature: set the argument temperature"),
+        ({"generation_kwargs": {"prompt_lookup_num_tokens": 2}}, "ask for assisted_generation"),
+        (
+            {"generation_kwargs": {"num_beams": 2}, "use_transformers_continuous_batching": True},
+            "ask for beam_sample",
+        ),
         ({"steps_per_generation": 3}, "must be a multiple of gradient_accumulation_steps"),
     ],
 )
@@ -563,7 +625,7 @@ def test_a_four_bit_base_plays_all_roles(world, tmp_path):
     base = never_pack(AutoModelForCausalLM.from_pretrained(world["base"], quantization_config=quantization))
     model = PeftModel.from_pretrained(base, world["sft"], is_trainable=True)
     add_score_roles(model, {"reward": world["reward"], "critic": world["reward"]})
-    trainer = make_trainer(world, tmp_path, model=model)
+    trainer = make_trainer(world, tmp_path, model=model, learning_rate=5e-6, critic_learning_rate=9e-5)
     layer = trainer.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
     assert layer.weight.dtype == torch.uint8
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from torch.nn.functional import logsigmoid
 from trl import RewardConfig, RewardTrainer
 
 from recipes.trainers.ranking_trainer import (
@@ -139,7 +138,6 @@ def test_accuracy_weighs_every_pair_the_same(tmp_path):
         ]
         better, worse = (trainer.model(input_ids=x).logits.item() for x in ids)
         right, total = right + (better > worse), total + 1
-        assert math.isfinite(logsigmoid(torch.tensor(better - worse)))
     assert accuracy == pytest.approx(right / total)
 
 

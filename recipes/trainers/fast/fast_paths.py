@@ -46,6 +46,8 @@ class FastPaths:
         on_cpu, is_alone = accelerator.device.type == "cpu", accelerator.distributed_type == "NO"
         if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):  # the model is in shares
             self.on -= {"drop_finished", "packed_weights", "fused_adapters", "merged_copy"}
+        if args.generation_kwargs:  # beams and their like are transformers' own work
+            self.on -= {"drop_finished"}
         if not on_cpu:  # a GPU has TRL's kernels for the head, and no packed layout
             self.on -= {"response_logps", "packed_weights"}
         halves = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from benchmarks import tiny_world as results
+from benchmarks.tiny_world import write_page
 from recipes.cli.errors import UserError
-from recipes.tiny_world import results
 from recipes.tiny_world.evaluate import POLICIES
 from recipes.tiny_world.quickstart import ROOT, Quickstart, Stage
-from recipes.tiny_world.results_page import write_page
 
 
 def adapter(folder, base, task_type: str, std: float) -> None:

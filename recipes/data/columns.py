@@ -1,0 +1,53 @@
+"""Columns that change what a row means, whatever its schema is: they are used, or the row is left out by name."""
+
+from typing import Any
+
+from recipes.data.messages import KNOWN, MASKED, MEDIA, NOTHING, items, not_learned, refuse
+from recipes.data.rows import Skip
+
+LABELS = ("label", "kto_tag")  # of unpaired preferences (TRL, LLaMA-Factory): false is a bad answer
+ROLES = {"role", "from"}
+WEIGHTS = ("weight", "sample_weight", "train", "loss_mask", *MASKED)
+
+
+class ReadRow(dict):
+    """A row that knows which of its columns were looked at."""
+
+    def __init__(self, row: dict):
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def __getitem__(self, column: str) -> Any:
+        self.read.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        self.read.add(column)
+        return super().get(column, default)
+
+    def unread(self) -> set[str]:
+        """Columns that nothing looked at, and keys of messages that are not known, such as `messages[].id`."""
+        names = self.keys() - self.read
+        for column in self.read & self.keys():
+            turns = super().get(column)
+            if isinstance(turns, list) and all(isinstance(turn, dict) and turn.keys() & ROLES for turn in turns):
+                names |= {f"{column}[].{key}" for key in set().union(*turns) - KNOWN}
+        return names
+
+
+def check_columns(row: dict, task: str) -> None:
+    """Skips a row that is not to be learned, or that has images or another column that must not be ignored."""
+    refuse(row, (*MEDIA, "chat_template_kwargs"))
+    if task != "prompt" and (column := not_learned(row, WEIGHTS)):
+        raise Skip(f"{column} says that the row is not to be learned", column)
+    if task == "sft" and (column := not_learned(row, LABELS)):
+        raise Skip("labelled as a bad completion", column)
+
+
+def read_tools(row: dict) -> list | None:
+    """The tools that the assistant may call, from `tools` or OpenAI's older `functions`."""
+    if row.get("tools") not in NOTHING:
+        return items(row, "tools")
+    if row.get("functions") not in NOTHING:
+        return [{"type": "function", "function": function} for function in items(row, "functions")]
+    return None

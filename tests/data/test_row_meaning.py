@@ -1,0 +1,275 @@
+"""Keys and columns that change what a row means are used, or the row is left out by name; the rest is reported."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from recipes.formatting import DataError, format_dataset
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **keys):
+    return {"role": "assistant", "content": content, **keys}
+
+
+def call(name="rain", **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+GOOD = {"messages": [user("good"), assistant("row")]}
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+CALLING = {"role": "assistant", "tool_calls": [call(city="Oslo"), call(city="Bergen")]}
+RESULTS = [{"role": "tool", "name": "rain", "content": answer} for answer in ("no", "yes")]
+TALK = [user("Rain?"), {**CALLING, "content": ""}, *RESULTS, assistant("In Bergen.")]
+
+
+def skipped(row, task="sft", good=GOOD, **options):
+    dataset, report = format_dataset([good, row], task, **options)
+    assert len(dataset) == report.rows_out == 1
+    (entry,) = report.skipped
+    assert entry["line"] == 2
+    return entry["column"], entry["reason"]
+
+
+def test_a_tool_call_needs_no_content():
+    """TRL's documented form, and OpenAI's older one."""
+    old = {"role": "assistant", "content": None, "function_call": {"name": "rain", "arguments": '{"city": "Oslo"}'}}
+    rows = [
+        {"messages": [user("Rain?"), CALLING, *RESULTS, assistant("In Bergen.")], "tools": json.dumps([call()])},
+        {"messages": [user("Rain?"), CALLING], "tools": [call()]},
+        {"prompt": [user("Rain?")], "completion": [CALLING], "tools": [call()]},
+        {
+            "messages": [user("Rain?"), old, {"role": "function", "name": "rain", "content": "no"}, assistant("No.")],
+            "functions": [{"name": "rain"}],
+        },
+    ]
+    dataset, report = format_dataset(rows[:2], "sft")
+    assert report.skipped == [] and [row["messages"] for row in dataset] == [TALK, TALK[:2]]
+    (row,) = format_dataset(rows[2:3], "sft")[0]
+    assert row == {"messages": TALK[:2], "tools": json.dumps([call()])}
+    (row,) = format_dataset(rows[3:], "sft")[0]
+    assert row["messages"][1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "rain", "arguments": '{"city": "Oslo"}'}}
+    ]
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert json.loads(row["tools"]) == [{"type": "function", "function": {"name": "rain"}}]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_kept_under_every_name(key):
+    turns = [user("q"), assistant("a", **{key: "because"})]
+    assert format_dataset([{"messages": turns}], "sft")[0].to_list()[0]["messages"] == turns
+    pair = {"prompt": "q", "chosen": turns[1:], "rejected": "b"}
+    assert skipped(pair, "preference", PAIR)[1] == "reasoning is supported for task 'sft' only"
+
+
+@pytest.mark.parametrize("task, good", [("sft", GOOD), ("prompt", GOOD), ("preference", PAIR), ("ranking", PAIR)])
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("images", ["a.png"]),
+        ("image", {"bytes": None, "path": "a.png"}),
+        ("videos", '["a.mp4"]'),
+        ("audio", "a.wav"),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)
+def test_columns_that_cannot_be_used_leave_the_row_out(task, good, column, value):
+    row = {**good, column: value} if task != "sft" else {"messages": [user("q"), assistant("a")], column: value}
+    assert skipped(row, task, good) == (column, f"{column} cannot be used")
+    for nothing in (None, "", [], {}):
+        assert len(format_dataset([{**good, column: nothing}], task)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "key, value", [("images", ["a.png"]), ("audio", {"id": "x"}), ("prefix", True), ("partial", 1)]
+)
+def test_keys_of_messages_that_cannot_be_used_leave_the_row_out(key, value):
+    row = {"messages": [user("q"), assistant("a", **{key: value})]}
+    assert skipped(row) == (f"messages[1].{key}", f"{key} cannot be used")
+    assert skipped(row, "prompt")[0] == f"messages[1].{key}"
+    assert len(format_dataset([{"messages": [user("q"), assistant("a", **{key: False})]}], "sft")[0]) == 1
+
+
+def test_an_image_in_a_text_is_never_trained_as_text():
+    for task, good, row in (
+        ("sft", GOOD, {"messages": [user("<image>What is this?"), assistant("A cat.")]}),
+        ("prompt", GOOD, {"messages": [user("<image>What is this?"), assistant("A cat.")]}),
+        ("preference", PAIR, {**PAIR, "prompt": "<image>\nWhat is this?"}),
+    ):
+        assert skipped(row, task, good)[1] == "<image> stands for an image, which cannot be used"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("q"), assistant("bad")]},  # LLaMA-Factory's KTO
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "bad"}]},
+        {"prompt": "q", "completion": "bad"},  # TRL's unpaired preferences
+        {"instruction": "q", "output": "bad"},
+    ],
+)
+@pytest.mark.parametrize("column, value", [("label", False), ("label", 0), ("label", "false"), ("kto_tag", False)])
+def test_bad_answers_are_not_trained_but_their_prompts_are_prompts(row, column, value):
+    bad, good = {**row, column: value}, {**row, column: True}
+    assert skipped(bad, good=good) == (column, "labelled as a bad completion")
+    assert format_dataset([bad], "prompt")[0].to_list() == [{"prompt": [user("q")]}]
+    with pytest.raises(DataError, match=f"rows:2:{column}: found the text 'neutral', expected true or false"):
+        format_dataset([good, {**row, column: "neutral"}], "sft")
+
+
+@pytest.mark.parametrize("column, value", [("weight", 0), ("sample_weight", 0.0), ("train", False), ("masked", True)])
+def test_rows_that_are_not_to_be_learned_are_left_out(column, value):
+    reason = f"{column} says that the row is not to be learned"
+    assert skipped({"messages": [user("q"), assistant("a")], column: value}) == (column, reason)
+    assert skipped({**PAIR, column: value}, "preference", PAIR) == (column, reason)
+    with pytest.raises(DataError, match=f"rows:2:{column}: found 0.5"):
+        format_dataset([GOOD, {**GOOD, column: 0.5}], "sft")
+
+
+def test_tools_outside_of_sft_leave_the_row_out():
+    reason = (None, "tool calls are supported for task 'sft' only")
+    assert skipped({"prompt": "r", "tools": [call()]}, "prompt", {"prompt": "q"}) == reason
+    assert skipped({**PAIR, "tools": [call()]}, "preference", PAIR) == reason
+
+
+# What is trained of u1 a1 u2 a2 u3 a3, by the turns that are masked: the last turn, and every assistant turn.
+MASKS = [
+    ([], [("u1 a1 u2 a2 u3", "a3")], [("u1", "a1 u2 a2 u3 a3")]),
+    ([0], [("u1 a1 u2 a2 u3", "a3")], [("u1 a1 u2", "a2 u3 a3")]),
+    ([1], [("u1 a1 u2 a2 u3", "a3")], [("u1", "a1"), ("u1 a1 u2 a2 u3", "a3")]),
+    ([2], [("u1 a1 u2", "a2")], [("u1", "a1 u2 a2")]),
+    ([1, 2], [("u1", "a1")], [("u1", "a1")]),
+    ([0, 2], [("u1 a1 u2", "a2")], [("u1 a1 u2", "a2")]),
+]
+
+
+def masked_talk(masked, key="weight", no=0, yes=1):
+    turns = []
+    for number in range(3):
+        turns += [user(f"u{number + 1}"), assistant(f"a{number + 1}", **{key: no if number in masked else yes})]
+    return {"messages": turns}
+
+
+@pytest.mark.parametrize("masked, last, every", MASKS)
+def test_answers_with_weight_0_are_not_trained(masked, last, every):
+    for only, expected in ((False, last), (True, every)):
+        options = {"prompt_completion": True, "assistant_only_loss": only}
+        dataset, report = format_dataset([masked_talk(masked)], "sft", **options)
+        parts = [[row["prompt"], row["completion"]] for row in dataset]
+        assert all(turn.keys() == {"role", "content"} for row in parts for part in row for turn in part)
+        assert [tuple(" ".join(turn["content"] for turn in part) for part in row) for row in parts] == expected
+        flag = "answers with weight 0 are not trained"
+        assert [entry["flag"] for entry in report.flags] == ([flag] * len(dataset) if masked else [])
+
+
+def test_messages_whose_masked_answer_would_be_trained_are_left_out():
+    dataset, _ = format_dataset([masked_talk([2])], "sft")
+    assert [turn["content"] for turn in dataset[0]["messages"]] == ["u1", "a1", "u2", "a2"]
+    for masked in ([0], [1], [0, 2]):
+        assert "cannot mask it" in skipped(masked_talk(masked))[1]
+    assert skipped(masked_talk([0, 1, 2]))[1] == "every answer has weight 0"
+    assert format_dataset([masked_talk([1, 2])], "prompt")[0][0]["prompt"][-1] == user("u3")
+
+
+@pytest.mark.parametrize(
+    "key, no, yes",
+    [
+        ("weight", 0.0, None),
+        ("weight", False, 1.0),
+        ("train", False, True),
+        ("loss", False, True),
+        ("masked", True, 0),
+    ],
+)
+def test_every_way_to_mask_an_answer(key, no, yes):
+    (row,) = format_dataset([masked_talk([2], key, no, yes)], "sft", prompt_completion=True)[0]
+    assert row["completion"] == [assistant("a2")]
+    with pytest.raises(DataError, match=rf"rows:2:messages\[3\].{key}: found 0.5"):
+        format_dataset([GOOD, masked_talk([1], key, 0.5, yes)], "sft")
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", key: no}]
+    assert skipped({"conversations": said}, good={"conversations": said[:1] + [{"from": "gpt", "value": "b"}]})[1] == (
+        "every answer has weight 0"
+    )
+
+
+def test_a_response_with_weight_0_is_not_preferred():
+    row = {"prompt": "q", "chosen": [assistant("a", weight=0)], "rejected": "b"}
+    assert skipped(row, "preference", PAIR)[1] == "a response has weight 0"
+    row = {"prompt": [user("q"), assistant("a", weight=0), user("r")], "chosen": "a", "rejected": "b"}
+    assert format_dataset([row], "preference")[0][0]["prompt"] == [user("q"), assistant("a"), user("r")]
+
+
+@pytest.mark.parametrize("assistant_only", [False, True])
+def test_trl_trains_exactly_the_answers_that_have_a_weight(tiny_base, tmp_path, assistant_only):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
+        "{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    rows = [masked_talk(masked) for masked, _, _ in MASKS]
+    options = {"prompt_completion": True, "assistant_only_loss": assistant_only}
+    dataset, _ = format_dataset(rows, "sft", **options)
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", assistant_only_loss=assistant_only)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    prepared = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer).train_dataset
+    trained = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in prepared]
+    kept = [[number for number in range(3) if number not in masked] for masked, _, _ in MASKS]
+    if assistant_only:
+        assert "".join(trained) == "".join(f"a{number + 1}<|end|>" for numbers in kept for number in numbers)
+    else:
+        assert trained == [f"a{numbers[-1] + 1}<|end|>" for numbers in kept]
+
+
+def test_what_is_not_used_is_in_the_report(tmp_path):
+    rows = [
+        {"messages": [user("q"), assistant("a", name="Ann")], "category": "x", "images": None},
+        {"messages": [{**user("r"), "id": 7}, assistant("b")], "category": "y", "source": "z"},
+    ]
+    _, report = format_dataset(rows, "sft")
+    assert report.to_dict()["not_used"] == {"category": 2, "source": 1, "messages[].id": 1}
+    assert "not used: category, messages[].id, source" in str(report)
+    rows = [{"question": {"text": "q"}, "best": "a", "worst": "b", "score": 3}]
+    mapping = {"prompt": "question.text", "chosen": "best", "rejected": "worst"}
+    assert format_dataset(rows, "preference", mapping=mapping)[1].unread == {"score": 1}
+    options = {"mapping": {"prompt": "question.text"}, "keep_columns": ["score"]}
+    assert format_dataset(rows, "prompt", **options)[1].unread == {"best": 1, "worst": 1}
+
+
+TURNS = [user("q"), assistant("a")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": " a "},
+        {"prompt": "q", "chosen": "a", "rejected": ""},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 1},
+        {"chosen": TURNS, "rejected": TURNS},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: a"},
+        {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": {"from": "gpt", "value": ""}},
+        {"prompt": "q", "responses": [{"text": "a", "rank": 1}]},
+        {"prompt": "q", "answers": []},
+        {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 0},
+        {"prompt": "q", "response_0": "", "response_1": "b", "better_response_id": 0},
+        {"winner": "tie", "conversation_a": TURNS, "conversation_b": [user("q"), assistant("b")]},
+        {"winner": "model_a", "conversation_a": TURNS, "conversation_b": TURNS},
+        {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b", "score_0": 0, "score_1": 0},
+        {"instruction": "q", "generations": ["a"], "ratings": [None]},
+    ],
+)
+def test_a_prompt_is_of_use_whatever_its_responses_are(row):
+    assert format_dataset([row], "prompt")[0].to_list() == [{"prompt": [user("q")]}]
+    with pytest.raises(DataError, match="none of 1 rows is of use for 'preference'"):
+        format_dataset([row], "preference")
+
+
+def test_no_row_of_use_names_the_column():
+    with pytest.raises(DataError, match=r"of use for 'prompt': empty text \(2, first at rows:1:prompt\)"):
+        format_dataset([{"prompt": ""}, {"prompt": None}], "prompt")
