@@ -1,0 +1,177 @@
+"""README and docs: every printed command runs where it stands, every link leads somewhere, every flag exists.
+
+Blocks of `bash` and `python` are run, the README's first, then those of the pages in the order in which
+`docs/index.md` names them, all in one folder. A block under `<!-- not run: WHY -->` is left out. Recipes get a few
+flags more, which make them short, and run in this process, as everything that is Python does.
+"""
+
+import builtins
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import textwrap
+import urllib.request
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+from tests.conftest import ROOT
+
+INDEX = ROOT / "docs" / "index.md"
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+BLOCK = re.compile(r"^(?: *<!-- not run: (?P<why>.+?) -->\n)?( *)```(?P<kind>\w*)\n(?P<text>.*?)^\2```", re.M | re.S)
+SHORT = {
+    "recipes/sft.py": ["--max_steps", "4", "--save_strategy", "no"],
+    "recipes/reward.py": ["--max_steps", "2", "--save_strategy", "no"],
+    "recipes/ppo.py": ["--max_steps", "2", "--save_steps", "1", "--per_device_train_batch_size", "8"],
+    "scripts/evaluate.py": ["--best_of_n", "4", "--num_prompts", "6", "--max_completion_length", "12"],
+}
+# Commands that other tests run, or that set up what is there already.
+ELSEWHERE = (
+    "source ",
+    "bash scripts/quickstart.sh",
+    "bash scripts/test.sh",
+    "bash .ci/lint",
+    ".venv/bin/python -m pip ",
+    "UPDATE_MATRIX=1 ",
+)
+# What the reader has: demonstrations and prompts in tables.
+OWN = {
+    "demonstrations.csv": "prompt,completion\n" + "What does the cow say?,The cow says moo.\n" * 3,
+    "prompts.csv": "prompt\n" + "".join(f"What is the opposite of {word}?\n" for word in ("hot", "big", "loud")),
+}
+
+
+def pages() -> list[Path]:
+    """The README, then what the index names in its order, of which `docs` holds the most."""
+    linked = [(INDEX.parent / link).resolve() for link in LINK.findall(INDEX.read_text(encoding="utf-8"))]
+    return [ROOT / "README.md", INDEX, *(path for path in dict.fromkeys(linked) if path.suffix == ".md")]
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a bash block; a here-document belongs to its command."""
+    found, lines = [], iter(text.replace("\\\n", " ").splitlines())
+    for line in lines:
+        if heredoc := re.search(r"<<'(\w+)'", line):
+            line = "\n".join([line, *iter(lambda: next(lines), heredoc[1]), heredoc[1]])
+        if line.strip() and not line.lstrip().startswith("#"):
+            found.append(line.strip())
+    return found
+
+
+class Reader:
+    """Runs commands as somebody does who follows the pages, in the folder this process is in."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.done = monkeypatch, set()
+
+    def run(self, command: str) -> None:
+        if command in self.done or command.startswith(ELSEWHERE):
+            return
+        self.done.add(command)
+        words = shlex.split(command.splitlines()[0], comments=True)
+        if words[:2] == ["accelerate", "launch"]:
+            launch = launch_command_parser().parse_args(words[2:])
+            assert Path(launch.config_file).is_file()
+            words = ["python", launch.training_script, *launch.training_script_args]
+        if words[0] != "python" or ">" in words:
+            subprocess.run(["bash", "-euc", command], check=True, stdin=subprocess.DEVNULL, timeout=60)
+        elif words[1:3] == ["scripts/rank_responses.py", "serve"]:
+            self.look_at_the_page(words)
+            self.python(["scripts/rank_responses.py", "terminal", *words[3:]])
+        else:
+            self.python(words[1:])
+
+    def python(self, words: list[str]) -> None:
+        module = words[0] == "-m"
+        words = words[module:]
+        with self.monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [*words, *SHORT.get(words[0], [])])
+            patch.setattr(sys, "path", ["", *sys.path])
+            patch.setattr(builtins, "input", self.answer())
+            try:
+                (runpy.run_module if module else runpy.run_path)(words[0], run_name="__main__")
+            except SystemExit as end:
+                assert not end.code, shlex.join(words)
+
+    @staticmethod
+    def answer():
+        """A person at the keyboard: chats for a turn, and ranks A first, with reasons."""
+        said = iter(["What does the cow say?", "/quit"])
+
+        def reply(question: str = "") -> str:
+            if question.startswith("Ranking"):
+                return " > ".join(sorted(set(re.findall(r"\b[A-Z]\b", question))))
+            if question.startswith("Why"):
+                return "It answers the question."
+            return "" if question.startswith(("Ratings", "Enter")) else next(said)
+
+        return reply
+
+    @staticmethod
+    def look_at_the_page(words: list[str]) -> None:
+        """Start the server, open its address, and stop it."""
+        server = subprocess.Popen([sys.executable, *words[1:], "--port", "0"], stdout=subprocess.PIPE, text=True)
+        try:
+            address = next(found[1] for line in server.stdout if (found := re.search(r"(http://\S+)/", line)))
+            assert b"<form" in urllib.request.urlopen(address, timeout=20).read()
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+@pytest.mark.slow
+def test_every_command_runs_in_the_order_of_the_pages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("recipes", "scripts", "accelerate_configs", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name, text in OWN.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    reader = Reader(monkeypatch)
+    for page in pages():
+        variables: dict = {"__name__": page.stem}
+        for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+            text = textwrap.dedent(block["text"])
+            if block["why"] or block["kind"] not in ("bash", "python"):
+                continue
+            place = f"{page.relative_to(ROOT)}: {text.strip()}"
+            try:
+                if block["kind"] == "python":
+                    exec(text, variables)
+                else:
+                    for command in commands(text):
+                        reader.run(command)
+            except Exception as error:
+                raise AssertionError(place) from error
+
+
+def test_every_command_stands_in_a_block_that_is_run():
+    """A block of another kind (JSON, a formula, a listing) holds none, so that none is left out by a typing error."""
+    for page in pages():
+        for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+            if block["kind"] not in ("bash", "python"):
+                found = re.search(r"^\s*(\$ |python |accelerate |bash |pip |hf |vllm ).*", block["text"], re.M)
+                assert not found, f"{page.relative_to(ROOT)}: {found[0]}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_the_index_names_every_page_and_every_link_leads_somewhere():
+    written = {ROOT / "CONTRIBUTING.md", *ROOT.glob("*/**/README.md"), *pages()}
+    written = {page for page in written if ".venv" not in page.parts}
+    assert set((ROOT / "docs").glob("*.md")) <= set(pages()), "docs/index.md lacks a page"
+    for page in sorted(written):
+        for link in LINK.findall(re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)):
+            target, _, anchor = link.partition("#")
+            if target.startswith(("http:", "https:", "mailto:")):
+                continue
+            path = (page.parent / target).resolve() if target else page
+            assert path.exists(), f"{page.relative_to(ROOT)}: {link}"
+            assert not anchor or anchor in anchors(path), f"{page.relative_to(ROOT)}: {link}"
