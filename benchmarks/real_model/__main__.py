@@ -158,6 +158,7 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
             [
                 Stage("accuracy", "Reward models on unseen comparisons", measure, "accuracy.json"),
                 Stage("tax", "Loss on ordinary text", f"{measure} --tokens {size.text_tokens}", "tax.json"),
+                Stage("samples", "Answers side by side", measure, "samples.json"),
             ],
         ],
     ]
@@ -169,6 +170,7 @@ PPO_CURVES = {"objective/scores": "reward", "objective/kl": "KL", "completions/m
 def run_all(args: argparse.Namespace) -> None:
     state = Quickstart(args.output_dir, args.seed)
     os.environ["REAL_MODEL_JUDGE"] = str(state.folder / "judge")
+    os.environ["REAL_MODEL_DTYPE"] = "bfloat16" if bf16_is_fast(args.device) else "float32"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.workers)))
     os.environ["PYTHONPATH"] = str(ROOT)
 
