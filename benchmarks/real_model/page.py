@@ -20,7 +20,7 @@ def read(path: Path) -> dict:
 
 
 def curve(folder: Path) -> list[dict]:
-    """What each rollout of a PPO run logged, before its updates: score with penalties, KL (nats) and length (tokens)."""
+    """What each rollout of a PPO run logged: score with penalties, KL in nats and length in tokens, before updates."""
     rows = read(folder / "trainer_state.json")["log_history"]
     return [{short: row[name] for name, short in CURVE.items()} for row in rows if "objective/kl" in row]
 
