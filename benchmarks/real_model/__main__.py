@@ -44,7 +44,7 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(200, 120, 200, 1, 2, 10, 32, 16, 48, 64, 2, 4, 2, 4_096),
+    "cpu": Size(200, 120, 200, 1, 2, 6, 32, 16, 48, 48, 2, 4, 2, 4_096),
     "cuda": Size(2000, 2000, 1600, 2, 1, 60, 128, 32, 256, 400, 4, 64, 6, 65_536),
     "smoke": Size(120, 120, 120, 1, 1, 1, 8, 4, 4, 2, 1, 2, 1, 256),
 }
@@ -96,8 +96,8 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
     ppo = (
         "--model_name_or_path {folder}/sft --reward_model_name_or_path {folder}/reward "
         f"--per_device_train_batch_size {size.micro_batch} --steps_per_generation {size.rollout // size.micro_batch} "
-        f"--gradient_accumulation_steps {half // size.micro_batch} --num_iterations 2 --learning_rate 3e-4 "
-        f"--warmup_steps 4 --max_completion_length {size.completion} --total_episodes {rollouts['rollout']} "
+        f"--gradient_accumulation_steps {half // size.micro_batch} --num_iterations 2 --learning_rate 6e-4 "
+        f"--warmup_steps 2 --max_completion_length {size.completion} --total_episodes {rollouts['rollout']} "
         f"--logging_steps 4 --save_steps {max(1, steps // size.checkpoints)} --save_total_limit {size.checkpoints}"
     )
     dtype = "bfloat16" if bf16_is_fast(device) else "float32"
