@@ -9,10 +9,15 @@ and critic, one adapter each. Every flag of TRL's `ScriptArguments`, `GRPOConfig
 `PPOConfig` adds PPO's own; docs/ppo.md explains them and the metrics.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
+
+    answer_early(__file__)
 
 from dataclasses import dataclass, field, replace
 
@@ -68,6 +73,9 @@ def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -
     sources = [*filter(None, [script_args.reward_model_name_or_path]), *(script_args.reward_funcs or [])]
     if not sources:
         raise UserError("There is nothing to score with: set --reward_model_name_or_path, --reward_funcs or both.")
+    scaled = [name for name in ("score_mean", "score_std") if getattr(training_args, name) is not None]
+    if scaled and script_args.reward_model_name_or_path is None:
+        raise UserError(f"--{scaled[0]} is about the reward model's score: set --reward_model_name_or_path.")
     weights = training_args.reward_weights
     if weights is not None and len(weights) != len(sources):
         raise UserError(
@@ -75,16 +83,19 @@ def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -
         )
 
 
-def load_score_statistics(training_args: PPOConfig, reward: ModelSource) -> None:
-    """Take the mean and spread of scores from the reward model's folder, unless they were given."""
-    given = (training_args.score_mean, training_args.score_std) != (0.0, 1.0)
-    statistics = None if given else read_reward_statistics(reward.path)
-    if statistics is not None:
-        training_args.score_mean, training_args.score_std = statistics["mean"], statistics["std"]
-    origin = "given" if given else f"of {reward.path}" if statistics else f"there are no statistics in {reward.path}"
+def load_score_statistics(training_args: PPOConfig, reward: ModelSource, normalize: bool) -> None:
+    """Settle mean and spread of scores: as given, else as stored with the reward model, else 0 and 1; and say so."""
+    given = {"mean": training_args.score_mean, "std": training_args.score_std}
+    stored = read_reward_statistics(reward.path) if normalize and None in given.values() else None
+    otherwise = f"{reward.path} has no reward_statistics.json" if normalize else "--normalize_scores false"
+    values, origins = dict(stored or {"mean": 0.0, "std": 1.0}), {}
+    for name, value in given.items():
+        origins[name] = "given" if value is not None else f"of {reward.path}" if stored else otherwise
+        values[name] = values[name] if value is None else value
+    training_args.score_mean, training_args.score_std = values["mean"], values["std"]
     if training_args.distributed_state.is_main_process:
-        mean, std = training_args.score_mean, training_args.score_std
-        print(f"Scores: minus {mean:.4g}, divided by {std:.4g} ({origin}).", file=sys.stderr)
+        mean, std = (f"{values[name]:.4g} ({origin})" for name, origin in origins.items())
+        print(f"Scores: minus {mean}, divided by {std}.", file=sys.stderr)
 
 
 def main(
@@ -103,8 +114,7 @@ def main(
     reward: ModelSource | None = None
     if script_args.reward_model_name_or_path:
         reward = resolve_model(script_args.reward_model_name_or_path, trust_remote_code=trusted)
-        if script_args.normalize_scores:
-            load_score_statistics(training_args, reward)
+        load_score_statistics(training_args, reward, script_args.normalize_scores)
     tokenizer = load_tokenizer(policy)
     check_ppo_models(policy, reward, tokenizer, script_args.separate_reward_model, model_args.use_peft)
 

@@ -5,12 +5,16 @@
 The sum is computed in float32 and stored in the base's own precision, or in `--dtype`.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
 
-import os
+    answer_early(__file__)
+
 import shutil
 from dataclasses import dataclass, field
 
@@ -20,7 +24,7 @@ from trl import ModelConfig
 
 from recipes.cli.errors import UserError
 from recipes.cli.run import run
-from recipes.models.loading import load_policy, load_reward_model
+from recipes.models.loading import load_policy, load_reward_model, statistics_file
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 
@@ -38,6 +42,9 @@ class MergeArguments:
         metadata={"help": "Merge into a 4-bit or 8-bit base although rounding loses part of the adapter."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+
+ARGUMENTS = (MergeArguments,)
 
 
 def trained_on_quantized_base(adapter: str) -> bool:
@@ -85,11 +92,10 @@ def merge(args: MergeArguments) -> None:
         model.to(source.config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    statistics = os.path.join(adapter, "reward_statistics.json")
-    if os.path.exists(statistics):
+    if (statistics := statistics_file(adapter)) is not None:
         shutil.copy(statistics, folder)
     print(f"Merged {adapter} into {source.base}: {folder}")
 
 
 if __name__ == "__main__":
-    run(merge, (MergeArguments,))
+    run(merge, ARGUMENTS)

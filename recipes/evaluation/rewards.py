@@ -24,6 +24,7 @@ class RewardModel:
     def __init__(self, args: EvaluationArguments, model_args: ModelConfig):
         self.args, self.model_args = args, model_args
         self.path = args.reward_model_name_or_path
+        self.source = resolve_model(self.path, trust_remote_code=args.trust_remote_code)
         statistics = read_reward_statistics(self.path) if args.normalize_scores else None
         self.mean, self.std = (statistics["mean"], statistics["std"]) if statistics else (0.0, 1.0)
         self.unit = "standard deviations of the ranked responses' scores" if statistics else "raw scores"
@@ -31,8 +32,7 @@ class RewardModel:
 
     @cached_property
     def loaded(self):
-        source = resolve_model(self.path, trust_remote_code=self.args.trust_remote_code)
-        model, tokenizer = load_reward_model(source, self.model_args)
+        model, tokenizer = load_reward_model(self.source, self.model_args)
         return model.to(PartialState().device), tokenizer
 
     def raw_scores(self, conversations: list[Conversation]) -> list[float]:

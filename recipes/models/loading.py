@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import sys
 
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
@@ -26,6 +28,8 @@ from recipes.models.compatibility import check_score_head
 from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource
 from recipes.models.tokenization import load_tokenizer
+
+STATISTICS = "reward_statistics.json"  # of a reward model's scores, in its folder
 
 
 def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, **kwargs) -> PreTrainedModel:
@@ -207,19 +211,50 @@ def score_conversations(
     return scores
 
 
-def save_reward_statistics(folder: str, scores: list[float], source: str) -> dict:
-    """Store mean and standard deviation of reference scores with a reward model, for PPO's normalisation."""
+def save_reward_statistics(folder: str, scores: list[float], source: str) -> dict | None:
+    """Store mean and standard deviation of reference scores with a reward model, for PPO's normalisation.
+
+    Scores without a spread, as that of one conversation, are not stored, and a line says so.
+    """
     values = torch.tensor(scores, dtype=torch.float64)
-    statistics = {"mean": values.mean().item(), "std": values.std().item(), "n": len(scores), "source": source}
-    with open(os.path.join(folder, "reward_statistics.json"), "w", encoding="utf-8") as file:
+    std = values.std().item() if len(scores) > 1 else math.nan
+    statistics = {"mean": values.mean().item(), "std": std, "n": len(scores), "source": source}
+    if not 0 < std < math.inf:
+        print(
+            f"No {STATISTICS} is stored: {len(scores)} conversations of {source} give a spread of {std}, "
+            "and PPO cannot divide scores by it. It takes them as they are, or by --score_mean and --score_std.",
+            file=sys.stderr,
+        )
+        return None
+    with open(os.path.join(folder, STATISTICS), "w", encoding="utf-8") as file:
         json.dump(statistics, file, indent=2)
     return statistics
 
 
-def read_reward_statistics(reward_path: str) -> dict | None:
-    """What `save_reward_statistics` stored, `{"mean", "std", "n", "source"}`, or `None`."""
-    path = os.path.join(reward_path, "reward_statistics.json")
-    if not os.path.exists(path):
+def statistics_file(name: str) -> str | None:
+    """The file of a reward model's score statistics, in its folder or in the copy of its Hub repository."""
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    return cached_file(name, STATISTICS, **{f"_raise_exceptions_for_{what}": False for what in quiet})
+
+
+def read_reward_statistics(name: str) -> dict | None:
+    """`{"mean", "std", "n", "source"}` as `save_reward_statistics` stored it in a folder or Hub repository, or `None`.
+
+    Raises:
+        UserError: the numbers cannot be used.
+    """
+    path = statistics_file(name)
+    if path is None:
         return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            statistics = json.load(file)
+        usable = math.isfinite(statistics["mean"]) and 0 < statistics["std"] < math.inf
+    except (ValueError, KeyError, TypeError):
+        usable = False
+    if not usable:
+        raise UserError(
+            f"{path} has no mean and no spread above 0 to standardise scores with: give --score_mean and --score_std, "
+            "or set --normalize_scores false."
+        )
+    return statistics

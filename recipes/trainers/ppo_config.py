@@ -13,6 +13,7 @@ FAST_PATHS = (
     "sampling_logps",
     "drop_finished",
     "packed_weights",
+    "merged_copy",
     "fused_adapters",
     "early_backward",
 )
@@ -56,6 +57,11 @@ REFUSED = {
     "neftune_noise_alpha": "noise in the embeddings would make the policy another one than the one that sampled",
     "train_sampling_strategy": "prompts are shuffled anew each epoch, or keep their order with shuffle_dataset: false",
 }
+NOT_NEGATIVE = ("kl_coef", "vf_coef", "ptx_coef", "epsilon", "cliprange_value", "missing_eos_penalty")
+NOT_NEGATIVE += ("critic_learning_rate", "critic_warmup_steps")
+POSITIVE = ("score_std", "score_clip", "adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "temperature")
+POSITIVE += ("ptx_max_length", "total_episodes", "num_iterations", "local_rollout_forward_batch_size")
+
 # Keys of generation_kwargs that a rollout cannot have, and what to set instead.
 REFUSED_IN_GENERATION = {
     "temperature": "set the argument temperature, which training divides logits by too",
@@ -110,8 +116,8 @@ class PPOConfig(GRPOConfig):
         default=None, metadata={"help": "Subtracted from the score of a response without a stop token."}
     )
     score_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to ± this value."})
-    score_mean: float = field(default=0.0, metadata={"help": "Subtracted from the reward model's score."})
-    score_std: float = field(default=1.0, metadata={"help": "The reward model's score is divided by it."})
+    score_mean: float | None = field(default=None, metadata={"help": "Subtracted from the reward model's score."})
+    score_std: float | None = field(default=None, metadata={"help": "The reward model's score is divided by it."})
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1."})
 
     # Advantages and critic
@@ -140,6 +146,13 @@ class PPOConfig(GRPOConfig):
     total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
 
     # Speed
+    local_rollout_forward_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Responses that a device scores at a time, without gradients; more of them where they are short. "
+            "Default: per_device_train_batch_size. Four times as many take about as much memory."
+        },
+    )
     fast_paths: list[str] = field(
         default_factory=lambda: list(FAST_PATHS),
         metadata={
@@ -154,23 +167,26 @@ class PPOConfig(GRPOConfig):
             value, default = getattr(self, each.name), each.default
             if each.name in REFUSED and default is not MISSING and value != default:
                 raise ValueError(f"{each.name} ({value}) is not used by PPO: {REFUSED[each.name]}.")
-        if self.kl_coef < 0:
-            raise ValueError(f"kl_coef must be at least 0, got {self.kl_coef}.")
+        for names, at_least in ((NOT_NEGATIVE, "at least"), (POSITIVE, "above")):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not (0 < value < math.inf or value == 0 and at_least == "at least"):
+                    raise ValueError(f"{name} must be {at_least} 0, got {value}.")
+        if self.score_mean is not None and not math.isfinite(self.score_mean):
+            raise ValueError(f"score_mean must be a number, got {self.score_mean}.")
         if self.kl_estimator not in ("k1", "k3"):
             raise ValueError(f"kl_estimator must be k1 or k3, got {self.kl_estimator}.")
         if self.loss_type not in ("dapo", "bnpo"):
             raise ValueError(f"loss_type must be dapo or bnpo for PPO, got {self.loss_type}.")
         if unknown := set(self.fast_paths) - set(FAST_PATHS):
             raise ValueError(f"fast_paths takes {', '.join(FAST_PATHS)}, not {', '.join(sorted(unknown))}.")
-        if self.score_std <= 0:
-            raise ValueError(f"score_std must be above 0, got {self.score_std}.")
-        if self.ptx_coef < 0:
-            raise ValueError(f"ptx_coef must be at least 0, got {self.ptx_coef}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, got {self.ema_decay}.")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        if self.fp16 and self.target_kl is not None:
+            raise ValueError("target_kl leaves out updates, and fp16 cannot scale a loss that is not there: use bf16.")
         # Policy and critic are two forwards before one backward, which DDP's search for unused parameters and its
         # buffer broadcast both break.
         if self.ddp_find_unused_parameters is None:
@@ -180,6 +196,8 @@ class PPOConfig(GRPOConfig):
         if self.num_generations == 1:
             self.num_generations = _OneResponse(1)
         super().__post_init__()
+        if self.local_rollout_forward_batch_size is None:
+            self.local_rollout_forward_batch_size = self.per_device_train_batch_size
         self.num_generations = int(self.num_generations)
         self._check_generation_kwargs()
         if self.steps_per_generation % self.gradient_accumulation_steps:

@@ -227,7 +227,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         args, base = self.args, self._base
         quantized = getattr(base, "is_quantized", False)
         self._in_float32 = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32 and not quantized
-        self._fast = FastPaths(args, self.accelerator, base, self._in_float32)
+        self._fast = FastPaths(args, self.accelerator, self._policy, self._in_float32)
         add_state_forward(base, self.temperature, self._fast.frozen_head(base))
         if args.disable_dropout:
             disable_dropout_rates(base)
@@ -313,7 +313,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         scores = rewards.clone()
         if self._has_reward_model:
-            scores[:, 0] = (scores[:, 0] - self.args.score_mean) / self.args.score_std
+            scores[:, 0] = (scores[:, 0] - (self.args.score_mean or 0)) / (self.args.score_std or 1)
         self._monitor.scores(scores, self.reward_func_names, self._has_reward_model, self.state.global_step)
         first = self.accelerator.process_index * len(prompts)
         total = (scores * self.reward_weights.to(scores.device)).nansum(1)
