@@ -57,7 +57,7 @@ PPO_RUNS = {
 }
 PTX = "--kl_coef 0.1 --ptx_coef 1 --ptx_max_length 128 --ptx_dataset_name {folder}/data/ptx.jsonl"
 TEST_SHARE = 0.22  # of the prompts; the rest is halved
-# Adapters in the last ten of thirty layers: half the time of all, as no gradient goes further back.
+# Adapters in the last ten of thirty layers: two thirds of the time of all, as no gradient goes further back.
 LAYERS = {"cpu": r"--lora_target_modules .*\.layers\.2\d\..*_proj", "cuda": ""}
 
 
@@ -79,7 +79,7 @@ def machine(device: str) -> str:
 def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list[Stage]]]:
     """The commands of a run: groups that follow each other, of chains that may run at the same time."""
     epochs = {"sft": size.sft_epochs, "reward": size.reward_epochs}
-    half, rollouts = size.rollout // 2, {"rollout": size.rollout * size.rollouts}
+    minibatch, episodes = size.rollout // 2, size.rollout * size.rollouts
 
     def recipe(name: str, data: str, arguments: str, script: str = "") -> str:
         own = ""
@@ -98,8 +98,8 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
     ppo = (
         "--model_name_or_path {folder}/sft --reward_model_name_or_path {folder}/reward "
         f"--per_device_train_batch_size {size.micro_batch} --steps_per_generation {size.rollout // size.micro_batch} "
-        f"--gradient_accumulation_steps {half // size.micro_batch} --num_iterations 2 --learning_rate 6e-4 "
-        f"--warmup_steps 2 --max_completion_length {size.completion} --total_episodes {rollouts['rollout']} "
+        f"--gradient_accumulation_steps {minibatch // size.micro_batch} --num_iterations 2 --learning_rate 6e-4 "
+        f"--warmup_steps 2 --max_completion_length {size.completion} --total_episodes {episodes} "
         f"--logging_steps 4 --save_steps {max(1, steps // size.checkpoints)} --save_total_limit {size.checkpoints}"
     )
 
