@@ -32,6 +32,8 @@ class Size:
     response_chars: int
     sft_epochs: int
     reward_epochs: int
+    reward_rate: str  # learning rates of an adapter, as they stand in the commands
+    ppo_rate: str
     rollouts: int
     rollout: int  # episodes, in minibatches of half as many
     micro_batch: int
@@ -44,9 +46,9 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(200, 120, 200, 1, 2, 5, 32, 16, 32, 48, 2, 4, 2, 3_072),
-    "cuda": Size(2000, 2000, 1600, 2, 1, 60, 128, 32, 256, 400, 4, 64, 6, 65_536),
-    "smoke": Size(120, 120, 120, 1, 1, 1, 8, 4, 4, 2, 1, 2, 1, 256),
+    "cpu": Size(200, 120, 200, 1, 2, "1e-3", "6e-4", 5, 32, 16, 32, 48, 2, 4, 2, 3_072),
+    "cuda": Size(2000, 2000, 1600, 2, 1, "1e-4", "1e-4", 60, 128, 32, 256, 400, 4, 64, 6, 65_536),
+    "smoke": Size(120, 120, 120, 1, 1, "1e-3", "6e-4", 1, 8, 4, 4, 2, 1, 2, 1, 256),
 }
 # Scores are in standard deviations. The first run is the headline.
 PPO_RUNS = {
@@ -92,13 +94,14 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
         )
 
     reward = (
-        "--model_name_or_path {folder}/sft --learning_rate 1e-3 --eval_strategy no --per_device_eval_batch_size 32"
+        f"--model_name_or_path {{folder}}/sft --learning_rate {size.reward_rate} --eval_strategy no "
+        "--per_device_eval_batch_size 32"
     )
     steps = size.rollouts * 4  # two minibatches, two epochs
     ppo = (
         "--model_name_or_path {folder}/sft --reward_model_name_or_path {folder}/reward "
         f"--per_device_train_batch_size {size.micro_batch} --steps_per_generation {size.rollout // size.micro_batch} "
-        f"--gradient_accumulation_steps {minibatch // size.micro_batch} --num_iterations 2 --learning_rate 6e-4 "
+        f"--gradient_accumulation_steps {minibatch // size.micro_batch} --num_iterations 2 --learning_rate {size.ppo_rate} "
         f"--warmup_steps 2 --max_completion_length {size.completion} --total_episodes {episodes} "
         f"--logging_steps 4 --save_steps {max(1, steps // size.checkpoints)} --save_total_limit {size.checkpoints}"
     )
