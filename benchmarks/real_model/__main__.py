@@ -102,8 +102,9 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
         "--model_name_or_path {folder}/sft --reward_model_name_or_path {folder}/reward "
         f"--per_device_train_batch_size {size.micro_batch} --steps_per_generation {size.rollout // size.micro_batch} "
         f"--gradient_accumulation_steps {minibatch // size.micro_batch} --num_iterations 2 "
-        f"--learning_rate {size.ppo_rate} --warmup_steps 2 --max_completion_length {size.completion} --total_episodes {episodes} "
-        f"--logging_steps 4 --save_steps {max(1, steps // size.checkpoints)} --save_total_limit {size.checkpoints}"
+        f"--learning_rate {size.ppo_rate} --warmup_steps 2 --max_completion_length {size.completion} "
+        f"--total_episodes {episodes} --logging_steps 4 --save_steps {max(1, steps // size.checkpoints)} "
+        f"--save_total_limit {size.checkpoints}"
     )
 
     def ppo_stage(name: str, own: str) -> Stage:
