@@ -46,7 +46,7 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(200, 120, 200, 1, 2, "1e-3", "6e-4", 5, 32, 16, 32, 48, 2, 4, 2, 3_072),
+    "cpu": Size(200, 120, 200, 1, 2, "1e-3", "6e-4", 4, 32, 16, 32, 32, 2, 4, 2, 3_072),
     "cuda": Size(2000, 2000, 1600, 2, 1, "1e-4", "1e-4", 60, 128, 32, 256, 400, 4, 64, 6, 65_536),
     "smoke": Size(120, 120, 120, 1, 1, "1e-3", "6e-4", 1, 8, 4, 4, 2, 1, 2, 1, 256),
 }
@@ -159,12 +159,14 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
             [Stage("reward", "Reward model", recipe("reward", "policy_pairs", reward), "reward")],
             [Stage("trl_reward", "TRL's RewardTrainer", trl_reward, "trl_reward")],
         ],
-        [[ppo_stage(name, kl_coef)] for name, kl_coef in PPO_RUNS.items()],
+        [
+            *([ppo_stage(name, kl_coef)] for name, kl_coef in PPO_RUNS.items()),
+            [Stage("accuracy", "Reward models on unseen comparisons", measure, "accuracy.json")],
+        ],
         [
             [Stage("evaluation", "Evaluation on held-out prompts", evaluate, "evaluation", continues=True)],
             [
                 ppo_stage("ppo_ptx", PTX),
-                Stage("accuracy", "Reward models on unseen comparisons", measure, "accuracy.json"),
                 Stage("tax", "Loss on ordinary text", f"{measure} --tokens {size.text_tokens}", "tax.json"),
                 Stage("samples", "Answers side by side", measure, "samples.json"),
             ],
