@@ -193,7 +193,7 @@ def run_all(args: argparse.Namespace) -> None:
     if args.publish:
         from benchmarks.real_model.page import publish
 
-        publish(state, sys.argv[1:])
+        publish(state, args.base, args.comparisons)
 
 
 def main() -> int:
