@@ -37,7 +37,7 @@ def gather(state: Quickstart) -> dict:
     rows = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("data/*.jsonl")}
     return {
         **environment(),
-        "commits": sorted({record["git_revision"] for record in trained.values()}),
+        "commits": sorted({record["git_revision"] for record in records}),
         "rows": rows,
         "minutes": {name: seconds / 60 for name, seconds in state.seconds.items()},
         "commands": {name: shlex.join(words) for name, words in state.commands.items()},
