@@ -161,12 +161,12 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
         ],
         [
             *([ppo_stage(name, kl_coef)] for name, kl_coef in PPO_RUNS.items()),
+            [ppo_stage("ppo_ptx", PTX)],
             [Stage("accuracy", "Reward models on unseen comparisons", measure, "accuracy.json")],
         ],
         [
             [Stage("evaluation", "Evaluation on held-out prompts", evaluate, "evaluation", continues=True)],
             [
-                ppo_stage("ppo_ptx", PTX),
                 Stage("tax", "Loss on ordinary text", f"{measure} --tokens {size.text_tokens}", "tax.json"),
                 Stage("samples", "Answers side by side", measure, "samples.json"),
             ],

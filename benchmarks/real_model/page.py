@@ -31,9 +31,7 @@ def gather(state: Quickstart) -> dict:
     report = read(folder / "evaluation" / "report.json")
     kept = ("policies", "win_rates", "frontier", "over_optimization", "reward_model", "n_prompts")
     runs = [name for name in state.seconds if name.startswith("ppo")]
-    trained = {
-        path.parent.name: yaml.safe_load(path.read_text("utf-8")) for path in folder.glob("*/train_config.yaml")
-    }
+    records = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*/train_config.yaml")]
     rows = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("data/*.jsonl")}
     return {
         **environment(),
