@@ -108,7 +108,7 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
     )
 
     def ppo_stage(name: str, own: str) -> Stage:
-        return Stage(name, f"PPO: {own}", recipe("ppo", "policy_prompts", f"{ppo} {own}"), name, PPO_CURVES)
+        return Stage(name, f"PPO: {name}", recipe("ppo", "policy_prompts", f"{ppo} {own}"), name, PPO_CURVES)
 
     dtype = "bfloat16" if bf16_is_fast(device) else "float32"
     policies = " ".join(f"{name}={{folder}}/{name}" for name in ("base", "sft", *PPO_RUNS))
