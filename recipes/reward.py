@@ -16,9 +16,9 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__)
+    begin(__file__)
 
 from dataclasses import dataclass, field
 
@@ -119,7 +119,9 @@ def main(
     report_half_precision(model)
     folder.train(trainer, datasets.reports)
     if evaluate:
-        trainer.save_metrics("eval", trainer.evaluate())
+        rows = [row for row in trainer.state.log_history if row["step"] == trainer.state.global_step]
+        just_done = [row for row in rows if "eval_loss" in row and not training_args.load_best_model_at_end]
+        trainer.save_metrics("eval", just_done[-1] if just_done else trainer.evaluate())
 
     folder.save_model(trainer)  # before anything else can fail
     rows, source = reference_rows(script_args, trainer)

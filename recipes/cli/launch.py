@@ -61,6 +61,13 @@ def requested() -> Request | None:
     return None
 
 
+def launcher() -> str:
+    """How this process was started, as the beginning of another command."""
+    request = requested()
+    config = f" --config_file {request.config_file}" if request and request.config_file else ""
+    return f"accelerate launch -q{config}" if request else "python"
+
+
 def read_request(launch_arguments: list[str]) -> Request:
     """The request in the arguments of `accelerate launch`: flags first, then the config file."""
     args = launch_command_parser().parse_args(launch_arguments)
@@ -113,7 +120,8 @@ def check_launch(training_args: TrainingArguments) -> None:
     if problem is not None:
         raise UserError(f"Launched: {asked}. Running: {running}. {problem}")
     if state.is_main_process:
-        print(f"Launched: {asked}. Running: {running}.", file=sys.stderr)
+        what = type(training_args).__name__.removesuffix("Config")
+        print(f"{what} into {training_args.output_dir}. Launched: {asked}. Running: {running}.", file=sys.stderr)
 
 
 def find_problem(request: Request | None, num_processes: int, training_args: TrainingArguments) -> str | None:

@@ -20,7 +20,8 @@ from recipes.cli.arguments import parse
 from recipes.cli.checkpoints import UNFINISHED, newest_whole, problem, recover, unfinished
 from recipes.cli.errors import RunEnded, UserError, first_line
 from recipes.cli.files import is_write_error, move_contents
-from recipes.cli.launch import world_size
+from recipes.cli.launch import launcher, world_size
+from recipes.cli.progress import show_lines
 from recipes.cli.record import (
     RECORD,
     RESULT,
@@ -32,6 +33,7 @@ from recipes.cli.record import (
     wants_more,
     write_record,
 )
+from recipes.cli.screen import result_line
 
 LOCK = ".lock"
 
@@ -158,6 +160,7 @@ class RunFolder:
                 write_record(path, self.record)
 
         self._agree(compare_or_write)
+        show_lines(trainer)
         with signals.stops_after_a_step():
             trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
 
@@ -206,7 +209,8 @@ class RunFolder:
         if trainer.args.push_to_hub:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
         if trainer.accelerator.is_main_process:
-            print(f"Saved to {self.path}", file=sys.stderr)
+            start, history = self.record["arguments"]["model_name_or_path"], trainer.state.log_history
+            say(result_line(self.record["recipe"], self.path, start, history, launcher()) + "\n")
             lock.release(os.path.join(self.path, LOCK))
         trainer.accelerator.wait_for_everyone()
         trainer.end()

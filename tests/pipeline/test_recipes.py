@@ -1,6 +1,7 @@
 """The three recipes on a tiny random base, by their `main` and by their real commands: train, save, reload, resume."""
 
 import json
+import re
 import sqlite3
 from itertools import permutations
 from pathlib import Path
@@ -46,7 +47,8 @@ def commands(data, tmp_path_factory) -> Path:
     """The same as `runs` by the launch lines, two of them with trackers, and PPO from a folder of the user's own."""
     folder = tmp_path_factory.mktemp("commands")
     trackers = {"TRACKIO_DIR": str(folder / "trackio"), "WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
-    launch("sft", **sft_arguments(data, folder / "sft"))
+    shown = launch("sft", **sft_arguments(data, folder / "sft")).stdout
+    (folder / "sft.txt").write_text(shown, encoding="utf-8")
     reward = reward_arguments(data, folder / "sft", folder / "reward", report_to="trackio")
     launch_from(ROOT, "reward", env=trackers, **reward)
     user = folder / "user"
@@ -56,6 +58,16 @@ def commands(data, tmp_path_factory) -> Path:
     extras = with_extras(data) | {"reward_funcs": "my_rewards.correct", "reward_weights": [1, 0], "report_to": "wandb"}
     launch_from(user, "ppo", env=trackers, **ppo_arguments(data, folder, folder / "ppo", **extras))
     return folder
+
+
+@pytest.mark.slow
+def test_a_launched_recipe_shows_lines_and_no_warnings(commands):
+    lines = re.split(r"[\r\n]+", (commands / "sft.txt").read_text(encoding="utf-8"))
+    lines = [line for line in lines if line.strip() and not re.search(r"it/s\]|s/it\]|\?it/s", line)]
+    assert lines[0].startswith("SFT into ") and "Running: 1 process" in lines[0]
+    assert "48 rows in, 48 out" in lines[1]
+    assert all(line.startswith("step ") for line in lines[2:-1]), lines
+    assert lines[-1].startswith("Saved to ") and "loss" in lines[-1] and "Next: python scripts/" in lines[-1]
 
 
 def test_each_step_saves_what_plain_libraries_load(data, runs):
