@@ -24,11 +24,12 @@ from dataclasses import dataclass, field, replace
 import psutil
 import torch
 from peft import LoraConfig
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from recipes.cli.arguments import RecipeParser, parse
 from recipes.cli.errors import UserError
 from recipes.cli.run import run
+from recipes.models.adapters import new_adapter_config
 from recipes.models.source import ModelSource, resolve_model
 from recipes.trainers.memory import GIB, Estimate, Setting, estimate
 
@@ -96,7 +97,7 @@ def add_base(model_args: ModelConfig, step: str, config: str | None) -> ModelCon
 def adapter_config(source: ModelSource, model_args: ModelConfig) -> LoraConfig | None:
     """The adapter that is trained: that of an adapter folder, else a new one."""
     if not model_args.use_peft or source.base is None:
-        return get_peft_config(model_args)
+        return new_adapter_config(model_args)
     lora = source.peft_config
     lora.task_type, lora.modules_to_save, lora.inference_mode = "CAUSAL_LM", None, False
     return lora

@@ -13,7 +13,13 @@ from recipes.cli.launch import check_devices
 
 
 class RecipeParser(TrlParser):
-    """`TrlParser` whose errors are one line instead of a page of usage."""
+    """`TrlParser` whose errors are one line instead of a page of usage, and whose `--report_to` takes several."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.dest == "report_to" and action.choices is None:
+                action.nargs = "+"
 
     def error(self, message: str):
         raise UserError(f"Command line: {message}.")

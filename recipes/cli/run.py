@@ -17,9 +17,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from recipes.cli import lock, signals
 from recipes.cli.arguments import parse
+from recipes.cli.card import model_card
 from recipes.cli.checkpoints import UNFINISHED, newest_whole, problem, recover, unfinished
 from recipes.cli.errors import RunEnded, UserError, first_line
-from recipes.cli.files import is_write_error, move_contents
+from recipes.cli.files import is_write_error, move_contents, write_text
 from recipes.cli.launch import launcher, world_size
 from recipes.cli.progress import show_lines
 from recipes.cli.record import (
@@ -161,6 +162,9 @@ class RunFolder:
 
         self._agree(compare_or_write)
         show_lines(trainer)
+        adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
+        base = next((config.base_model_name_or_path for config in adapters.values()), None)
+        trainer.card = lambda: model_card(self.record, trainer.state.log_history, base)
         with signals.stops_after_a_step():
             trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
 
@@ -203,7 +207,7 @@ class RunFolder:
                 report.save(os.path.join(aside, f"data_report_{name.replace(' ', '_')}.json"))
             settled = all_arguments(self.arguments)  # some arguments are settled on the way
             write_record(os.path.join(aside, RESULT), self.record | {"arguments": settled})
-            trainer.create_model_card()
+            write_text(os.path.join(aside, "README.md"), trainer.card())
 
         self.save_model(trainer, write_records)
         if trainer.args.push_to_hub:

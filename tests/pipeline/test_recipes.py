@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -84,6 +85,20 @@ def test_each_step_saves_what_plain_libraries_load(data, runs):
     policy = AutoPeftModelForCausalLM.from_pretrained(str(runs / "ppo"))
     assert policy.peft_config["default"].base_model_name_or_path == data["base"]
     assert not [key for key in load_file(runs / "ppo" / "adapter_model.safetensors") if "score" in key]
+
+
+@pytest.mark.parametrize("step", ["sft", "reward", "ppo"])
+def test_the_card_says_what_it_is_and_its_code_runs(data, runs, step, capsys):
+    card = ModelCard.load(runs / step / "README.md")
+    assert card.data.library_name == "peft" and step in card.data.tags and card.data.base_model is None
+    assert "None" not in card.text and f"`{data['base']}`" in card.text
+    rows = {"sft": "demonstrations", "reward": "rankings", "ppo": "prompts"}[step]
+    assert f"rows of `{data[rows]}`" in card.text
+    numbers = {"sft": ["loss"], "reward": ["accuracy", "longer_wins"], "ppo": ["objective/kl", "objective/scores"]}
+    assert all(f"| `{name}` |" in card.text for name in numbers[step])
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    exec(code, {})
+    assert step != "reward" or float(capsys.readouterr().out)
 
 
 def test_sft_learned_the_demonstrations_and_ppo_moved_on_from_it(runs):
