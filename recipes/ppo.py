@@ -125,6 +125,7 @@ def main(
         ptx = load_formatted("sft", ptx_source, FormattingArguments(), tokenizer, prompt_completion=True)
         datasets.reports["ptx"], datasets["ptx"] = ptx.reports["train"], ptx["train"]
 
+    training_args.check_prompts(len(datasets["train"]))  # before models load
     set_seed(training_args.seed)
     trainer = PPOTrainer(
         args=training_args,

@@ -21,15 +21,9 @@ METHODS = {
 SHOWN = {
     "sft": ("loss", "mean_token_accuracy", "eval_loss", "eval_mean_token_accuracy"),
     "reward": ("loss", "accuracy", "longer_wins", "eval_loss", "eval_accuracy", "eval_longer_wins"),
-    "ppo": (
-        "objective/scores",
-        "objective/kl",
-        "objective/entropy",
-        "completions/mean_length",
-    ),
+    "ppo": ("objective/scores", "objective/kl", "objective/entropy", "completions/mean_length"),
 }
 GENERATE = """\
-import torch
 from {library} import {auto_class}
 from transformers import AutoTokenizer
 

@@ -7,6 +7,8 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 from trl import GRPOConfig
 
+from recipes.cli.errors import UserError
+
 FAST_PATHS = (
     "response_logps",
     "length_sorting",
@@ -214,6 +216,20 @@ class PPOConfig(GRPOConfig):
         beams = (GenerationMode.BEAM_SAMPLE, GenerationMode.BEAM_SEARCH)
         if mode not in (*sampling, *beams) or (mode in beams and self.use_transformers_continuous_batching):
             raise ValueError(f"generation_kwargs {asked} ask for {mode.value}, which rollouts cannot be sampled by.")
+
+    def check_prompts(self, rows: int) -> None:
+        """Refuse a dataset of fewer prompts than one rollout takes.
+
+        Raises:
+            UserError: names the batch size that fits.
+        """
+        prompts = self.generation_batch_size // self.num_generations
+        if rows < prompts:
+            shares = self.steps_per_generation * self.world_size
+            most = range(1, rows * self.num_generations // shares + 1)
+            fitting = [size for size in most if size * shares % self.num_generations == 0]
+            advice = f"set per_device_train_batch_size to {fitting[-1]}" if fitting else "lower steps_per_generation"
+            raise UserError(f"One rollout is {prompts} prompts and the dataset has {rows}: {advice}.")
 
     @property
     def micro_batches_per_rollout(self) -> int:

@@ -132,7 +132,7 @@ def test_what_is_wrong_with_one_process_on_a_cpu(tmp_path, launcher, use_cpu, pr
     ("wishes", "env", "problem"),
     [
         ({"report_to": "wandbb"}, {}, "--report_to wandbb: there is no such tracker"),
-        ({"report_to": ["tensorboard", "comet_ml"]}, {}, "comet_ml: it is not installed here"),
+        ({"report_to": ["tensorboard", "mlflow"]}, {}, "--report_to mlflow: it is not installed here"),
         ({"report_to": "wandb"}, {"WANDB_MODE": "online"}, "there is no W&B key; type wandb login"),
         ({"report_to": "wandb"}, {"WANDB_MODE": "offline"}, None),
         ({"push_to_hub": True}, {}, "push_to_hub true: the Hub .*HF_HUB_OFFLINE is set"),

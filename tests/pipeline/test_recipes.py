@@ -6,6 +6,7 @@ import sqlite3
 from itertools import permutations
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -61,6 +62,26 @@ def commands(data, tmp_path_factory) -> Path:
     return folder
 
 
+def test_every_metric_of_ppo_is_explained(runs):
+    page = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8").split("## Metrics")[1].split("\n## ")[0]
+    state = json.loads((runs / "ppo" / "trainer_state.json").read_text(encoding="utf-8"))
+    logged = {name for row in state["log_history"] for name in row} - {"step"}
+    assert {"objective/scores_max", "advantages/std", "values/mean", "grad_norm/critic"} <= logged
+    assert not any(name.startswith(("time/", "memory/")) for name in logged), "equal runs leave equal states"
+    explained = set(re.findall(r"`([\w/<>]+)`", page))
+    named = {re.sub(r"^rewards/[^/]+/", "rewards/<name>/", name.removeprefix("eval_")) for name in logged}
+    trackers = {"time/sample", "time/score", "time/update", "time/tokens_per_second", "memory/peak_gib"}
+    assert (named | trackers) - explained - {"loss", "runtime", "samples_per_second", "steps_per_second"} == set()
+
+
+def test_completions_are_text_and_in_one_table_only(runs):
+    tables = [pd.read_parquet(path) for path in sorted((runs / "ppo" / "completions").glob("*.parquet"))]
+    rows = pd.concat(tables)
+    assert len(tables) < 8, "a rollout of several updates is one table"
+    assert rows["prompt"].map(type).eq(str).all() and rows["completion"].map(type).eq(str).all()
+    assert not rows.drop(columns="step").duplicated().any()
+
+
 @pytest.mark.slow
 def test_a_launched_recipe_shows_lines_and_no_warnings(commands):
     lines = re.split(r"[\r\n]+", (commands / "sft.txt").read_text(encoding="utf-8"))
@@ -94,8 +115,8 @@ def test_the_card_says_what_it_is_and_its_code_runs(data, runs, step, capsys):
     assert "None" not in card.text and f"`{data['base']}`" in card.text
     rows = {"sft": "demonstrations", "reward": "rankings", "ppo": "prompts"}[step]
     assert f"rows of `{data[rows]}`" in card.text
-    numbers = {"sft": ["loss"], "reward": ["accuracy", "longer_wins"], "ppo": ["objective/kl", "objective/scores"]}
-    assert all(f"| `{name}` |" in card.text for name in numbers[step])
+    numbers = {"sft": "loss", "reward": "eval_accuracy eval_longer_wins", "ppo": "objective/kl objective/scores"}
+    assert all(f"| `{name}` |" in card.text for name in numbers[step].split())
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     exec(code, {})
     assert step != "reward" or float(capsys.readouterr().out)
