@@ -96,8 +96,9 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
     Hooks into TRL 1.16, which `tests/trainers/test_trl_contract.py` compares with the installed TRL. For a new rollout
     `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate`,
     `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and `_calculate_rewards`,
-    in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `log` makes
-    completions readable. `_get_train_sampler`, `_save`, `_load_from_checkpoint` and [`WholeCheckpoints`] make a run resume where it was.
+    in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `log` makes completions
+    readable. `_get_train_sampler`, `_save`, `_load_from_checkpoint` and [`WholeCheckpoints`] make a run go on where
+    it was.
 
     Raises:
         ValueError: there is nothing to score with.
