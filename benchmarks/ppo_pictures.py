@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROWS = {
-    "score (blue), gold (orange, dashed)": ("objective/scores", "rewards/gold/mean"),
+    "score, gold (dashed)": ("objective/scores", "rewards/gold/mean"),
     "KL, nats a response": ("objective/kl",),
     "entropy, nats a response": ("objective/entropy",),
     "explained variance": ("val/explained_variance",),
