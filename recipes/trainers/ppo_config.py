@@ -62,7 +62,7 @@ REFUSED = {
 NOT_NEGATIVE = ("kl_coef", "vf_coef", "ptx_coef", "epsilon", "cliprange_value", "missing_eos_penalty")
 NOT_NEGATIVE += ("critic_learning_rate", "critic_warmup_steps")
 POSITIVE = ("score_std", "score_clip", "adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "temperature")
-POSITIVE += ("ptx_max_length", "total_episodes", "num_iterations")
+POSITIVE += ("ptx_max_length", "total_episodes", "num_iterations", "local_rollout_forward_batch_size")
 
 # Keys of generation_kwargs that a rollout cannot have, and what to set instead.
 REFUSED_IN_GENERATION = {
@@ -145,9 +145,18 @@ class PPOConfig(GRPOConfig):
             "help": "Exponential moving average (EMA) of the policy's adapter, saved in ema/; InstructGPT: 0.992."
         },
     )
-    total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
+    total_episodes: int | None = field(
+        default=None, metadata={"help": "Ends the run after so many episodes; max_steps ends it too."}
+    )
 
     # Speed
+    local_rollout_forward_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Responses that a device scores at a time, without gradients; more of them where they are short. "
+            "Default: per_device_train_batch_size. Four times as many take about as much memory."
+        },
+    )
     fast_paths: list[str] = field(
         default_factory=lambda: list(FAST_PATHS),
         metadata={
@@ -180,6 +189,8 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        if self.fp16 and self.target_kl is not None:
+            raise ValueError("target_kl leaves out updates, and fp16 cannot scale a loss that is not there: use bf16.")
         # Policy and critic are two forwards before one backward, which DDP's search for unused parameters and its
         # buffer broadcast both break.
         if self.ddp_find_unused_parameters is None:
@@ -189,6 +200,8 @@ class PPOConfig(GRPOConfig):
         if self.num_generations == 1:
             self.num_generations = _OneResponse(1)
         super().__post_init__()
+        if self.local_rollout_forward_batch_size is None:
+            self.local_rollout_forward_batch_size = self.per_device_train_batch_size
         self.num_generations = int(self.num_generations)
         self._check_generation_kwargs()
         if self.steps_per_generation % self.gradient_accumulation_steps:
@@ -199,7 +212,8 @@ class PPOConfig(GRPOConfig):
         if self.total_episodes is not None:
             rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
             minibatches = self.steps_per_generation // self.gradient_accumulation_steps
-            self.max_steps = rollouts * self.num_iterations * minibatches
+            steps = rollouts * self.num_iterations * minibatches
+            self.max_steps = steps if self.max_steps <= 0 else min(steps, self.max_steps)
 
     def _check_generation_kwargs(self) -> None:
         """Refuse generation arguments that would be ignored or break a rollout; vLLM checks its own."""
@@ -217,21 +231,27 @@ class PPOConfig(GRPOConfig):
         if mode not in (*sampling, *beams) or (mode in beams and self.use_transformers_continuous_batching):
             raise ValueError(f"generation_kwargs {asked} ask for {mode.value}, which rollouts cannot be sampled by.")
 
-    def check_prompts(self, rows: int) -> None:
-        """Refuse a dataset of fewer prompts than one rollout takes.
-
-        Raises:
-            UserError: names the batch size that fits.
-        """
-        prompts = self.generation_batch_size // self.num_generations
-        if rows < prompts:
-            shares = self.steps_per_generation * self.world_size
-            most = range(1, rows * self.num_generations // shares + 1)
-            fitting = [size for size in most if size * shares % self.num_generations == 0]
-            advice = f"set per_device_train_batch_size to {fitting[-1]}" if fitting else "lower steps_per_generation"
-            raise UserError(f"One rollout is {prompts} prompts and the dataset has {rows}: {advice}.")
-
     @property
     def micro_batches_per_rollout(self) -> int:
         """Micro-batches that a process trains on from one rollout to the next, over all epochs."""
         return self.steps_per_generation * self.num_iterations
+
+    def check_prompts(self, prompts: int) -> None:
+        """Check that a dataset of so many prompts is enough for one rollout.
+
+        Raises:
+            UserError: it is not; names values that fit.
+        """
+        rollout = self.generation_batch_size // self.num_generations
+        if prompts < rollout:
+            responses = prompts * self.num_generations // self.world_size
+            steps = self.steps_per_generation if responses >= self.steps_per_generation else 1
+            sizes = range(responses // steps, 0, -1)
+            fitting = (size for size in sizes if size * steps * self.world_size % self.num_generations == 0)
+            flags = f"--per_device_train_batch_size {next(fitting, 1)} --steps_per_generation {steps}"
+            if steps % self.gradient_accumulation_steps:
+                flags += " --gradient_accumulation_steps 1"
+            raise UserError(
+                f"One rollout is {rollout} prompts and the dataset has {prompts} to train on: get more prompts, "
+                f"or set {flags}."
+            )

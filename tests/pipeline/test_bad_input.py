@@ -68,7 +68,7 @@ CASES = [
     ("ppo", {"reward_weights": [1, 2, 3]}, r"--reward_weights has 3 values for 1 rewards"),
     ("ppo", {"kl_coef": "-1"}, r"kl_coef must be at least 0"),
     ("ppo", {"beta": "0.1"}, r"set kl_coef instead of beta"),
-    ("ppo", {"per_device_train_batch_size": "100"}, r"the dataset has 64: set per_device_train_batch_size to 64"),
+    ("ppo", {"per_device_train_batch_size": "100"}, r"One rollout is 100 prompts and the dataset has 64"),
     ("ppo", {"resume_from_checkpoint": "true"}, r"there is no checkpoint in"),
 ]
 

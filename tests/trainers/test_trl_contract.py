@@ -43,6 +43,10 @@ OVERRIDDEN = {
 CHECKPOINTS = {
     "_get_output_dir": ["trial"],
     "create_model_card": ["model_name", "dataset_name", "tags"],
+    "training_step": ["..."],
+    "_get_grad_norm": ["model", "grad_norm"],
+    "log": ["logs", "start_time"],
+    "save_model": ["output_dir", "_internal_call"],
     "_save_checkpoint": ["model", "trial"],
     "_push_from_checkpoint": ["checkpoint_folder"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
@@ -158,6 +162,7 @@ def test_a_field_without_use_in_ppo_is_refused_by_name(name, tmp_path):
     [
         ({"vllm_importance_sampling_clip_min": 4.0}, "must be less than"),
         ({"generation_batch_size": 16, "steps_per_generation": 4}, "can not be both configured"),
+        ({"fp16": True, "target_kl": 0.1}, "use bf16"),
         ({"num_generations": 3}, "must be divisible by num_generations"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
     ],
