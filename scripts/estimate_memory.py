@@ -31,6 +31,7 @@ from recipes.cli.errors import UserError
 from recipes.cli.run import run
 from recipes.models.adapters import new_adapter_config
 from recipes.models.source import ModelSource, resolve_model
+from recipes.trainers.fast.merged_copy import fits_beside
 from recipes.trainers.memory import GIB, Estimate, Setting, estimate
 
 STEPS = ("sft", "reward", "ppo")
@@ -122,6 +123,8 @@ def read_setting(step: str, training_args, model_args: ModelConfig, args: Estima
         tokens=tokens,
         response_tokens=response_tokens,
         rollout_rows=rows * training_args.steps_per_generation if samples_here else 0,
+        scoring_rows=training_args.local_rollout_forward_batch_size if step == "ppo" else 0,
+        merged_copy=samples_here and not on_cpu and "merged_copy" in training_args.fast_paths,
         lora=adapter_config(source, model_args),
         dtype=getattr(torch, dtype) if dtype != "auto" else source.config.dtype or torch.float32,
         autocast=training_args.bf16,
@@ -197,6 +200,10 @@ def main():
     setting = read_setting(step, training_args, model_args, args, device.use_cpu)
     memory = device_memory(args, device.use_cpu)
     found = estimate(setting)
+    copied = found.phases.get("generation", {}).get("merged copy", 0)
+    if not fits_beside(copied, memory - sum(found.held.values())):  # PPO then samples without it
+        setting = replace(setting, merged_copy=False)
+        found = estimate(setting)
     reserved = {}
     if step == "ppo" and training_args.use_vllm and training_args.vllm_mode == "colocate":
         reserved["vLLM"] = training_args.vllm_gpu_memory_utilization * memory
