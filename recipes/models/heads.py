@@ -119,11 +119,12 @@ def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def critic_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
+def critic_from_policy(policy: PreTrainedModel, trust_remote_code: bool = False) -> PreTrainedModel:
     """A full critic with the policy's backbone and a head of zeros, so it values every state at 0."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    critic = AutoModelForSequenceClassification.from_config(config).to(policy.dtype)
+    critic = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    critic.to(policy.dtype)
     critic.base_model.load_state_dict(policy.base_model.state_dict())
     critic.score.weight.data.zero_()
     return critic

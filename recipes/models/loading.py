@@ -22,11 +22,11 @@ from transformers.utils import cached_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from recipes.cli.errors import UserError, first_line
+from recipes.cli.errors import UserError
 from recipes.models.adapters import add_score_roles, attach, seq_cls_config
 from recipes.models.compatibility import check_score_head
 from recipes.models.heads import use_float32_head
-from recipes.models.source import ModelSource
+from recipes.models.source import ModelSource, why
 from recipes.models.tokenization import load_tokenizer
 
 STATISTICS = "reward_statistics.json"  # of a reward model's scores, in its folder
@@ -47,7 +47,7 @@ def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, *
             **kwargs,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"The model {source.weights} could not be loaded: {first_line(error)}") from error
+        raise UserError(f"The model {source.weights} could not be loaded: {why(error)}") from error
     return never_pack(model)
 
 

@@ -69,7 +69,7 @@ class ModelSource:
                 self.weights, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"The configuration of {self.weights} could not be loaded: {first_line(error)}") from error
+            raise UserError(f"The configuration of {self.weights} could not be loaded: {why(error)}") from error
 
     @property
     def peft_config(self) -> PeftConfig:
@@ -115,6 +115,13 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
             f"run from where that path is valid, or correct base_model_name_or_path in its adapter_config.json."
         )
     return ModelSource(name, base, revision, trust_remote_code, adapter)
+
+
+def why(error: Exception) -> str:
+    """What transformers says about a model that it cannot load, in one line."""
+    if "trust_remote_code" in str(error):
+        return "it comes with Python code of its own. Read that code; --trust_remote_code true then runs it."
+    return first_line(error)
 
 
 def is_hub_name(name: str) -> bool:

@@ -69,6 +69,7 @@ class Setting:
     dtype: torch.dtype = torch.float32
     autocast: bool = False
     quantization: str | None = None
+    trust_remote_code: bool = False
     checkpointing: bool = False
     attn_implementation: str | None = None
     optimizer: str = "adamw_torch_fused"
@@ -156,6 +157,7 @@ def build(setting: Setting) -> tuple[nn.Module, int, PreTrainedModel | None]:
     config = copy.deepcopy(setting.config)
     config.pad_token_id = config.get_text_config().pad_token_id = 0
     kwargs = {"dtype": setting.dtype, "attn_implementation": setting.attn_implementation}
+    kwargs |= {"trust_remote_code": setting.trust_remote_code}
     classifier = copy.deepcopy(config)
     classifier.num_labels = 1
     with torch.device("meta"):

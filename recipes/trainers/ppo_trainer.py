@@ -139,7 +139,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._policy, self._is_peft = model, isinstance(model, PeftModel)
         self._base = model.get_base_model() if self._is_peft else model
         ref_model = self._add_reference(ref_model)
-        self._add_critic(value_model)
+        self._add_critic(value_model, args.trust_remote_code)
         if args.ema_decay is not None:
             callbacks = [*(callbacks or []), self._add_ema(args.ema_decay)]
         if self._is_peft:
@@ -185,13 +185,15 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
             ref_model = copy.deepcopy(self._policy)
         return None if ref_model is None else ref_model.requires_grad_(False)
 
-    def _add_critic(self, value_model: PreTrainedModel | None) -> None:
+    def _add_critic(self, value_model: PreTrainedModel | None, trust_remote_code: bool) -> None:
         if self._is_peft and "critic" in self._policy.peft_config:
             return
         if self._is_peft and value_model is None:
             add_score_roles(self._policy, {"critic": None})
             return
-        self._base.critic = critic_from_policy(self._policy) if value_model is None else value_model
+        if value_model is None:
+            value_model = critic_from_policy(self._policy, trust_remote_code)
+        self._base.critic = value_model
         self._base.critic.requires_grad_(True)
         use_float32_head(self._base.critic)
 
