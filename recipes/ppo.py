@@ -9,10 +9,15 @@ and critic, one adapter each. Every flag of TRL's `ScriptArguments`, `GRPOConfig
 `PPOConfig` adds PPO's own; docs/ppo.md explains them and the metrics.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
+
+    answer_early(__file__)
 
 from dataclasses import dataclass, field, replace
 

@@ -9,11 +9,16 @@ chosen/rejected pairs are rankings of two. It starts from the SFT adapter, as in
 model works too. Every flag of TRL's `ScriptArguments`, `RewardConfig` and `ModelConfig` works.
 """
 
+import os
 import random
 import sys
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
+
+    answer_early(__file__)
 
 from dataclasses import dataclass, field
 

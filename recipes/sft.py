@@ -7,10 +7,15 @@ Every flag of TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig` works, in t
 loss is on the response only: the last assistant turn, or every one with `--assistant_only_loss true`.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
+
+    answer_early(__file__)
 
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig

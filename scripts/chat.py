@@ -6,18 +6,22 @@
 sample work here too.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
+
+    answer_early(__file__)
 
 from dataclasses import dataclass, field, replace
 
 from transformers import TextStreamer
-from trl import ModelConfig
 
 from recipes.cli.run import run
-from recipes.models.sampling import SamplingArguments, derived_seed, generate, load_generator
+from recipes.models.sampling import PolicyArguments, SamplingArguments, derived_seed, generate, load_generator
 
 
 @dataclass
@@ -27,7 +31,7 @@ class ChatArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the models."})
 
 
-ARGUMENTS = (SamplingArguments, ModelConfig, ChatArguments)
+ARGUMENTS = (SamplingArguments, PolicyArguments, ChatArguments)
 
 
 class SafeStreamer(TextStreamer):
@@ -51,10 +55,10 @@ def turns():
             yield None if text == "/reset" else text
 
 
-def main(sampling: SamplingArguments, model_args: ModelConfig, chat_args: ChatArguments):
+def main(sampling: SamplingArguments, policy: PolicyArguments, chat_args: ChatArguments):
     policies = {}
-    for name in (model_args.model_name_or_path, *([chat_args.compare] if chat_args.compare else [])):
-        own_args = replace(model_args, model_name_or_path=name)
+    for name in (policy.model_name_or_path, *([chat_args.compare] if chat_args.compare else [])):
+        own_args = replace(policy, model_name_or_path=name).model_config()
         policies[name] = load_generator(own_args, chat_args.trust_remote_code)
     opening = [{"role": "system", "content": chat_args.system}] if chat_args.system else []
     conversations = {name: list(opening) for name in policies}

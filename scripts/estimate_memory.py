@@ -8,13 +8,17 @@ of a launch line estimate it too. Reward and PPO take a base that is not given, 
 beside the config. No weights are loaded. Exit code 0: it fits; 1: it does not. More in docs/memory.md.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
+
+    answer_early(__file__, *(f"{sys.path[1]}/recipes/{step}.py" for step in ("sft", "reward", "ppo")))
 
 import importlib
-import os
 from dataclasses import dataclass, field, replace
 
 import psutil
@@ -49,6 +53,9 @@ class EstimateArguments:
 @dataclass
 class DeviceArguments:
     use_cpu: bool = False
+
+
+ARGUMENTS = (EstimateArguments,)
 
 
 def recipe_arguments(step: str) -> tuple[type, ...]:
@@ -185,7 +192,7 @@ def main():
     device, _ = RecipeParser(DeviceArguments, allow_abbrev=False).parse_args_and_config(
         words, return_remaining_strings=True, separate_remaining_strings=False
     )
-    *_, training_args, model_args, _, args = parse_on_any_machine((*recipe_arguments(step), EstimateArguments), words)
+    *_, training_args, model_args, _, args = parse_on_any_machine((*recipe_arguments(step), *ARGUMENTS), words)
     model_args = add_base(model_args, step, config)
     setting = read_setting(step, training_args, model_args, args, device.use_cpu)
     memory = device_memory(args, device.use_cpu)

@@ -8,12 +8,21 @@ Writes report.html (one file), report.json and PNGs. Run the same line again to 
 longer one to add policies or judges to it. `--config FILE.yaml` holds any of the flags; docs/evaluation.md has more.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
+
+    answer_early(__file__)
+
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from trl import ModelConfig, ScriptArguments
 
 from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
@@ -31,7 +40,12 @@ from recipes.evaluation.reward_quality import reward_model_quality
 from recipes.evaluation.rewards import RewardModel, read_pairs
 from recipes.evaluation.summary import summarise
 from recipes.formatting import Formatter, FormattingArguments, list_splits, load_rows
-from recipes.models.sampling import Prompt
+from recipes.models.sampling import LoadingArguments, Prompt, PromptsArguments
+
+
+@dataclass
+class EvaluationPrompts(PromptsArguments):
+    dataset_test_split: str = field(default="test", metadata={"help": "Split that is taken where the dataset has it."})
 
 
 @dataclass
@@ -59,10 +73,13 @@ class JudgeArguments:
             raise UserError(f"--ranking_task {self.ranking_task} exists: choose another file.")
 
 
-def read_prompts(script_args: ScriptArguments, format_args: FormattingArguments, limit: int | None) -> list[Prompt]:
+ARGUMENTS = (EvaluationPrompts, EvaluationArguments, LoadingArguments, FormattingArguments, JudgeArguments)
+
+
+def read_prompts(data_args: EvaluationPrompts, format_args: FormattingArguments, limit: int | None) -> list[Prompt]:
     """The prompts of the dataset's test split, or of its train split where it has no other."""
-    source, config = script_args.dataset_name, script_args.dataset_config
-    splits = (script_args.dataset_test_split, script_args.dataset_train_split)
+    source, config = data_args.dataset_name, data_args.dataset_config
+    splits = (data_args.dataset_test_split, data_args.dataset_train_split)
     split = splits[splits[0] not in list_splits(source, config)]
     rows = load_rows(source, split, config)
     report = Report(rows.source, "prompt")
@@ -97,15 +114,12 @@ def other_win_rates(evaluation: Evaluation, texts: dict[str, list[str]], judge_a
 
 
 def main():
-    script_args, args, model_args, format_args, judge_args = parse(
-        (ScriptArguments, EvaluationArguments, ModelConfig, FormattingArguments, JudgeArguments)
-    )
+    data_args, args, loading, format_args, judge_args = parse(ARGUMENTS)
     if world_size() > 1:
         raise UserError("Evaluation runs in one process: start it with python instead of accelerate launch.")
-    if script_args.dataset_name is None:
-        raise UserError("Command line: --dataset_name is required.")
+    model_args = loading.model_config()
     reward = RewardModel(args, model_args)
-    prompts = read_prompts(script_args, format_args, args.num_prompts)
+    prompts = read_prompts(data_args, format_args, args.num_prompts)
     pairs = read_pairs(judge_args.preference_datasets, format_args)
     evaluation = Evaluation(args, model_args, prompts, reward)
     measured = evaluation.measure()

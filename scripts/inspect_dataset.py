@@ -7,10 +7,18 @@ Exits with 0, or with 1 and the errors; the report is written either way. With a
 the model will see them; ⟦…⟧ is the part that is trained on (sft: the last turn) or scored (preference).
 """
 
-import argparse
-import json
 import os
 import sys
+
+if __name__ == "__main__":
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
+
+    answer_early(__file__)
+
+import argparse
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
@@ -18,6 +26,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from recipes.cli.errors import UserError
+from recipes.cli.help import OneLineParser
 from recipes.data.control_tokens import control_tokens
 from recipes.data.preview import render
 from recipes.data.report import Report
@@ -28,7 +37,7 @@ SHOWN = 3
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingArguments]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("source", help="file (.jsonl, .json, .csv, .parquet), folder or Hub name")
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--split", default="train", help="default: train; rows 10 to 19 of it are train[10:20]")

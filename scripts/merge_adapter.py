@@ -5,12 +5,16 @@
 The sum is computed in float32 and stored in the base's own precision, or in `--dtype`.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
 
-import os
+    answer_early(__file__)
+
 import shutil
 from dataclasses import dataclass, field
 
@@ -38,6 +42,9 @@ class MergeArguments:
         metadata={"help": "Merge into a 4-bit or 8-bit base although rounding loses part of the adapter."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+
+ARGUMENTS = (MergeArguments,)
 
 
 def trained_on_quantized_base(adapter: str) -> bool:
@@ -91,4 +98,4 @@ def merge(args: MergeArguments) -> None:
 
 
 if __name__ == "__main__":
-    run(merge, (MergeArguments,))
+    run(merge, ARGUMENTS)

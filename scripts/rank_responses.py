@@ -4,15 +4,25 @@ python scripts/rank_responses.py serve --database labels.db --samples samples.js
 python scripts/rank_responses.py export --database labels.db --output rankings.jsonl
 """
 
+import os
+import sys
+
+if __name__ == "__main__":
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
+
+    answer_early(__file__)
+
 import argparse
 import getpass
 import json
 import sqlite3
-import sys
 from pathlib import Path
 
 from recipes import labelling
 from recipes.cli.errors import UserError
+from recipes.cli.help import OneLineParser
 from recipes.labelling.accounts import add_labeler, labelers, named_labeler
 from recipes.labelling.answers import JUSTIFICATIONS
 from recipes.labelling.database import Database
@@ -43,7 +53,7 @@ def user_name():
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(function, name, help):

@@ -3,18 +3,21 @@
     python scripts/sample_responses.py --model_name_or_path runs/sft --dataset_name prompts.jsonl \\
         --num_generations 4 --temperature 1.0 --seed 0 --output samples.jsonl
 
-Repeated responses to a prompt are sampled again. Run the same line again to complete a run that was stopped. The flags
-of TRL's `ScriptArguments` and `ModelConfig` work too, and `--config FILE.yaml` holds any of them.
+Repeated responses to a prompt are sampled again. Run the same line again to complete a run that was stopped.
+`--config FILE.yaml` holds any of the flags.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the working directory instead of this file's, as for `python -m`: a user's modules come first
+    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
+    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    from recipes.cli.help import answer_early
+
+    answer_early(__file__)
 
 from dataclasses import dataclass, field
-
-from trl import ModelConfig, ScriptArguments
 
 from recipes.cli.errors import UserError
 from recipes.cli.launch import world_size
@@ -22,7 +25,14 @@ from recipes.cli.run import run
 from recipes.data.control_tokens import control_tokens
 from recipes.data.report import Report
 from recipes.formatting import Formatter, FormattingArguments, load_rows
-from recipes.models.sampling import Prompt, SamplingArguments, load_generator, sample_to_file
+from recipes.models.sampling import (
+    PolicyArguments,
+    Prompt,
+    PromptsArguments,
+    SamplingArguments,
+    load_generator,
+    sample_to_file,
+)
 
 
 @dataclass
@@ -31,12 +41,12 @@ class OutputArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
 
-ARGUMENTS = (ScriptArguments, SamplingArguments, ModelConfig, FormattingArguments, OutputArguments)
+ARGUMENTS = (PromptsArguments, SamplingArguments, PolicyArguments, FormattingArguments, OutputArguments)
 
 
-def read_prompts(script_args: ScriptArguments, format_args: FormattingArguments, tokenizer) -> list[Prompt]:
+def read_prompts(data_args: PromptsArguments, format_args: FormattingArguments, tokenizer) -> list[Prompt]:
     """The prompts of a dataset; a row's own `id` is kept if it is unique."""
-    rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, script_args.dataset_config)
+    rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, data_args.dataset_config)
     report = Report(rows.source, "prompt")
     formatter = Formatter("prompt", **format_args.options(), special_tokens=control_tokens(tokenizer))
     ids = {(row.file, row.line): row.data["id"] for row in rows if isinstance(row.data, dict) and "id" in row.data}
@@ -50,19 +60,17 @@ def read_prompts(script_args: ScriptArguments, format_args: FormattingArguments,
 
 
 def main(
-    script_args: ScriptArguments,
+    data_args: PromptsArguments,
     sampling: SamplingArguments,
-    model_args: ModelConfig,
+    policy: PolicyArguments,
     format_args: FormattingArguments,
     output_args: OutputArguments,
 ):
     if world_size() > 1:
         raise UserError("Sampling runs in one process: start it with python instead of accelerate launch.")
-    if script_args.dataset_name is None:
-        raise UserError("Command line: --dataset_name is required.")
-    model, tokenizer = load_generator(model_args, output_args.trust_remote_code)
-    prompts = read_prompts(script_args, format_args, tokenizer)
-    sample_to_file(model, tokenizer, prompts, sampling, model_args.model_name_or_path, output_args.output)
+    model, tokenizer = load_generator(policy.model_config(), output_args.trust_remote_code)
+    prompts = read_prompts(data_args, format_args, tokenizer)
+    sample_to_file(model, tokenizer, prompts, sampling, policy.model_name_or_path, output_args.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Reads the arguments of a recipe or tool: YAML and flags into dataclasses, with errors of one line."""
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable
@@ -9,6 +8,7 @@ import yaml
 from trl import TrlParser
 
 from recipes.cli.errors import UserError
+from recipes.cli.help import unknown
 from recipes.cli.launch import check_devices
 
 
@@ -20,9 +20,7 @@ class RecipeParser(TrlParser):
 
     def unknown(self, name: str, where: str) -> UserError:
         known = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ". --help lists all arguments."
-        return UserError(f"{where}: there is no argument {name}{hint}")
+        return unknown(name, known, where)
 
 
 def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> tuple:

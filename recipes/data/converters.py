@@ -116,9 +116,10 @@ def guanaco(row: dict, roles: Roles) -> Dialogue:
     return Dialogue(split_turns(text(row, "text"), "text", re.compile(r"### (Human|Assistant):"), roles))
 
 
-def oasst(row: dict, roles: Roles) -> Dialogue | Ranking:
-    """Rows as `recipes.data.oasst` joins them."""
-    return (ranking if "responses" in row else dialogue("messages"))(row, roles)
+def joined(row: dict, roles: Roles) -> Dialogue | Ranking:
+    """Rows as `recipes.data.oasst` and `recipes.data.label_studio` make them."""
+    kinds = {"responses": ranking, "completion": prompt_completion, "messages": dialogue("messages"), "prompt": prompt}
+    return next(kinds[column] for column in kinds if column in row)(row, roles)
 
 
 def preferences(question: str | None = None) -> Converter:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data.rows import DataError, Row, RowError, check_row, join_names
-from recipes.data.text_files import COMPRESSED, TEXT_SUFFIXES, read_text_file
+from recipes.data.text_files import COMPRESSED, PROMPTS_SUFFIX, TEXT_SUFFIXES, read_text_file
 
-SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSED))
+TEXTS = (*TEXT_SUFFIXES, PROMPTS_SUFFIX)
+SUFFIXES = (*TEXTS, ".parquet", *(text + packed for text in TEXTS for packed in COMPRESSED))
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")  # `name` or `owner/name`
 _SPLIT = re.compile(r"([\w.\-]+)(?:\[(\d*):(\d*)\])?")
 
@@ -38,8 +39,8 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
     """Opens a dataset; of local sources, no row is read before the rows are iterated.
 
     Args:
-        source: an existing .jsonl, .ndjson, .json, .csv or .parquet file (all but Parquet may be compressed as .gz,
-            .bz2, .xz or .zst), a folder (a copy of a Hub dataset, files named by split, or one written by
+        source: an existing .jsonl, .ndjson, .json, .csv, .txt or .parquet file (all but Parquet may be compressed as
+            .gz, .bz2, .xz or .zst), a folder (a copy of a Hub dataset, files named by split, or one written by
             `save_to_disk`), "json", "csv" or "parquet" together with `data_files`, or a Hub name.
         split: a split name; `train[10:20]` takes rows 10 to 19. A single file is the split "train".
         name: the configuration of a Hub dataset or of a copy of one, or a subfolder of a local folder.
@@ -128,6 +129,11 @@ def _files_by_split(folder: Path, name: str | None) -> dict[str, list[Path]]:
         with suppress(FileNotFoundError):  # a copy of a Hub dataset may lack a split
             files = sorted(set(DataFilesList.from_patterns(patterns[split], str(base))))
             found[str(split)] = [Path(file) for file in files if file.lower().endswith(SUFFIXES)]
+    every = [file for files in found.values() for file in files]
+    data = [
+        file for file in every if PROMPTS_SUFFIX not in file.suffixes
+    ]  # beside them, a .txt is a licence or a note
+    found = {split: [file for file in files if file in data or not data] for split, files in found.items()}
     found = {split: files for split, files in found.items() if files}
     if not found:
         raise DataError(f"{base} holds no {join_names(TEXT_SUFFIXES)} or .parquet file, not even compressed ones")
@@ -172,7 +178,7 @@ def _read_files(paths: list[Path]) -> Callable[[], Iterable[Row]]:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         if not path.name.lower().endswith(SUFFIXES):
-            known = f"{join_names(TEXT_SUFFIXES)}, .parquet, the texts also with {join_names(COMPRESSED)}"
+            known = f"{join_names(TEXTS)}, .parquet, the texts also with {join_names(COMPRESSED)}"
             raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {known}")
     return partial(_rows_of, paths)
 

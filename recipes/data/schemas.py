@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from recipes.data import converters as convert
 from recipes.data.converters import Converter
+from recipes.data.label_studio import annotations
 from recipes.data.messages import ROLES, Roles
 from recipes.data.oasst import conversation_trees
 from recipes.data.rows import DataError, RowError, Skip, join_names
@@ -142,7 +143,10 @@ SCHEMAS: dict[str, Schema] = {
     "ultrafeedback": Schema(RANKED, ("instruction", "completions"), convert.ultrafeedback, 30),
     "distilabel": Schema(RANKED, ("instruction", "generations", "ratings"), convert.distilabel, 30),
     # trees of messages
-    "oasst": Schema(TASKS, ("message_id", "parent_id", "role", "text"), convert.oasst, 40, conversation_trees),
+    "oasst": Schema(TASKS, ("message_id", "parent_id", "role", "text"), convert.joined, 40, conversation_trees),
+    # exports of an annotation tool
+    "label_studio": Schema((*RANKED, "sft"), ("data", "annotations"), convert.joined, 41, annotations),
+    "label_studio_min": Schema(RANKED, ("annotation_id", "annotator", "lead_time"), convert.joined, 41, annotations),
     # conversations
     "messages": Schema(DIALOGUE, ("messages",), convert.dialogue("messages"), 50),
     "conversations": Schema(DIALOGUE, ("conversations",), convert.dialogue("conversations"), 51),

@@ -1,17 +1,19 @@
-"""Reads JSON Lines, JSON and CSV files row by row, with line numbers, and reports errors by line.
+"""Reads JSON Lines, JSON, CSV and lists of prompts row by row, with line numbers, and reports errors by line.
 
 `datasets` would guess types (dates become timestamps, "NA" becomes null, 007 becomes 7.0) and name no line.
 """
 
+import bz2
 import csv
+import gzip
 import io
 import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from recipes.data.rows import (
     DECODER,
@@ -20,6 +22,7 @@ from recipes.data.rows import (
     LostRows,
     Row,
     RowError,
+    RowProblem,
     check_surrogates,
     decode_object,
     not_json,
@@ -27,9 +30,21 @@ from recipes.data.rows import (
     skip_space,
 )
 
+try:
+    from compression import zstd  # Python 3.14
+except ImportError:
+    try:
+        from backports import zstd
+    except ImportError:
+        zstd = None
+
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
+PROMPTS_SUFFIX = ".txt"  # one prompt a line
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd and zstd.open}
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, *([zstd.ZstdError] if zstd else []))
 CHUNK = 2**16  # characters of a JSON list that are read at a time; more where an element is larger
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+LIMIT = 2**26  # bytes of a line, characters of a cell of CSV or of an element of a JSON list; memory has to hold them
+TOO_LONG = f"longer than {LIMIT >> 20} MiB, which no row may be"
 # Messages in a cell of CSV: as JSON, or with single quotes in Python's notation, as pandas writes them.
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|tool_calls)["']\s*:""")
 _SPACE = r"[ \t\n\r]*"
@@ -38,28 +53,20 @@ _SEPARATOR = re.compile(rf"{_SPACE}(?:,|(?P<closing>\])){_SPACE}")
 
 
 def read_text_file(path: Path) -> Iterator[Row]:
-    """The rows of a .jsonl, .ndjson, .json or .csv file, compressed or not.
+    """The rows of a .jsonl, .ndjson, .json, .csv or .txt file, compressed or not.
 
     Raises:
         DataError: nothing of the file can be read, or its compressed form is damaged.
     """
+    packed = path.suffix.lower()
+    if packed == ".zst" and zstd is None:
+        raise DataError(f"{path}: there is no package for {packed} files; pip install backports.zstd")
     try:
-        with _open_text(path) as stream:
+        with COMPRESSED.get(packed, open)(path, "rb") as stream:
             yield from _read_text(path, stream)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except DAMAGED as error:
         reason = getattr(error, "strerror", None) or f"the file is damaged: {error}"
         raise DataError(f"{path}: {reason}") from error
-
-
-def _open_text(path: Path) -> BinaryIO:
-    if path.suffix.lower() not in COMPRESSED:
-        return path.open("rb")
-    import fsspec
-
-    try:
-        return fsspec.open(str(path), "rb", compression="infer").open()
-    except ValueError as error:
-        raise DataError(f"{path}: no package for {path.suffix} is installed; pip install zstandard") from error
 
 
 def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
@@ -72,17 +79,41 @@ def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
     stream.seek(start)
     if suffix == ".csv":
         yield from _read_csv(file, stream)
+    elif suffix == PROMPTS_SUFFIX:
+        yield from (row._replace(data=_prompt(row.data)) for row in _read_lines(file, stream))
     elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _read_json_list(file, stream)
-    elif suffix == ".json" and not stream.readline().rstrip().endswith(b"}"):
+    elif suffix == ".json" and not stream.readline(LIMIT).rstrip().endswith(b"}"):
         yield Row(file, 1, RowError("one JSON object over many lines; expected a list [...] or an object per line"))
     else:
         stream.seek(start)
-        yield from _read_jsonl(file, stream)
+        yield from _read_lines(file, stream)
 
 
-def _read_jsonl(file: str, stream: Iterable[bytes]) -> Iterator[Row]:
-    return (Row(file, number, raw) for number, raw in enumerate(stream, 1) if not raw.isspace())
+def _read_lines(file: str, stream: BinaryIO) -> Iterator[Row]:
+    """Rows whose data are lines that are not blank, or an error for a line that is too long."""
+    for number, line in enumerate(_lines(stream), 1):
+        if line is None:
+            yield Row(file, number, RowError(f"the line is {TOO_LONG}"))
+        elif not line.isspace():
+            yield Row(file, number, line)
+
+
+def _lines(stream: IO) -> Iterator:
+    """The lines of a stream of bytes or text; None for one of more than LIMIT, which is never held as a whole."""
+    while line := stream.readline(LIMIT + 1):
+        whole = len(line) <= LIMIT
+        yield line if whole else None
+        while not whole and line and line[-1:] not in ("\n", b"\n"):
+            line = stream.readline(CHUNK)
+
+
+def _prompt(line: bytes | RowProblem) -> dict | RowProblem:
+    if isinstance(line, RowProblem):
+        return line
+    text = line.decode("utf-8", "surrogateescape")
+    bad = NOT_UTF8.search(text)
+    return RowError(not_utf8(bad)) if bad else {"prompt": text}
 
 
 def _characters(stream: BinaryIO) -> io.TextIOWrapper:
@@ -109,6 +140,9 @@ def _read_json_list(file: str, stream: BinaryIO) -> Iterator[Row]:
                 return
             end = len(text)
         if end == len(text) and not ended:  # the rest of the element may follow
+            if len(text) > LIMIT:
+                yield Row(file, line, LostRows(f"an element of the list is {TOO_LONG}; nothing after it was read"))
+                return
             more = characters.read(max(CHUNK, len(text)))
             if bad := NOT_UTF8.search(more):
                 line += text.count("\n") + more.count("\n", 0, bad.start())
@@ -149,8 +183,8 @@ def _lost(error: ValueError | RecursionError) -> LostRows:
 
 
 def _read_csv(file: str, stream: BinaryIO) -> Iterator[Row]:
-    reader = csv.reader(_characters(stream), strict=True)
-    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(_csv_lines(_characters(stream)), strict=True)
+    csv.field_size_limit(LIMIT)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
@@ -167,6 +201,13 @@ def _read_csv(file: str, stream: BinaryIO) -> Iterator[Row]:
             header = _check_header(file, line, cells)
         else:
             yield Row(file, line, _csv_row(header, cells))
+
+
+def _csv_lines(characters: IO[str]) -> Iterator[str]:
+    for line in _lines(characters):
+        if line is None:
+            raise csv.Error(f"the line is {TOO_LONG}")
+        yield line
 
 
 def _check_header(file: str, line: int, header: list[str]) -> list[str]:

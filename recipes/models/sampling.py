@@ -50,6 +50,41 @@ class SamplingArguments:
             raise UserError("--temperature 0 always gives the same response: set --num_generations 1 or sample.")
 
 
+@dataclass
+class LoadingArguments:
+    """The part of TRL's `ModelConfig` that says how a trained model is loaded."""
+
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Precision of the weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention, as transformers names it."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the base in 8 bits."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base in 4 bits."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "Type of 4 bits.", "choices": ["fp4", "nf4"]})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the 4-bit scales too."})
+
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(**vars(self))
+
+
+@dataclass
+class PolicyArguments(LoadingArguments):
+    """One trained model, and how it is loaded."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Base, adapter folder or full model."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+
+
+@dataclass
+class PromptsArguments:
+    """The prompts that are answered; `ScriptArguments` of TRL has the same names."""
+
+    dataset_name: str = field(metadata={"help": "Hub name, folder or .jsonl, .json, .csv or .parquet file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split that the prompts are taken from."})
+
+
 @dataclass(frozen=True)
 class Response:
     """`token_ids` end with EOS if the model `finished` by itself; `text` has no special tokens."""

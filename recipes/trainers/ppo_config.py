@@ -13,6 +13,7 @@ FAST_PATHS = (
     "sampling_logps",
     "drop_finished",
     "packed_weights",
+    "merged_copy",
     "fused_adapters",
     "early_backward",
 )

@@ -229,7 +229,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         args, base = self.args, self._base
         quantized = getattr(base, "is_quantized", False)
         self._in_float32 = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32 and not quantized
-        self._fast = FastPaths(args, self.accelerator, base, self._in_float32)
+        self._fast = FastPaths(args, self.accelerator, self._policy, self._in_float32)
         add_state_forward(base, self.temperature, self._fast.frozen_head(base))
         if args.disable_dropout:
             disable_dropout_rates(base)

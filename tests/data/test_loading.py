@@ -6,10 +6,13 @@ import gzip
 import json
 import lzma
 import os
+import subprocess
+import sys
 
 import pytest
 
 from recipes.data.rows import RowError
+from recipes.data.text_files import zstd
 from recipes.formatting import DataError, format_dataset, list_splits, load_rows
 
 GOOD = b'{"prompt": "q"}\n'
@@ -246,13 +249,83 @@ def test_a_copy_of_a_hub_dataset_is_read_as_its_card_says(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix, module", [(".gz", gzip), (".bz2", bz2), (".xz", lzma)])
-def test_compressed_files(tmp_path, suffix, module):
+def test_text_files_hold_one_prompt_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbf Name a bird. \r\n\n[7]\ncaf\xe9\n" + b"last")
+    found = [data if isinstance(data, str) else data["prompt"].strip() for _, data in read(path)]
+    assert [line for line, _ in read(path)] == [1, 3, 4, 5]
+    assert found[:2] == ["Name a bird.", "[7]"] and "byte 0xe9" in found[2] and found[3] == "last"
+    path.write_text("a\nb\n")
+    assert format_dataset(load_rows(path), "prompt")[0].to_list() == [
+        {"prompt": [{"role": "user", "content": text}]} for text in "ab"
+    ]
+    with pytest.raises(DataError, match="no schema for task 'sft' fits the columns prompt"):
+        format_dataset(load_rows(path), "sft")
+    (tmp_path / "other.txt.gz").write_bytes(gzip.compress(b"c\n"))
+    assert {os.path.basename(row.file) for row in load_rows(tmp_path)} == {"other.txt.gz", "prompts.txt"}
+    (tmp_path / "data.jsonl").write_bytes(GOOD)  # beside data, a text is a licence or a note
+    assert {os.path.basename(row.file) for row in load_rows(tmp_path)} == {"data.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "name, before, long, after, expected",
+    [
+        ("data.jsonl", GOOD, b'{"prompt": "%s"}\n', GOOD, [1, "the line is longer than 64 MiB", 3]),
+        ("data.txt", b"q\n", b"%s\n", b"q\n", [1, "the line is longer than 64 MiB", 3]),
+        ("data.json", b'[{"a": "q"},\n', b'{"a": "%s"},', b'{"a": 1}]', [1, "an element of the list is longer than"]),
+        ("data.csv", b"a\nq\n", b"%s\n", b"q\n", [2, "not valid CSV: the line is longer than 64 MiB"]),
+        ("data.csv", b"a\nq\n", b'"%s"\n', b"q\n", [2, "not valid CSV: the line is longer than 64 MiB"]),
+        ("data.csv", b"a\nq\n", b'"\n%s\n"\n', b"q\n", [2, "not valid CSV: field larger than field limit"]),
+    ],
+)
+def test_a_row_has_a_limit(tmp_path, monkeypatch, name, before, long, after, expected):
+    monkeypatch.setattr("recipes.data.text_files.LIMIT", 1000)
+    monkeypatch.setattr("recipes.data.text_files.CHUNK", 64)
+    (tmp_path / name).write_bytes(before + long.replace(b"%s", b"x" * 980) + after)
+    assert [type(data) for _, data in read(tmp_path / name)] == [dict] * 3
+    lines = b"\n".join([b"x" * 900] * 3) if long.startswith(b'"\n') else b"x" * 2100
+    (tmp_path / name).write_bytes(before + long.replace(b"%s", lines) + after)
+    found = [(0, line if isinstance(data, dict) else data) for line, data in read(tmp_path / name)]
+    check(found, [(0, item) for item in expected])
+
+
+def test_a_line_without_end_takes_little_memory(tmp_path):
+    """200 MB of one line in 200 KB of a file, read by a process that may use 300 MiB more than it has."""
+    path = tmp_path / "data.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(200):
+            file.write(b"x" * 2**20)
+        file.write(b"\n" + GOOD)
+    code = (
+        "import resource, sys; from recipes.formatting import load_rows; "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; rows = list(load_rows(sys.argv[1])); "
+        "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before; "
+        "assert [row.line for row in rows] == [1, 2] and grown < 190 * 2**10, (rows, grown)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=60)
+
+
+def test_zst_without_its_package_names_it(tmp_path, monkeypatch):
+    (tmp_path / "data.jsonl.zst").write_bytes(b"")
+    monkeypatch.setattr("recipes.data.text_files.zstd", None)
+    with pytest.raises(DataError, match="data.jsonl.zst: there is no package .* pip install backports.zstd"):
+        read(tmp_path / "data.jsonl.zst")
+
+
+def zst(data):
+    return zstd.compress(data, options={zstd.CompressionParameter.checksum_flag: 1})  # as the program zstd
+
+
+PACKERS = [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zst)]
+
+
+@pytest.mark.parametrize("suffix, compress", PACKERS)
+def test_compressed_files(tmp_path, suffix, compress):
     path = tmp_path / f"train.jsonl{suffix}"
-    packed = module.compress(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD * 5000)
+    packed = compress(b"\xef\xbb\xbf" + GOOD) + compress(b"\n" + GOOD * 5000)  # in two parts
     path.write_bytes(packed)
     assert read(path)[:2] == read(tmp_path)[:2] == [(1, {"prompt": "q"}), (3, {"prompt": "q"})]
-    (tmp_path / f"list.json{suffix}").write_bytes(module.compress(b'[{"a": 1},\n{"a": 2}]'))
+    (tmp_path / f"list.json{suffix}").write_bytes(compress(b'[{"a": 1},\n{"a": 2}]'))
     assert read(tmp_path / f"list.json{suffix}") == [(1, {"a": 1}), (2, {"a": 2})]
     for broken in (packed[: len(packed) // 2], packed[:20] + b"rubbish" + packed[27:], b"no archive"):
         path.write_bytes(broken)

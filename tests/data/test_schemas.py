@@ -179,6 +179,44 @@ def test_wrong_cells_are_refused_by_place(schema, change, message):
             format_dataset([good, {**good, **change}], task, schema=schema)
 
 
+@pytest.mark.parametrize(
+    "fixture, change, message",
+    [
+        ("pairwise", {"type": "pairwise", "value": {"selected": "both"}}, r"annotations\[0\]: found the text 'both'"),
+        (
+            "pairwise",
+            {"type": "pairwise", "value": "left"},
+            r"annotations\[0\]: found the text 'left', expected an obj",
+        ),
+        ("ranker", {"type": "ranker", "value": {"ranker": {"good": ["a"], "bad": ["b"]}}}, "the items lie in buckets"),
+        ("ranker", {"type": "ranker", "value": {"ranker": ["z"]}}, "the text 'z' is the id of no item"),
+    ],
+)
+def test_wrong_annotations_of_label_studio_are_refused_by_place(fixture, change, message):
+    good = FIXTURES[f"label_studio_{fixture}"]["rows"][0]
+    row = {**good, "annotations": [{"result": [change]}]}
+    with pytest.raises(DataError, match=f"rows:2:.*{message}"):
+        format_dataset([good, row], "preference")
+
+
+def test_label_studio_names_of_its_own():
+    """Names of tags that are not those of the data, another name of the prompt, and several results."""
+    data = {"ask": "q", "left text": "one", "right text": "two"}
+    result = {"type": "pairwise", "to_name": "txt-1,txt-2", "value": {"selected": "right"}}
+    row = {"data": data, "annotations": [{"result": [result, {"type": "textarea", "value": {"text": ["why"]}}]}]}
+    with pytest.raises(DataError, match=r"found no prompt among ask, left text, right text; name it: --dataset_map"):
+        format_dataset([row], "preference")
+    mapping = {"data": "data", "annotations": "annotations", "prompt": "data.ask"}
+    (pair,) = brief(format_dataset([row], "preference", mapping=mapping)[0].to_list())
+    assert (pair["prompt"], pair["chosen"]) == (["user: q"], ["assistant: two"])
+    three = {**row, "data": {**data, "more": "three"}}
+    with pytest.raises(DataError, match="cannot tell which two of left text, right text, more were compared"):
+        format_dataset([three], "preference", mapping=mapping)
+    twice = {**row, "annotations": [{"result": [result, result]}]}
+    with pytest.raises(DataError, match="found 2 results of pairwise or ranker, expected one"):
+        format_dataset([twice], "preference", mapping=mapping)
+
+
 def test_nothing_that_matters_is_dropped_in_silence():
     row = {"instruction": "q", "input": "i", "response": "a", "system_prompt": "s"}
     (dialogue,) = brief(format_dataset([row], "sft")[0].to_list())

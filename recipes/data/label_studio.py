@@ -1,0 +1,108 @@
+"""Label Studio's exports (JSON and JSON-MIN) as rows of a prompt and responses, or of a prompt and a completion.
+
+Understood are the tags Pairwise (two texts, one is selected), Ranker without buckets (items in order) and TextArea (a
+written answer). A task may have several annotations: each becomes a row.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from recipes.data.messages import as_object, decode_json, flag, items, objects, require
+from recipes.data.rows import Row, RowError, RowProblem, Skip, describe, join_names
+
+PROMPTS = ("prompt", "instruction", "question", "query", "text")
+OWN = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time")  # columns of JSON-MIN
+KINDS = {"selected": "pairwise", "ranker": "ranker", "text": "textarea"}  # the key of a result's value, and its tag
+
+
+def annotations(rows: Iterable[Row], task: str) -> Iterator[Row]:
+    """Rows that `converters.joined` reads. The prompt is the mapping's, or the first of `PROMPTS` that is there."""
+    for row in rows:
+        try:
+            if isinstance(row.data, RowProblem):
+                raise row.data
+            yield from (row._replace(data=found) for found in _annotations(row.data, task))
+        except RowProblem as problem:
+            yield row._replace(data=problem)
+
+
+def _annotations(row: dict, task: str) -> Iterator[dict | RowProblem]:
+    if "annotations" in row:
+        found = as_object(require(row, "data"), "data")
+        data = {name.removeprefix("data."): found[name] for name in found}
+    else:
+        data = {name: row[name] for name in row if name not in OWN}
+    named = next((name for name in PROMPTS if name in data), None)
+    if named is None and "prompt" not in row:
+        advice = "name it: --dataset_mapping data=data annotations=annotations prompt=data.NAME"
+        raise RowError(f"found no prompt among {join_names(data)}; {advice}", "data")
+    prompt = {"prompt": row.get("prompt", data.get(named))}
+    if task == "prompt":
+        yield prompt
+        return
+    data = {name: data[name] for name in data if name != named and data[name] != prompt["prompt"]}
+    for place, results in _nested(row) if "annotations" in row else _flat(data):
+        wanted = ("textarea",) if task == "sft" else ("pairwise", "ranker")
+        results = [result for result in results if result.get("type") in wanted]
+        try:
+            if len(results) != 1:
+                raise Skip(f"found {len(results)} results of {' or '.join(wanted)}, expected one", place)
+            yield prompt | _READERS[results[0]["type"]](results[0], data, place)
+        except RowProblem as problem:
+            yield problem
+
+
+def _nested(row: dict) -> Iterator[tuple[str, list[dict]]]:
+    """The place of each annotation that was not cancelled, and its results: {type, value, to_name}."""
+    for place, annotation in objects(row, "annotations"):
+        if not flag(annotation, f"{place}.was_cancelled"):
+            yield place, [dict(result) for result in items(annotation, f"{place}.result") if isinstance(result, dict)]
+
+
+def _flat(columns: dict) -> Iterator[tuple[str, list[dict]]]:
+    """The same of JSON-MIN, where a column has the value, or a list of values, of one tag, and texts are columns."""
+    for name in columns:
+        cell = columns[name]
+        if isinstance(cell, str) and cell.startswith(("[{", "{")):
+            cell = decode_json(cell, name, "a result")
+        values = [value for value in (cell if isinstance(cell, list) else [cell]) if isinstance(value, dict)]
+        results = [{"type": KINDS[key], "value": value} for value in values for key in KINDS if key in value]
+        if any(result["type"] in ("pairwise", "ranker") for result in results):
+            yield name, results
+
+
+def _pairwise(result: dict, data: dict, place: str) -> dict:
+    selected = as_object(result.get("value"), place).get(f"{place}.selected")
+    if selected not in ("left", "right"):
+        raise RowError(f"found {describe(selected)}, expected left or right", place)
+    names = str(result.get("to_name", "answer1,answer2")).replace(" ", "").split(",")
+    if not data.keys() >= set(names):  # names of tags that are not those of the data
+        names = [name for name in data if isinstance(data[name], str)]
+    if len(names) != 2:
+        raise RowError(f"cannot tell which two of {join_names(data)} were compared", place)
+    ranks = (1, 2) if selected == "left" else (2, 1)
+    return {"responses": [{"text": data[name], "rank": rank} for name, rank in zip(names, ranks, strict=True)]}
+
+
+def _ranker(result: dict, data: dict, place: str) -> dict:
+    order = as_object(result.get("value"), place).get(f"{place}.ranker")
+    if isinstance(order, dict) and len(order) == 1:
+        (order,) = order.values()
+    if not isinstance(order, list):
+        raise RowError("the items lie in buckets, which have no order; use a Ranker without buckets", place)
+    cells = (item for cell in data.values() if isinstance(cell, list) for item in cell if isinstance(item, dict))
+    texts = {str(item.get("id")): item.get("body", item.get("text")) for item in cells}
+    if unknown := [name for name in order if str(name) not in texts]:
+        raise RowError(f"{describe(unknown[0])} is the id of no item", place)
+    return {"responses": [{"text": texts[str(name)], "rank": rank} for rank, name in enumerate(order, 1)]}
+
+
+def _textarea(result: dict, data: dict, place: str) -> dict:
+    text = as_object(result.get("value"), place).get(f"{place}.text")
+    if isinstance(text, list) and len(text) == 1:
+        (text,) = text
+    if not isinstance(text, str):
+        raise RowError(f"found {describe(text)}, expected one text", place)
+    return {"completion": text}
+
+
+_READERS = {"pairwise": _pairwise, "ranker": _ranker, "textarea": _textarea}
