@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from recipes.cli.errors import UserError, first_line
 from recipes.models.adapters import add_score_roles, checkpoint_under_roles, seq_cls_config, use_role
+from recipes.models.heads import base_of
 from recipes.trainers.fast.frozen_head import LOGITS_PER_BLOCK, FrozenHeadLogProbs
 from recipes.trainers.fast.lora_linear import fuse_adapters
 from recipes.trainers.fast.packed_weights import FEW_ROWS, linear_layers
@@ -445,10 +446,6 @@ def prepare_training(setting: Setting, model: nn.Module, critic: PreTrainedModel
             base.activation_checkpointing_enable(kwargs)
             if setting.lora is not None:
                 base.enable_input_require_grads()
-
-
-def base_of(model: nn.Module) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def role(model: nn.Module, name: str):
