@@ -25,7 +25,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, visible
 from recipes.cli.help import OneLineParser
 from recipes.data.control_tokens import control_tokens
 from recipes.data.preview import render
@@ -105,11 +105,12 @@ def write(path: Path | None, rows: Iterator[dict]) -> list[dict]:
 
 def show(rows: list[dict], tokenizer) -> None:
     for row in rows:
-        print(f"{row['file']}:{row['line']}")
+        shown = [f"{row['file']}:{row['line']}"]
         if tokenizer:
-            print(*render(row, tokenizer), sep="\n")
+            shown += map(str, render(row, tokenizer))
         else:
-            print(json.dumps({key: row[key] for key in row if key not in ("file", "line")}, ensure_ascii=False))
+            shown.append(json.dumps({key: row[key] for key in row if key not in ("file", "line")}, ensure_ascii=False))
+        print(visible("\n".join(shown)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,12 +129,16 @@ def main(argv: list[str] | None = None) -> int:
         show(write(args.output, formatted(args, format_args, report, tokenizer)), tokenizer)
         print(report)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         if not report.errors:
             report.errors.append({"file": args.source, "line": None, "column": None, "message": str(error)})
         failed = True
-    if args.report:
-        report.save(args.report)
+    try:
+        if args.report:
+            report.save(args.report)
+    except OSError as error:
+        print(f"error: --report {visible(str(error))}", file=sys.stderr)
+        failed = True
     return 1 if failed else 0
 
 

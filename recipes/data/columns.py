@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from recipes.data.messages import KNOWN, MASKED, MEDIA, NOTHING, items, not_learned, refuse
+from recipes.data.messages import MASKED, MEDIA, NOTHING, items, not_learned, refuse, unused_keys
 from recipes.data.rows import Skip
 
-LABELS = ("label", "kto_tag")  # of unpaired preferences (TRL, LLaMA-Factory): false is a bad answer
-ROLES = {"role", "from"}
-WEIGHTS = ("weight", "sample_weight", "train", "loss_mask", *MASKED)
+LABELS = {"label", "kto_tag"}  # of unpaired preferences (TRL, LLaMA-Factory): false is a bad answer
+WEIGHTS = MASKED | {"weight", "sample_weight", "train", "loss_mask"}
+REFUSED = MEDIA | {"chat_template_kwargs"}
 
 
 class ReadRow(dict):
@@ -29,15 +29,13 @@ class ReadRow(dict):
         """Columns that nothing looked at, and keys of messages that are not known, such as `messages[].id`."""
         names = self.keys() - self.read
         for column in self.read & self.keys():
-            turns = super().get(column)
-            if isinstance(turns, list) and all(isinstance(turn, dict) and turn.keys() & ROLES for turn in turns):
-                names |= {f"{column}[].{key}" for key in set().union(*turns) - KNOWN}
+            names |= {f"{column}[].{key}" for key in unused_keys(super().get(column))}
         return names
 
 
 def check_columns(row: dict, task: str) -> None:
     """Skips a row that is not to be learned, or that has images or another column that must not be ignored."""
-    refuse(row, (*MEDIA, "chat_template_kwargs"))
+    refuse(row, REFUSED)
     if task != "prompt" and (column := not_learned(row, WEIGHTS)):
         raise Skip(f"{column} says that the row is not to be learned", column)
     if task == "sft" and (column := not_learned(row, LABELS)):

@@ -14,6 +14,7 @@ from recipes.data.converters import Dialogue, Ranking
 from recipes.data.digests import Digests
 from recipes.data.loading import Rows, as_rows
 from recipes.data.mapping import ColumnMapping
+from recipes.data.messages import has_weights
 from recipes.data.parallel import map_in_order
 from recipes.data.preview import render
 from recipes.data.report import Report
@@ -178,10 +179,10 @@ class Formatter:
             kept = self._kept_columns(data) if self.keep_columns else {}
             columns = ReadRow(data if schema.gather else self._mapping.apply(data))
             example = self._example(schema, columns)
+            masked = self.task == "sft" and has_weights(example.messages)
             for output in outputs(example, self.task, self.prompt_completion, self.margin, self.assistant_only_loss):
                 if not isinstance(output, Skip):
                     cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(example.messages)
-                    masked = self.task == "sft" and any("weight" in turn for turn in example.messages)
                     notes = [CUT] * cut + [UNTRAINED] * masked
                     output = self._checked(output | kept, notes)
                 results.append(output)
@@ -218,8 +219,6 @@ class Formatter:
             raise RowError(f"found {special}; remove it, or pass --on_special flag or drop")
         if special and self.on_special == "drop":
             return Skip(special)
-        if any("<image>" in turn["content"] for turn in row_messages(output)):
-            raise Skip("<image> stands for an image, which cannot be used")
         flags = [special, self._too_long(output), *notes]
         if any(len(response) > 1 for response in (output.get("chosen", ()), *output.get("completions", ()))):
             flags.append("the responses diverge before the last turn")
@@ -227,11 +226,14 @@ class Formatter:
         return Kept(output, digest, list(filter(None, flags)))
 
     def _special_token(self, output: dict) -> str | None:
+        found = None
         for turn in row_messages(output):
             text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False)
-            if found := self._control_tokens.search(text):
-                return f"special token {found[0]!r} in the {turn['role']} turn"
-        return None
+            if "<image>" in text:
+                raise Skip("<image> stands for an image, which cannot be used")
+            if found is None and (match := self._control_tokens.search(text)):
+                found = f"special token {match[0]!r} in the {turn['role']} turn"
+        return found
 
     def _too_long(self, output: dict) -> str | None:
         if self.tokenizer is None or self.max_length is None:
@@ -245,10 +247,10 @@ class Formatter:
         sample = list(islice((row.data for row in rows if isinstance(row.data, dict)), SAMPLE))
         if not sample:  # the errors of the rows will say why
             return None, "no readable row"
-        sample = [self._mapping.apply(data, lenient=True) for data in sample]
+        mapped = [self._mapping.apply(data, lenient=True) for data in sample]
         try:
-            columns = {column for data in sample for column in data}
-            return detect(columns, sample, self.task, self._mapping.roles)
+            columns = {column for data in mapped for column in data}
+            return detect(columns, mapped, self.task, self._mapping.roles, sample)
         except DataError as error:
             report.add("errors", next(iter(rows)), str(error))
             raise report.error(f"{rows.source}: {error}") from None

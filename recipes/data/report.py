@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipes.cli.errors import visible
 from recipes.data.rows import DataError, Row, join_names
 
 KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # the lists, and the key of the text in each
@@ -82,7 +83,7 @@ class Report:
         if self.unread:
             names = sorted(self.unread)
             lines.append(f"  not used: {join_names(names[:UNREAD])}{', …' if len(names) > UNREAD else ''}")
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
     def _first(self, kind: str, what: str) -> str:
         entry = next((entry for entry in getattr(self, kind) if entry[KINDS[kind]] == what), None)

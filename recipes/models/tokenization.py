@@ -56,8 +56,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = next(spare, tokenizer.eos_token)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    keep_control_tokens_text(tokenizer)  # first, since it also bounds the time of the template
     stop_at_turn_end(tokenizer, source)
-    return keep_control_tokens_text(tokenizer)
+    return tokenizer
 
 
 def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:

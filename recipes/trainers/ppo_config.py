@@ -64,6 +64,7 @@ NOT_NEGATIVE = (
 POSITIVE = (
     *("score_std", "score_clip", "adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "temperature"),
     *("ptx_max_length", "total_episodes", "num_iterations", "num_generations"),
+    "local_rollout_forward_batch_size",
 )
 
 # Keys of generation_kwargs that a rollout cannot have, and what to set instead.
@@ -150,6 +151,13 @@ class PPOConfig(GRPOConfig):
     total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
 
     # Speed
+    local_rollout_forward_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Responses that a device scores at a time, without gradients; more of them where they are short. "
+            "Default: per_device_train_batch_size. Four times as many take about as much memory."
+        },
+    )
     fast_paths: list[str] = field(
         default_factory=lambda: list(FAST_PATHS),
         metadata={
@@ -185,6 +193,8 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        if self.fp16 and self.target_kl is not None:
+            raise ValueError("target_kl leaves out updates, and fp16 cannot scale a loss that is not there: use bf16.")
         # Policy and critic are two forwards before one backward, which DDP's search for unused parameters and its
         # buffer broadcast both break.
         if self.ddp_find_unused_parameters is None:
@@ -194,6 +204,8 @@ class PPOConfig(GRPOConfig):
         if self.num_generations == 1:
             self.num_generations = _OneResponse(1)
         super().__post_init__()
+        if self.local_rollout_forward_batch_size is None:
+            self.local_rollout_forward_batch_size = self.per_device_train_batch_size
         self.num_generations = int(self.num_generations)
         self._check_generation_kwargs()
         if self.steps_per_generation % self.gradient_accumulation_steps:

@@ -156,6 +156,7 @@ def test_a_field_without_use_in_ppo_is_refused_by_name(name, tmp_path):
     [
         ({"vllm_importance_sampling_clip_min": 4.0}, "must be less than"),
         ({"generation_batch_size": 16, "steps_per_generation": 4}, "can not be both configured"),
+        ({"fp16": True, "target_kl": 0.1}, "use bf16"),
         ({"num_generations": 3}, "must be divisible by num_generations"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
     ],
