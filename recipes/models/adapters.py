@@ -30,8 +30,10 @@ def check_adapter_kind(model: PeftModel) -> None:
     """Refuse adapters that cannot share their base with other roles.
 
     Raises:
-        UserError: an adapter that is not LoRA, or one whose initialisation changes the base.
+        UserError: an adapter that is not LoRA, or one whose initialisation changes the base; none is the policy's.
     """
+    if "default" not in model.peft_config:
+        raise UserError(f"The policy is the adapter `default`, and there is only {', '.join(model.peft_config)}.")
     for config in model.peft_config.values():
         if config.peft_type != PeftType.LORA:
             raise UserError(f"PPO's roles are LoRA adapters, and this adapter is {config.peft_type.value}.")

@@ -534,6 +534,12 @@ def test_one_object_in_two_roles_is_refused(world, tmp_path, same):
         make_trainer(world, tmp_path, model=model, trainer_kwargs=roles)
 
 
+def test_a_policy_under_another_name_is_refused(world, tmp_path):
+    model = get_peft_model(models.causal_lm(), LoraConfig(task_type="CAUSAL_LM", **LORA), adapter_name="sft")
+    with pytest.raises(UserError, match="The policy is the adapter `default`, and there is only sft"):
+        make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_model": models.reward_model()})
+
+
 def test_the_other_keywords_of_trls_ppo_trainer(world, tmp_path):
     model, seen = models.causal_lm(), []
 
