@@ -28,8 +28,7 @@ from trl.data_utils import is_conversational
 from trl.models.utils import prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head
 
-from recipes.cli.checkpoints import last_good_state
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, first_line
 from recipes.models.adapters import (
     AdapterEMA,
     adapter_parameters,
@@ -55,6 +54,7 @@ from recipes.models.heads import (
     use_float32_head,
     without_critic,
 )
+from recipes.models.loading import not_finite
 from recipes.models.tokenization import turn_end
 from recipes.models.vllm import send_only_policy
 from recipes.trainers.checkpoints import EpochSampler, WholeCheckpoints
@@ -286,8 +286,13 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _generate(self, prompts: list):
         """TRL's sampling of B prompts, whose ids the steps after it need."""
-        with self._fast.sampling(), self._only_own_sampling():
-            samples = super()._generate(prompts)
+        try:
+            with self._fast.sampling(), self._only_own_sampling():
+                samples = super()._generate(prompts)
+        except (UserError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not not_finite(self._policy):
+                raise
+            self.stop(f"nothing can be sampled ({first_line(error)})")
         self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
         return samples
 
@@ -546,10 +551,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         if not number.isfinite():
             rows = {cause: (~of.isfinite().all(1)).nonzero()[:, 0].tolist() for cause, of in causes.items()}
             found = " and ".join(f"{cause} of rows {bad}" for cause, bad in rows.items() if bad)
-            raise UserError(
-                f"Step {self.state.global_step}: {name} is {number.item()}, by {found or 'too large numbers'}. "
-                f"Lower learning_rate, or look for a role in half precision. {last_good_state(self.args.output_dir)}"
-            )
+            self.stop(f"{name} is {number.item()}, by {found or 'too large numbers'}")
 
     def _log_update(self, by_token: dict[str, torch.Tensor], mask: torch.Tensor) -> None:
         """Log the means of (B, T) numbers over the tokens of the whole minibatch, however it is split."""

@@ -253,7 +253,7 @@ def test_a_loss_that_is_nan_stops_with_rows_and_the_last_checkpoint(world, tmp_p
         return losses(model, inputs)
 
     trainer._compute_loss = poisoned
-    with pytest.raises(UserError, match=r"Step 3: the loss is nan, .* rows \[0, 1, 2, 3\] .*checkpoint-2"):
+    with pytest.raises(UserError, match=r"After step 3: the loss is nan, .* rows \[0, 1, 2, 3\]\. .*checkpoint-2"):
         trainer.train()
 
 
@@ -264,9 +264,19 @@ def test_a_role_that_gives_nan_stops_before_the_first_update(world, tmp_path, ro
         parameter.data.fill_(math.nan)
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".default." in name}
     cause = "the KL is nan, by log-probabilities of the reference" if role == "ref" else "the sum of values is nan"
-    with pytest.raises(UserError, match=rf"Step 0: {cause}.*There is no checkpoint yet"):
+    with pytest.raises(UserError, match=rf"After step 0: {cause}.*There is no checkpoint yet"):
         trainer.train()
     assert all(torch.equal(trainer.model.get_parameter(name), value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("fast_paths", [["drop_finished"], []], ids=["our loop", "transformers' loop"])
+def test_a_policy_that_is_not_finite_stops_before_it_is_sampled(world, tmp_path, fast_paths):
+    trainer = make_trainer(world, tmp_path, fast_paths=fast_paths)
+    next(iter(adapter_parameters(trainer.model, "default").values())).data.fill_(math.nan)
+    with pytest.raises(
+        UserError, match=r"After step 0: nothing can be sampled .*\.default\.weight are not"
+    ):
+        trainer.train()
 
 
 def test_checkpointing_leaves_one_hook_on_the_embeddings(world, tmp_path):
