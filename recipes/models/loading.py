@@ -292,8 +292,8 @@ def read_reward_statistics(name: str) -> dict | None:
         usable = False
     if not usable:
         raise UserError(
-            f"{path} has no mean and no spread above 0 to standardise scores with: give --score_mean and --score_std, "
-            "or set --normalize_scores false."
+            f"{path} has no mean and no spread above 0 to standardise scores with: correct it, or set "
+            "--normalize_scores false."
         )
     return statistics
 

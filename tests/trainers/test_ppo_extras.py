@@ -272,7 +272,8 @@ def test_a_role_that_gives_nan_stops_before_the_first_update(world, tmp_path, ro
 @pytest.mark.parametrize("fast_paths", [["drop_finished"], []], ids=["our loop", "transformers' loop"])
 def test_a_policy_that_is_not_finite_stops_before_it_is_sampled(world, tmp_path, fast_paths):
     trainer = make_trainer(world, tmp_path, fast_paths=fast_paths)
-    next(iter(adapter_parameters(trainer.model, "default").values())).data.fill_(math.nan)
+    for parameter in adapter_parameters(trainer.model, "default").values():
+        parameter.data.fill_(math.nan)
     with pytest.raises(
         UserError, match=r"After step 0: nothing can be sampled .*\.default\.weight are not"
     ):
