@@ -87,7 +87,7 @@ def test_the_three_steps_take_code_of_the_base(remote, tmp_path, use_peft):
     arguments = ppo_arguments(remote, tmp_path, tmp_path / "functions", **only_functions)
     del arguments["reward_model_name_or_path"]
     run_recipe("ppo", **arguments)
-    with pytest.raises(UserError, match="Python code of its own.*--trust_remote_code true"):
+    with pytest.raises(UserError, match="comes with Python code.*--trust_remote_code true"):
         run_recipe(
             "ppo",
             **ppo_arguments(remote, tmp_path, tmp_path / "untrusted", **options | {"trust_remote_code": "false"}),

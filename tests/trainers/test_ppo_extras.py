@@ -274,9 +274,7 @@ def test_a_policy_that_is_not_finite_stops_before_it_is_sampled(world, tmp_path,
     trainer = make_trainer(world, tmp_path, fast_paths=fast_paths)
     for parameter in adapter_parameters(trainer.model, "default").values():
         parameter.data.fill_(math.nan)
-    with pytest.raises(
-        UserError, match=r"After step 0: nothing can be sampled .*\.default\.weight are not"
-    ):
+    with pytest.raises(UserError, match=r"After step 0: nothing can be sampled .*\.default\.weight are not"):
         trainer.train()
 
 
