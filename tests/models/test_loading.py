@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma3Config
 from trl import ModelConfig
 
+from recipes.cli.errors import UserError
 from recipes.models.heads import critic_from_policy, scores_at
-from recipes.models.loading import load_ppo_models
+from recipes.models.loading import load_policy, load_ppo_models
 from recipes.models.source import resolve_model
 from tests import tiny_models as models
 
@@ -50,3 +51,11 @@ def test_only_a_reward_model_of_the_policy_s_size_and_vocabulary_becomes_the_cri
     assert scores_at(critic, ids, states).tolist() == [0, 0]
     hidden = [model.base_model(input_ids=ids).last_hidden_state for model in (critic, loaded["model"])]
     torch.testing.assert_close(*hidden)
+
+
+def test_an_adapter_on_layers_that_are_not_there_is_one_line(tmp_path):
+    base = resolve_model(models.save_base(tmp_path / "base"))
+    with pytest.raises(
+        UserError, match="No adapter could be put on LlamaForCausalLM.*--lora_target_modules all-linear"
+    ):
+        load_policy(base, ModelConfig(use_peft=True, lora_target_modules=["c_attn"], dtype="float32"))

@@ -2,16 +2,12 @@
 
 import io
 import json
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from trl import ModelConfig
 
 from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
-from recipes.models.loading import load_policy
-from recipes.models.source import resolve_model
 from scripts import chat, estimate_memory, evaluate, inspect_dataset, merge_adapter, sample_responses
 from tests import tiny_models as models
 from tests.conftest import flags, recipe_line, run_recipe
@@ -77,12 +73,9 @@ def test_the_three_steps_take_code_of_the_base(remote, tmp_path, use_peft):
     run_recipe("ppo", **ppo_arguments(remote, tmp_path, tmp_path / "ppo", **options, save_steps=1))
     resumed = options | {"resume_from_checkpoint": tmp_path / "ppo" / "checkpoint-1"}
     run_recipe("ppo", **ppo_arguments(remote, tmp_path, tmp_path / "resumed", **resumed, save_steps=1))
-    with pytest.raises(UserError, match="--lora_target_modules all-linear") if use_peft == "true" else nullcontext():
-        load_policy(resolve_model(remote["base"], trust_remote_code=True), ModelConfig(use_peft=use_peft == "true"))
     only_functions = options | {
         "reward_funcs": "tests.pipeline.test_remote_code.brief",
         "model_name_or_path": remote["base"],
-        "lora_target_modules": "all-linear",
     }
     arguments = ppo_arguments(remote, tmp_path, tmp_path / "functions", **only_functions)
     del arguments["reward_model_name_or_path"]
