@@ -127,7 +127,9 @@ def main():
     report = summarise(args, measured, evaluation.conversations, reward.unit)
     texts = {name: [group[0].text for group in measured[name].samples] for name in args.paths}
     report["win_rates"] += other_win_rates(evaluation, texts, judge_args)
-    report["reward_model"] = reward_model_quality(reward.pairs(pairs)) if pairs else None
+    report["reward_model"] = None
+    if pairs:
+        report["reward_model"] = reward_model_quality(reward.pairs(pairs)) | {"trained_on": reward.trained_on(pairs)}
     report["git_revision"] = git_revision()
     write_report(report, args.output_dir)
     if judge_args.ranking_task is not None:

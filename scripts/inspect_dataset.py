@@ -3,8 +3,10 @@
     python scripts/inspect_dataset.py rankings.jsonl --task preference --output rows.jsonl --report report.json
     python scripts/inspect_dataset.py demonstrations.jsonl --task sft --tokenizer runs/sft --max_length 512
 
-Exits with 0, or with 1 and the errors; the report is written either way. With a tokenizer, the first rows are shown as
-the model will see them; ⟦…⟧ is the part that is trained on (sft: the last turn) or scored (preference).
+Exits with 0, or with 1 and the errors; the report is written either way. With a tokenizer, every row is rendered and
+measured: one that the chat template refuses, or a prompt of more tokens than the model has positions, is an error.
+The first rows are shown as the model will see them; ⟦…⟧ is the part that is trained on (sft: the last turn) or scored
+(preference).
 """
 
 import os
@@ -21,6 +23,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -48,7 +51,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingAr
         kind = {"nargs": "+"} if each.default is None else kind
         parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
     parser.add_argument("--num_proc", type=int, default=1, help="processes that format")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="show rows as this model will see them")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="render and measure rows as for this model")
     parser.add_argument("--max_length", type=int, help="with --tokenizer, report rows of more tokens")
     parser.add_argument("--output", type=Path, help="write the formatted rows here, as JSON Lines")
     parser.add_argument("--report", type=Path, help="write the report here, as JSON")
@@ -68,11 +71,9 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingAr
     return args, FormattingArguments(**{each.name: getattr(args, each.name) for each in shared})
 
 
-def formatted(args: argparse.Namespace, format_args: FormattingArguments, report: Report, tokenizer) -> Iterator[dict]:
-    special = control_tokens(tokenizer) if tokenizer else ()
-    limit = {"tokenizer": tokenizer, "max_length": args.max_length}
-    options = {**limit, **format_args.options(), "prompt_completion": args.task == "sft"}  # as recipes/sft.py
-    formatter = Formatter(args.task, special_tokens=special, **options)
+def formatted(args: argparse.Namespace, format_args: FormattingArguments, report: Report, **model) -> Iterator[dict]:
+    options = {**format_args.options(), "prompt_completion": args.task == "sft"}  # as recipes/sft.py
+    formatter = Formatter(args.task, max_length=args.max_length, **model, **options)
     rows = load_rows(args.source, args.split, args.dataset_config)
     for row, output in formatter(rows, report, args.num_proc):
         output.pop("group_id", None)
@@ -116,14 +117,19 @@ def main(argv: list[str] | None = None) -> int:
     report = Report(args.source, args.task)
     failed = False
     try:
-        tokenizer = None
+        model = {"tokenizer": None}
         if args.tokenizer:
             # These bring torch, seconds that nobody else should wait for.
             from recipes.models.source import resolve_model
             from recipes.models.tokenization import load_tokenizer
 
-            tokenizer = load_tokenizer(resolve_model(args.tokenizer))
-        show(write(args.output, formatted(args, format_args, report, tokenizer)), tokenizer)
+            source = resolve_model(args.tokenizer)
+            tokenizer = load_tokenizer(source)
+            model = {"tokenizer": tokenizer, "special_tokens": control_tokens(tokenizer)}
+            if args.task == "prompt":  # other rows are cut in training
+                with suppress(UserError):  # a folder with nothing but a tokenizer
+                    model["positions"] = source.positions
+        show(write(args.output, formatted(args, format_args, report, **model)), model["tokenizer"])
         print(report)
     except (UserError, OSError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What every recipe does around its training: claim the output folder, train, record, finish, fail with one line."""
 
 import atexit
+import math
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 from recipes.cli import lock, signals
 from recipes.cli.arguments import parse
@@ -25,6 +27,7 @@ from recipes.cli.record import (
     RECORD,
     RESULT,
     add_datasets,
+    add_used,
     all_arguments,
     describe,
     read_record,
@@ -149,6 +152,11 @@ class RunFolder:
             reports: what became of the rows, by dataset, as `load_formatted` gives them.
         """
         add_datasets(self.record, reports)
+        evaluated = {} if trainer.eval_dataset is None else {"eval": trainer.eval_dataset}
+        add_used(self.record, reports, {"train": trainer.train_dataset} | evaluated)
+        for name, counts in self.record["used"].items():
+            amounts = ", ".join(f"{number:,} {what}" for what, number in counts.items())
+            trainer.accelerator.print(f"{'Training' if name == 'train' else 'Evaluating'} on {amounts}.")
         if hasattr(trainer.train_dataset, "__len__"):
             self.record["setup"]["training_rows"] = len(trainer.train_dataset)
 
@@ -210,6 +218,57 @@ class RunFolder:
             lock.release(os.path.join(self.path, LOCK))
         trainer.accelerator.wait_for_everyone()
         trainer.end()
+
+
+def refuse_stream(script_args: Any) -> None:
+    """Refuse `--dataset_streaming true` in a recipe that needs all rows before the first step."""
+    if script_args.dataset_streaming:
+        raise UserError("--dataset_streaming true: only recipes/sft.py trains on a stream. Set it to false.")
+
+
+def settle_evaluation(training_args: TrainingArguments, datasets: Mapping[str, Any]) -> None:
+    """Turn evaluation off where there is nothing to evaluate on.
+
+    Raises:
+        UserError: the best checkpoint was to be found by it.
+    """
+    if training_args.eval_strategy != "no" and "eval" not in datasets:
+        if training_args.load_best_model_at_end:
+            raise UserError("--load_best_model_at_end true needs rows to evaluate on: add prompts or set it to false.")
+        training_args.eval_strategy = IntervalStrategy.NO
+
+
+def check_steps(trainer: Trainer) -> None:
+    """Say where an epoch is less than one whole step, and where a run ends while its learning rate still rises.
+
+    Raises:
+        UserError: no epoch has a step.
+    """
+    args, rows = trainer.args, len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
+    if rows is None:
+        return
+    batch = args.train_batch_size * args.world_size
+    step = batch * args.gradient_accumulation_steps
+    fitting = f"--per_device_train_batch_size {max(1, rows // args.world_size)} --gradient_accumulation_steps 1"
+    if args.dataloader_drop_last and rows < batch:
+        way = fitting if rows >= args.world_size else "--dataloader_drop_last false"
+        raise UserError(
+            f"There is no step to take: a batch has {batch} rows, there are {rows}, and --dataloader_drop_last true "
+            f"leaves out a batch that is not full. Set {way}."
+        )
+    if rows < step:
+        if rows >= batch:
+            fitting = f"--gradient_accumulation_steps {rows // batch}"
+        trainer.accelerator.print(
+            f"A step takes {step} rows and there are {rows}: an epoch is one step of all of them. {fitting} makes a "
+            "step that they fill."
+        )
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(rows / step) * args.num_train_epochs)
+    if steps <= args.get_warmup_steps(steps) and args.lr_scheduler_type != "constant":
+        trainer.accelerator.print(
+            f"The run has {steps} steps and --warmup_steps is {args.warmup_steps:g}: it ends before the learning rate "
+            f"has reached {args.learning_rate:g}. Set --warmup_steps 0.1 for a tenth of the steps."
+        )
 
 
 def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:

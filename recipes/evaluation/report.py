@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from recipes.evaluation import plots
+from recipes.trainers.ranking_trainer import no_better_than_length
 
 
 def render(template: Path, filters: dict[str, Callable] | None = None, **values) -> str:
@@ -41,7 +42,9 @@ def write_report(report: dict, output_dir: str) -> None:
     figures = plots.figures(report)
     plots.save_png(figures, folder)
     template, svg = Path(__file__).with_name("report.html.jinja"), plots.to_svg(figures)
-    page = render(template, report=report, plots=svg, judges=judge_names(report))
+    quality = report.get("reward_model")
+    warnings = reward_model_warnings(quality) if quality else []
+    page = render(template, report=report, plots=svg, judges=judge_names(report), warnings=warnings)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -67,7 +70,20 @@ def table(report: dict) -> str:
             f"Reward model: right on {estimate(quality['accuracy'])} of {quality['n_pairs']} pairs; the longer "
             f"response on {quality['longer_wins_baseline']:.2f}."
         )
+        lines += reward_model_warnings(quality)
     return "\n".join(lines)
+
+
+def reward_model_warnings(quality: dict) -> list[str]:
+    """What is wrong with a reward model, or with the pairs that it was measured on, one sentence each."""
+    warnings = [no_better_than_length(quality["accuracy"]["mean"], quality["longer_wins_baseline"])]
+    if seen := quality.get("trained_on"):
+        shown = ", ".join(dict.fromkeys(seen[:3])) + (", …" if len(seen) > 3 else "")
+        warnings.append(
+            f"Warning: the reward model was trained on the prompts of {len(seen)} of these {quality['n_pairs']} pairs "
+            f"({shown}), so its accuracy on them says little. Measure it on prompts that were held out."
+        )
+    return list(filter(None, warnings))
 
 
 def aligned(rows: list[list[str]]) -> str:

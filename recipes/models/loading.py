@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable
 
 import torch
 from accelerate import PartialState
@@ -29,6 +30,7 @@ from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource
 from recipes.models.tokenization import load_tokenizer
 
+TRAINED_PROMPTS = "trained_prompts.txt"
 STATISTICS = "reward_statistics.json"  # of a reward model's scores, in its folder
 
 
@@ -78,6 +80,15 @@ def never_pack(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """The name of the first weight that holds NaN or infinity, `None` where all are finite."""
+    for name, weights in model.named_parameters():
+        own = weights.to_local() if hasattr(weights, "to_local") else weights  # of shares, this process's
+        if own.is_floating_point() and not own.isfinite().all():
+            return name
+    return None
 
 
 def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
@@ -258,3 +269,18 @@ def read_reward_statistics(name: str) -> dict | None:
             "or set --normalize_scores false."
         )
     return statistics
+
+
+def save_trained_prompts(folder: str, group_ids: Iterable[str]) -> None:
+    """Store with a reward model which prompts it was trained on, as `recipes.data.tasks.group_id` of each."""
+    with open(os.path.join(folder, TRAINED_PROMPTS), "w", encoding="utf-8") as file:
+        file.writelines(f"{group}\n" for group in sorted(set(group_ids)))
+
+
+def read_trained_prompts(reward_path: str) -> set[str]:
+    """What `save_trained_prompts` stored; empty where nothing is known."""
+    path = os.path.join(reward_path, TRAINED_PROMPTS)
+    if not os.path.exists(path):
+        return set()
+    with open(path, encoding="utf-8") as file:
+        return set(file.read().split())

@@ -72,6 +72,11 @@ class ModelSource:
             raise UserError(f"The configuration of {self.weights} could not be loaded: {first_line(error)}") from error
 
     @property
+    def positions(self) -> int | None:
+        """Tokens that one sequence may have, where the model has a limit."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def peft_config(self) -> PeftConfig:
         """The configuration of an adapter, a new object each time."""
         from peft import PeftConfig

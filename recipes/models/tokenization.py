@@ -61,6 +61,38 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def set_chat_template(
+    tokenizer: PreTrainedTokenizerBase, source: ModelSource, path: str, may_add_tokens: bool
+) -> None:
+    """Give a model's tokenizer the template of a .jinja file, or template and EOS token of another model's tokenizer.
+
+    Raises:
+        UserError: there is no template, or it needs tokens that the model does not have and may not get.
+    """
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            tokenizer.chat_template = file.read()
+    else:
+        try:
+            other = AutoTokenizer.from_pretrained(path)
+            tokenizer.chat_template = other.get_chat_template()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--chat_template_path {path}: no template could be read ({first_line(error)})."
+            ) from error
+        vocabulary = tokenizer.get_vocab()
+        new = [token for token in other.added_tokens_decoder.values() if token.content not in vocabulary]
+        if new and not may_add_tokens:
+            raise UserError(
+                f"--chat_template_path {path} adds {len(new)} tokens that {source.weights} does not have, "
+                f"{new[0].content} among them. An adapter has no place for their embeddings: take a .jinja template "
+                "of tokens that the model has, or train all weights with --use_peft false."
+            )
+        tokenizer.add_tokens(new)
+        tokenizer.eos_token = other.eos_token or tokenizer.eos_token
+    stop_at_turn_end(tokenizer, source)
+
+
 def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
     """Make the token that the chat template ends an answer with the EOS token, where generation stops at another.
 

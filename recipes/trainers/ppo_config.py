@@ -7,6 +7,8 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 from trl import GRPOConfig
 
+from recipes.cli.errors import UserError
+
 FAST_PATHS = (
     "response_logps",
     "length_sorting",
@@ -143,7 +145,9 @@ class PPOConfig(GRPOConfig):
             "help": "Exponential moving average (EMA) of the policy's adapter, saved in ema/; InstructGPT: 0.992."
         },
     )
-    total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
+    total_episodes: int | None = field(
+        default=None, metadata={"help": "Ends the run after so many episodes; max_steps ends it too."}
+    )
 
     # Speed
     local_rollout_forward_batch_size: int | None = field(
@@ -208,7 +212,8 @@ class PPOConfig(GRPOConfig):
         if self.total_episodes is not None:
             rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
             minibatches = self.steps_per_generation // self.gradient_accumulation_steps
-            self.max_steps = rollouts * self.num_iterations * minibatches
+            steps = rollouts * self.num_iterations * minibatches
+            self.max_steps = steps if self.max_steps <= 0 else min(steps, self.max_steps)
 
     def _check_generation_kwargs(self) -> None:
         """Refuse generation arguments that would be ignored or break a rollout; vLLM checks its own."""
@@ -230,3 +235,23 @@ class PPOConfig(GRPOConfig):
     def micro_batches_per_rollout(self) -> int:
         """Micro-batches that a process trains on from one rollout to the next, over all epochs."""
         return self.steps_per_generation * self.num_iterations
+
+    def check_prompts(self, prompts: int) -> None:
+        """Check that a dataset of so many prompts is enough for one rollout.
+
+        Raises:
+            UserError: it is not; names values that fit.
+        """
+        rollout = self.generation_batch_size // self.num_generations
+        if prompts < rollout:
+            responses = prompts * self.num_generations // self.world_size
+            steps = self.steps_per_generation if responses >= self.steps_per_generation else 1
+            sizes = range(responses // steps, 0, -1)
+            fitting = (size for size in sizes if size * steps * self.world_size % self.num_generations == 0)
+            flags = f"--per_device_train_batch_size {next(fitting, 1)} --steps_per_generation {steps}"
+            if steps % self.gradient_accumulation_steps:
+                flags += " --gradient_accumulation_steps 1"
+            raise UserError(
+                f"One rollout is {rollout} prompts and the dataset has {prompts} to train on: get more prompts, "
+                f"or set {flags}."
+            )

@@ -28,6 +28,7 @@ from trl.data_utils import is_conversational
 from trl.models.utils import prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head
 
+from recipes.cli.checkpoints import last_good_state
 from recipes.cli.errors import UserError
 from recipes.models.adapters import (
     AdapterEMA,
@@ -65,7 +66,7 @@ from recipes.trainers.ppo_math import (
     value_losses,
     whiten,
 )
-from recipes.trainers.ppo_monitor import PPOMonitor, last_good_state
+from recipes.trainers.ppo_monitor import PPOMonitor
 from recipes.trainers.ptx import PtxBatches
 from recipes.trainers.reward_functions import checked
 from recipes.trainers.rollout import Results, Rollout, at_responses, sequences
@@ -127,12 +128,8 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # as GRPOTrainer does, before the adapter draws its initial weights
             model = get_peft_model(model, peft_config)
-        prompts = args.generation_batch_size // args.num_generations
-        if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts:
-            raise UserError(
-                f"One rollout is {prompts} prompts and the dataset has {len(train_dataset)}: "
-                "lower per_device_train_batch_size or steps_per_generation."
-            )
+        if isinstance(train_dataset, Dataset):
+            args.check_prompts(len(train_dataset))
         if args.ptx_coef > 0 and ptx_dataset is None:
             raise UserError("ptx_coef needs demonstrations: set ptx_dataset.")
 
@@ -596,6 +593,13 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         super().restore_running_state(state)
         self._step, self._buffered_inputs = state["step"], send_to_device(state["rollout"], self.accelerator.device)
         self.kl_controller.value, self._update_stopped = state["kl_coef"], state["update_stopped"]
+
+    def _load_best_model(self):
+        """Policy, critic and average of the best step; Trainer would load the policy alone."""
+        if self.is_fsdp_enabled:  # its file holds them all
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

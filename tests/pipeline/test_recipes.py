@@ -101,10 +101,18 @@ def score(data, runs):
     return score
 
 
+def split_rankings(data, runs):
+    """The rankings that the reward model was trained and evaluated on."""
+    record = yaml.safe_load((runs / "reward" / "train_config.yaml").read_text(encoding="utf-8"))["arguments"]
+    format_args = FormattingArguments(test_split_size=record["test_split_size"])
+    script_args = ScriptArguments(dataset_name=data["rankings"])
+    return load_formatted("ranking", script_args, format_args, evaluate=True, seed=record["seed"])
+
+
 def test_the_saved_reward_adapter_gives_the_scores_ppo_saw(data, runs, score):
-    """The mean over the stored reference set is the stored mean."""
-    rows = map(json.loads, Path(data["rankings"]).read_text(encoding="utf-8").splitlines())
-    scores = [score(row["prompt"], response["text"]) for row in rows for response in row["responses"]]
+    """The mean over the rows that were trained is the stored mean."""
+    trained = split_rankings(data, runs)["train"]
+    scores = [score(row["prompt"], text[0]["content"]) for row in trained for text in row["completions"]]
     statistics = json.loads((runs / "reward" / "reward_statistics.json").read_text(encoding="utf-8"))
     assert statistics["n"] == len(scores)
     assert statistics["mean"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
@@ -115,12 +123,8 @@ def test_the_saved_reward_adapter_gives_the_scores_ppo_saw(data, runs, score):
 
 def test_the_reward_model_reports_accuracy_beside_longer_wins(data, runs, score):
     """On the prompts that were held out; all responses are of one length."""
-    record = yaml.safe_load((runs / "reward" / "train_config.yaml").read_text(encoding="utf-8"))["arguments"]
-    format_args = FormattingArguments(test_split_size=record["test_split_size"])
-    script_args = ScriptArguments(dataset_name=data["rankings"])
-    held_out = load_formatted("ranking", script_args, format_args, evaluate=True, seed=record["seed"])["eval"]
     right = []
-    for row in held_out:
+    for row in split_rankings(data, runs)["eval"]:
         scores = [score(row["prompt"], completion[0]["content"]) for completion in row["completions"]]
         pairs = permutations(zip(row["ranks"], scores, strict=True), 2)
         right += [better > worse for (rank, better), (worse_rank, worse) in pairs if rank < worse_rank]
