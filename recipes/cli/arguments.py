@@ -14,9 +14,15 @@ from recipes.cli.precedence import check_used, given_flags, without_overridden
 
 
 class RecipeParser(TrlParser):
-    """`TrlParser` whose errors are one line, and whose YAML gives way to flags of the same meaning."""
+    """`TrlParser` with errors of one line, YAML that gives way to flags of the same meaning, and several trackers."""
 
     given: dict[str, str] = {}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.dest == "report_to" and action.choices is None:
+                action.nargs = "+"
 
     def set_defaults_with_config(self, **config):
         return super().set_defaults_with_config(**without_overridden(config, self.given))

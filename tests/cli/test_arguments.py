@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import pytest
+from transformers import TrainingArguments
 
 from recipes.cli import arguments
 from recipes.cli.errors import UserError
@@ -61,6 +62,12 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, text, flags, expected):
 def test_a_missing_config_file_is_named():
     with pytest.raises(UserError, match="nowhere.yaml: No such file"):
         arguments.parse((Arguments,), ["--config", "nowhere.yaml"])
+
+
+def test_several_trackers_are_taken(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to"]
+    for trackers in (["wandb", "tensorboard"], ["trackio"], []):
+        assert arguments.parse((TrainingArguments,), [*words, *(trackers or ["none"])])[0].report_to == trackers
 
 
 def recipe_arguments(tmp_path, text: str, *flags: str) -> dict:

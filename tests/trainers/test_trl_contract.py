@@ -33,6 +33,7 @@ OVERRIDDEN = {
     "_compute_loss": ["model", "inputs"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "create_optimizer": ["model"],
+    "log": ["logs", "start_time"],
     "_save": ["output_dir", "state_dict"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
 }
@@ -41,6 +42,11 @@ OVERRIDDEN = {
 # The same for what `WholeCheckpoints` overrides in each trainer.
 CHECKPOINTS = {
     "_get_output_dir": ["trial"],
+    "create_model_card": ["model_name", "dataset_name", "tags"],
+    "training_step": ["..."],
+    "_get_grad_norm": ["model", "grad_norm"],
+    "log": ["logs", "start_time"],
+    "save_model": ["output_dir", "_internal_call"],
     "_save_checkpoint": ["model", "trial"],
     "_push_from_checkpoint": ["checkpoint_folder"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
