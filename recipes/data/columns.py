@@ -9,6 +9,7 @@ from recipes.data.rows import RowError, Skip
 LABELS = {"label", "kto_tag"}  # of unpaired preferences (TRL, LLaMA-Factory): false is a bad answer
 WEIGHTS = MASKED | {"weight", "sample_weight", "train", "loss_mask"}
 REFUSED = MEDIA | {"chat_template_kwargs"}
+MEANINGFUL = LABELS | WEIGHTS | REFUSED
 
 
 class ReadRow(dict):
@@ -39,6 +40,8 @@ def check_columns(row: dict, task: str, own: Iterable[str] = ()) -> None:
 
     `own` columns are those that the schema reads itself.
     """
+    if row.keys().isdisjoint(MEANINGFUL):
+        return
     refuse(row, REFUSED.difference(own))
     try:
         unlearned = None if task == "prompt" else not_learned(row, WEIGHTS.difference(own))
