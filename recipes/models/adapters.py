@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
+from trl import ModelConfig, get_peft_config
 
 from recipes.cli.errors import UserError, first_line
 from recipes.models.heads import ScoreHead
@@ -192,6 +194,13 @@ def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
         if role not in base.score.modules_to_save:
             raise UserError(f"The adapter {folder} has no trained score head.")
         base.score.modules_to_save[role].float()
+
+
+def new_adapter_config(model_args: ModelConfig) -> LoraConfig | None:
+    """TRL's `get_peft_config`, on all linear layers where none are given: PEFT's own default knows few families."""
+    if model_args.lora_target_modules is None and model_args.lora_target_parameters is None:
+        model_args = replace(model_args, lora_target_modules="all-linear")
+    return get_peft_config(model_args)
 
 
 def seq_cls_config(config: LoraConfig) -> LoraConfig:

@@ -20,14 +20,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from recipes.cli.errors import UserError, first_line
-from recipes.models.adapters import add_score_roles, attach, seq_cls_config
+from recipes.cli.errors import UserError
+from recipes.models.adapters import add_score_roles, attach, new_adapter_config, seq_cls_config
 from recipes.models.compatibility import check_score_head
 from recipes.models.heads import use_float32_head
-from recipes.models.source import ModelSource
+from recipes.models.source import ModelSource, load_error
 from recipes.models.tokenization import load_tokenizer
 
 TRAINED_PROMPTS = "trained_prompts.txt"
@@ -49,7 +49,7 @@ def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, *
             **kwargs,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"The model {source.weights} could not be loaded: {first_line(error)}") from error
+        raise load_error(f"The model {source.weights} could not be loaded", source.weights, error) from error
     return never_pack(model)
 
 
@@ -106,7 +106,7 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
     model = _from_pretrained(AutoModelForCausalLM, source, model_args)
     disable_router_logits(model)
     if source.base is None:
-        return get_peft_model(model, get_peft_config(model_args)) if model_args.use_peft else model
+        return get_peft_model(model, new_adapter_config(model_args)) if model_args.use_peft else model
     model = load_adapter(model, source, is_trainable=model_args.use_peft)
     return model if model_args.use_peft else model.merge_and_unload()
 
@@ -143,7 +143,7 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
     if source.base is None:
         if not model_args.use_peft:
             return model
-        return get_peft_model(model, seq_cls_config(get_peft_config(model_args)))
+        return get_peft_model(model, seq_cls_config(new_adapter_config(model_args)))
     weights = load_peft_weights(source.path, device="cpu")
     weights.setdefault("base_model.model.score.weight", model.score.weight.detach().clone())
     model = get_peft_model(model, seq_cls_config(source.peft_config))

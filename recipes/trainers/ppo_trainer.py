@@ -14,6 +14,7 @@ needs a value for every token. A rollout has four steps, in this order in the fi
 import contextlib
 import copy
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -67,6 +68,7 @@ from recipes.trainers.ppo_math import (
     whiten,
 )
 from recipes.trainers.ppo_monitor import PPOMonitor
+from recipes.trainers.ppo_tracking import PPOTracking, describe, gradient_norms, readable
 from recipes.trainers.ptx import PtxBatches
 from recipes.trainers.reward_functions import checked
 from recipes.trainers.rollout import Results, Rollout, at_responses, sequences
@@ -95,8 +97,9 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
     Hooks into TRL 1.16, which `tests/trainers/test_trl_contract.py` compares with the installed TRL. For a new rollout
     `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate`,
     `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and `_calculate_rewards`,
-    in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `_get_train_sampler`,
-    `_save`, `_load_from_checkpoint` and [`WholeCheckpoints`] make a run resume where it was.
+    in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `log` makes completions
+    readable. `_get_train_sampler`, `_save`, `_load_from_checkpoint`, `_load_best_model` and [`WholeCheckpoints`] make
+    a run go on where it was.
 
     Raises:
         ValueError: there is nothing to score with.
@@ -165,6 +168,9 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
             batch_size, max_length = args.per_device_train_batch_size, args.ptx_max_length
             self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed)
         pad_is_eos = self._tokenizer.pad_token_id in self.eos_token_ids
+        self._table_logged = True
+        self._tracking = PPOTracking(self.callback_handler.callbacks)
+        self.callback_handler.callbacks.insert(0, self._tracking)  # what it adds to a log comes before the trackers
         self._monitor = PPOMonitor(args, pad_is_eos, ratio_tolerance=1e-3 if self._in_float32 else 0.05)
 
     # Construction
@@ -256,7 +262,8 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         """One micro-batch; at the start of a rollout TRL makes it anew and deals it to micro-batches."""
         before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
+        with self._phase("score"):
+            inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is before:
             return inputs
         self._buffered_inputs = self._fast.sort_by_length(self._buffered_inputs)
@@ -264,8 +271,9 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _generate(self, prompts: list):
         """TRL's sampling of B prompts, whose ids the steps after it need."""
-        with self._fast.sampling(), self._only_own_sampling():
+        with self._fast.sampling(), self._only_own_sampling(), self._phase("sample"):
             samples = super()._generate(prompts)
+        self._begin_table()
         self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
         return samples
 
@@ -438,7 +446,10 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         metrics["val/num_eos_tokens"].append(self._sum_over_processes(eos).item())
         explained = explained_variance(rollout.values, rollout.returns, mask, self._sum_over_processes).item()
         metrics["val/explained_variance"].append(explained)
+        for name, value in describe(rollout, per_response["scores"], self.accelerator).items():
+            metrics[name].append(value)
         if mode == "train":
+            self._tracking.rollout(per_response["scores"], self.accelerator.gather(mask.sum(1)))
             unfinished = self.accelerator.gather(rollout.is_unfinished(self.eos_token_ids).float()).mean().item()
             self._monitor.rollout(per_response["kl"], per_response["scores"], unfinished, explained)
             rollouts = self._step // self.args.micro_batches_per_rollout + 1
@@ -543,12 +554,36 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
             # Parameters without a gradient are left alone by the optimizer, its momentum included.
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._phase("update"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.state.global_step < self.args.critic_warmup_steps:
             for name, parameter in self._policy.named_parameters():
                 if "critic" not in name.split("."):
                     parameter.grad = None
+        if self.accelerator.sync_gradients:
+            for name, norm in gradient_norms(self._policy).items():
+                self._metrics["train"][name].append(norm)
         return loss
+
+    def _phase(self, name: str):
+        """Counts seconds for `time/<name>`, in training."""
+        return self._tracking.phase(name) if self.model.training else contextlib.nullcontext()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL logs, with completions as text, and each of them in one table only."""
+        wanted, self.log_completions = self.log_completions, self.log_completions and not self._table_logged
+        for column in ("prompt", "completion"):
+            self._logs[column] = deque(map(readable, self._logs[column]), self._logs[column].maxlen)
+        super().log(logs, start_time)
+        self.log_completions, self._table_logged = wanted, True
+
+    def _begin_table(self) -> None:
+        """Forget the completions that a table has shown."""
+        if self._table_logged:
+            for rows in (*self._logs.values(), *self._logs["rewards"].values(), *self._logs["extra"].values()):
+                if isinstance(rows, deque):
+                    rows.clear()
+        self._table_logged = False
 
     def create_optimizer(self, model=None):
         """TRL's optimizer, with groups of their own for the critic where it has its own learning rate."""

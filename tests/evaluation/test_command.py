@@ -21,6 +21,7 @@ from trl import ModelConfig
 from recipes.cli.errors import UserError
 from recipes.evaluation.llm_judge import LLMJudge
 from recipes.evaluation.policies import token_log_probs
+from recipes.evaluation.report import verdict
 from recipes.models.sampling import load_generator
 from tests import tiny_models as models
 from tests.conftest import ROOT, run_command
@@ -133,6 +134,25 @@ def is_estimate(value) -> bool:
     return low - 1e-9 <= value["mean"] <= high + 1e-9
 
 
+def judged(**intervals) -> dict:
+    """A report in which `ppo` differs from `sft` by these intervals, by judge."""
+    difference = {name: {"mean": (low + high) / 2, "ci95": [low, high]} for name, (low, high) in intervals.items()}
+    policies = {"sft": {**difference, "kl": None}, "ppo": {"difference": difference}}
+    return {"headline": "ppo", "reference": "sft", "policies": policies}
+
+
+def test_the_first_sentence_says_which_is_better_and_whether_that_could_be_chance():
+    assert verdict(judged(reward=(-0.15, 0.05))) == (
+        "By the reward model, ppo scores 0.05 below sft; the difference could be chance "
+        "(95 % interval -0.15 to +0.05)."
+    )
+    clear = verdict(judged(reward=(0.5, 0.7), gold=(0.1, 0.2)))
+    assert clear.startswith("By gold, ppo scores 0.15 above sft (95 %") and "chance" not in clear
+    assert "over-optimisation" not in clear
+    assert "over-optimisation" in verdict(judged(reward=(0.5, 0.7), gold=(-0.2, -0.1)))
+    assert verdict(judged(reward=(0, 0)) | {"headline": "sft"}) == "Only sft was measured."
+
+
 @pytest.mark.slow
 def test_everything_at_once_then_again_from_what_is_there(folders, endpoint, tmp_path, monkeypatch, capfd):
     output, task = tmp_path / "evaluation", tmp_path / "task.jsonl"
@@ -182,6 +202,11 @@ def test_everything_at_once_then_again_from_what_is_there(folders, endpoint, tmp
     assert changes == sorted(changes) and len(changes) == PROMPTS
 
     page = Page((output / "report.html").read_text())
+    change = report["policies"]["ppo"]["difference"]
+    assert is_estimate(change["reward"]) and change["length_judge"]["mean"] == pytest.approx(
+        report["policies"]["ppo"]["length_judge"]["mean"] - report["policies"]["base"]["length_judge"]["mean"]
+    )
+    assert verdict(report) in "".join(page.text) and "#000000" not in (output / "report.html").read_text()
     assert not {"script", "img", "link", "iframe"} & set(page.tags) and page.tags.count("svg") == 4
     assert ATTACK in "".join(page.text)
     assert all(value.startswith("#") for name, value in page.attributes if name in ("src", "href", "xlink:href"))
