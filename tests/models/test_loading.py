@@ -55,7 +55,5 @@ def test_only_a_reward_model_of_the_policy_s_size_and_vocabulary_becomes_the_cri
 
 def test_an_adapter_on_layers_that_are_not_there_is_one_line(tmp_path):
     base = resolve_model(models.save_base(tmp_path / "base"))
-    with pytest.raises(
-        UserError, match="No adapter could be put on Llama.*--lora_target_modules all-linear"
-    ):
+    with pytest.raises(UserError, match="No adapter could be put on Llama.*--lora_target_modules all-linear"):
         load_policy(base, ModelConfig(use_peft=True, lora_target_modules=["c_attn"], dtype="float32"))
