@@ -16,9 +16,9 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__)
+    begin(__file__)
 
 from dataclasses import dataclass, field
 
@@ -153,11 +153,11 @@ def main(
     if trainer.accelerator.is_main_process:
         save_reward_statistics(training_args.output_dir, scores, source)
         save_trained_prompts(training_args.output_dir, datasets["train"]["group_id"])
-    folder.finish(trainer, datasets.reports)
     title = "A held-out prompt" if "eval" in datasets else "A prompt of the training data"
     trainer.accelerator.print(scores_in_words(example, example_scores, title))
     if evaluation is not None:
         trainer.accelerator.print(accuracy_in_words(evaluation))
+    folder.finish(trainer, datasets.reports)
     return trainer
 
 

@@ -14,9 +14,9 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__, *(f"{sys.path[1]}/recipes/{step}.py" for step in ("sft", "reward", "ppo")))
+    begin(__file__, *(f"{sys.path[1]}/recipes/{step}.py" for step in ("sft", "reward", "ppo")))
 
 import importlib
 from dataclasses import dataclass, field, replace
@@ -24,11 +24,12 @@ from dataclasses import dataclass, field, replace
 import psutil
 import torch
 from peft import LoraConfig
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from recipes.cli.arguments import RecipeParser, parse
 from recipes.cli.errors import UserError
 from recipes.cli.run import run
+from recipes.models.adapters import new_adapter_config
 from recipes.models.source import ModelSource, resolve_model
 from recipes.trainers.fast.merged_copy import fits_beside
 from recipes.trainers.memory import GIB, Estimate, Setting, estimate
@@ -97,7 +98,7 @@ def add_base(model_args: ModelConfig, step: str, config: str | None) -> ModelCon
 def adapter_config(source: ModelSource, model_args: ModelConfig) -> LoraConfig | None:
     """The adapter that is trained: that of an adapter folder, else a new one."""
     if not model_args.use_peft or source.base is None:
-        return get_peft_config(model_args)
+        return new_adapter_config(model_args)
     lora = source.peft_config
     lora.task_type, lora.modules_to_save, lora.inference_mode = "CAUSAL_LM", None, False
     return lora
@@ -128,6 +129,7 @@ def read_setting(step: str, training_args, model_args: ModelConfig, args: Estima
         dtype=getattr(torch, dtype) if dtype != "auto" else source.config.dtype or torch.float32,
         autocast=training_args.bf16,
         quantization=quantization,
+        trust_remote_code=source.trust_remote_code,
         checkpointing=training_args.gradient_checkpointing,
         attn_implementation=model_args.attn_implementation,
         optimizer=str(getattr(training_args.optim, "value", training_args.optim)),

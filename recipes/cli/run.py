@@ -19,10 +19,12 @@ from transformers.trainer_utils import IntervalStrategy
 
 from recipes.cli import lock, signals
 from recipes.cli.arguments import parse
+from recipes.cli.card import model_card
 from recipes.cli.checkpoints import UNFINISHED, newest_whole, problem, recover, unfinished
 from recipes.cli.errors import RunEnded, UserError, first_line
-from recipes.cli.files import is_write_error, move_contents
-from recipes.cli.launch import world_size
+from recipes.cli.files import is_write_error, move_contents, write_text
+from recipes.cli.launch import launcher, world_size
+from recipes.cli.progress import show_lines
 from recipes.cli.record import (
     RECORD,
     RESULT,
@@ -32,9 +34,11 @@ from recipes.cli.record import (
     describe,
     read_record,
     refuse_changes,
+    used_in_words,
     wants_more,
     write_record,
 )
+from recipes.cli.screen import result_line
 
 LOCK = ".lock"
 
@@ -154,9 +158,8 @@ class RunFolder:
         add_datasets(self.record, reports)
         evaluated = {} if trainer.eval_dataset is None else {"eval": trainer.eval_dataset}
         add_used(self.record, reports, {"train": trainer.train_dataset} | evaluated)
-        for name, counts in self.record["used"].items():
-            amounts = ", ".join(f"{number:,} {what}" for what, number in counts.items())
-            trainer.accelerator.print(f"{'Training' if name == 'train' else 'Evaluating'} on {amounts}.")
+        for sentence in used_in_words(self.record):
+            trainer.accelerator.print(sentence)
         if hasattr(trainer.train_dataset, "__len__"):
             self.record["setup"]["training_rows"] = len(trainer.train_dataset)
 
@@ -166,6 +169,10 @@ class RunFolder:
                 write_record(path, self.record)
 
         self._agree(compare_or_write)
+        show_lines(trainer)
+        adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
+        base = next((config.base_model_name_or_path for config in adapters.values()), None)
+        trainer.card = lambda: model_card(self.record, trainer.state.log_history, base)
         with signals.stops_after_a_step():
             trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
 
@@ -208,13 +215,14 @@ class RunFolder:
                 report.save(os.path.join(aside, f"data_report_{name.replace(' ', '_')}.json"))
             settled = all_arguments(self.arguments)  # some arguments are settled on the way
             write_record(os.path.join(aside, RESULT), self.record | {"arguments": settled})
-            trainer.create_model_card()
+            write_text(os.path.join(aside, "README.md"), trainer.card())
 
         self.save_model(trainer, write_records)
         if trainer.args.push_to_hub:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
         if trainer.accelerator.is_main_process:
-            print(f"Saved to {self.path}", file=sys.stderr)
+            start, history = self.record["arguments"]["model_name_or_path"], trainer.state.log_history
+            say(result_line(self.record["recipe"], self.path, start, history, launcher()) + "\n")
             lock.release(os.path.join(self.path, LOCK))
         trainer.accelerator.wait_for_everyone()
         trainer.end()

@@ -44,8 +44,34 @@ def write_report(report: dict, output_dir: str) -> None:
     template, svg = Path(__file__).with_name("report.html.jinja"), plots.to_svg(figures)
     quality = report.get("reward_model")
     warnings = reward_model_warnings(quality) if quality else []
-    page = render(template, report=report, plots=svg, judges=judge_names(report), warnings=warnings)
+    texts = {"judges": judge_names(report), "verdict": verdict(report), "warnings": warnings}
+    page = render(template, report=report, plots=svg, **texts)
     (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def verdict(report: dict) -> str:
+    """The result in sentences: the headline policy against the reference, by the first judge and the reward model."""
+    headline, reference = report["headline"], report["reference"]
+    if headline == reference:
+        return f"Only {reference} was measured."
+    found = report["policies"][headline]["difference"]
+    judge = next(iter(judge_names(report)), "reward")
+    text = sentence(headline, reference, judge, found[judge])
+    if judge == "reward":
+        return text
+    text += " " + sentence(headline, reference, "reward", found["reward"])
+    if found["reward"]["ci95"][0] > 0 > found[judge]["ci95"][1]:
+        text += " The reward model is being fooled: that is over-optimisation."
+    return text
+
+
+def sentence(name: str, other: str, judge: str, difference: dict) -> str:
+    """Whether `name` scores above or below `other`, by how much, and whether that could be chance."""
+    mean, (low, high) = difference["mean"], difference["ci95"]
+    way = "above" if mean > 0 else "below"
+    chance = "; the difference could be chance" if low <= 0 <= high else ""
+    by = "the reward model" if judge == "reward" else judge
+    return f"By {by}, {name} scores {abs(mean):.2f} {way} {other}{chance} (95 % interval {low:+.2f} to {high:+.2f})."
 
 
 def judge_names(report: dict) -> list[str]:
@@ -64,7 +90,7 @@ def table(report: dict) -> str:
         share = estimate(values["share_of_gain"]) if values.get("share_of_gain") else ""
         reward, length, cut = estimate(values["reward"]), values["length"]["mean"], values["truncated"]["mean"]
         rows.append([name, reward, *judged, estimate(kl), f"{length:.1f}", f"{cut:.2f}", share])
-    lines = [aligned(rows)]
+    lines = [verdict(report), "", aligned(rows)]
     if quality := report.get("reward_model"):
         lines.append(
             f"Reward model: right on {estimate(quality['accuracy'])} of {quality['n_pairs']} pairs; the longer "

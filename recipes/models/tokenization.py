@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.cli.errors import UserError, first_line
 from recipes.models.control_tokens import keep_control_tokens_text
-from recipes.models.source import ModelSource
+from recipes.models.source import ModelSource, load_error
 
 # For bases whose tokenizer has no chat template. It adds no token to the vocabulary, ends each answer with EOS, and
 # marks what the assistant says for TRL's `assistant_only_loss`.
@@ -41,7 +41,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"No tokenizer could be loaded from {name}: {first_line(error)}") from error
+        raise load_error(f"No tokenizer could be loaded from {name}", name, error) from error
     if not tokenizer.encode("Hello", add_special_tokens=False):
         raise UserError(
             f"The tokenizer of {name} gives no tokens for text: transformers loads it as {type(tokenizer).__name__}, "

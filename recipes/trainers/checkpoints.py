@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +18,7 @@ from trl.trainer.utils import RepeatSampler
 from recipes.cli import signals
 from recipes.cli.checkpoints import last_good_state, newest_whole, put_in_place, rotate, unfinished
 from recipes.cli.errors import RunEnded, UserError, first_line
-from recipes.cli.files import is_write_error, sizes, sync_tree
+from recipes.cli.files import is_write_error, sizes, sync_tree, write_text
 from recipes.models.loading import not_finite
 
 
@@ -90,6 +91,7 @@ class WholeCheckpoints(Trainer):
     """
 
     _saving = False
+    card: Callable[[], str] | None = None  # of a recipe; TRL's own card knows neither data nor numbers
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -165,6 +167,12 @@ class WholeCheckpoints(Trainer):
         raise UserError(f"After step {step}: {problem}. {cause} {last_good_state(self.args.output_dir)}")
 
     # Saving
+
+    def create_model_card(self, *args, **kwargs):
+        if self.card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            write_text(os.path.join(self.args.output_dir, "README.md"), self.card())
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)

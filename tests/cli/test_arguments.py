@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import pytest
+from transformers import TrainingArguments
 
 from recipes.cli import arguments
 from recipes.cli.errors import UserError
@@ -63,6 +64,12 @@ def test_a_missing_config_file_is_named():
         arguments.parse((Arguments,), ["--config", "nowhere.yaml"])
 
 
+def test_several_trackers_are_taken(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to"]
+    for trackers in (["wandb", "tensorboard"], ["trackio"], []):
+        assert arguments.parse((TrainingArguments,), [*words, *(trackers or ["none"])])[0].report_to == trackers
+
+
 def recipe_arguments(tmp_path, text: str, *flags: str) -> dict:
     from recipes.ppo import ARGUMENTS
 
@@ -82,6 +89,8 @@ def recipe_arguments(tmp_path, text: str, *flags: str) -> dict:
         ("total_episodes: 8", ("--num_train_epochs", "7"), {"max_steps": -1, "num_train_epochs": 7}),
         ("total_episodes: 8", ("--max_steps", "-1"), {"max_steps": 4}),
         ("total_episodes: 8\nmax_steps: 24", (), {"max_steps": 4}),
+        ("total_episodes: 800", ("--max_steps", "24", "--total_episodes", "400"), {"max_steps": 24}),
+        ("num_train_epochs: 7", ("--max_steps", "24"), {"max_steps": 24, "num_train_epochs": 7}),
         ("datasets: [a.jsonl]", ("--dataset_name", "b.jsonl"), {"datasets": None, "dataset_name": "b.jsonl"}),
         ("dataset_name: b.jsonl", ("--datasets", "a.jsonl"), {"datasets": ["a.jsonl"], "dataset_name": None}),
         ("steps_per_generation: 2", ("--generation_batch_size", "32"), {"steps_per_generation": 4}),
