@@ -150,9 +150,8 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         ref_model = self._add_reference(ref_model)
         if args.ema_decay is not None:
             callbacks = [*(callbacks or []), self._add_ema(args.ema_decay)]
-        self._add_critic(
-            value_model, args.trust_remote_code
-        )  # last: no adapter of the policy may come into its layers
+        # Last: no adapter of the policy may come into its layers.
+        self._add_critic(value_model, args.trust_remote_code)
         self._train_only_roles()
         reward_tokenizer = reward_processing_class or processing_class
         reward_funcs = self._add_rewards(reward_model, reward_tokenizer, processing_class, reward_funcs)
@@ -200,6 +199,8 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _add_critic(self, value_model: PreTrainedModel | None, trust_remote_code: bool) -> None:
         if self._is_peft and "critic" in self._policy.peft_config:
+            if value_model is not None:
+                raise UserError("value_model and the policy's adapter `critic` are two critics: pass one of them.")
             return
         if self._is_peft and value_model is None:
             add_score_roles(self._policy, {"critic": None})

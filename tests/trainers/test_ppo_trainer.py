@@ -534,6 +534,11 @@ def test_one_object_in_two_roles_is_refused(world, tmp_path, same):
         make_trainer(world, tmp_path, model=model, trainer_kwargs=roles)
 
 
+def test_two_critics_are_refused(world, tmp_path):
+    with pytest.raises(UserError, match="value_model and the policy's adapter `critic` are two critics"):
+        make_trainer(world, tmp_path, trainer_kwargs={"value_model": models.reward_model()})
+
+
 def test_a_policy_under_another_name_is_refused(world, tmp_path):
     model = get_peft_model(models.causal_lm(), LoraConfig(task_type="CAUSAL_LM", **LORA), adapter_name="sft")
     with pytest.raises(UserError, match="The policy is the adapter `default`, and there is only sft"):
