@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.real_model import data
 from benchmarks.real_model.__main__ import SIZES, plan
+from benchmarks.real_model.page import PAGE, page
 from recipes.cli.arguments import parse
 from tests.conftest import ROOT, run_recipe, write_jsonl
 
@@ -60,6 +61,10 @@ def test_every_recipe_command_of_a_run_is_understood(size, tmp_path, monkeypatch
             recipe = importlib.import_module(f"recipes.{Path(words[1]).stem}")
             parsed = parse(recipe.ARGUMENTS, words[2:])
             assert parsed[1].output_dir == str(tmp_path / stage.output)
+
+
+def test_the_page_is_made_from_the_result():
+    assert page() == PAGE.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

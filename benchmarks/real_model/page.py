@@ -53,14 +53,13 @@ def publish(state: Quickstart, *local: str) -> None:
     for path in local:
         result = result.replace(path, Path(path).name) if Path(path).is_file() else result
     RESULT.write_text(result.replace(str(state.folder), "runs/real") + "\n", encoding="utf-8")
-    write_page()
+    PAGE.write_text(page(), encoding="utf-8")
     print(f"{RESULT}\n{PAGE}")
 
 
-def write_page() -> None:
-    page = render(Path(__file__).with_name("page.md.jinja"), result=read(RESULT))
-    PAGE.write_text(page, encoding="utf-8")
+def page() -> str:
+    return render(Path(__file__).with_name("page.md.jinja"), result=read(RESULT))
 
 
 if __name__ == "__main__":
-    write_page()
+    PAGE.write_text(page(), encoding="utf-8")
