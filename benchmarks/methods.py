@@ -3,9 +3,10 @@
     python -m benchmarks.methods --output_dir runs/methods
 
 In the tiny world, where gold, the true quality, is known. PPO is this project's, GRPO, RLOO and DPO are TRL's; best of
-n and a low temperature train nothing. PPO, GRPO and RLOO sample as many answers and make as many updates, DPO makes as
-many updates on the ranked answers. Each has the same number of trials, of which gold on validation prompts chooses one
-with the first seed. That one is measured on held-out prompts with every seed, and seeds differ in all from SFT on.
+n and a low temperature train nothing. All make as many updates, of as many answers: PPO, GRPO and RLOO sample them and
+use each twice, DPO takes pairs of the ranked ones. Each has the same number of trials, of which gold on validation
+prompts chooses one with the first seed. That one is measured on held-out prompts with every seed, and seeds differ in
+all from SFT on.
 
 Every run and every measurement is a file that is not made again: the same line goes on where it stopped. The folder
 then holds `methods.json` (every trial and seed), `methods.md` (the tables) and `methods.png`. Set OMP_NUM_THREADS=1:
@@ -127,6 +128,7 @@ def train_trl(method: str, folder: Path, beta: float, shared: dict):
     config = {name: value for name, value in config.items() if name in known} | shared | {"beta": beta}
     if method == "DPO":
         task, data, rewards = "preference", folder / "rankings.jsonl", {}
+        config["per_device_train_batch_size"] //= 2  # a pair is two answers
     else:
         task, data = "prompt", evaluate.DATA / "prompts_train.jsonl"
         rewards, config["num_generations"] = {"reward_funcs": reward_function(folder)}, GROUP
