@@ -201,6 +201,7 @@ def make(output_dir: Path, seeds: list[int]) -> None:
             found, cost = trained("validation", seeds[0], method, trial)
             trials.append(row(method, trial, [found], [cost]))
     best = {trial["method"]: trial["setting"] for trial in sorted(trials, key=lambda trial: trial["gold"]["mean"])}
+    report(output_dir, trials, [])  # so that there is something to look at
 
     pool = [untrained("heldout", seed, "SFT", samples=POOL) for seed in seeds]
     rows = [row("SFT", {}, pool)]
@@ -211,12 +212,16 @@ def make(output_dir: Path, seeds: list[int]) -> None:
         found, costs = zip(*[trained("heldout", seed, method, best[method]) for seed in seeds], strict=True)
         rows.append(row(method, best[method], found, costs))
 
-    text = f"{table(rows)}\n{table(sorted(trials, key=lambda trial: (*TRAINED, COOL).index(trial['method'])))}"
-    (output_dir / "methods.md").write_text(text, encoding="utf-8")
+    report(output_dir, trials, rows)
+    print(f"\n{table(rows)}\nIn {output_dir}: methods.json, methods.md, methods.png")
+
+
+def report(output_dir: Path, trials: list[dict], rows: list[dict]) -> None:
+    """Write the figures, the tables, and the picture of the held-out rows, or of the trials where there are none."""
     result = rounded({**environment(), "trials": trials, "heldout": rows})
     (output_dir / "methods.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(rows, output_dir / "methods.png")
-    print(f"\n{text}\nIn {output_dir}: methods.json, methods.md, methods.png")
+    (output_dir / "methods.md").write_text(f"{table(rows)}\n{table(trials)}", encoding="utf-8")
+    draw(rows or trials, output_dir / "methods.png")
 
 
 def words(setting: dict) -> str:
@@ -240,23 +245,28 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], file: Path) -> None:
-    """Gold against KL: a point for each trained method, lines from SFT for what trains nothing."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for color, method in zip(COLORS, (BEST, COOL, *TRAINED), strict=False):
-        own = [one for one in rows if one["method"] == method]
-        line = own if method in TRAINED else [rows[0], *own]
-        kl, gold = ([one[key] for one in line] for key in ("kl", "gold"))
-        places = [[one["mean"] for one in values] for values in (kl, gold)]
-        look = {"fmt": "o", "markersize": 8} if method in TRAINED else {"fmt": "s--", "markersize": 4, "linewidth": 1}
-        axes.errorbar(*places, yerr=error_bars(gold), xerr=error_bars(kl), color=color, label=method, **look)
-        for one in own:
-            text = method if method in TRAINED else words(one["setting"]).replace(" ", " = ")
-            place = (one["kl"]["mean"], one["gold"]["mean"])
-            axes.annotate(text, place, xytext=(5, 6), textcoords="offset points", fontsize=8, color=color)
-    axes.annotate("SFT", (0, rows[0]["gold"]["mean"]), xytext=(5, -12), textcoords="offset points", fontsize=8)
-    square_root_axis(axes, "KL to SFT, nats per answer")
-    axes.set_ylabel("gold on held-out prompts")
-    axes.legend(fontsize=8)
+    """Gold against KL, of sampled and of greedy answers: a line through what was measured of each method."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey=True)
+    for axes, key, title in zip(panels, ("gold", "greedy"), ("sampled", "the same policies, greedy"), strict=True):
+        for color, method in zip(COLORS, (BEST, COOL, *TRAINED), strict=False):
+            own = [one for one in rows if one["method"] == method and key in one]
+            if not own or (method == COOL and key == "greedy"):  # greedy, every temperature is the same
+                continue
+            line = own if method in TRAINED else [one for one in rows if one["method"] == "SFT"] + own
+            values = {name: [one[name] for one in line] for name in ("kl", key)}
+            places = [[one["mean"] for one in found] for found in values.values()]
+            look = {"fmt": "o-" if method in TRAINED else "s--", "markersize": 5, "linewidth": 1, "color": color}
+            axes.errorbar(*places, xerr=error_bars(values["kl"]), yerr=error_bars(values[key]), label=method, **look)
+            for one in own:
+                text = words({name: value for name, value in one["setting"].items() if name != "learning_rate"})
+                place = (one["kl"]["mean"], one[key]["mean"])
+                axes.annotate(text, place, xytext=(4, 5), textcoords="offset points", fontsize=6, color=color)
+        untrained = next(one for one in rows if one["method"] in ("SFT", COOL))["greedy"]["mean"]
+        axes.axhline(untrained, color="black", linewidth=1, linestyle=":", label="SFT, greedy")
+        square_root_axis(axes, "KL to SFT when sampled, nats per answer")
+        axes.set_title(title, fontsize=9)
+    panels[0].set_ylabel("gold")
+    panels[0].legend(fontsize=8)
     figure.savefig(file, dpi=150)
 
 
