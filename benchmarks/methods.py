@@ -38,7 +38,7 @@ from recipes.cli.errors import UserError
 from recipes.cli.record import git_revision
 from recipes.evaluation.frontier import best_of_n, best_of_n_kl_with_ties
 from recipes.evaluation.metrics import mean_interval
-from recipes.evaluation.plots import COLORS, error_bars, plt, square_root_axis
+from recipes.evaluation.plots import COLORS, error_bars, plt
 from recipes.evaluation.policies import PolicySpec
 from recipes.formatting import format_dataset, load_rows
 from recipes.models.loading import load_policy
@@ -220,7 +220,9 @@ def report(output_dir: Path, trials: list[dict], rows: list[dict]) -> None:
     """Write the figures, the tables, and the picture of the held-out rows, or of the trials where there are none."""
     result = rounded({**environment(), "trials": trials, "heldout": rows})
     (output_dir / "methods.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (output_dir / "methods.md").write_text(f"{table(rows)}\n{table(trials)}", encoding="utf-8")
+    trials = sorted(trials, key=lambda trial: (COOL, *TRAINED).index(trial["method"]))
+    text = "\n".join(table(part) for part in (rows, trials) if part)
+    (output_dir / "methods.md").write_text(text, encoding="utf-8")
     draw(rows or trials, output_dir / "methods.png")
 
 
@@ -257,13 +259,14 @@ def draw(rows: list[dict], file: Path) -> None:
             places = [[one["mean"] for one in found] for found in values.values()]
             look = {"fmt": "o-" if method in TRAINED else "s--", "markersize": 5, "linewidth": 1, "color": color}
             axes.errorbar(*places, xerr=error_bars(values["kl"]), yerr=error_bars(values[key]), label=method, **look)
-            for one in own:
-                text = words({name: value for name, value in one["setting"].items() if name != "learning_rate"})
+            for one in own if method not in TRAINED else []:
                 place = (one["kl"]["mean"], one[key]["mean"])
-                axes.annotate(text, place, xytext=(4, 5), textcoords="offset points", fontsize=6, color=color)
+                text = words(one["setting"])
+                axes.annotate(text, place, xytext=(4, 5), textcoords="offset points", fontsize=7, color=color)
         untrained = next(one for one in rows if one["method"] in ("SFT", COOL))["greedy"]["mean"]
         axes.axhline(untrained, color="black", linewidth=1, linestyle=":", label="SFT, greedy")
-        square_root_axis(axes, "KL to SFT when sampled, nats per answer")
+        axes.set(xlabel="KL to SFT when sampled, nats per answer")
+        axes.set_xlim(left=0)
         axes.set_title(title, fontsize=9)
     panels[0].set_ylabel("gold")
     panels[0].legend(fontsize=8)
