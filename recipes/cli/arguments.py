@@ -10,7 +10,7 @@ from trl import TrlParser
 from recipes.cli.errors import UserError
 from recipes.cli.help import unknown
 from recipes.cli.launch import check_devices
-from recipes.cli.precedence import check_used, given_flags, without_overridden
+from recipes.cli.precedence import check_used, given_flags, limit_steps, without_overridden
 
 
 class RecipeParser(TrlParser):
@@ -65,6 +65,7 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
         raise parser.unknown(in_flags[0].removeprefix("--"), "Command line")
     values = {name: value for group in parsed for name, value in vars(group).items()}
     check_used(values, parser.given, in_config)
+    limit_steps(tuple(parsed), parser.given, without_overridden(in_config, parser.given))
     return tuple(parsed)
 
 

@@ -1,6 +1,7 @@
 """The model card of a run: base, data, method, numbers, the command, and code that loads the result."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from recipes.cli.launch import launcher
 from recipes.cli.record import SECRETS
 
 METHODS = {
@@ -64,7 +66,7 @@ def model_card(record: Mapping[str, Any], log_history: list[dict[str, Any]], bas
     metadata = ModelCardData(
         library_name="peft" if base else "transformers",
         base_model=None if os.path.isdir(base or start) else base or start,  # the Hub knows no folders
-        datasets=sorted({source for source in sources if not os.path.exists(source)}) or None,
+        datasets=sorted({*filter(is_hub_dataset, sources)}) or None,
         tags=["trl", recipe, *(["lora"] if base else [])],
     )
     numbers = [f"| `{key}` | {first:.4g} | {last:.4g} |" for key, first, last in first_and_last(recipe, log_history)]
@@ -84,6 +86,10 @@ def model_card(record: Mapping[str, Any], log_history: list[dict[str, Any]], bas
     if reward_model := arguments.get("reward_model_name_or_path"):
         parts[2] += f" The score is that of `{reward_model}`; kl_coef is {arguments['kl_coef']}."
     return "\n\n".join(parts) + "\n"
+
+
+def is_hub_dataset(source: str) -> bool:
+    return re.fullmatch(r"[\w-]+/[\w.-]+", source) is not None and not os.path.exists(source)
 
 
 def first_and_last(recipe: str, log_history: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
@@ -111,4 +117,4 @@ def command_line(recipe: str) -> str | None:
         if words and words[-1] == "<secret>" and not word.startswith("--"):
             continue
         words += ["<secret>"] if word.startswith("--") and SECRETS.search(flag) else [word]
-    return shlex.join(word for word in words if word != "<secret>")
+    return f"{launcher()} {shlex.join(word for word in words if word != '<secret>')}"

@@ -32,5 +32,5 @@ class RunEnded(Exception):
         self.text, self.code = text, code
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]

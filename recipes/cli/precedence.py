@@ -10,13 +10,18 @@ from typing import Any
 
 from recipes.cli.errors import UserError
 
-SAME = (
-    ("max_steps", "num_train_epochs", "total_episodes"),
-    ("dataset_name", "datasets"),
-    ("steps_per_generation", "generation_batch_size"),
-    ("activation_checkpointing", "gradient_checkpointing"),
-    ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
-)
+# What a flag takes the place of in the YAML, where it would not count beside it.
+OVERRIDES = {
+    "max_steps": ("total_episodes",),
+    "total_episodes": ("max_steps",),
+    "num_train_epochs": ("max_steps", "total_episodes"),
+    "dataset_name": ("datasets",),
+    "datasets": ("dataset_name",),
+    "steps_per_generation": ("generation_batch_size",),
+    "generation_batch_size": ("steps_per_generation",),
+    "gradient_checkpointing": ("activation_checkpointing",),
+    "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs",),
+}
 # An argument, the other that it depends on, and the value that the other needs for it.
 NEEDS = (
     ("save_steps", "save_strategy", "steps"),
@@ -38,9 +43,19 @@ def given_flags(words: list[str]) -> dict[str, str]:
 
 def without_overridden(config: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
     """The values of a YAML but for those whose place a flag of another name takes."""
-    taking = {name for name, value in given.items() if (name, value) != ("max_steps", "-1")}
-    overridden = {other for names in SAME if taking & {*names} for other in names}
-    return {name: value for name, value in config.items() if name not in overridden or name in given}
+    unset = {"max_steps": "-1"}
+    overridden = {
+        other for name, value in given.items() if value != unset.get(name) for other in OVERRIDES.get(name, ())
+    }
+    return {name: value for name, value in config.items() if name not in overridden}
+
+
+def limit_steps(groups: tuple, given: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    """Let the smaller of `max_steps` and `total_episodes` end a run that was given both at once."""
+    asked = int(given.get("max_steps", config.get("max_steps", -1)))
+    for group in groups:
+        if getattr(group, "total_episodes", None) is not None and asked > 0:
+            group.max_steps = min(group.max_steps, asked)
 
 
 def check_used(values: Mapping[str, Any], given: Mapping[str, str], config: Mapping[str, Any]) -> None:

@@ -42,7 +42,8 @@ def answer(command: str, more: tuple[str, ...], words: list[str], first: bool) -
         return
     if {"-h", "--help", "--help_all"} & {*words}:
         if first:
-            print(show(command, own, "--help_all" in words))
+            everything = "--help_all" in words
+            print(show(command, known if everything else own, everything))
         sys.exit(0)
     if first:  # of several processes, the others are ended with it
         check(words, known, own)

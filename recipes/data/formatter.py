@@ -205,7 +205,7 @@ class Formatter:
         return row._replace(data=None), results, unread
 
     def _example(self, schema: Schema, row: dict) -> Dialogue | Ranking:
-        check_columns(row, self.task)
+        check_columns(row, self.task, schema.columns)
         try:
             example = schema.convert(row, self._mapping.roles)
         except Skip as skip:

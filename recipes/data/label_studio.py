@@ -6,7 +6,7 @@ written answer). A task may have several annotations: each becomes a row.
 
 from collections.abc import Iterable, Iterator
 
-from recipes.data.messages import as_object, decode_json, flag, items, objects, require
+from recipes.data.messages import MEDIA, as_object, decode_json, flag, items, objects, refuse, require
 from recipes.data.rows import Row, RowError, RowProblem, Skip, describe, join_names
 
 PROMPTS = ("prompt", "instruction", "question", "query", "text")
@@ -30,15 +30,17 @@ def _annotations(row: dict, task: str) -> Iterator[dict | RowProblem]:
         data = {name.removeprefix("data."): found[name] for name in found}
     else:
         data = {name: row[name] for name in row if name not in OWN}
-    named = next((name for name in PROMPTS if name in data), None)
-    if named is None and "prompt" not in row:
+    refuse(data, MEDIA)
+    mapped = "annotations" in row and "prompt" in row
+    named = None if mapped else next((name for name in PROMPTS if name in data), None)
+    if named is None and not mapped:
         advice = "name it: --dataset_mapping data=data annotations=annotations prompt=data.NAME"
         raise RowError(f"found no prompt among {join_names(data)}; {advice}", "data")
-    prompt = {"prompt": row.get("prompt", data.get(named))}
+    prompt = {"prompt": row["prompt"] if mapped else data[named]}
     if task == "prompt":
         yield prompt
         return
-    data = {name: data[name] for name in data if name != named and data[name] != prompt["prompt"]}
+    data = {name: data[name] for name in data if name != named and not (mapped and data[name] == row["prompt"])}
     wanted = ("textarea",) if task == "sft" else ("pairwise", "ranker")
     for place, found in objects(row, "annotations") if "annotations" in row else [("", data)]:
         try:

@@ -19,6 +19,7 @@ TASKS = ("sft", "preference", "ranking", "prompt")
 DIALOGUE = ("sft", "prompt")  # the tasks that a Dialogue serves
 RANKED = ("preference", "ranking", "prompt")  # the tasks that a Ranking serves
 HELPSTEER2 = ("prompt", "response_1", "response_2", "preference_strength")
+SAFERLHF = ("prompt", "response_0", "response_1")
 HELPSTEER3 = ("context", "response1", "response2", "overall_preference")
 
 
@@ -120,16 +121,10 @@ SCHEMAS: dict[str, Schema] = {
     "helpsteer2": Schema(RANKED, HELPSTEER2, convert.strength(*HELPSTEER2), 20),
     "helpsteer3": Schema(RANKED, HELPSTEER3, convert.strength(*HELPSTEER3), 20),
     "pku_saferlhf": Schema(
-        RANKED,
-        ("prompt", "response_0", "response_1", "better_response_id"),
-        convert.better_response("better_response_id"),
-        20,
+        RANKED, (*SAFERLHF, "better_response_id"), convert.better_response("better_response_id"), 20
     ),
     "pku_saferlhf_safer": Schema(
-        RANKED,
-        ("prompt", "response_0", "response_1", "safer_response_id"),
-        convert.better_response("safer_response_id"),
-        None,
+        RANKED, (*SAFERLHF, "safer_response_id"), convert.better_response("safer_response_id"), None
     ),
     "arena_conversations": Schema(
         RANKED, ("winner", "conversation_a", "conversation_b"), convert.arena_conversations, 20

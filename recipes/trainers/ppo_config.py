@@ -145,9 +145,7 @@ class PPOConfig(GRPOConfig):
             "help": "Exponential moving average (EMA) of the policy's adapter, saved in ema/; InstructGPT: 0.992."
         },
     )
-    total_episodes: int | None = field(
-        default=None, metadata={"help": "Ends the run after so many episodes; max_steps ends it too."}
-    )
+    total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
 
     # Speed
     local_rollout_forward_batch_size: int | None = field(
@@ -212,8 +210,7 @@ class PPOConfig(GRPOConfig):
         if self.total_episodes is not None:
             rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
             minibatches = self.steps_per_generation // self.gradient_accumulation_steps
-            steps = rollouts * self.num_iterations * minibatches
-            self.max_steps = steps if self.max_steps <= 0 else min(steps, self.max_steps)
+            self.max_steps = rollouts * self.num_iterations * minibatches
 
     def _check_generation_kwargs(self) -> None:
         """Refuse generation arguments that would be ignored or break a rollout; vLLM checks its own."""

@@ -98,8 +98,8 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
     `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate`,
     `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and `_calculate_rewards`,
     in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `log` makes completions
-    readable. `_get_train_sampler`, `_save`, `_load_from_checkpoint` and [`WholeCheckpoints`] make a run go on where
-    it was.
+    readable. `_get_train_sampler`, `_save`, `_load_from_checkpoint`, `_load_best_model` and [`WholeCheckpoints`] make
+    a run go on where it was.
 
     Raises:
         ValueError: there is nothing to score with.

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from trl import RewardTrainer
 from trl.trainer.utils import pad
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, visible
 from recipes.trainers.checkpoints import WholeCheckpoints
 
 logger = get_logger(__name__)
@@ -107,7 +107,7 @@ def scores_in_words(row: dict, scores: list[float], title: str) -> str:
 
 
 def short(text: str) -> str:
-    return textwrap.shorten(text, 90, placeholder=" …") or repr(text)
+    return visible(textwrap.shorten(text, 90, placeholder=" …")) or repr(text)
 
 
 def accuracy_in_words(metrics: dict[str, float]) -> str:

@@ -89,6 +89,8 @@ def recipe_arguments(tmp_path, text: str, *flags: str) -> dict:
         ("total_episodes: 8", ("--num_train_epochs", "7"), {"max_steps": -1, "num_train_epochs": 7}),
         ("total_episodes: 8", ("--max_steps", "-1"), {"max_steps": 4}),
         ("total_episodes: 8\nmax_steps: 24", (), {"max_steps": 4}),
+        ("total_episodes: 800", ("--max_steps", "24", "--total_episodes", "400"), {"max_steps": 24}),
+        ("num_train_epochs: 7", ("--max_steps", "24"), {"max_steps": 24, "num_train_epochs": 7}),
         ("datasets: [a.jsonl]", ("--dataset_name", "b.jsonl"), {"datasets": None, "dataset_name": "b.jsonl"}),
         ("dataset_name: b.jsonl", ("--datasets", "a.jsonl"), {"datasets": ["a.jsonl"], "dataset_name": None}),
         ("steps_per_generation: 2", ("--generation_batch_size", "32"), {"steps_per_generation": 4}),

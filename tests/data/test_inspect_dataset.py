@@ -192,6 +192,14 @@ def test_a_dataset_cannot_steer_the_terminal(main, capsys, tmp_path, tiny_base):
     assert "\\x1b[2J\\x9b31m\\u202e\\x07\nline \u200c\xa0\u3000é😀" in capsys.readouterr().out
 
 
+def test_scores_of_responses_cannot_steer_the_terminal():
+    from recipes.trainers.ranking_trainer import scores_in_words
+
+    answers = [[{"role": "assistant", "content": f"\x1b[2J{text}"}] for text in "ab"]
+    row = {"prompt": [{"role": "user", "content": "q\x9b31m"}], "completions": answers, "ranks": [1, 2]}
+    assert "\\x1b[2Ja" in scores_in_words(row, [1, 0], "t") and "\x1b" not in scores_in_words(row, [1, 0], "t")
+
+
 def test_a_template_that_loops_without_end_is_stopped(main, capsys, tmp_path, tiny_base, monkeypatch):
     monkeypatch.setattr("recipes.models.control_tokens.RENDER_SECONDS", 0.3)
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)

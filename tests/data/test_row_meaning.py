@@ -6,6 +6,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
+from recipes.data.converters import Dialogue
+from recipes.data.schemas import SCHEMAS, Schema
 from recipes.formatting import DataError, format_dataset
 
 
@@ -130,6 +132,17 @@ def test_rows_that_are_not_to_be_learned_are_left_out(column, value):
     assert skipped({**PAIR, column: value}, "preference", PAIR) == (column, reason)
     with pytest.raises(DataError, match=f"rows:2:{column}: found 0.5"):
         format_dataset([GOOD, {**GOOD, column: 0.5}], "sft")
+
+
+def test_a_schema_may_read_such_a_column_itself(monkeypatch):
+    def convert(row, roles):
+        return Dialogue([user(row["text"]), assistant(row["label"])])
+
+    monkeypatch.setitem(SCHEMAS, "own", Schema(("sft",), ("text", "label"), convert))
+    row = {"text": "q", "label": "neutral"}
+    assert format_dataset([row], "sft")[0].to_list() == [{"messages": [user("q"), assistant("neutral")]}]
+    with pytest.raises(DataError, match="rows:1:label: found the text 'neutral'.*; a --dataset_mapping without it"):
+        format_dataset([{**GOOD, **row}], "sft", schema="messages")
 
 
 def test_tools_outside_of_sft_leave_the_row_out():
