@@ -216,9 +216,9 @@ def test_the_index_names_every_page_and_every_link_leads_somewhere():
             assert not anchor or anchor in anchors(path), f"{page.relative_to(ROOT)}: {link}"
 
 
-# Flags of other programs: pip, pytest, Slurm, vLLM, and the commands of the Hub and of llama.cpp.
+# Flags of other programs: pip, uv, pytest, Slurm, vLLM, and the commands of the Hub and of llama.cpp.
 FOREIGN = """version nodes partition weight-transfer-config logprobs-mode max-logprobs enable-lora max-lora-rank
-lora-modules served-model-name chat-template exclude outfile outtype find-links no-index""".split()
+lora-modules served-model-name chat-template exclude outfile outtype find-links no-index resolution""".split()
 
 
 def test_every_flag_in_the_pages_exists():
