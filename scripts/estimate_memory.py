@@ -129,6 +129,7 @@ def read_setting(step: str, training_args, model_args: ModelConfig, args: Estima
         dtype=getattr(torch, dtype) if dtype != "auto" else source.config.dtype or torch.float32,
         autocast=training_args.bf16,
         quantization=quantization,
+        trust_remote_code=source.trust_remote_code,
         checkpointing=training_args.gradient_checkpointing,
         attn_implementation=model_args.attn_implementation,
         optimizer=str(getattr(training_args.optim, "value", training_args.optim)),

@@ -52,6 +52,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingAr
         parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
     parser.add_argument("--num_proc", type=int, default=1, help="processes that format")
     parser.add_argument("--tokenizer", metavar="MODEL", help="render and measure rows as for this model")
+    kind = {"nargs": "?", "const": "true", "default": "false", "choices": ["true", "false"]}
+    parser.add_argument("--trust_remote_code", help="run code that comes with the tokenizer's model", **kind)
     parser.add_argument("--max_length", type=int, help="with --tokenizer, report rows of more tokens")
     parser.add_argument("--output", type=Path, help="write the formatted rows here, as JSON Lines")
     parser.add_argument("--report", type=Path, help="write the report here, as JSON")
@@ -123,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             from recipes.models.source import resolve_model
             from recipes.models.tokenization import load_tokenizer
 
-            source = resolve_model(args.tokenizer)
+            source = resolve_model(args.tokenizer, trust_remote_code=args.trust_remote_code == "true")
             tokenizer = load_tokenizer(source)
             model = {"tokenizer": tokenizer, "special_tokens": control_tokens(tokenizer)}
             if args.task == "prompt":  # other rows are cut in training

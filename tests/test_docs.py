@@ -218,7 +218,7 @@ def test_the_index_names_every_page_and_every_link_leads_somewhere():
 
 # Flags of other programs: pip, uv, pytest, Slurm, vLLM, and the commands of the Hub and of llama.cpp.
 FOREIGN = """version nodes partition weight-transfer-config logprobs-mode max-logprobs enable-lora max-lora-rank
-lora-modules served-model-name chat-template exclude outfile outtype find-links no-index resolution""".split()
+lora-modules served-model-name chat-template exclude outfile outtype find-links no-index resolution extra""".split()
 
 
 def test_every_flag_in_the_pages_exists():

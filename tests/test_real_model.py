@@ -14,7 +14,7 @@ from recipes.cli.arguments import parse
 from tests.conftest import ROOT, run_recipe, write_jsonl
 
 PARTS = ("policy", "judge", "test")
-QUESTIONS = ("How do I sleep well?", "Who are you?", "Is tea good?", "What is rain?", "Why do cats purr?", "Hi there")
+QUESTIONS = tuple(f"How much is {number} and {number}?" for number in range(16))
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def comparisons(tmp_path_factory) -> str:
     """Transcripts in the form of HH, two of each prompt, and one that is too long."""
     rows = [
         {side: f"\n\nHuman: {question}\n\nAssistant: {answer} {number}" for side, answer in answers.items()}
-        for number, question in enumerate(QUESTIONS * 4)
+        for number, question in enumerate(QUESTIONS * 2)
         for answers in [{"chosen": "Gladly, ask away.", "rejected": "No."}]
     ]
     rows.append({side: f"\n\nHuman: Why?\n\nAssistant: {side * 100}" for side in ("chosen", "rejected")})
@@ -44,7 +44,7 @@ def test_a_prompt_is_in_one_part_only(parts):
     """With all its comparisons; what is too long is in none."""
     prompts = {name: {str(row["prompt"]) for row in read(parts / f"{name}_pairs.jsonl")} for name in PARTS}
     assert sum(map(len, prompts.values())) == len(set.union(*prompts.values())) == len(QUESTIONS)
-    assert sum(len(read(parts / f"{name}_pairs.jsonl")) for name in PARTS) == 4 * len(QUESTIONS)
+    assert sum(len(read(parts / f"{name}_pairs.jsonl")) for name in PARTS) == 2 * len(QUESTIONS)
     assert len(read(parts / "demonstrations.jsonl")) == len(prompts["policy"])
 
 

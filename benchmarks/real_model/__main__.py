@@ -32,6 +32,8 @@ class Size:
     response_chars: int
     sft_epochs: int
     reward_epochs: int
+    reward_rate: str  # learning rates of an adapter, as they stand in the commands
+    ppo_rate: str
     rollouts: int
     rollout: int  # episodes, in minibatches of half as many
     micro_batch: int
@@ -44,20 +46,20 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(200, 120, 200, 1, 2, 10, 32, 16, 48, 64, 2, 4, 2, 4_096),
-    "cuda": Size(2000, 2000, 1600, 2, 1, 60, 128, 32, 256, 400, 4, 64, 6, 65_536),
-    "smoke": Size(120, 120, 120, 1, 1, 1, 8, 4, 4, 2, 1, 2, 1, 256),
+    "cpu": Size(200, 120, 200, 1, 2, "1e-3", "6e-4", 4, 32, 16, 32, 32, 2, 4, 2, 3_072),
+    "cuda": Size(2000, 2000, 1600, 2, 1, "1e-4", "1e-4", 60, 128, 32, 256, 400, 4, 64, 6, 65_536),
+    "smoke": Size(120, 120, 120, 1, 1, "1e-3", "6e-4", 1, 8, 4, 4, 2, 1, 2, 1, 256),
 }
-# kl_coef of each PPO run, and what else is different; scores are in standard deviations. The first is the headline.
+# Scores are in standard deviations. The first run is the headline.
 PPO_RUNS = {
     "ppo": "--kl_coef 0.1",
     "ppo_no_kl": "--kl_coef 0",
     "ppo_kl_0.03": "--kl_coef 0.03",
     "ppo_kl_0.3": "--kl_coef 0.3",
-    "ppo_ptx": "--kl_coef 0.1 --ptx_coef 1 --ptx_max_length 128 --ptx_dataset_name {folder}/data/ptx.jsonl",
 }
+PTX = "--kl_coef 0.1 --ptx_coef 1 --ptx_max_length 128 --ptx_dataset_name {folder}/data/ptx.jsonl"
 TEST_SHARE = 0.22  # of the prompts; the rest is halved
-# Adapters in the last ten of thirty layers: half the time of all, as no gradient goes further back.
+# Adapters in the last ten of thirty layers: two thirds of the time of all, as no gradient goes further back.
 LAYERS = {"cpu": r"--lora_target_modules .*\.layers\.2\d\..*_proj", "cuda": ""}
 
 
@@ -69,7 +71,7 @@ def bf16_is_fast(device: str) -> bool:
 def machine(device: str) -> str:
     """Flags of a recipe for this machine.
 
-    Under bf16 on a CPU, eager attention: torch's fused kernel took 120 ms a layer there where this takes 3.
+    Under bf16 on a CPU, eager attention: torch's fused kernel took 120 ms a layer there, this one 9.
     """
     if device == "cuda":
         return "--use_cpu false --bf16 true --dataloader_pin_memory true"
@@ -79,7 +81,7 @@ def machine(device: str) -> str:
 def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list[Stage]]]:
     """The commands of a run: groups that follow each other, of chains that may run at the same time."""
     epochs = {"sft": size.sft_epochs, "reward": size.reward_epochs}
-    half, rollouts = size.rollout // 2, {"rollout": size.rollout * size.rollouts}
+    minibatch, episodes = size.rollout // 2, size.rollout * size.rollouts
 
     def recipe(name: str, data: str, arguments: str, script: str = "") -> str:
         own = ""
@@ -91,18 +93,26 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
             f"{machine(device)} --output_dir {{folder}}/{{output}} --seed {{seed}}"
         )
 
-    reward = "--model_name_or_path {folder}/sft --learning_rate 2e-4 --eval_strategy no --max_length 2048"
+    reward = (
+        f"--model_name_or_path {{folder}}/sft --learning_rate {size.reward_rate} --eval_strategy no "
+        "--per_device_eval_batch_size 32"
+    )
     steps = size.rollouts * 4  # two minibatches, two epochs
     ppo = (
         "--model_name_or_path {folder}/sft --reward_model_name_or_path {folder}/reward "
         f"--per_device_train_batch_size {size.micro_batch} --steps_per_generation {size.rollout // size.micro_batch} "
-        f"--gradient_accumulation_steps {half // size.micro_batch} --num_iterations 2 --learning_rate 3e-4 "
-        f"--warmup_steps 4 --max_completion_length {size.completion} --total_episodes {rollouts['rollout']} "
-        f"--logging_steps 4 --save_steps {max(1, steps // size.checkpoints)} --save_total_limit {size.checkpoints}"
+        f"--gradient_accumulation_steps {minibatch // size.micro_batch} --num_iterations 2 "
+        f"--learning_rate {size.ppo_rate} --warmup_steps 2 --max_completion_length {size.completion} "
+        f"--total_episodes {episodes} --logging_steps 4 --save_steps {max(1, steps // size.checkpoints)} "
+        f"--save_total_limit {size.checkpoints}"
     )
+
+    def ppo_stage(name: str, own: str) -> Stage:
+        return Stage(name, f"PPO: {name}", recipe("ppo", "policy_prompts", f"{ppo} {own}"), name, PPO_CURVES)
+
     dtype = "bfloat16" if bf16_is_fast(device) else "float32"
     policies = " ".join(f"{name}={{folder}}/{name}" for name in ("base", "sft", *PPO_RUNS))
-    runs = " ".join(f"{name}={{folder}}/{name}" for name in PPO_RUNS if name != "ppo_ptx")
+    runs = " ".join(f"{name}={{folder}}/{name}" for name in PPO_RUNS)
     evaluate = (
         f"python scripts/evaluate.py --policies {policies} --checkpoints {runs} "
         "--reward_model_name_or_path {folder}/reward --judges benchmarks.real_model.measure.judge "
@@ -135,7 +145,6 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
         [
             [
                 Stage("sft", "SFT on chosen responses", recipe("sft", "demonstrations", sft), "sft", {"loss": "loss"}),
-                Stage("reward", "Reward model", recipe("reward", "policy_pairs", reward), "reward"),
             ],
             [
                 Stage(
@@ -147,16 +156,17 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
             ],
         ],
         [
-            *(
-                [Stage(name, f"PPO: {own}", recipe("ppo", "policy_prompts", f"{ppo} {own}"), name, PPO_CURVES)]
-                for name, own in PPO_RUNS.items()
-            ),
+            [Stage("reward", "Reward model", recipe("reward", "policy_pairs", reward), "reward")],
             [Stage("trl_reward", "TRL's RewardTrainer", trl_reward, "trl_reward")],
+        ],
+        [
+            *([ppo_stage(name, kl_coef)] for name, kl_coef in PPO_RUNS.items()),
+            [ppo_stage("ppo_ptx", PTX)],
+            [Stage("accuracy", "Reward models on unseen comparisons", measure, "accuracy.json")],
         ],
         [
             [Stage("evaluation", "Evaluation on held-out prompts", evaluate, "evaluation", continues=True)],
             [
-                Stage("accuracy", "Reward models on unseen comparisons", measure, "accuracy.json"),
                 Stage("tax", "Loss on ordinary text", f"{measure} --tokens {size.text_tokens}", "tax.json"),
                 Stage("samples", "Answers side by side", measure, "samples.json"),
             ],
@@ -183,7 +193,7 @@ def run_all(args: argparse.Namespace) -> None:
     if args.publish:
         from benchmarks.real_model.page import publish
 
-        publish(state, sys.argv[1:])
+        publish(state, args.base, args.comparisons)
 
 
 def main() -> int:

@@ -15,8 +15,8 @@ PAGE = ROOT / "docs" / "real_model.md"
 CURVE = {"objective/scores": "reward", "objective/kl": "kl", "completions/mean_length": "length"}
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def curve(folder: Path) -> list[dict]:
@@ -25,22 +25,21 @@ def curve(folder: Path) -> list[dict]:
     return [{short: row[name] for name, short in CURVE.items()} for row in rows if "objective/kl" in row]
 
 
-def gather(state: Quickstart, arguments: list[str]) -> dict:
+def gather(state: Quickstart) -> dict:
+    """What a run found; parts that it has not reached are `None`."""
     folder = state.folder
     report = read(folder / "evaluation" / "report.json")
-    runs = [name for name in state.commands if name.startswith("ppo")]
-    trained = {path.parent.name: yaml.safe_load(path.read_text()) for path in folder.glob("*/train_config.yaml")}
-    words = [word for word in arguments if word != "--publish"]
-    rows = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("data/*.jsonl")}
     kept = ("policies", "win_rates", "frontier", "over_optimization", "reward_model", "n_prompts")
+    runs = [name for name in state.seconds if name.startswith("ppo")]
+    records = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*/train_config.yaml")]
+    rows = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("data/*.jsonl")}
     return {
         **environment(),
-        "commits": sorted({record["git_revision"] for record in trained.values()} | {report["git_revision"]}),
-        "command": shlex.join(["python", "-m", "benchmarks.real_model", *words]),
+        "commits": sorted({record["git_revision"] for record in records}),
         "rows": rows,
         "minutes": {name: seconds / 60 for name, seconds in state.seconds.items()},
         "commands": {name: shlex.join(words) for name, words in state.commands.items()},
-        "evaluation": {name: report[name] for name in kept},
+        "evaluation": report and {name: report[name] for name in kept},
         "accuracy": read(folder / "accuracy.json"),
         "tax": read(folder / "tax.json"),
         "samples": read(folder / "samples.json"),
@@ -48,10 +47,12 @@ def gather(state: Quickstart, arguments: list[str]) -> dict:
     }
 
 
-def publish(state: Quickstart, arguments: list[str]) -> None:
-    result = json.dumps(rounded(gather(state, arguments), 4), indent=1, ensure_ascii=False)
-    home = f"{state.folder}"
-    RESULT.write_text(result.replace(home, "runs/real") + "\n", encoding="utf-8")
+def publish(state: Quickstart, *local: str) -> None:
+    """Write both files; `local` paths stand in them by their last part, the run's folder as runs/real."""
+    result = json.dumps(rounded(gather(state), 4), indent=1, ensure_ascii=False)
+    for path in local:
+        result = result.replace(path, Path(path).name) if Path(path).is_file() else result
+    RESULT.write_text(result.replace(str(state.folder), "runs/real") + "\n", encoding="utf-8")
     write_page()
     print(f"{RESULT}\n{PAGE}")
 

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from recipes.cli.launch import launcher
-from recipes.cli.record import SECRETS
+from recipes.cli.record import SECRETS, used_in_words
 
 METHODS = {
     "sft": "Supervised fine-tuning on demonstrations, with the loss on the response only (TRL's SFTTrainer).",
@@ -55,13 +55,14 @@ def model_card(record: Mapping[str, Any], log_history: list[dict[str, Any]], bas
     """Markdown with the Hub's metadata.
 
     Args:
-        record: what [`describe`] and `add_datasets` say of the run.
+        record: what [`describe`], `add_datasets` and `add_used` say of the run.
         log_history: Trainer's rows of metrics, in their order.
         base: the base of an adapter; `None` where a full model was trained.
     """
     recipe, arguments = record["recipe"], record["arguments"]
     name, start = arguments["hub_model_id"] or arguments["output_dir"], arguments["model_name_or_path"]
     data = [f"- {key}: {each['rows']} rows of `{each['source']}`" for key, each in record.get("datasets", {}).items()]
+    data += [f"- {sentence}" for sentence in used_in_words(record)]
     sources = [each["source"] for each in record.get("datasets", {}).values()]
     metadata = ModelCardData(
         library_name="peft" if base else "transformers",

@@ -7,7 +7,12 @@ from recipes.cli.screen import log_line
 
 
 class ProgressBar(ProgressCallback):
-    """Trainer's bar alone."""
+    """Trainer's bar alone, which lines written above it show at once: a bar with a delay would not be cleared then."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.delay = 0
 
     def on_log(self, args, state, control, **kwargs):
         pass

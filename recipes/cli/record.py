@@ -83,6 +83,15 @@ def add_used(record: dict[str, Any], reports: Mapping[str, Any], datasets: Mappi
             report.used = record["used"]
 
 
+def used_in_words(record: Mapping[str, Any]) -> list[str]:
+    """What [`add_used`] counted, a sentence for training and one for evaluation."""
+    verbs = {"train": "Training", "eval": "Evaluating"}
+    return [
+        f"{verbs[name]} on {', '.join(f'{number:,} {what}' for what, number in counts.items())}."
+        for name, counts in record.get("used", {}).items()
+    ]
+
+
 def count(dataset: Any) -> dict[str, int]:
     """Rows of a dataset, responses of rankings, and tokens where it holds token ids."""
     counted = {"rows": len(dataset)}

@@ -34,6 +34,7 @@ from recipes.cli.record import (
     describe,
     read_record,
     refuse_changes,
+    used_in_words,
     wants_more,
     write_record,
 )
@@ -157,9 +158,8 @@ class RunFolder:
         add_datasets(self.record, reports)
         evaluated = {} if trainer.eval_dataset is None else {"eval": trainer.eval_dataset}
         add_used(self.record, reports, {"train": trainer.train_dataset} | evaluated)
-        for name, counts in self.record["used"].items():
-            amounts = ", ".join(f"{number:,} {what}" for what, number in counts.items())
-            trainer.accelerator.print(f"{'Training' if name == 'train' else 'Evaluating'} on {amounts}.")
+        for sentence in used_in_words(self.record):
+            trainer.accelerator.print(sentence)
         if hasattr(trainer.train_dataset, "__len__"):
             self.record["setup"]["training_rows"] = len(trainer.train_dataset)
 

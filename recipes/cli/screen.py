@@ -22,6 +22,8 @@ RESULTS = {
 
 def log_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
     """The numbers that matter of one log, or "" where there are none."""
+    if "train_runtime" in logs:  # Trainer's totals at the end of a run
+        return ""
     prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
     shown = [name for name in NUMBERS if logs.get(prefix + name) is not None][:6]
     numbers = [f"{name.split('/')[-1]} {logs[prefix + name]:.3g}" for name in shown]

@@ -31,7 +31,7 @@ from recipes.models.adapters import (
     train_only,
     use_role,
 )
-from recipes.models.heads import use_float32_head
+from recipes.models.heads import base_of, use_float32_head
 from recipes.trainers.fast.frozen_head import LOGITS_PER_BLOCK, FrozenHeadLogProbs
 from recipes.trainers.fast.lora_linear import fuse_adapters
 from recipes.trainers.fast.packed_weights import FEW_ROWS, linear_layers
@@ -64,6 +64,7 @@ class Setting:
     dtype: torch.dtype = torch.float32  # of the weights as they are loaded
     autocast: bool = False  # computes in bfloat16 all the same
     quantization: str | None = None  # a key of QUANTIZED
+    trust_remote_code: bool = False
     checkpointing: bool = False
     attn_implementation: str | None = None
     optimizer: str = "adamw_torch_fused"
@@ -150,6 +151,7 @@ def build(setting: Setting) -> tuple[nn.Module, PreTrainedModel | None]:
     config = copy.deepcopy(setting.config)
     config.pad_token_id = config.get_text_config().pad_token_id = 0
     kwargs = {"dtype": setting.dtype, "attn_implementation": setting.attn_implementation}
+    kwargs |= {"trust_remote_code": setting.trust_remote_code}
 
     def classifier() -> PreTrainedModel:
         one_label = copy.deepcopy(config)
@@ -184,10 +186,6 @@ def materialize(model: nn.Module) -> None:
                     is_parameter = isinstance(tensor, nn.Parameter)
                     moved[id(tensor)] = tensor, nn.Parameter(new, tensor.requires_grad) if is_parameter else new
                 tensors[name] = None if tensor is None else moved[id(tensor)][1]
-
-
-def base_of(model: nn.Module) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def size(tensors) -> int:

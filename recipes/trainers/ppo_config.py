@@ -59,10 +59,15 @@ REFUSED = {
     "neftune_noise_alpha": "noise in the embeddings would make the policy another one than the one that sampled",
     "train_sampling_strategy": "prompts are shuffled anew each epoch, or keep their order with shuffle_dataset: false",
 }
-NOT_NEGATIVE = ("kl_coef", "vf_coef", "ptx_coef", "epsilon", "cliprange_value", "missing_eos_penalty")
-NOT_NEGATIVE += ("critic_learning_rate", "critic_warmup_steps")
-POSITIVE = ("score_std", "score_clip", "adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "temperature")
-POSITIVE += ("ptx_max_length", "total_episodes", "num_iterations", "local_rollout_forward_batch_size")
+NOT_NEGATIVE = (
+    *("kl_coef", "vf_coef", "ptx_coef", "epsilon", "cliprange_value", "missing_eos_penalty"),
+    *("critic_learning_rate", "critic_warmup_steps"),
+)
+POSITIVE = (
+    *("score_std", "score_clip", "adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "temperature"),
+    *("ptx_max_length", "total_episodes", "num_iterations", "num_generations"),
+    "local_rollout_forward_batch_size",
+)
 
 # Keys of generation_kwargs that a rollout cannot have, and what to set instead.
 REFUSED_IN_GENERATION = {
@@ -174,12 +179,15 @@ class PPOConfig(GRPOConfig):
                 value = getattr(self, name)
                 if value is not None and not (0 < value < math.inf or value == 0 and at_least == "at least"):
                     raise ValueError(f"{name} must be {at_least} 0, got {value}.")
-        if self.score_mean is not None and not math.isfinite(self.score_mean):
-            raise ValueError(f"score_mean must be a number, got {self.score_mean}.")
+        for name, numbers in (("score_mean", [self.score_mean]), ("reward_weights", self.reward_weights or [])):
+            if not all(number is None or math.isfinite(number) for number in numbers):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
         if self.kl_estimator not in ("k1", "k3"):
             raise ValueError(f"kl_estimator must be k1 or k3, got {self.kl_estimator}.")
         if self.loss_type not in ("dapo", "bnpo"):
             raise ValueError(f"loss_type must be dapo or bnpo for PPO, got {self.loss_type}.")
+        if self.fp16 and self.target_kl is not None:
+            raise ValueError("target_kl leaves out minibatches, which the loss scaling of fp16 cannot: use bf16.")
         if unknown := set(self.fast_paths) - set(FAST_PATHS):
             raise ValueError(f"fast_paths takes {', '.join(FAST_PATHS)}, not {', '.join(sorted(unknown))}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

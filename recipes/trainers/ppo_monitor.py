@@ -35,10 +35,12 @@ class PPOMonitor:
         response with None, which is NaN here; the reward model may not.
         """
         passed = scores.isnan() & (torch.arange(scores.size(1), device=scores.device) >= has_reward_model)
-        unscored = ~(scores.isfinite() | passed).all(1) | passed.all(1)
+        wrong = ~(scores.isfinite() | passed)
+        unscored = wrong.any(1) | passed.all(1)
         if unscored.any():
+            at_fault = [name for name, bad in zip(names, wrong.any(0).tolist(), strict=True) if bad] or names
             raise UserError(
-                f"Step {step}: {', '.join(names)} gave no finite score to {int(unscored.sum())} of {len(scores)} "
+                f"Step {step}: {', '.join(at_fault)} gave no finite score to {int(unscored.sum())} of {len(scores)} "
                 f"responses, the first in row {int(unscored.nonzero()[0])} of the rollout. "
                 f"{last_good_state(self.args.output_dir)}"
             )

@@ -18,7 +18,7 @@ def test_a_log_is_a_line_of_six_numbers():
     }
     assert log_line(many, 1, 2).count(" 1") == 7, "six numbers and the step"
     assert log_line({"eval_loss": 0.5, "eval_runtime": 3}, 1, 2) == "step 1/2  evaluation  loss 0.5"
-    assert log_line({"train_runtime": 3.0}, 1, 2) == ""
+    assert log_line({"train_runtime": 3.0, "entropy": 1.0}, 1, 2) == ""
 
 
 def test_the_last_line_has_the_result_and_the_next_command(monkeypatch):

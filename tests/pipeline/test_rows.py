@@ -39,6 +39,8 @@ def test_sft_reports_what_trained(data, tmp_path):
     tokens = sum(map(len, trainer.train_dataset["input_ids"]))
     assert report["used"] == config["used"] == {"train": {"rows": 25, "tokens": tokens}}
     assert config["setup"]["training_rows"] == 25 and report["tokens"] == tokens
+    card = (tmp_path / "sft" / "README.md").read_text(encoding="utf-8")
+    assert f"Training on 25 rows, {tokens} tokens." in card
 
 
 def test_the_reward_model_reports_what_trained(data, runs, tmp_path):
