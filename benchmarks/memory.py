@@ -166,11 +166,12 @@ def trainer_of(case: Case, words: PreTrainedTokenizerFast, folder: str):
         max_completion_length=case.response,
         steps_per_generation=case.rollout,
         num_iterations=1,
-        generation_kwargs={"min_new_tokens": case.response},
         **common,
     )
     dataset = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
-    return PPOTrainer(args=args, processing_class=words, model=model, train_dataset=dataset, **models)
+    trainer = PPOTrainer(args=args, processing_class=words, model=model, train_dataset=dataset, **models)
+    trainer.generation_config.min_new_tokens = case.response  # as an argument it would be another decoding loop
+    return trainer
 
 
 def resident(name: str) -> int:

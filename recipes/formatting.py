@@ -156,17 +156,18 @@ def load_formatted(
     """The datasets of a recipe: {"train": dataset} and, with `evaluate`, "eval".
 
     "eval" is the source's split `dataset_test_split` or, where it has none and for mixtures, `test_split_size` of the
-    prompts of "train". The first process prints the reports to stderr.
+    prompts of "train"; a single prompt is not split. The first process prints the reports to stderr.
 
     Args:
         script_args: TRL's ScriptArguments: dataset_name, dataset_config, the names of the splits, and
             dataset_streaming, which gives IterableDatasets that are formatted while they are read.
-        tokenizer: rows are searched for its control tokens.
-        options: further keyword arguments of `format_dataset`, such as `prompt_completion` or `margin`.
+        tokenizer: rows are rendered by its chat template, and searched for its control tokens.
+        options: further keyword arguments of `format_dataset`, such as `prompt_completion` or `cut_at`.
     Raises:
         DataError: there is no dataset, or it cannot be used.
     """
-    options = {**format_args.options(), "special_tokens": control_tokens(tokenizer) if tokenizer else (), **options}
+    own = {"tokenizer": tokenizer, "special_tokens": control_tokens(tokenizer)} if tokenizer else {}
+    options = {**format_args.options(), **own, **options}
     options["streaming"] = streaming = script_args.dataset_streaming
     if options.get("num_proc"):  # each process of a launch formats all rows
         options["num_proc"] //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -195,7 +196,12 @@ def load_formatted(
     if has_test and not streaming:
         datasets.reports["leakage"] = check_leakage(datasets["train"], datasets["eval"])
     elif evaluate and not has_test:
-        datasets["train"], datasets["eval"] = split_by_group(datasets["train"], format_args.test_split_size, seed)
-    if os.environ.get("RANK", "0") == "0" and not streaming:
-        print(*datasets.reports.values(), sep="\n", file=sys.stderr)
+        datasets["train"], held_out = split_by_group(datasets["train"], format_args.test_split_size, seed)
+        if held_out is not None:
+            datasets["eval"] = held_out
+    if os.environ.get("RANK", "0") == "0":
+        if not streaming:
+            print(*datasets.reports.values(), sep="\n", file=sys.stderr)
+        if evaluate and "eval" not in datasets:
+            print("There is only one prompt: it is trained on, and nothing is held out to evaluate.", file=sys.stderr)
     return datasets

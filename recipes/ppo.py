@@ -15,9 +15,9 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__)
+    begin(__file__)
 
 from dataclasses import dataclass, field, replace
 
@@ -27,7 +27,7 @@ from trl import ModelConfig, ScriptArguments
 from recipes.cli.arguments import import_function
 from recipes.cli.errors import UserError
 from recipes.cli.launch import check_launch
-from recipes.cli.run import RunFolder, run
+from recipes.cli.run import RunFolder, refuse_stream, run, settle_evaluation
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.compatibility import check_ppo_models
 from recipes.models.loading import load_ppo_models, read_reward_statistics, report_half_precision
@@ -53,6 +53,7 @@ class PPOScriptArguments(ScriptArguments):
     ptx_dataset_name: str | None = field(
         default=None, metadata={"help": "Demonstrations for --ptx_coef, of any schema that recipes/sft.py takes."}
     )
+    ptx_dataset_split: str = field(default="train", metadata={"help": "Split of the demonstrations for --ptx_coef."})
     normalize_scores: bool = field(
         default=True, metadata={"help": "Standardise scores by the mean and spread that recipes/reward.py stored."}
     )
@@ -98,6 +99,14 @@ def load_score_statistics(training_args: PPOConfig, reward: ModelSource, normali
         print(f"Scores: minus {mean}, divided by {std}.", file=sys.stderr)
 
 
+def load_ptx(script_args: PPOScriptArguments, format_args: FormattingArguments, tokenizer, max_length, positions):
+    """The demonstrations for PPO-ptx: a source and split of their own, and the user's rules for rows of no use."""
+    source = ScriptArguments(script_args.ptx_dataset_name, dataset_train_split=script_args.ptx_dataset_split)
+    own = {"dataset_schema": "auto", "dataset_mapping": None, "datasets": None, "keep_columns": None}
+    options = {"prompt_completion": True, "cut_at": max_length, "positions": positions}
+    return load_formatted("sft", source, replace(format_args, **own), tokenizer, **options)
+
+
 def main(
     script_args: PPOScriptArguments,
     training_args: PPOConfig,
@@ -106,6 +115,7 @@ def main(
 ) -> PPOTrainer:
     """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
+    refuse_stream(script_args)
     check_arguments(script_args, training_args)
     folder = RunFolder("ppo", script_args, training_args, model_args, format_args)
 
@@ -119,10 +129,15 @@ def main(
     check_ppo_models(policy, reward, tokenizer, script_args.separate_reward_model, model_args.use_peft)
 
     evaluate = training_args.eval_strategy != "no"
-    datasets = load_formatted("prompt", script_args, format_args, tokenizer, evaluate, training_args.seed)
+    room = {"positions": policy.positions, "completion_length": training_args.max_completion_length}
+    datasets = load_formatted("prompt", script_args, format_args, tokenizer, evaluate, training_args.seed, **room)
+    settle_evaluation(training_args, datasets)
+    prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
+    training_args.check_prompts(prompts)
+    if (left := prompts % rollout) and training_args.process_index == 0:
+        print(f"Each epoch leaves out {left} of {prompts} prompts, other ones each time.", file=sys.stderr)
     if script_args.ptx_dataset_name is not None:
-        ptx_source = replace(script_args, dataset_name=script_args.ptx_dataset_name, dataset_config=None)
-        ptx = load_formatted("sft", ptx_source, FormattingArguments(), tokenizer, prompt_completion=True)
+        ptx = load_ptx(script_args, format_args, tokenizer, training_args.ptx_max_length, policy.positions)
         datasets.reports["ptx"], datasets["ptx"] = ptx.reports["train"], ptx["train"]
 
     set_seed(training_args.seed)
@@ -136,9 +151,6 @@ def main(
         **load_ppo_models(policy, reward, model_args, script_args.separate_reward_model),
     )
     report_half_precision(trainer.model)
-    prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
-    if left := prompts % rollout:
-        trainer.accelerator.print(f"Each epoch leaves out {left} of {prompts} prompts, other ones each time.")
     folder.train(trainer, datasets.reports)
     folder.finish(trainer, datasets.reports)
     return trainer

@@ -16,24 +16,36 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__)
+    begin(__file__)
 
 from dataclasses import dataclass, field
 
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig, ScriptArguments
 
+from recipes.cli.errors import UserError
 from recipes.cli.launch import check_launch
-from recipes.cli.run import RunFolder, run
+from recipes.cli.run import RunFolder, check_steps, refuse_stream, run, settle_evaluation
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model, check_reward_base
-from recipes.models.loading import load_reward_trainee, report_half_precision, save_reward_statistics
+from recipes.models.loading import (
+    load_reward_trainee,
+    report_half_precision,
+    save_reward_statistics,
+    save_trained_prompts,
+)
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
-from recipes.trainers.ranking_trainer import RankingRewardTrainer, majority_rankings
+from recipes.trainers.ranking_trainer import (
+    RankingRewardTrainer,
+    accuracy_in_words,
+    conversations,
+    majority_rankings,
+    scores_in_words,
+)
 
 
 @dataclass
@@ -51,7 +63,7 @@ class RewardScriptArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Demonstrations whose mean score and spread are stored for PPO's normalisation (InstructGPT sets "
-            "their mean to 0). Default: all ranked responses."
+            "their mean to 0). Default: the ranked responses that were trained."
         },
     )
 
@@ -64,16 +76,18 @@ ARGUMENTS = (RewardScriptArguments, RewardConfig, ModelConfig, FormattingArgumen
 def reference_rows(script_args, trainer: RankingRewardTrainer) -> tuple[list[list[int]], str]:
     """Token ids of the conversations whose scores PPO normalises by, and where they are from.
 
-    They are at most `MOST_REFERENCES`, and none is longer than `max_length`, where no score was ever trained.
+    They are at most `MOST_REFERENCES`: all responses that were trained, or demonstrations of which none is longer than
+    `max_length`, where no score was ever trained.
     """
     source, tokenizer = script_args.reference_dataset_name, trainer.processing_class
     if source is None:
-        datasets = filter(None, [trainer.train_dataset, trainer.eval_dataset])
-        rows = [ids for dataset in datasets for ranking in dataset["response_ids"] for ids in ranking]
+        rows = [ids for ranking in trainer.train_dataset["response_ids"] for ids in ranking]
     else:
         demonstrations = load_formatted("sft", ScriptArguments(dataset_name=source), FormattingArguments(), tokenizer)
         rows = tokenizer.apply_chat_template(list(demonstrations["train"]["messages"]), return_dict=False)
         rows = [ids for ids in rows if trainer.args.max_length is None or len(ids) <= trainer.args.max_length]
+        if not rows:
+            raise UserError(f"--reference_dataset_name {source}: no row has max_length tokens or fewer.")
     if len(rows) > MOST_REFERENCES:
         rows = random.Random(trainer.args.seed).sample(rows, MOST_REFERENCES)
     return rows, source or script_args.dataset_name
@@ -87,24 +101,32 @@ def main(
 ) -> RankingRewardTrainer:
     """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
+    refuse_stream(script_args)
     folder = RunFolder("reward", script_args, training_args, model_args, format_args)
 
     start = resolve_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
     check_reward_base(start)
     tokenizer = load_tokenizer(start)
     check_model(start, tokenizer)
-    evaluate = training_args.eval_strategy != "no"
     datasets = load_formatted(
         "ranking",
         script_args,
         format_args,
         tokenizer,
-        evaluate=evaluate,
+        evaluate=training_args.eval_strategy != "no",
         num_proc=training_args.dataset_num_proc,
         seed=training_args.seed,
+        cut_at=training_args.max_length,
+        positions=start.positions,
     )
     if script_args.aggregation == "majority":
-        datasets["train"] = majority_rankings(datasets["train"])
+        merged = {name: majority_rankings(dataset) for name, dataset in datasets.items()}
+        ordered = {name: dataset.filter(lambda row: len(set(row["ranks"])) > 1) for name, dataset in merged.items()}
+        if not len(ordered["train"]):
+            raise UserError("--aggregation majority leaves only ties to train on: keep all rankings.")
+        datasets.clear()
+        datasets |= {name: dataset for name, dataset in ordered.items() if len(dataset)}
+    settle_evaluation(training_args, datasets)
 
     set_seed(training_args.seed)
     model = load_reward_trainee(start, model_args)
@@ -117,15 +139,24 @@ def main(
             processing_class=tokenizer,
         )
     report_half_precision(model)
+    check_steps(trainer)
     folder.train(trainer, datasets.reports)
-    if evaluate:
-        trainer.save_metrics("eval", trainer.evaluate())
+    evaluation = trainer.final_evaluation()
+    if evaluation is not None:
+        trainer.save_metrics("eval", evaluation)
 
     folder.save_model(trainer)  # before anything else can fail
     rows, source = reference_rows(script_args, trainer)
     scores = trainer.score(rows)
+    example = datasets.get("eval", datasets["train"])[0]
+    example_scores = trainer.score(conversations(example, tokenizer))
     if trainer.accelerator.is_main_process:
         save_reward_statistics(training_args.output_dir, scores, source)
+        save_trained_prompts(training_args.output_dir, datasets["train"]["group_id"])
+    title = "A held-out prompt" if "eval" in datasets else "A prompt of the training data"
+    trainer.accelerator.print(scores_in_words(example, example_scores, title))
+    if evaluation is not None:
+        trainer.accelerator.print(accuracy_in_words(evaluation))
     folder.finish(trainer, datasets.reports)
     return trainer
 

@@ -13,24 +13,44 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__)
+    begin(__file__)
+
+from collections.abc import Mapping
+from dataclasses import replace
 
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from recipes.cli.launch import check_launch
-from recipes.cli.run import RunFolder, run
-from recipes.formatting import FormattingArguments, load_formatted
+from recipes.cli.run import RunFolder, check_steps, run, settle_evaluation
+from recipes.formatting import FormattingArguments, Report, load_formatted
 from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model
 from recipes.models.loading import disable_router_logits, load_policy, report_half_precision
 from recipes.models.source import resolve_model
-from recipes.models.tokenization import load_tokenizer
+from recipes.models.tokenization import load_tokenizer, set_chat_template
 from recipes.trainers.checkpoints import WholeSFTTrainer
 
 ARGUMENTS = (ScriptArguments, SFTConfig, ModelConfig, FormattingArguments)
+
+
+def cuts_the_end(args: SFTConfig) -> bool:
+    """Whether TRL cuts rows at their end, so that a prompt that fills `max_length` leaves nothing to train."""
+    return args.packing_strategy == "bfd" if args.packing else args.truncation_mode == "keep_start"
+
+
+def report_dropped(reports: Mapping[str, Report], streaming: bool) -> None:
+    """Say how many rows were left out for a control token in their text; of a stream it is not known yet."""
+    counts = [report.counts["skipped"] for report in reports.values()]
+    dropped = sum(count for part in counts for what, count in part.items() if what.startswith("special token"))
+    if dropped or streaming:
+        print(
+            f"{'Rows' if streaming else f'{dropped} rows'} with the text of a control token are left out "
+            "(--on_special drop): with --assistant_only_loss true it would pass for the end of a turn.",
+            file=sys.stderr,
+        )
 
 
 def main(
@@ -43,23 +63,33 @@ def main(
     check_launch(training_args)
     folder = RunFolder("sft", script_args, training_args, model_args, format_args)
 
-    if training_args.assistant_only_loss and format_args.on_special == "flag":
-        # Here transformers cannot tell a template's control tokens from those that stand in a message.
-        format_args.on_special = "drop"
     base = resolve_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
     tokenizer = load_tokenizer(base)
     check_model(base, tokenizer)
+    template = training_args.chat_template_path
+    if template is not None:
+        set_chat_template(tokenizer, base, template, may_add_tokens=not model_args.use_peft)
+        if model_args.use_peft:
+            training_args.chat_template_path = None  # TRL would give the base below the adapter another vocabulary
+
+    # Here transformers cannot tell a template's control tokens from those that stand in a message.
+    drop_special = training_args.assistant_only_loss and format_args.on_special == "flag"
     datasets = load_formatted(
         "sft",
         script_args,
-        format_args,
+        replace(format_args, on_special="drop") if drop_special else format_args,
         tokenizer,
         evaluate=training_args.eval_strategy != "no",
         prompt_completion=training_args.completion_only_loss is not False,
         assistant_only_loss=training_args.assistant_only_loss,
         num_proc=training_args.dataset_num_proc,
         seed=training_args.seed,
+        positions=base.positions,
+        **{"cut_at" if cuts_the_end(training_args) else "max_length": training_args.max_length},
     )
+    settle_evaluation(training_args, datasets)
+    if drop_special and training_args.process_index == 0:
+        report_dropped(datasets.reports, script_args.dataset_streaming)
 
     set_seed(training_args.seed)
     model = load_policy(base, model_args)
@@ -71,7 +101,9 @@ def main(
             eval_dataset=datasets.get("eval"),
             processing_class=tokenizer,
         )
+    training_args.chat_template_path = template
     report_half_precision(model)
+    check_steps(trainer)
     folder.train(trainer, datasets.reports)
     disable_router_logits(trainer.accelerator.unwrap_model(trainer.model))
     folder.finish(trainer, datasets.reports)

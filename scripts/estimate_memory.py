@@ -14,9 +14,9 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__, *(f"{sys.path[1]}/recipes/{step}.py" for step in ("sft", "reward", "ppo")))
+    begin(__file__, *(f"{sys.path[1]}/recipes/{step}.py" for step in ("sft", "reward", "ppo")))
 
 import importlib
 from dataclasses import dataclass, field, replace
@@ -24,12 +24,14 @@ from dataclasses import dataclass, field, replace
 import psutil
 import torch
 from peft import LoraConfig
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from recipes.cli.arguments import RecipeParser, parse
 from recipes.cli.errors import UserError
 from recipes.cli.run import run
+from recipes.models.adapters import new_adapter_config
 from recipes.models.source import ModelSource, resolve_model
+from recipes.trainers.fast.merged_copy import fits_beside
 from recipes.trainers.memory import GIB, Estimate, Setting, estimate
 
 STEPS = ("sft", "reward", "ppo")
@@ -96,7 +98,7 @@ def add_base(model_args: ModelConfig, step: str, config: str | None) -> ModelCon
 def adapter_config(source: ModelSource, model_args: ModelConfig) -> LoraConfig | None:
     """The adapter that is trained: that of an adapter folder, else a new one."""
     if not model_args.use_peft or source.base is None:
-        return get_peft_config(model_args)
+        return new_adapter_config(model_args)
     lora = source.peft_config
     lora.task_type, lora.modules_to_save, lora.inference_mode = "CAUSAL_LM", None, False
     return lora
@@ -121,10 +123,13 @@ def read_setting(step: str, training_args, model_args: ModelConfig, args: Estima
         tokens=tokens,
         response_tokens=response_tokens,
         rollout_rows=rows * training_args.steps_per_generation if samples_here else 0,
+        scoring_rows=training_args.local_rollout_forward_batch_size if step == "ppo" else 0,
+        merged_copy=samples_here and not on_cpu and "merged_copy" in training_args.fast_paths,
         lora=adapter_config(source, model_args),
         dtype=getattr(torch, dtype) if dtype != "auto" else source.config.dtype or torch.float32,
         autocast=training_args.bf16,
         quantization=quantization,
+        trust_remote_code=source.trust_remote_code,
         checkpointing=training_args.gradient_checkpointing,
         attn_implementation=model_args.attn_implementation,
         optimizer=str(getattr(training_args.optim, "value", training_args.optim)),
@@ -196,6 +201,10 @@ def main():
     setting = read_setting(step, training_args, model_args, args, device.use_cpu)
     memory = device_memory(args, device.use_cpu)
     found = estimate(setting)
+    copied = found.phases.get("generation", {}).get("merged copy", 0)
+    if not fits_beside(copied, memory - sum(found.held.values())):  # PPO then samples without it
+        setting = replace(setting, merged_copy=False)
+        found = estimate(setting)
     reserved = {}
     if step == "ppo" and training_args.use_vllm and training_args.vllm_mode == "colocate":
         reserved["vLLM"] = training_args.vllm_gpu_memory_utilization * memory

@@ -14,9 +14,9 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__)
+    begin(__file__)
 
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -127,7 +127,9 @@ def main():
     report = summarise(args, measured, evaluation.conversations, reward.unit)
     texts = {name: [group[0].text for group in measured[name].samples] for name in args.paths}
     report["win_rates"] += other_win_rates(evaluation, texts, judge_args)
-    report["reward_model"] = reward_model_quality(reward.pairs(pairs)) if pairs else None
+    report["reward_model"] = None
+    if pairs:
+        report["reward_model"] = reward_model_quality(reward.pairs(pairs)) | {"trained_on": reward.trained_on(pairs)}
     report["git_revision"] = git_revision()
     write_report(report, args.output_dir)
     if judge_args.ranking_task is not None:

@@ -3,8 +3,10 @@
     python scripts/inspect_dataset.py rankings.jsonl --task preference --output rows.jsonl --report report.json
     python scripts/inspect_dataset.py demonstrations.jsonl --task sft --tokenizer runs/sft --max_length 512
 
-Exits with 0, or with 1 and the errors; the report is written either way. With a tokenizer, the first rows are shown as
-the model will see them; ⟦…⟧ is the part that is trained on (sft: the last turn) or scored (preference).
+Exits with 0, or with 1 and the errors; the report is written either way. With a tokenizer, every row is rendered and
+measured: one that the chat template refuses, or a prompt of more tokens than the model has positions, is an error.
+The first rows are shown as the model will see them; ⟦…⟧ is the part that is trained on (sft: the last turn) or scored
+(preference).
 """
 
 import os
@@ -13,19 +15,20 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__)
+    begin(__file__)
 
 import argparse
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, visible
 from recipes.cli.help import OneLineParser
 from recipes.data.control_tokens import control_tokens
 from recipes.data.preview import render
@@ -48,7 +51,9 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingAr
         kind = {"nargs": "+"} if each.default is None else kind
         parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
     parser.add_argument("--num_proc", type=int, default=1, help="processes that format")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="show rows as this model will see them")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="render and measure rows as for this model")
+    kind = {"nargs": "?", "const": "true", "default": "false", "choices": ["true", "false"]}
+    parser.add_argument("--trust_remote_code", help="run code that comes with the tokenizer's model", **kind)
     parser.add_argument("--max_length", type=int, help="with --tokenizer, report rows of more tokens")
     parser.add_argument("--output", type=Path, help="write the formatted rows here, as JSON Lines")
     parser.add_argument("--report", type=Path, help="write the report here, as JSON")
@@ -68,11 +73,9 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingAr
     return args, FormattingArguments(**{each.name: getattr(args, each.name) for each in shared})
 
 
-def formatted(args: argparse.Namespace, format_args: FormattingArguments, report: Report, tokenizer) -> Iterator[dict]:
-    special = control_tokens(tokenizer) if tokenizer else ()
-    limit = {"tokenizer": tokenizer, "max_length": args.max_length}
-    options = {**limit, **format_args.options(), "prompt_completion": args.task == "sft"}  # as recipes/sft.py
-    formatter = Formatter(args.task, special_tokens=special, **options)
+def formatted(args: argparse.Namespace, format_args: FormattingArguments, report: Report, **model) -> Iterator[dict]:
+    options = {**format_args.options(), "prompt_completion": args.task == "sft"}  # as recipes/sft.py
+    formatter = Formatter(args.task, max_length=args.max_length, **model, **options)
     rows = load_rows(args.source, args.split, args.dataset_config)
     for row, output in formatter(rows, report, args.num_proc):
         output.pop("group_id", None)
@@ -103,11 +106,12 @@ def write(path: Path | None, rows: Iterator[dict]) -> list[dict]:
 
 def show(rows: list[dict], tokenizer) -> None:
     for row in rows:
-        print(f"{row['file']}:{row['line']}")
+        shown = [f"{row['file']}:{row['line']}"]
         if tokenizer:
-            print(*render(row, tokenizer), sep="\n")
+            shown += map(str, render(row, tokenizer))
         else:
-            print(json.dumps({key: row[key] for key in row if key not in ("file", "line")}, ensure_ascii=False))
+            shown.append(json.dumps({key: row[key] for key in row if key not in ("file", "line")}, ensure_ascii=False))
+        print(visible("\n".join(shown)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,22 +119,31 @@ def main(argv: list[str] | None = None) -> int:
     report = Report(args.source, args.task)
     failed = False
     try:
-        tokenizer = None
+        model = {"tokenizer": None}
         if args.tokenizer:
             # These bring torch, seconds that nobody else should wait for.
             from recipes.models.source import resolve_model
             from recipes.models.tokenization import load_tokenizer
 
-            tokenizer = load_tokenizer(resolve_model(args.tokenizer))
-        show(write(args.output, formatted(args, format_args, report, tokenizer)), tokenizer)
+            source = resolve_model(args.tokenizer, trust_remote_code=args.trust_remote_code == "true")
+            tokenizer = load_tokenizer(source)
+            model = {"tokenizer": tokenizer, "special_tokens": control_tokens(tokenizer)}
+            if args.task == "prompt":  # other rows are cut in training
+                with suppress(UserError):  # a folder with nothing but a tokenizer
+                    model["positions"] = source.positions
+        show(write(args.output, formatted(args, format_args, report, **model)), model["tokenizer"])
         print(report)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         if not report.errors:
             report.errors.append({"file": args.source, "line": None, "column": None, "message": str(error)})
         failed = True
-    if args.report:
-        report.save(args.report)
+    try:
+        if args.report:
+            report.save(args.report)
+    except OSError as error:
+        print(f"error: --report {visible(str(error))}", file=sys.stderr)
+        failed = True
     return 1 if failed else 0
 
 

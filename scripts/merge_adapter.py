@@ -11,9 +11,9 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__)
+    begin(__file__)
 
 import shutil
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from trl import ModelConfig
 
 from recipes.cli.errors import UserError
 from recipes.cli.run import run
-from recipes.models.loading import load_policy, load_reward_model, statistics_file
+from recipes.models.loading import TRAINED_PROMPTS, load_policy, load_reward_model, not_finite, statistics_file
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 
@@ -61,7 +61,8 @@ def merge(args: MergeArguments) -> None:
     """Write the full model; nothing is written where something is wrong.
 
     Raises:
-        UserError: not an adapter, a quantised base, a reward adapter without head, or a folder that is in use.
+        UserError: not an adapter, a quantised base, a reward adapter without head, weights that are not finite, or
+            a folder that is in use.
     """
     adapter, folder = args.model_name_or_path, args.output_dir
     source = resolve_model(adapter, trust_remote_code=args.trust_remote_code)
@@ -90,10 +91,13 @@ def merge(args: MergeArguments) -> None:
         model, tokenizer = load_policy(source, model_args), load_tokenizer(source)
     if not quantized:
         model.to(source.config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype))
+    if name := not_finite(model):
+        raise UserError(f"{adapter} on {source.base} has weights that are not finite, in {name}: nothing was saved.")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if (statistics := statistics_file(adapter)) is not None:
-        shutil.copy(statistics, folder)
+    for file in (statistics_file(adapter), os.path.join(adapter, TRAINED_PROMPTS)):
+        if file is not None and os.path.exists(file):
+            shutil.copy(file, folder)
     print(f"Merged {adapter} into {source.base}: {folder}")
 
 

@@ -10,9 +10,9 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__)
+    begin(__file__)
 
 import argparse
 import getpass

@@ -13,9 +13,9 @@ import sys
 if __name__ == "__main__":
     # The working directory instead of this file's, as for `python -m`: a user's modules come first.
     sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from recipes.cli.help import answer_early
+    from recipes.cli.start import begin
 
-    answer_early(__file__)
+    begin(__file__)
 
 from dataclasses import dataclass, field
 
@@ -44,11 +44,12 @@ class OutputArguments:
 ARGUMENTS = (PromptsArguments, SamplingArguments, PolicyArguments, FormattingArguments, OutputArguments)
 
 
-def read_prompts(data_args: PromptsArguments, format_args: FormattingArguments, tokenizer) -> list[Prompt]:
-    """The prompts of a dataset; a row's own `id` is kept if it is unique."""
+def read_prompts(data_args: PromptsArguments, format_args: FormattingArguments, tokenizer, **room) -> list[Prompt]:
+    """The prompts of a dataset that fit into the model's `room`; a row's own `id` is kept if it is unique."""
     rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, data_args.dataset_config)
     report = Report(rows.source, "prompt")
-    formatter = Formatter("prompt", **format_args.options(), special_tokens=control_tokens(tokenizer))
+    own = {"tokenizer": tokenizer, "special_tokens": control_tokens(tokenizer), **room}
+    formatter = Formatter("prompt", **format_args.options(), **own)
     ids = {(row.file, row.line): row.data["id"] for row in rows if isinstance(row.data, dict) and "id" in row.data}
     prompts: dict[str, Prompt] = {}
     for row, output in formatter(rows, report):
@@ -69,7 +70,9 @@ def main(
     if world_size() > 1:
         raise UserError("Sampling runs in one process: start it with python instead of accelerate launch.")
     model, tokenizer = load_generator(policy.model_config(), output_args.trust_remote_code)
-    prompts = read_prompts(data_args, format_args, tokenizer)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = {"positions": positions, "completion_length": sampling.max_completion_length}
+    prompts = read_prompts(data_args, format_args, tokenizer, **room)
     sample_to_file(model, tokenizer, prompts, sampling, policy.model_name_or_path, output_args.output)
 
 

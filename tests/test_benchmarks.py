@@ -46,6 +46,21 @@ def test_ppo_against_the_floor():
     assert result["gflop_per_second"]["cpu"] > 0.1
 
 
+@pytest.mark.slow
+def test_the_questions_to_a_gpu_are_answered_by_a_cpu(tmp_path):
+    output = tmp_path / "gpu.jsonl"
+    run_command([sys.executable, "-m", "benchmarks.gpu", "--tiny", "--output", output], timeout=400)
+    answers = {row["question"]: row for row in map(json.loads, output.read_text(encoding="utf-8").splitlines())}
+    questions = ["draw", "head", "merged copy", "fast paths in float32", "use_role", "decoding, ms a step", "recipes"]
+    questions += ["ppo: bf16", "ppo: float32 base", "ppo: 4-bit, checkpointing"]
+    assert {*questions} < answers.keys()
+    assert all(answers[question]["ok"] is True and answers[question]["expected"] for question in questions)
+    assert answers["merged copy"]["found"]["base_is_the_same"] is True
+    found = answers["ppo: bf16"]["found"]
+    assert {"sample", "score", "train"} == found["tokens_per_second"].keys() == found["share_of_peak"].keys()
+    assert found["estimated_gib"] > 0
+
+
 def test_ppo_against_trl(tmp_path):
     """Both sides train on the same responses (the command stops if not), and the file keeps every turn."""
     if not (BENCHMARKS / ".venv").exists():

@@ -6,21 +6,30 @@ flags more, which make them short, and run in this process, as everything that i
 """
 
 import builtins
+import dataclasses
+import importlib
+import json
+import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
 import urllib.request
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from transformers.utils import logging
 
 from tests.conftest import ROOT
 
 INDEX = ROOT / "docs" / "index.md"
+WALKTHROUGH = ROOT / "docs" / "walkthrough.ipynb"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^(?: *<!-- not run: (?P<why>.+?) -->\n)?( *)```(?P<kind>\w*)\n(?P<text>.*?)^\2```", re.M | re.S)
 SHORT = {
@@ -124,6 +133,29 @@ class Reader:
 
 
 @pytest.mark.slow
+def test_the_walkthrough_runs_and_holds_its_pictures(monkeypatch):
+    cells = json.loads(WALKTHROUGH.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    shown = [name for cell in code for output in cell["outputs"] for name in output.get("data", {})]
+    assert shown.count("image/png") == sum("plt.subplots" in "".join(cell["source"]) for cell in code)
+    monkeypatch.chdir(WALKTHROUGH.parent)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    verbosity, variables = logging.get_verbosity(), {"__name__": "walkthrough"}
+    try:
+        with plt.rc_context():
+            for cell in code:
+                exec(compile("".join(cell["source"]), cell["id"], "exec"), variables)
+    finally:
+        plt.close("all")
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+        shutil.rmtree(variables.get("RUNS", ""), ignore_errors=True)
+    assert np.mean(variables["difference"] > 0) > 0.55, "the reward model has learned nothing"
+    assert variables["exact"].min() > -1e-4 and variables["exact"].sum() > 0.1, "PPO has not moved the policy"
+    assert variables["table"]["kl_coef"][0] == 0 and len(variables["table"]["gold"]) >= 3
+
+
+@pytest.mark.slow
 def test_every_command_runs_in_the_order_of_the_pages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("recipes", "scripts", "accelerate_configs", "benchmarks"):
@@ -158,7 +190,11 @@ def test_every_command_stands_in_a_block_that_is_run():
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub calls the headings of a page."""
+    """What GitHub calls the headings of a page, and Jupyter those of a notebook."""
+    if page.suffix == ".ipynb":
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        return {head.replace(" ", "-") for head in re.findall(r"^#+ (.*)$", text, re.M)}
     heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
@@ -167,11 +203,52 @@ def test_the_index_names_every_page_and_every_link_leads_somewhere():
     written = {ROOT / "CONTRIBUTING.md", *ROOT.glob("*/**/README.md"), *pages()}
     written = {page for page in written if ".venv" not in page.parts}
     assert set((ROOT / "docs").glob("*.md")) <= set(pages()), "docs/index.md lacks a page"
-    for page in sorted(written):
-        for link in LINK.findall(re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)):
+    for page in sorted({*written, WALKTHROUGH}):
+        text = page.read_text(encoding="utf-8")
+        if page.suffix == ".ipynb":
+            text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+        for link in LINK.findall(re.sub(r"```.*?```", "", text, flags=re.S)):
             target, _, anchor = link.partition("#")
             if target.startswith(("http:", "https:", "mailto:")):
                 continue
             path = (page.parent / target).resolve() if target else page
             assert path.exists(), f"{page.relative_to(ROOT)}: {link}"
             assert not anchor or anchor in anchors(path), f"{page.relative_to(ROOT)}: {link}"
+
+
+# Flags of other programs: pip, uv, pytest, Slurm, vLLM, and the commands of the Hub and of llama.cpp.
+FOREIGN = """version nodes partition weight-transfer-config logprobs-mode max-logprobs enable-lora max-lora-rank
+lora-modules served-model-name chat-template exclude outfile outtype find-links no-index resolution extra""".split()
+
+
+def test_every_flag_in_the_pages_exists():
+    known = {option.removeprefix("--") for each in launch_command_parser()._actions for option in each.option_strings}
+    for name in ("recipes.sft", "recipes.reward", "recipes.ppo", "scripts.sample_responses", "scripts.evaluate"):
+        module = importlib.import_module(name)
+        groups = getattr(module, "ARGUMENTS", ()) or (module.EvaluationArguments, module.JudgeArguments)
+        known |= {field.name for group in groups for field in dataclasses.fields(group)}
+    for folder in ("recipes", "scripts", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            known |= set(re.findall(r'"--([a-z][\w-]+)"', path.read_text(encoding="utf-8")))
+    for script in ("chat", "merge_adapter", "estimate_memory"):
+        module = importlib.import_module(f"scripts.{script}")
+        own = [each for each in vars(module).values() if isinstance(each, type) and dataclasses.is_dataclass(each)]
+        known |= {field.name for each in own for field in dataclasses.fields(each)}
+    for page in pages():
+        for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*\w)(?!\*)", page.read_text(encoding="utf-8")):
+            assert flag in known or flag in FOREIGN, f"{page.relative_to(ROOT)}: --{flag}"
+
+
+def test_the_readme_has_the_numbers_of_the_results():
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("## Gold by stage")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in results.splitlines() if "|" in line]
+    header, *found = [row for row in rows if row[0] in ("policy", "base", "SFT", "PPO", "PPO without KL")]
+    means = {row[0]: dict(zip(header, row, strict=True)) for row in found}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for title, column in (("gold: true quality", "gold"), ("reward model's score", "reward"), ("KL from SFT", "KL")):
+        line = next(line for line in readme.splitlines() if line.startswith(f"| {title}"))
+        shown = re.findall(r"-?\d+\.\d+", line)
+        wanted = [
+            re.search(r"-?\d+\.\d+", means[name][column])[0] for name in ("base", "SFT", "PPO", "PPO without KL")
+        ]
+        assert shown == wanted, line

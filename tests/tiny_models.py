@@ -64,15 +64,15 @@ def save_base(folder: Path, **kwargs) -> str:
     return str(folder)
 
 
-def save_adapter(folder: Path, base: str | Path, task_type: str = "CAUSAL_LM", std: float = 0.0, **lora) -> str:
+def save_adapter(folder: Path, base: str | Path, task_type: str = "CAUSAL_LM", std=0.0, trust=False, **lora) -> str:
     """Write a LoRA adapter on a saved base with its tokenizer, and return the folder's name.
 
     `std` of its B matrices and its score head; with 0 the matrices are 0 and the head is the random one of the base.
     """
     if task_type == "SEQ_CLS":
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, trust_remote_code=trust)
     else:
-        model = AutoModelForCausalLM.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=trust)
     heads = ["score"] if task_type == "SEQ_CLS" else None
     options = {"r": 4, "target_modules": "all-linear", "modules_to_save": heads} | lora
     model = get_peft_model(model, LoraConfig(task_type=task_type, **options))

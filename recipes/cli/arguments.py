@@ -10,10 +10,22 @@ from trl import TrlParser
 from recipes.cli.errors import UserError
 from recipes.cli.help import unknown
 from recipes.cli.launch import check_devices
+from recipes.cli.precedence import check_used, given_flags, limit_steps, without_overridden
 
 
 class RecipeParser(TrlParser):
-    """`TrlParser` whose errors are one line instead of a page of usage."""
+    """`TrlParser` with errors of one line, YAML that gives way to flags of the same meaning, and several trackers."""
+
+    given: dict[str, str] = {}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.dest == "report_to" and action.choices is None:
+                action.nargs = "+"
+
+    def set_defaults_with_config(self, **config):
+        return super().set_defaults_with_config(**without_overridden(config, self.given))
 
     def error(self, message: str):
         raise UserError(f"Command line: {message}.")
@@ -35,9 +47,11 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
     if "--config" in args and (config is None or args.count("--config") > 1):
         raise UserError("Command line: --config takes one YAML file.")
     parser = RecipeParser(dataclass_types, allow_abbrev=False)  # a misspelt flag may not pass for another
+    parser.given = given_flags(args)
+    in_config: dict = {}
     try:
         if config is not None:
-            check_config(config, parser)
+            in_config = check_config(config, parser)
         *parsed, _, in_flags = parser.parse_args_and_config(
             args, return_remaining_strings=True, separate_remaining_strings=True
         )
@@ -49,6 +63,9 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
         raise UserError(" ".join(str(error).split())) from error
     if in_flags:
         raise parser.unknown(in_flags[0].removeprefix("--"), "Command line")
+    values = {name: value for group in parsed for name, value in vars(group).items()}
+    check_used(values, parser.given, in_config)
+    limit_steps(tuple(parsed), parser.given, without_overridden(in_config, parser.given))
     return tuple(parsed)
 
 
@@ -62,8 +79,8 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def check_config(config: str, parser: RecipeParser) -> None:
-    """Refuse what argparse lets pass in a YAML file, because it converts the type of strings only."""
+def check_config(config: str, parser: RecipeParser) -> dict:
+    """The values of a YAML file; refuses what argparse lets pass, because it converts the type of strings only."""
     with open(config, encoding="utf-8") as file:
         values = yaml.load(file, UniqueKeyLoader)
     if not isinstance(values, dict):
@@ -82,6 +99,7 @@ def check_config(config: str, parser: RecipeParser) -> None:
         if whole or wrong or (not many and isinstance(value, list)):
             kind = {int: "a whole number", float: "a number"}.get(action.type, "one value")
             raise UserError(f"--config {config}: {name} takes {kind}, not {value}.")
+    return values
 
 
 def split_config_flag(word: str) -> list[str]:

@@ -64,6 +64,12 @@ def newest_whole(output_dir: str) -> tuple[str | None, list[str]]:
     return None, skipped
 
 
+def last_good_state(output_dir: str) -> str:
+    """A sentence that names the newest whole checkpoint of a run."""
+    newest, _ = newest_whole(output_dir)
+    return f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
+
+
 def put_in_place(folder: str, output_dir: str, files: dict[str, int], resumable: bool) -> str:
     """Give a complete checkpoint below `.unfinished` its manifest and then its name; returns the new path.
 

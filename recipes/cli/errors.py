@@ -1,8 +1,27 @@
 """How a command ends other than by doing its work: bad input, a wrong launch, a signal, nothing left to do."""
 
+import unicodedata
+
+# Zero-width joiners: Persian, Indic scripts and emoji need them, and they steer nothing.
+_PRINTED = ("\n", "\t", "\u200c", "\u200d")
+
 
 class UserError(Exception):
     """One clear line: what was found, where, and what to do. Recipes and tools print it and exit with 1."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())  # it may quote a dataset
+
+
+def visible(text: str) -> str:
+    """Text that cannot steer a terminal: control characters, and those that turn text around, are shown as escapes."""
+
+    def shown(char: str) -> str:
+        if char.isprintable() or char in _PRINTED or unicodedata.category(char) == "Zs":
+            return char
+        return char.encode("unicode_escape").decode()
+
+    return "".join(map(shown, text))
 
 
 class RunEnded(Exception):
@@ -13,5 +32,5 @@ class RunEnded(Exception):
         self.text, self.code = text, code
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]

@@ -1,4 +1,4 @@
-"""Answers `--help` and mistyped flags at once, from the source text of the dataclasses that hold the arguments.
+"""Answers `--help` and mistyped flags, read from the source text of the dataclasses that hold the arguments.
 
 Importing those dataclasses takes torch and TRL with them, which is 5 to 15 seconds. Their source says the same: a flag
 is an annotated field, and `ARGUMENTS` of a recipe or script names the classes. So this module imports neither, and
@@ -13,7 +13,6 @@ import importlib.util
 import os
 import re
 import shutil
-import sys
 import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -53,41 +52,6 @@ class Flag:
     def options(self) -> list[str]:
         names = [self.name, *([f"no_{self.name}"] if self.kind == "bool" and self.default == "True" else [])]
         return [option for name in names for option in (name, name.replace("_", "-"))]
-
-
-def answer_early(command: str, *more: str) -> None:
-    """Print the help of `command` and end, or end with one line where a flag or key is unknown or a flag is missing.
-
-    Args:
-        command: file of a recipe or script, with a tuple `ARGUMENTS` of dataclasses.
-        more: other such files whose flags it takes too, and whose help says what they are.
-    """
-    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        if importlib.util.find_spec("trl") is None:
-            raise UserError(f"This Python ({sys.executable}) has no TRL: {activation()}")
-        try:
-            own = read_flags(command)
-            known = own | {name: flag for path in more for name, flag in read_flags(path).items()}
-        except (LookupError, OSError, SyntaxError):  # another TRL, of another layout: its own parser will answer
-            return
-        if {"-h", "--help", "--help_all"} & {*words}:
-            if first:
-                print(show(command, own, "--help_all" in words))
-            sys.exit(0)
-        if first:  # of several processes, the others are ended with it
-            check(words, known, own)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def activation() -> str:
-    """What to type to get the project's environment."""
-    environment = ROOT / ".venv"
-    make = "" if environment.exists() else f"bash {ROOT}/scripts/quickstart.sh, which makes the environment, then "
-    return f"type {make}source {environment}/bin/activate"
 
 
 def check(words: list[str], known: dict[str, Flag], own: dict[str, Flag]) -> None:

@@ -14,10 +14,14 @@ import torch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from httpx import HTTPError
+from huggingface_hub import HfApi, is_offline_mode
 from transformers import TrainingArguments
+from transformers.integrations import integration_utils
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.import_utils import is_vllm_available
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, first_line
 
 COMMANDS = (["accelerate", "launch"], ["accelerate-launch"], ["-m", "accelerate.commands.launch"])
 SHARDED = ("FSDP", "DEEPSPEED")
@@ -61,6 +65,13 @@ def requested() -> Request | None:
     return None
 
 
+def launcher() -> str:
+    """How this process was started, as the beginning of another command."""
+    request = requested()
+    config = f" --config_file {request.config_file}" if request and request.config_file else ""
+    return f"accelerate launch -q{config}" if request else "python"
+
+
 def read_request(launch_arguments: list[str]) -> Request:
     """The request in the arguments of `accelerate launch`: flags first, then the config file."""
     args = launch_command_parser().parse_args(launch_arguments)
@@ -96,6 +107,33 @@ def check_devices() -> None:
         )
 
 
+def check_services(training_args: TrainingArguments) -> None:
+    """Refuse trackers and uploads that cannot work, which the libraries find out after the models have loaded.
+
+    Raises:
+        UserError: an unknown tracker, one that is not installed, no W&B key, or no way to push to the Hub.
+    """
+    for name in training_args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"--report_to {name}: there is no such tracker; use wandb, trackio, tensorboard or none.")
+        if not getattr(integration_utils, f"is_{name}_available", lambda: True)():
+            raise UserError(f"--report_to {name}: it is not installed here; type pip install {name}.")
+    if "wandb" in training_args.report_to and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        if not wandb.login(prompt=False, verify=False):
+            raise UserError("--report_to wandb: there is no W&B key; type wandb login, or set WANDB_MODE=offline.")
+    if training_args.push_to_hub:
+        try:
+            HfApi().whoami(token=training_args.hub_token)
+        except (OSError, HTTPError) as error:
+            what = "HF_HUB_OFFLINE is set" if is_offline_mode() else first_line(error)
+            raise UserError(
+                f"--push_to_hub true: the Hub does not let this machine in ({what}); type hf auth login, or leave it "
+                "out and push the folder later with hf upload."
+            ) from error
+
+
 def check_launch(training_args: TrainingArguments) -> None:
     """Compare the request with what runs, and print both.
 
@@ -105,6 +143,7 @@ def check_launch(training_args: TrainingArguments) -> None:
     """
     if getattr(training_args, "use_vllm", False) and not is_vllm_available():
         raise UserError("use_vllm is true, but vLLM is not installed: pip install 'trl[vllm]', or set it to false.")
+    check_services(training_args)
     state = training_args.distributed_state
     running = f"{count(state.num_processes)} on {training_args.device.type} ({state.distributed_type.value})"
     request = requested()
@@ -113,7 +152,8 @@ def check_launch(training_args: TrainingArguments) -> None:
     if problem is not None:
         raise UserError(f"Launched: {asked}. Running: {running}. {problem}")
     if state.is_main_process:
-        print(f"Launched: {asked}. Running: {running}.", file=sys.stderr)
+        what = type(training_args).__name__.removesuffix("Config")
+        print(f"{what} into {training_args.output_dir}. Launched: {asked}. Running: {running}.", file=sys.stderr)
 
 
 def find_problem(request: Request | None, num_processes: int, training_args: TrainingArguments) -> str | None:

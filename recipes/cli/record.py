@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+import pyarrow.compute as pc
 import yaml
 from transformers import TrainingArguments
 
@@ -72,6 +73,39 @@ def add_datasets(record: dict[str, Any], reports: Mapping[str, Any]) -> None:
         name: {"source": report.source, "rows": report.rows_out, "fingerprint": report.fingerprint}
         for name, report in reports.items()
     }
+
+
+def add_used(record: dict[str, Any], reports: Mapping[str, Any], datasets: Mapping[str, Any]) -> None:
+    """Put what is trained and evaluated on, as the trainer has it, into the record and the reports on its rows."""
+    record["used"] = {name: count(dataset) for name, dataset in datasets.items() if hasattr(dataset, "__len__")}
+    for name, report in reports.items():
+        if name.startswith(("train", "eval")):
+            report.used = record["used"]
+
+
+def used_in_words(record: Mapping[str, Any]) -> list[str]:
+    """What [`add_used`] counted, a sentence for training and one for evaluation."""
+    verbs = {"train": "Training", "eval": "Evaluating"}
+    return [
+        f"{verbs[name]} on {', '.join(f'{number:,} {what}' for what, number in counts.items())}."
+        for name, counts in record.get("used", {}).items()
+    ]
+
+
+def count(dataset: Any) -> dict[str, int]:
+    """Rows of a dataset, responses of rankings, and tokens where it holds token ids."""
+    counted = {"rows": len(dataset)}
+    column = next((name for name in ("input_ids", "response_ids") if name in dataset.column_names), None)
+    if column is None:
+        return counted
+    counted |= {"responses": 0, "tokens": 0} if column == "response_ids" else {"tokens": 0}
+    for batch in dataset.select_columns(column).with_format("arrow").iter(1000):
+        ids = batch[column]
+        if column == "response_ids":
+            counted["responses"] += pc.sum(pc.list_value_length(ids)).as_py()
+            ids = pc.list_flatten(ids)
+        counted["tokens"] += pc.sum(pc.list_value_length(ids)).as_py()
+    return counted
 
 
 def write_record(path: str, record: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What every recipe does around its training: claim the output folder, train, record, finish, fail with one line."""
 
 import atexit
+import math
 import os
 import shutil
 import sys
@@ -14,24 +15,30 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 from recipes.cli import lock, signals
 from recipes.cli.arguments import parse
+from recipes.cli.card import model_card
 from recipes.cli.checkpoints import UNFINISHED, newest_whole, problem, recover, unfinished
 from recipes.cli.errors import RunEnded, UserError, first_line
-from recipes.cli.files import is_write_error, move_contents
-from recipes.cli.launch import world_size
+from recipes.cli.files import is_write_error, move_contents, write_text
+from recipes.cli.launch import launcher, world_size
+from recipes.cli.progress import show_lines
 from recipes.cli.record import (
     RECORD,
     RESULT,
     add_datasets,
+    add_used,
     all_arguments,
     describe,
     read_record,
     refuse_changes,
+    used_in_words,
     wants_more,
     write_record,
 )
+from recipes.cli.screen import result_line
 
 LOCK = ".lock"
 
@@ -149,6 +156,10 @@ class RunFolder:
             reports: what became of the rows, by dataset, as `load_formatted` gives them.
         """
         add_datasets(self.record, reports)
+        evaluated = {} if trainer.eval_dataset is None else {"eval": trainer.eval_dataset}
+        add_used(self.record, reports, {"train": trainer.train_dataset} | evaluated)
+        for sentence in used_in_words(self.record):
+            trainer.accelerator.print(sentence)
         if hasattr(trainer.train_dataset, "__len__"):
             self.record["setup"]["training_rows"] = len(trainer.train_dataset)
 
@@ -158,6 +169,10 @@ class RunFolder:
                 write_record(path, self.record)
 
         self._agree(compare_or_write)
+        show_lines(trainer)
+        adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
+        base = next((config.base_model_name_or_path for config in adapters.values()), None)
+        trainer.card = lambda: model_card(self.record, trainer.state.log_history, base)
         with signals.stops_after_a_step():
             trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
 
@@ -200,16 +215,68 @@ class RunFolder:
                 report.save(os.path.join(aside, f"data_report_{name.replace(' ', '_')}.json"))
             settled = all_arguments(self.arguments)  # some arguments are settled on the way
             write_record(os.path.join(aside, RESULT), self.record | {"arguments": settled})
-            trainer.create_model_card()
+            write_text(os.path.join(aside, "README.md"), trainer.card())
 
         self.save_model(trainer, write_records)
         if trainer.args.push_to_hub:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
         if trainer.accelerator.is_main_process:
-            print(f"Saved to {self.path}", file=sys.stderr)
+            start, history = self.record["arguments"]["model_name_or_path"], trainer.state.log_history
+            say(result_line(self.record["recipe"], self.path, start, history, launcher()) + "\n")
             lock.release(os.path.join(self.path, LOCK))
         trainer.accelerator.wait_for_everyone()
         trainer.end()
+
+
+def refuse_stream(script_args: Any) -> None:
+    """Refuse `--dataset_streaming true` in a recipe that needs all rows before the first step."""
+    if script_args.dataset_streaming:
+        raise UserError("--dataset_streaming true: only recipes/sft.py trains on a stream. Set it to false.")
+
+
+def settle_evaluation(training_args: TrainingArguments, datasets: Mapping[str, Any]) -> None:
+    """Turn evaluation off where there is nothing to evaluate on.
+
+    Raises:
+        UserError: the best checkpoint was to be found by it.
+    """
+    if training_args.eval_strategy != "no" and "eval" not in datasets:
+        if training_args.load_best_model_at_end:
+            raise UserError("--load_best_model_at_end true needs rows to evaluate on: add prompts or set it to false.")
+        training_args.eval_strategy = IntervalStrategy.NO
+
+
+def check_steps(trainer: Trainer) -> None:
+    """Say where an epoch is less than one whole step, and where a run ends while its learning rate still rises.
+
+    Raises:
+        UserError: no epoch has a step.
+    """
+    args, rows = trainer.args, len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
+    if rows is None:
+        return
+    batch = args.train_batch_size * args.world_size
+    step = batch * args.gradient_accumulation_steps
+    fitting = f"--per_device_train_batch_size {max(1, rows // args.world_size)} --gradient_accumulation_steps 1"
+    if args.dataloader_drop_last and rows < batch:
+        way = fitting if rows >= args.world_size else "--dataloader_drop_last false"
+        raise UserError(
+            f"There is no step to take: a batch has {batch} rows, there are {rows}, and --dataloader_drop_last true "
+            f"leaves out a batch that is not full. Set {way}."
+        )
+    if rows < step:
+        if rows >= batch:
+            fitting = f"--gradient_accumulation_steps {rows // batch}"
+        trainer.accelerator.print(
+            f"A step takes {step} rows and there are {rows}: an epoch is one step of all of them. {fitting} makes a "
+            "step that they fill."
+        )
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(rows / step) * args.num_train_epochs)
+    if steps <= args.get_warmup_steps(steps) and args.lr_scheduler_type != "constant":
+        trainer.accelerator.print(
+            f"The run has {steps} steps and --warmup_steps is {args.warmup_steps:g}: it ends before the learning rate "
+            f"has reached {args.learning_rate:g}. Set --warmup_steps 0.1 for a tenth of the steps."
+        )
 
 
 def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:

@@ -1,13 +1,15 @@
 """Columns that change what a row means, whatever its schema is: they are used, or the row is left out by name."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from recipes.data.messages import KNOWN, MASKED, MEDIA, NOTHING, items, not_learned, refuse
-from recipes.data.rows import Skip
+from recipes.data.messages import MASKED, MEDIA, NOTHING, items, not_learned, refuse, unused_keys
+from recipes.data.rows import RowError, Skip
 
-LABELS = ("label", "kto_tag")  # of unpaired preferences (TRL, LLaMA-Factory): false is a bad answer
-ROLES = {"role", "from"}
-WEIGHTS = ("weight", "sample_weight", "train", "loss_mask", *MASKED)
+LABELS = {"label", "kto_tag"}  # of unpaired preferences (TRL, LLaMA-Factory): false is a bad answer
+WEIGHTS = MASKED | {"weight", "sample_weight", "train", "loss_mask"}
+REFUSED = MEDIA | {"chat_template_kwargs"}
+MEANINGFUL = LABELS | WEIGHTS | REFUSED
 
 
 class ReadRow(dict):
@@ -29,19 +31,27 @@ class ReadRow(dict):
         """Columns that nothing looked at, and keys of messages that are not known, such as `messages[].id`."""
         names = self.keys() - self.read
         for column in self.read & self.keys():
-            turns = super().get(column)
-            if isinstance(turns, list) and all(isinstance(turn, dict) and turn.keys() & ROLES for turn in turns):
-                names |= {f"{column}[].{key}" for key in set().union(*turns) - KNOWN}
+            names |= {f"{column}[].{key}" for key in unused_keys(super().get(column))}
         return names
 
 
-def check_columns(row: dict, task: str) -> None:
-    """Skips a row that is not to be learned, or that has images or another column that must not be ignored."""
-    refuse(row, (*MEDIA, "chat_template_kwargs"))
-    if task != "prompt" and (column := not_learned(row, WEIGHTS)):
-        raise Skip(f"{column} says that the row is not to be learned", column)
-    if task == "sft" and (column := not_learned(row, LABELS)):
-        raise Skip("labelled as a bad completion", column)
+def check_columns(row: dict, task: str, own: Iterable[str] = ()) -> None:
+    """Skips a row that is not to be learned, or that has images or another column that must not be ignored.
+
+    `own` columns are those that the schema reads itself.
+    """
+    if row.keys().isdisjoint(MEANINGFUL):
+        return
+    refuse(row, REFUSED.difference(own))
+    try:
+        unlearned = None if task == "prompt" else not_learned(row, WEIGHTS.difference(own))
+        bad = not_learned(row, LABELS.difference(own)) if task == "sft" else None
+    except RowError as error:  # a class or a number of another meaning, perhaps
+        raise RowError(f"{error.message}; a --dataset_mapping without it ignores it", error.column) from None
+    if unlearned:
+        raise Skip(f"{unlearned} says that the row is not to be learned", unlearned)
+    if bad:
+        raise Skip("labelled as a bad completion", bad)
 
 
 def read_tools(row: dict) -> list | None:

@@ -42,9 +42,10 @@ SCORES = (
 
 @dataclass
 class Dialogue:
-    """A conversation. Answers with the key `weight` (0) are not to be learned."""
+    """A conversation. Answers in its first `context` messages, and those with the key `weight`, are not learned."""
 
     messages: Messages
+    context: int = 0
     tools: list | None = None
 
 
@@ -77,6 +78,11 @@ def answers_to(prompt: Messages) -> Iterator[None]:
         raise
 
 
+def _answers(row: dict, roles: Roles, prompt: Messages, *columns: str) -> list[Messages]:
+    with answers_to(prompt):
+        return [read_messages(row, column, roles) for column in columns]
+
+
 def dialogue(column: str) -> Converter:
     """For a list of messages."""
 
@@ -94,7 +100,8 @@ def conversation_pairs(row: dict, roles: Roles) -> Dialogue:
 
 
 def prompt_completion(row: dict, roles: Roles) -> Dialogue:
-    return Dialogue(prompt_messages(row, "prompt", roles) + read_messages(row, "completion", roles))
+    context = prompt_messages(row, "prompt", roles)
+    return Dialogue(context + read_messages(row, "completion", roles), len(context))
 
 
 def prompt(row: dict, roles: Roles) -> Dialogue:
@@ -124,25 +131,20 @@ def joined(row: dict, roles: Roles) -> Dialogue | Ranking:
 
 def preferences(question: str | None = None) -> Converter:
     """For `chosen` and `rejected`: answers to a question, or whole conversations that share their first turns."""
-    columns = ("chosen", "rejected")
 
     def convert(row: dict, roles: Roles) -> Ranking:
-        if question and all(isinstance(row.get(column), str | None) for column in columns):
+        if question and all(isinstance(row.get(column), str | None) for column in ("chosen", "rejected")):
             context = prompt_messages(row, question, roles)
-            with answers_to(context):
-                chosen, rejected = (read_messages(row, column, roles) for column in columns)
-        else:
-            chosen, rejected = (read_messages(row, column, roles) for column in columns)
-            if not chosen or not rejected:
-                raise Skip("empty list", "rejected" if chosen else "chosen")
-            if not chosen[0]["role"] == rejected[0]["role"] == "assistant":
-                shared, chosen, rejected = split_pair(chosen, rejected)
-                context = in_context(row, shared)
-            elif question is None:
-                raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
-            else:
-                context = prompt_messages(row, question, roles)
-        return _preferred(row, context, chosen, rejected)
+            return _preferred(row, context, *_answers(row, roles, context, "chosen", "rejected"))
+        chosen, rejected = (read_messages(row, column, roles) for column in ("chosen", "rejected"))
+        if not chosen or not rejected:
+            raise Skip("empty list", "rejected" if chosen else "chosen")
+        if not chosen[0]["role"] == rejected[0]["role"] == "assistant":
+            shared, chosen, rejected = split_pair(chosen, rejected)
+            return _preferred(row, in_context(row, shared), chosen, rejected)
+        if question is None:
+            raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
+        return _preferred(row, prompt_messages(row, question, roles), chosen, rejected)
 
     return convert
 
@@ -154,9 +156,7 @@ def transcripts(row: dict, roles: Roles) -> Ranking:
 
 def conversations_preference(row: dict, roles: Roles) -> Ranking:
     context = in_context(row, normalise(items(row, "conversations"), "conversations", roles))
-    with answers_to(context):
-        chosen, rejected = (read_messages(row, column, roles) for column in ("chosen", "rejected"))
-    return _preferred(row, context, chosen, rejected)
+    return _preferred(row, context, *_answers(row, roles, context, "chosen", "rejected"))
 
 
 def _preferred(row: dict, context: Messages, chosen: Messages, rejected: Messages) -> Ranking:
@@ -190,8 +190,7 @@ def better_response(label: str) -> Converter:
 
     def convert(row: dict, roles: Roles) -> Ranking:
         context = prompt_messages(row, "prompt", roles)
-        with answers_to(context):
-            responses = [read_messages(row, column, roles) for column in ("response_0", "response_1")]
+        responses = _answers(row, roles, context, "response_0", "response_1")
         return best_of_two(context, *responses, choice(row, label, (0, 1)))
 
     return convert
@@ -210,7 +209,7 @@ def strength(question: str, first: str, second: str, label: str) -> Converter:
             value = choice(row, label, range(-3, 4))
             if value == 0:
                 raise Skip("tie", label)
-            responses = [read_messages(row, column, roles) for column in (first, second)]
+        responses = _answers(row, roles, context, first, second)
         return best_of_two(context, *responses, best=value > 0, margin=abs(value))
 
     return convert
@@ -240,14 +239,13 @@ def webgpt(row: dict, roles: Roles) -> Ranking:
     with answers_to(context):
         if margin == 0:
             raise Skip("tie: equal scores", "score_0")
-        answers = [read_messages(row, column, roles) for column in ("answer_0", "answer_1")]
+    answers = _answers(row, roles, context, "answer_0", "answer_1")
     return best_of_two(context, *answers, best=margin < 0, margin=abs(margin))
 
 
 def shp(row: dict, roles: Roles) -> Ranking:
     context = [message("user", text(row, "history"))]
-    with answers_to(context):
-        answers = [read_messages(row, column, roles) for column in ("human_ref_A", "human_ref_B")]
+    answers = _answers(row, roles, context, "human_ref_A", "human_ref_B")
     return best_of_two(context, *answers, best=1 - choice(row, "labels", (0, 1)))
 
 
@@ -286,16 +284,15 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
     return best_of_two(shared, first, second, best=flags[1])
 
 
-def rankings(column: str, text_key: str, rank_key: str) -> Converter:
-    """For a prompt and a list of {text, rank} objects, in any order."""
+def rankings(column: str, text_key: str, rank_key: str, question: str = "prompt", scores: bool = False) -> Converter:
+    """For a prompt and a list of {text, rank} objects in any order; with `scores`, the highest is the best."""
 
     def convert(row: dict, roles: Roles) -> Ranking:
-        result = Ranking(prompt_messages(row, "prompt", roles), [], [])
-        with answers_to(result.prompt):
-            for place, response in objects(row, column):
-                rank = number(response, f"{place}.{rank_key}", text_too=False)
-                _add_response(result, response, f"{place}.{text_key}", rank)
-        return result
+        context = prompt_messages(row, question, roles)
+        with answers_to(context):
+            found = objects(row, column)
+        places = [(values, f"{place}.{text_key}", f"{place}.{rank_key}") for place, values in found]
+        return _ranked(context, places, scores)
 
     return convert
 
@@ -303,46 +300,32 @@ def rankings(column: str, text_key: str, rank_key: str) -> Converter:
 ranking = rankings("responses", "text", "rank")
 
 
-def _add_response(result: Ranking, response: dict, column: str, rank: float) -> None:
-    try:
-        result.responses.append([message("assistant", text(response, column))])
-        result.ranks.append(rank)
-    except Skip as skip:
-        result.dropped.append(skip)
-
-
-def ultrafeedback(row: dict, roles: Roles) -> Ranking:
-    """Ranked by `fine-grained_score`: `overall_score` holds parsing errors (10 that means 1)."""
-    result = Ranking([message("user", text(row, "instruction"))], [], [])
-    with answers_to(result.prompt):
-        for place, response in objects(row, "completions"):
-            score = f"{place}.fine-grained_score"
-            require(response, f"{place}.response")
-            if response.get(score) is None:
-                result.dropped.append(Skip("no score", score))
-            else:
-                _add_response(result, response, f"{place}.response", -number(response, score, text_too=False))
-    return _ranked_by_score(result)
-
-
 def distilabel(row: dict, roles: Roles) -> Ranking:
     """`ratings` has one number for each of `generations`; the highest is the best."""
-    turns = [message("user", text(row, "instruction"))]
-    result = Ranking(in_context(row, turns), [], [])
-    with answers_to(result.prompt):
-        generations, ratings = items(row, "generations"), items(row, "ratings")
-    if len(generations) != len(ratings):
-        raise RowError(f"found {len(ratings)} ratings of {len(generations)} generations", "ratings")
-    for index, (generation, rating) in enumerate(zip(generations, ratings, strict=True)):
-        place, score = f"generations[{index}]", f"ratings[{index}]"
-        if rating is None:
-            result.dropped.append(Skip("no score", score))
-        else:
-            _add_response(result, {place: generation}, place, -number({score: rating}, score))
-    return _ranked_by_score(result)
+    context = prompt_messages(row, "instruction", roles)
+    with answers_to(context):
+        columns = items(row, "generations"), items(row, "ratings")
+    if len(columns[0]) != len(columns[1]):
+        raise RowError(f"found {len(columns[1])} ratings of {len(columns[0])} generations", "ratings")
+    names = [(f"generations[{index}]", f"ratings[{index}]") for index in range(len(columns[0]))]
+    cells = zip(names, *columns, strict=True)
+    return _ranked(context, [({name[0]: answer, name[1]: rating}, *name) for name, answer, rating in cells], True)
 
 
-def _ranked_by_score(result: Ranking) -> Ranking:
-    """With ranks (1, 2, …) instead of scores with a minus."""
-    result.ranks = [1 + sum(other < rank for other in result.ranks) for rank in result.ranks]
+def _ranked(context: Messages, found: list[tuple[dict, str, str]], scores: bool) -> Ranking:
+    """Of responses, each with the keys of its text and of its rank or score."""
+    result = Ranking(context, [], [])
+    for values, answer, rank in found:
+        require(values, answer)
+        if scores and values.get(rank) is None:
+            result.dropped.append(Skip("no score", rank))
+            continue
+        value = number(values, rank, text_too=scores)
+        try:
+            result.responses.append([message("assistant", text(values, answer))])
+            result.ranks.append(-value if scores else value)
+        except Skip as skip:
+            result.dropped.append(skip)
+    if scores:
+        result.ranks = [1 + sum(other < rank for other in result.ranks) for rank in result.ranks]
     return result

@@ -14,8 +14,9 @@ from recipes.data.converters import Dialogue, Ranking
 from recipes.data.digests import Digests
 from recipes.data.loading import Rows, as_rows
 from recipes.data.mapping import ColumnMapping
+from recipes.data.messages import has_weights
 from recipes.data.parallel import map_in_order
-from recipes.data.preview import render
+from recipes.data.preview import check_positions, sequences
 from recipes.data.report import Report
 from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
@@ -48,6 +49,7 @@ class Kept(NamedTuple):
     output: dict
     digest: bytes
     flags: list[str]
+    tokens: int
 
 
 @dataclass
@@ -68,7 +70,13 @@ class Formatter:
         dedup: repeated rows are kept and reported ("flag") or left out ("drop").
         prompt_completion: for sft, `prompt` and `completion` instead of `messages`, to train on the last turn only.
         assistant_only_loss: `completion` begins with the first answer that is trained, for TRL's option of this name.
-        tokenizer, max_length: report rows that render to more than `max_length` tokens.
+        tokenizer: every row is rendered; a conversation that the chat template refuses is an error of its row.
+        max_length: with a tokenizer, rows of more tokens are reported.
+        cut_at: with a tokenizer, the length in tokens that training cuts rows to. Longer rows are reported; sft rows
+            with nothing to train before it, responses of a ranking that are longer, and rankings without a pair then
+            are left out.
+        positions: tokens that the model has room for; rows that need more are errors. Prompts need
+            `completion_length` more than they have.
         fail_fast: raise at the first error instead of after all rows.
         keep_columns: for prompts, columns of the source that stay beside the prompt, for PPO's reward functions.
     Raises:
@@ -88,6 +96,9 @@ class Formatter:
     max_error_rate: float = 0.01
     tokenizer: Any = None
     max_length: int | None = None
+    cut_at: int | None = None
+    positions: int | None = None
+    completion_length: int = 0
     fail_fast: bool = False
     keep_columns: Iterable[str] = ()
 
@@ -134,6 +145,8 @@ class Formatter:
                     report.add("flags", row, flag)
                 fingerprint.update(result.digest)
                 report.rows_out += 1
+                if self.tokenizer is not None:
+                    report.tokens = (report.tokens or 0) + result.tokens
                 yield row, result.output
         report.fingerprint = fingerprint.hexdigest()[:16]
         self._check_errors(report)
@@ -178,13 +191,13 @@ class Formatter:
             kept = self._kept_columns(data) if self.keep_columns else {}
             columns = ReadRow(data if schema.gather else self._mapping.apply(data))
             example = self._example(schema, columns)
+            masked = self.task == "sft" and has_weights(example.messages)
             for output in outputs(example, self.task, self.prompt_completion, self.margin, self.assistant_only_loss):
-                if not isinstance(output, Skip):
-                    cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(example.messages)
-                    masked = self.task == "sft" and any("weight" in turn for turn in example.messages)
-                    notes = [CUT] * cut + [UNTRAINED] * masked
-                    output = self._checked(output | kept, notes)
-                results.append(output)
+                if isinstance(output, Skip):
+                    results.append(output)
+                    continue
+                cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(example.messages)
+                results += self._checked(output | kept, [CUT] * cut + [UNTRAINED] * masked)
             if not schema.gather:
                 unread = (columns.unread() | self._mapping.unmapped(data)) - kept.keys()
         except RowProblem as problem:
@@ -192,7 +205,7 @@ class Formatter:
         return row._replace(data=None), results, unread
 
     def _example(self, schema: Schema, row: dict) -> Dialogue | Ranking:
-        check_columns(row, self.task)
+        check_columns(row, self.task, schema.columns)
         try:
             example = schema.convert(row, self._mapping.roles)
         except Skip as skip:
@@ -212,32 +225,62 @@ class Formatter:
                 raise RowError(f"found {describe(data[name])}, which is not JSON and cannot be kept", name) from None
         return {name: data[name] for name in self.keep_columns}
 
-    def _checked(self, output: dict, notes: list[str]) -> Kept | Skip:
+    def _checked(self, output: dict, notes: list[str]) -> list[Kept | Skip]:
         special = self._special_token(output)
         if special and self.on_special == "fail":
             raise RowError(f"found {special}; remove it, or pass --on_special flag or drop")
         if special and self.on_special == "drop":
-            return Skip(special)
-        if any("<image>" in turn["content"] for turn in row_messages(output)):
-            raise Skip("<image> stands for an image, which cannot be used")
-        flags = [special, self._too_long(output), *notes]
+            return [Skip(special)]
+        flags = [special] if special else []
+        skips, tokens = self._measure(output, flags) if self.tokenizer is not None else ([], 0)
+        flags += notes
         if any(len(response) > 1 for response in (output.get("chosen", ()), *output.get("completions", ()))):
             flags.append("the responses diverge before the last turn")
         digest = hashlib.blake2b(json.dumps(output).encode(), digest_size=8).digest()
-        return Kept(output, digest, list(filter(None, flags)))
+        return [*skips, Kept(output, digest, flags, tokens)]
+
+    def _measure(self, output: dict, flags: list[str]) -> tuple[list[Skip], int]:
+        """What is left out of a row because it is too long, and the tokens of the rest; may shorten a ranking.
+
+        Raises:
+            RowError: the chat template refuses the row, or the model has no room for it.
+            Skip: nothing of it can be trained.
+        """
+        found = list(sequences(output, self.tokenizer))
+        longest, skips = max(len(sequence.ids) for sequence in found), []
+        if self.max_length is not None and longest > self.max_length:
+            flags.append(f"longer than {self.max_length} tokens")
+        if self.cut_at is not None and longest > self.cut_at:
+            if self.task == "ranking":
+                short = [len(sequence.ids) <= self.cut_at for sequence in found]
+                found, *columns = (
+                    [item for item, fits in zip(items, short, strict=True) if fits]
+                    for items in (found, output["completions"], output["ranks"])
+                )
+                output["completions"], output["ranks"] = columns
+                skips = [Skip(f"a response is longer than max_length={self.cut_at} tokens")] * short.count(False)
+                if len(set(output["ranks"])) < 2:
+                    within = f"within max_length={self.cut_at} tokens"
+                    raise Skip(f"fewer than two responses of unequal rank {within}")
+            elif "completion" in output and found[0].shared >= self.cut_at:
+                raise Skip(f"nothing to train: the prompt fills max_length={self.cut_at} tokens")
+            else:
+                flags.append(f"cut at max_length={self.cut_at} tokens")
+        limit = self.cut_at or self.max_length or longest
+        lengths = [min(len(sequence.ids), limit) for sequence in found]
+        for length in lengths:
+            check_positions(length, self.positions, self.completion_length)
+        return skips, sum(lengths)
 
     def _special_token(self, output: dict) -> str | None:
+        found = None
         for turn in row_messages(output):
             text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False)
-            if found := self._control_tokens.search(text):
-                return f"special token {found[0]!r} in the {turn['role']} turn"
-        return None
-
-    def _too_long(self, output: dict) -> str | None:
-        if self.tokenizer is None or self.max_length is None:
-            return None
-        longest = max(rendered.tokens for rendered in render(output, self.tokenizer))
-        return f"longer than {self.max_length} tokens" if longest > self.max_length else None
+            if "<image>" in text:
+                raise Skip("<image> stands for an image, which cannot be used")
+            if found is None and (match := self._control_tokens.search(text)):
+                found = f"special token {match[0]!r} in the {turn['role']} turn"
+        return found
 
     def _choose_schema(self, rows: Rows, report: Report) -> tuple[str | None, str]:
         if self.schema != "auto":
@@ -245,10 +288,10 @@ class Formatter:
         sample = list(islice((row.data for row in rows if isinstance(row.data, dict)), SAMPLE))
         if not sample:  # the errors of the rows will say why
             return None, "no readable row"
-        sample = [self._mapping.apply(data, lenient=True) for data in sample]
+        mapped = [self._mapping.apply(data, lenient=True) for data in sample]
         try:
-            columns = {column for data in sample for column in data}
-            return detect(columns, sample, self.task, self._mapping.roles)
+            columns = {column for data in mapped for column in data}
+            return detect(columns, mapped, self.task, self._mapping.roles, sample)
         except DataError as error:
             report.add("errors", next(iter(rows)), str(error))
             raise report.error(f"{rows.source}: {error}") from None

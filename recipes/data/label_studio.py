@@ -6,12 +6,11 @@ written answer). A task may have several annotations: each becomes a row.
 
 from collections.abc import Iterable, Iterator
 
-from recipes.data.messages import as_object, decode_json, flag, items, objects, require
+from recipes.data.messages import MEDIA, as_object, decode_json, flag, items, objects, refuse, require
 from recipes.data.rows import Row, RowError, RowProblem, Skip, describe, join_names
 
 PROMPTS = ("prompt", "instruction", "question", "query", "text")
 OWN = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time")  # columns of JSON-MIN
-KINDS = {"selected": "pairwise", "ranker": "ranker", "text": "textarea"}  # the key of a result's value, and its tag
 
 
 def annotations(rows: Iterable[Row], task: str) -> Iterator[Row]:
@@ -31,43 +30,45 @@ def _annotations(row: dict, task: str) -> Iterator[dict | RowProblem]:
         data = {name.removeprefix("data."): found[name] for name in found}
     else:
         data = {name: row[name] for name in row if name not in OWN}
-    named = next((name for name in PROMPTS if name in data), None)
-    if named is None and "prompt" not in row:
+    refuse(data, MEDIA)
+    mapped = "annotations" in row and "prompt" in row
+    named = None if mapped else next((name for name in PROMPTS if name in data), None)
+    if named is None and not mapped:
         advice = "name it: --dataset_mapping data=data annotations=annotations prompt=data.NAME"
         raise RowError(f"found no prompt among {join_names(data)}; {advice}", "data")
-    prompt = {"prompt": row.get("prompt", data.get(named))}
+    prompt = {"prompt": row["prompt"] if mapped else data[named]}
     if task == "prompt":
         yield prompt
         return
-    data = {name: data[name] for name in data if name != named and data[name] != prompt["prompt"]}
-    for place, results in _nested(row) if "annotations" in row else _flat(data):
-        wanted = ("textarea",) if task == "sft" else ("pairwise", "ranker")
-        results = [result for result in results if result.get("type") in wanted]
+    data = {name: data[name] for name in data if name != named and not (mapped and data[name] == row["prompt"])}
+    wanted = ("textarea",) if task == "sft" else ("pairwise", "ranker")
+    for place, found in objects(row, "annotations") if "annotations" in row else [("", data)]:
         try:
+            results = [result for result in _results(found, place) if result.get("type") in wanted]
             if len(results) != 1:
-                raise Skip(f"found {len(results)} results of {' or '.join(wanted)}, expected one", place)
+                raise Skip(f"found {len(results)} results of {' or '.join(wanted)}, expected one", place or None)
             yield prompt | _READERS[results[0]["type"]](results[0], data, place)
         except RowProblem as problem:
             yield problem
 
 
-def _nested(row: dict) -> Iterator[tuple[str, list[dict]]]:
-    """The place of each annotation that was not cancelled, and its results: {type, value, to_name}."""
-    for place, annotation in objects(row, "annotations"):
-        if not flag(annotation, f"{place}.was_cancelled"):
-            yield place, [dict(result) for result in items(annotation, f"{place}.result") if isinstance(result, dict)]
+def _results(found: dict, place: str) -> list[dict]:
+    """The results, {type, value, to_name}, of an annotation at a place, or in the columns of JSON-MIN.
 
-
-def _flat(columns: dict) -> Iterator[tuple[str, list[dict]]]:
-    """The same of JSON-MIN, where a column has the value, or a list of values, of one tag, and texts are columns."""
-    for name in columns:
-        cell = columns[name]
-        if isinstance(cell, str) and cell.startswith(("[{", "{")):
+    There a column has the value, or a list of values, of a tag; written texts are plain columns.
+    """
+    if place:
+        if flag(found, f"{place}.was_cancelled"):
+            raise Skip("cancelled", place)
+        return [result for result in items(found, f"{place}.result") if isinstance(result, dict)]
+    kinds, results = {"selected": "pairwise", "ranker": "ranker"}, []
+    for name, cell in found.items():
+        if isinstance(cell, str) and cell.startswith(("[{", '{"')):  # in CSV
             cell = decode_json(cell, name, "a result")
-        values = [value for value in (cell if isinstance(cell, list) else [cell]) if isinstance(value, dict)]
-        results = [{"type": KINDS[key], "value": value} for value in values for key in KINDS if key in value]
-        if any(result["type"] in ("pairwise", "ranker") for result in results):
-            yield name, results
+        for value in cell if isinstance(cell, list) else [cell]:
+            keys = kinds.keys() & value.keys() if isinstance(value, dict) else ()
+            results += [{"type": kinds[key], "value": value} for key in keys]
+    return results
 
 
 def _pairwise(result: dict, data: dict, place: str) -> dict:

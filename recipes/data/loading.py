@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from recipes.cli.errors import first_line
 from recipes.data.rows import DataError, Row, RowError, check_row, join_names
 from recipes.data.text_files import COMPRESSED, PROMPTS_SUFFIX, TEXT_SUFFIXES, read_text_file
 
@@ -167,10 +168,11 @@ def _or_data_error(source: str, load: Callable[[], Any]):
         return load()
     except Exception as error:
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         unknown = isinstance(error, FileNotFoundError | ConnectionError) and not Path(source).expanduser().exists()
         local = f"no file or folder {source!r} is here, and " if unknown else ""
-        raise DataError(f"{local}`datasets` could not load {source!r}: {type(cause).__name__}: {reason}") from error
+        raise DataError(
+            f"{local}`datasets` could not load {source!r}: {type(cause).__name__}: {first_line(cause)}"
+        ) from error
 
 
 def _read_files(paths: list[Path]) -> Callable[[], Iterable[Row]]:
@@ -204,11 +206,17 @@ def _checked(rows: list) -> Iterator[Row]:
 
 
 def _numbered(file: str, dataset: Iterable[dict]) -> Iterator[Row]:
-    try:
-        for number, data in enumerate(dataset, 1):
-            yield Row(file, number, _without_filled_nulls(data))
-    except (OSError, ValueError) as error:  # Arrow's own errors are among these
-        raise DataError(f"{file}: {type(error).__name__}: {error}") from error
+    if hasattr(dataset, "decode"):  # of `datasets`: images and sounds are not used, so their bytes may stay
+        dataset = dataset.decode(False)
+    rows = enumerate(dataset, 1)
+    while True:
+        try:
+            number, data = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # of `datasets`, Arrow and decoders, which have dozens of types
+            raise DataError(f"{file}: {type(error).__name__}: {first_line(error)}") from error
+        yield Row(file, number, _without_filled_nulls(data))
 
 
 def _without_filled_nulls(value: Any, in_tools: bool = False) -> Any:

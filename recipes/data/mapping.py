@@ -2,10 +2,11 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from recipes.data.messages import ROLES
+from recipes.data.messages import ROLES, is_turns
 from recipes.data.rows import DataError, RowError, describe, join_names
 
 
@@ -85,3 +86,35 @@ class ColumnMapping:
         """The name in the source of a column, or of a place in it such as `answers[0].rank`."""
         name, rest = re.fullmatch(r"([^.\[]*)(.*)", column or "", re.DOTALL).groups()
         return self.columns[name] + rest if name in self.columns else column
+
+
+PARTS = {"sft": ("prompt", "completion"), "prompt": ("prompt",)}  # for other tasks a pair
+WORDS = {  # parts of the names that people give to columns
+    "prompt": ("prompt", "question", "query", "instruction", "request", "ask", "problem", "user", "input", "context"),
+    "completion": ("completion", "answer", "response", "output", "reply", "solution", "target", "assistant"),
+    "chosen": ("chosen", "prefer", "best", "better", "good", "accept", "positive", "win"),
+    "rejected": ("reject", "worst", "worse", "bad", "negative", "los"),
+}
+
+
+def suggest_mapping(rows: list[dict], task: str) -> str:
+    """The whole option for columns of other names: a guess by their names, then by their order, to be checked."""
+    cells: dict[str, Any] = {}
+    for name, value in (item for row in rows for item in row.items()):
+        inner = value if isinstance(value, dict) else {}
+        cells |= {f"{name}.{key}": inner[key] for key in inner if inner[key]} or {name: value}
+    turns = [name for name in cells if is_turns(cells[name])]
+    left = [name for name in cells if isinstance(cells[name], str) and not re.search(r"\bid$|_id$", name)] + turns
+    if task == "sft" and turns:
+        guess = {"messages": turns[0]}
+    else:
+        parts = PARTS.get(task, ("prompt", "chosen", "rejected"))
+        guess = {}
+        for part in parts:
+            named = (name for word in WORDS[part] for name in left if word in name.rsplit(".", 1)[-1].lower())
+            guess[part] = next(named, "")
+            left = [name for name in left if name != guess[part]]
+        guess = {part: guess[part] or (left.pop(0) if left else "COLUMN") for part in parts}
+    if any(re.search(r"[=\s]", name) for name in guess.values()):
+        return f"--dataset_mapping {shlex.quote(json.dumps(guess, ensure_ascii=False))}"
+    return "--dataset_mapping " + " ".join(shlex.quote(f"{part}={name}") for part, name in guess.items())

@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from itertools import repeat
+from operator import contains
 from typing import Any
 
 from recipes.data.rows import RowError, Skip, check_surrogates, describe, join_names
@@ -25,15 +27,16 @@ ROLES = {
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers gives templates each under both first names
 EXTRAS = {"tool_calls": list, "tool_call_id": str, "name": str, **dict.fromkeys(REASONING, str)}
 # Keys of a message that say whether it is learned (OpenAI's weight, axolotl, ms-swift), and those that say it is not.
-LEARNED = ("weight", "train", "training", "loss", "loss_mask", "loss_weight", "loss_scale")
-MASKED = ("masked", "mask")
+LEARNED = {"weight", "train", "training", "loss", "loss_mask", "loss_weight", "loss_scale"}
+MASKED = {"masked", "mask"}
 # What changes the meaning of a text and cannot be used: media, answers that are only begun, weights of single tokens.
-MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos")
-UNUSABLE = (*MEDIA, "prefix", "partial", "train_detail", "training_detail")
-KNOWN = {"role", "content", "from", "value", "function_call", *EXTRAS, *LEARNED, *MASKED, *UNUSABLE}
+MEDIA = {"image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos"}
+UNUSABLE = MEDIA | {"prefix", "partial", "train_detail", "training_detail"}
+USED = {"role", "content", "from", "value", "function_call", *EXTRAS, *LEARNED, *MASKED, *UNUSABLE}
+SPEAKER = {"role", "from"}
 MESSAGE = "expected a message {role, content} or {from, value}"
 
-NOTHING = (None, "", [], "[]", {}, "{}")
+NOTHING = (None, "", "null", [], "[]", {}, "{}")
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
@@ -155,7 +158,7 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
 def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
     """The other keys of a message that chat templates know, if they are not empty; `weight` 0 if it is not learned."""
     refuse(turn, UNUSABLE, f"{where}.")
-    masked = role == "assistant" and not_learned(turn, (*LEARNED, *MASKED), f"{where}.")
+    masked = role == "assistant" and not_learned(turn, LEARNED | MASKED, f"{where}.")
     result: dict[str, Any] = {"weight": 0} if masked else {}
     for key, kind in EXTRAS.items():
         value = turn.get(key)
@@ -170,23 +173,30 @@ def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
     return result
 
 
-def refuse(values: dict, keys: Iterable[str], where: str = "") -> None:
+def refuse(values: dict, keys: set[str], where: str = "") -> None:
     """Skips a row that has one of the keys (or whose message at `where` has it): it must not be ignored."""
-    for key in keys:
+    for key in sorted(keys & values.keys()):
         if values.get(key) not in (*NOTHING, False):
             raise Skip(f"{key} cannot be used", f"{where}{key}")
 
 
-def not_learned(values: dict, keys: Iterable[str], where: str = "") -> str | None:
+def not_learned(values: dict, keys: set[str], where: str = "") -> str | None:
     """The first of the keys that says not to learn from a row (or from its message at `where`)."""
-    for key in keys:
-        if key in values and flag({where + key: values[key]}, where + key) is (key in MASKED):
+    for key in sorted(keys & values.keys()):
+        if flag({where + key: values[key]}, where + key) is (key in MASKED):
             return where + key
     return None
 
 
+def has_weights(messages: Messages) -> bool:
+    """Whether some are marked as not learned."""
+    return any(map(contains, messages, repeat("weight")))
+
+
 def without_weights(messages: Messages) -> Messages:
-    """Messages without the mark of those that are not learned, which chat templates do not know."""
+    """Messages without that mark, which chat templates do not know."""
+    if not has_weights(messages):
+        return messages
     return [{key: turn[key] for key in turn if key != "weight"} for turn in messages]
 
 
@@ -214,6 +224,21 @@ def _tool_calls(content: str | dict, where: str) -> list[dict]:
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise RowError(f"found {describe(content)}, expected a function call as JSON {{name, arguments}}", where)
     return [{"type": "function", "function": call} for call in calls]
+
+
+def is_turns(value: Any) -> bool:
+    """Whether a cell is a list of messages."""
+    return isinstance(value, list) and {*map(type, value)} == {dict} and all(turn.keys() & SPEAKER for turn in value)
+
+
+def unused_keys(value: Any) -> set[str]:
+    """The keys that `normalise` leaves out of the messages of a cell."""
+    if not isinstance(value, list) or {*map(type, value)} != {dict} or max(map(len, value)) < 3 or not is_turns(value):
+        return set()  # as fast as it can be, since most messages have a role and a content
+    keys = set().union(*value) - USED
+    if any(turn.get("name") and ROLES.get(turn.get("role", "")) != "tool" for turn in value):
+        keys.add("name")
+    return keys
 
 
 def check_order(messages: Messages, column: str | None = None) -> None:

@@ -5,6 +5,10 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from jinja2 import TemplateError
+
+from recipes.data.rows import RowError
+
 
 class Rendered(NamedTuple):
     """`prompt` is context; `response` is what is trained on (sft) or scored (preference); tokens count both."""
@@ -26,8 +30,20 @@ class Rendered(NamedTuple):
         )
 
 
-def render(row: dict, tokenizer) -> Iterator[Rendered]:
-    """Renders each sequence of a row as TRL's trainers do: prompt, generation prompt, response."""
+class Sequence(NamedTuple):
+    """One sequence of a row as TRL's trainers see it: token ids, the first `shared` of which are the prompt's."""
+
+    name: str
+    ids: list[int]
+    shared: int
+
+
+def sequences(row: dict, tokenizer) -> Iterator[Sequence]:
+    """The sequences of a row: its prompt, or the prompt with each response.
+
+    Raises:
+        RowError: the chat template refuses the conversation.
+    """
     tools = json.loads(row["tools"]) if row.get("tools") else None
     responses = [(column, row[column]) for column in ("completion", "chosen", "rejected") if column in row]
     ranked = zip(row.get("ranks", ()), row.get("completions", ()), strict=True)
@@ -37,13 +53,34 @@ def render(row: dict, tokenizer) -> Iterator[Rendered]:
         prompt, responses = row["messages"][:-1], [("last turn", row["messages"][-1:])]
     start = _ids(tokenizer, prompt, tools, add_generation_prompt=True)
     if not responses:
-        yield Rendered("prompt", tokenizer.decode(start), "", len(start), 0)
+        yield Sequence("prompt", start, len(start))
     for name, response in responses:
         whole = _ids(tokenizer, prompt + response, tools)
-        shared = len(os.path.commonprefix([start, whole]))
-        texts = tokenizer.decode(whole[:shared]), tokenizer.decode(whole[shared:])
-        yield Rendered(name, *texts, shared, len(whole) - shared)
+        yield Sequence(name, whole, len(os.path.commonprefix([start, whole])))
+
+
+def render(row: dict, tokenizer) -> Iterator[Rendered]:
+    """Renders each sequence of a row as TRL's trainers do: prompt, generation prompt, response."""
+    for name, ids, shared in sequences(row, tokenizer):
+        texts = tokenizer.decode(ids[:shared]), tokenizer.decode(ids[shared:])
+        yield Rendered(name, *texts, shared, len(ids) - shared)
+
+
+def check_positions(tokens: int, positions: int | None, completion_length: int = 0) -> None:
+    """Check that a sequence, and a completion after it, has a place in the model for every token.
+
+    Raises:
+        RowError: it has not.
+    """
+    if positions is not None and tokens + completion_length > positions:
+        completion = f" and --max_completion_length {completion_length}" if completion_length else ""
+        what = "shorten one of them" if completion_length else "shorten it, or lower --max_length"
+        raise RowError(f"{tokens} tokens{completion} are more than the {positions} positions of the model: {what}")
 
 
 def _ids(tokenizer, messages: list[dict], tools: list | None, **options) -> list[int]:
-    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, **options)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, **options)["input_ids"]
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RowError(f"the chat template does not take this conversation: {reason}") from error

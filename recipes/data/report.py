@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipes.cli.errors import visible
 from recipes.data.rows import DataError, Row, join_names
 
 KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # the lists, and the key of the text in each
@@ -17,7 +18,12 @@ UNREAD = 20  # names of unused columns in the text of a report
 
 @dataclass
 class Report:
-    """What became of the rows of one source. Each entry names file and line; lists end after 10,000 entries."""
+    """What became of the rows of one source. Each entry names file and line; lists end after 10,000 entries.
+
+    Args:
+        tokens: of the rows that came out, where a tokenizer was there to count them.
+        used: after training, the rows, responses and tokens that a recipe trained ("train") and evaluated on ("eval").
+    """
 
     source: str
     task: str
@@ -25,6 +31,8 @@ class Report:
     reason: str = ""
     rows_in: int = 0
     rows_out: int = 0
+    tokens: int | None = None
+    used: dict[str, dict] = field(default_factory=dict)
     skipped: list[dict] = field(default_factory=list)
     flags: list[dict] = field(default_factory=list)
     errors: list[dict] = field(default_factory=list)
@@ -65,7 +73,7 @@ class Report:
             raise self.error(f"{self.source}: none of {self.rows_in} rows is of use for {self.task!r}: {reasons}")
 
     def to_dict(self) -> dict[str, Any]:
-        keys = ("source", "task", "schema", "reason", "rows_in", "rows_out", *KINDS, "fingerprint")
+        keys = ("source", "task", "schema", "reason", "rows_in", "rows_out", "tokens", "used", *KINDS, "fingerprint")
         counts = {f"{kind}_by_reason": dict(counter.most_common(100)) for kind, counter in self.counts.items()}
         return {**{key: getattr(self, key) for key in keys}, **counts, "not_used": dict(self.unread)}
 
@@ -75,6 +83,7 @@ class Report:
 
     def __str__(self) -> str:
         rows = f"{self.rows_in} rows in, {self.rows_out} out"
+        rows += f" ({self.tokens:,} tokens)" if self.tokens is not None else ""
         lines = [f"{self.source}: {rows}; task {self.task}, schema {self.schema} ({self.reason})"]
         for kind, verb in (("skipped", "skipped"), ("flags", "flagged")):
             for what, count in self.counts[kind].most_common(10):
@@ -82,7 +91,7 @@ class Report:
         if self.unread:
             names = sorted(self.unread)
             lines.append(f"  not used: {join_names(names[:UNREAD])}{', …' if len(names) > UNREAD else ''}")
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
     def _first(self, kind: str, what: str) -> str:
         entry = next((entry for entry in getattr(self, kind) if entry[KINDS[kind]] == what), None)

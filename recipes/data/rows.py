@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
+from json.decoder import WHITESPACE
 from typing import Any, NamedTuple
 
 from recipes.cli.errors import UserError
@@ -84,9 +85,7 @@ def _read_json_line(raw: bytes) -> dict | RowError:
 
 
 def skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\n\r":
-        position += 1
-    return position
+    return WHITESPACE.match(text, position).end()
 
 
 def decode_object(text: str, position: int) -> tuple[dict | RowError, int]:

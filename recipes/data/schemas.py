@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from recipes.data import converters as convert
 from recipes.data.converters import Converter
 from recipes.data.label_studio import annotations
-from recipes.data.messages import ROLES, Roles
+from recipes.data.mapping import suggest_mapping
+from recipes.data.messages import ROLES, Roles, is_turns
 from recipes.data.oasst import conversation_trees
 from recipes.data.rows import DataError, RowError, Skip, join_names
 
@@ -18,6 +19,7 @@ TASKS = ("sft", "preference", "ranking", "prompt")
 DIALOGUE = ("sft", "prompt")  # the tasks that a Dialogue serves
 RANKED = ("preference", "ranking", "prompt")  # the tasks that a Ranking serves
 HELPSTEER2 = ("prompt", "response_1", "response_2", "preference_strength")
+SAFERLHF = ("prompt", "response_0", "response_1")
 HELPSTEER3 = ("context", "response1", "response2", "overall_preference")
 
 
@@ -59,8 +61,12 @@ class Schema:
         return (errors or skips or ["no row has all of its columns"])[:1]
 
 
-def detect(columns: Iterable[str], sample: list[dict], task: str, roles: Roles = ROLES) -> tuple[str, str]:
+def detect(
+    columns: Iterable[str], sample: list[dict], task: str, roles: Roles = ROLES, unmapped: list[dict] | None = None
+) -> tuple[str, str]:
     """Names the schema of a source from its column names and a sample of rows, and says why.
+
+    `unmapped` are the rows before a mapping, for the advice in an error.
 
     Raises:
         DataError: no schema fits, or two fit equally well.
@@ -74,7 +80,8 @@ def detect(columns: Iterable[str], sample: list[dict], task: str, roles: Roles =
         named = [name for name, each in candidates.items() if task in each.tasks and columns.issuperset(each.columns)]
         if named:
             return max(named, key=lambda name: len(SCHEMAS[name].columns)), "column names only; the values do not fit"
-        raise DataError(_no_schema(columns, sample, task, fitting, problems))
+        advice = f"name the columns, perhaps: {suggest_mapping(unmapped or sample, task)}"
+        raise DataError(f"{_no_schema(columns, sample, task, fitting, problems)}; {advice}, or use another --task")
     if len(best) > 1 and SCHEMAS[best[0]].order == SCHEMAS[best[1]].order:
         raise DataError(f"the columns fit {best[0]!r} as well as {best[1]!r}; choose one with --dataset_schema")
     return best[0], f"columns {', '.join(SCHEMAS[best[0]].columns)}"
@@ -86,8 +93,8 @@ def _no_schema(columns: set, sample: list[dict], task: str, fitting: list[str], 
         tasks = sorted({task for name in fitting for task in SCHEMAS[name].tasks})
         found += f"; they fit {join_names(map(repr, fitting))}, for the task {' or '.join(tasks)}"
     for column, value in sample[0].items() if len(sample) == 1 else ():
-        if isinstance(value, list) and value and isinstance(value[0], dict) and not fitting:
-            return f"{found}; the one row holds a list of objects in {column!r}: save that list as the file"
+        if isinstance(value, list) and value and isinstance(value[0], dict) and not fitting and not is_turns(value):
+            found += f"; the one row holds a list of objects in {column!r}: save that list as the file"
     near = sorted(
         (len(problems[name]) / len(SCHEMAS[name].columns), f"{name!r}: {join_names(problems[name])}")
         for name in problems
@@ -97,7 +104,7 @@ def _no_schema(columns: set, sample: list[dict], task: str, fitting: list[str], 
         found += f" (nearly: {'; '.join(text for _, text in near[:2])})"
     if "text" in columns and task in DIALOGUE:
         found += "; for a text of '### Human:' and '### Assistant:' turns use --dataset_schema guanaco"
-    return f"{found}; name the columns with --dataset_mapping, e.g. prompt=COLUMN, or use another --task"
+    return found
 
 
 # docs/datasets.md shows a row of each schema, and how to add one.
@@ -114,16 +121,10 @@ SCHEMAS: dict[str, Schema] = {
     "helpsteer2": Schema(RANKED, HELPSTEER2, convert.strength(*HELPSTEER2), 20),
     "helpsteer3": Schema(RANKED, HELPSTEER3, convert.strength(*HELPSTEER3), 20),
     "pku_saferlhf": Schema(
-        RANKED,
-        ("prompt", "response_0", "response_1", "better_response_id"),
-        convert.better_response("better_response_id"),
-        20,
+        RANKED, (*SAFERLHF, "better_response_id"), convert.better_response("better_response_id"), 20
     ),
     "pku_saferlhf_safer": Schema(
-        RANKED,
-        ("prompt", "response_0", "response_1", "safer_response_id"),
-        convert.better_response("safer_response_id"),
-        None,
+        RANKED, (*SAFERLHF, "safer_response_id"), convert.better_response("safer_response_id"), None
     ),
     "arena_conversations": Schema(
         RANKED, ("winner", "conversation_a", "conversation_b"), convert.arena_conversations, 20
@@ -140,7 +141,13 @@ SCHEMAS: dict[str, Schema] = {
     # any number of ranked responses
     "ranking": Schema(RANKED, ("prompt", "responses"), convert.ranking, 30),
     "nectar": Schema(RANKED, ("prompt", "answers"), convert.rankings("answers", "answer", "rank"), 30),
-    "ultrafeedback": Schema(RANKED, ("instruction", "completions"), convert.ultrafeedback, 30),
+    # by fine-grained_score: overall_score holds parsing errors (10 that means 1)
+    "ultrafeedback": Schema(
+        RANKED,
+        ("instruction", "completions"),
+        convert.rankings("completions", "response", "fine-grained_score", "instruction", scores=True),
+        30,
+    ),
     "distilabel": Schema(RANKED, ("instruction", "generations", "ratings"), convert.distilabel, 30),
     # trees of messages
     "oasst": Schema(TASKS, ("message_id", "parent_id", "role", "text"), convert.joined, 40, conversation_trees),

@@ -36,20 +36,23 @@ def _prompt_digests(dataset: "Dataset") -> Iterator[bytes]:
         yield bytes.fromhex(value if column == "group_id" else group_id(value[:-1] if column == "messages" else value))
 
 
-def split_by_group(dataset: "Dataset", test_size: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
+def split_by_group(dataset: "Dataset", test_size: float, seed: int = 0) -> tuple["Dataset", "Dataset | None"]:
     """Splits into (train, test) so that all rows of one prompt fall on the same side.
 
     Args:
         test_size: share of the prompts, between 0 and 1, that goes to test. The side of a prompt depends on nothing
-            but the prompt and the seed, so it stays when rows are added.
+            but the prompt and the seed, so it stays when rows are added; but of two prompts or more, at least one goes
+            to each side. A single prompt cannot be split: test is `None`.
     """
     import numpy
 
     if not 0 < test_size < 1:
         raise DataError(f"the share of the test split is {test_size}; expected a number between 0 and 1")
     digests = (hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest() for digest in _prompt_digests(dataset))
-    sides = (int.from_bytes(digest[:8]) < test_size * 2**64 for digest in digests)
-    in_test = numpy.fromiter(sides, bool, len(dataset))
-    if in_test.all() or not in_test.any():
-        raise DataError(f"{len(dataset)} rows are too few prompts for a test share of {test_size}; try another seed")
+    places = numpy.fromiter((int.from_bytes(digest[:8]) / 2**64 for digest in digests), float, len(dataset))
+    distinct = numpy.unique(places)
+    if len(distinct) < 2:
+        return dataset, None
+    # From the second lowest place up to the highest, so that the lowest is always below and the highest never.
+    in_test = places < min(max(test_size, distinct[1]), distinct[-1])
     return dataset.select(numpy.flatnonzero(~in_test)), dataset.select(numpy.flatnonzero(in_test))

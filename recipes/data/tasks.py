@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from recipes.data.converters import Dialogue, Ranking
-from recipes.data.messages import REASONING, Messages, check_order, without_weights
+from recipes.data.messages import Messages, check_order, has_weights, without_weights
 from recipes.data.rows import RowError, Skip
 
 
@@ -34,7 +34,7 @@ def outputs(
     """
     if task == "sft":
         tools = {"tools": json.dumps(example.tools)} if example.tools else {}
-        for row in _sft(example.messages, prompt_completion, assistant_only_loss):
+        for row in _sft(example, prompt_completion, assistant_only_loss):
             yield row | tools
     elif task == "prompt":
         yield {"prompt": _prompt(example)}
@@ -84,12 +84,13 @@ def features(
     return Features(columns | extra | {name: ExactJson() for name in keep})
 
 
-def _sft(messages: Messages, prompt_completion: bool, assistant_only_loss: bool) -> Iterator[dict]:
+def _sft(example: Dialogue, prompt_completion: bool, assistant_only_loss: bool) -> Iterator[dict]:
     """One row, or several where turns that are not trained lie between those that are: TRL masks a prompt only."""
+    messages = example.messages
     check_order(messages)
     if messages[-1]["role"] != "assistant":
         raise Skip(f"the last turn is {messages[-1]['role']}, not assistant")
-    answers = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
+    answers = [index for index in range(example.context, len(messages)) if messages[index]["role"] == "assistant"]
     runs = [list(run) for masked, run in groupby(answers, lambda index: "weight" in messages[index]) if not masked]
     if not runs:
         raise Skip("every answer has weight 0")
@@ -114,7 +115,7 @@ def _ranking(example: Ranking) -> dict:
     prompt = without_weights(example.prompt)
     for response in example.responses:
         check_order(prompt + response)
-        if any("weight" in turn for turn in response):
+        if has_weights(response):
             raise Skip("a response has weight 0")
         _refuse_tools(prompt + response, example.tools)
         if prompt[-1]["role"] != "user" or response[-1]["role"] != "assistant":
@@ -133,10 +134,9 @@ def _ranking(example: Ranking) -> dict:
 
 
 def _refuse_tools(messages: Messages, tools: list | None) -> None:
-    keys = {"tools"} if tools else {key for turn in messages for key in (*turn, turn["role"])}
-    if keys & {"tools", "tool", "tool_calls"}:
+    if tools or any(turn["role"] == "tool" or "tool_calls" in turn for turn in messages):
         raise Skip("tool calls are supported for task 'sft' only")
-    if keys & {*REASONING}:
+    if any(len(turn) > 2 for turn in messages):
         raise Skip("reasoning is supported for task 'sft' only")
 
 

@@ -17,12 +17,14 @@ from recipes.cli.errors import UserError
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.metrics import kl_k1, kl_k3
 from recipes.evaluation.parts import Parts, fingerprint, identity
-from recipes.evaluation.policies import Conversation, PolicySpec, Sample, base_of, token_log_probs, with_prompts
+from recipes.evaluation.policies import Conversation, PolicySpec, Sample, token_log_probs, with_prompts
 from recipes.evaluation.rewards import RewardModel
+from recipes.models.heads import base_of
 from recipes.models.sampling import Prompt, Response, check_lengths, load_generator, sample
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 from recipes.trainers.fast.drop_finished import DropFinishedSampler
+from recipes.trainers.reward_functions import check_rewards
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def judge_scores(path: str, prompts: list[Conversation], samples: list[list[Samp
         completions=[[{"role": "assistant", "content": sample.text}] for _, sample in flat],
         completion_ids=[sample.token_ids for _, sample in flat],
     )
-    numbers = [score for score in scores if isinstance(score, int | float) and np.isfinite(score)]
-    if len(numbers) != len(flat):
-        raise UserError(f"--judges {path}: {len(numbers)} numbers for {len(flat)} responses; expected one for each.")
-    return np.reshape(np.array(scores, dtype=np.float64), (len(prompts), -1))
+    values = np.array(check_rewards(scores, f"--judges {path}", len(flat)), dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise UserError(f"--judges {path}: {np.isfinite(values).sum()} numbers for {len(flat)} responses.")
+    return values.reshape(len(prompts), -1)

@@ -15,7 +15,9 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from recipes.evaluation.frontier import ENOUGH, over_optimization_curve  # noqa: E402
 
-COLORS = ("#4878a8", "#2e8b57", "#c44e52", "#8c6bb1", "#d98b2b", "#5ba4a4", "#a0522d")
+# Okabe and Ito's colours, which people who do not tell red from green can tell apart; none needs a white background.
+BLUE, ORANGE = "#0072b2", "#e69f00"
+COLORS = (BLUE, "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d00", "#7a5ab5")
 GREY = "#8c8c8c"
 
 
@@ -30,9 +32,10 @@ def to_svg(figures: dict[str, Figure]) -> dict[str, Markup]:
     elements = {}
     for name, figure in figures.items():
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight")
+        figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True)
         plt.close(figure)
-        elements[name] = Markup(re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL))
+        text = buffer.getvalue().replace("#000000", "currentColor")  # black is the page's text, also in dark mode
+        elements[name] = Markup(re.sub(r"^.*?(?=<svg)", "", text, flags=re.DOTALL))
     return elements
 
 
@@ -45,6 +48,11 @@ def colors(report: dict) -> dict[str, str]:
     """One colour for each policy; the reference is black."""
     others = [name for name in report["policies"] if name != report["reference"]]
     return {report["reference"]: "black"} | {name: COLORS[place % len(COLORS)] for place, name in enumerate(others)}
+
+
+def run_color(place: int, count: int) -> tuple:
+    """One of `count` shades in their order, light and dark enough for both kinds of page."""
+    return plt.cm.viridis(0.3 + 0.55 * place / max(1, count - 1))
 
 
 def figures(report: dict) -> dict[str, Figure]:
@@ -97,7 +105,8 @@ def plot_reward_kl(reports: dict[str, dict]) -> Figure:
 
 
 def shared_legend(figure: Figure, panels: np.ndarray) -> None:
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    legend = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
 def draw_reward_kl(axes, report: dict) -> None:
@@ -111,12 +120,12 @@ def draw_reward_kl(axes, report: dict) -> None:
     axes.plot(kl[unsure], reward[unsure], color=GREY, linewidth=2, linestyle=":")
     rows = data["best_of_n"]
     label = f"best of n = 1 … {rows[-1]['n']}"
-    axes.plot(*columns(rows, "kl_with_ties", "reward"), "s-", color="#d98b2b", markersize=4, linewidth=1, label=label)
+    axes.plot(*columns(rows, "kl_with_ties", "reward"), "s-", color=ORANGE, markersize=4, linewidth=1, label=label)
     if rows := [row for row in data["sharpening"] if row["kl"] is not None]:
         start = {"kl": 0, "reward": report["policies"][report["reference"]]["reward"]["mean"]}
         label = f"{plain(report['reference'])} sharpened by temperature"
         line = columns([start, *rows], "kl", "reward")
-        axes.plot(*line, "^--", color="#8c6bb1", markersize=5, linewidth=1, label=label)
+        axes.plot(*line, "^--", color=COLORS[3], markersize=5, linewidth=1, label=label)
         for row in rows:
             axes.annotate(f"{row['temperature']:g}", (row["kl"], row["reward"]), fontsize=7, xytext=(3, -9),
                           textcoords="offset points")  # fmt: skip
@@ -124,7 +133,7 @@ def draw_reward_kl(axes, report: dict) -> None:
     runs = list(dict.fromkeys(row["run"] for row in data["checkpoints"]))
     for place, run in enumerate(runs):
         rows = [row for row in data["checkpoints"] if row["run"] == run and row["kl"] is not None]
-        color = shades.get(run, plt.cm.viridis(place / max(1, len(runs) - 1)))
+        color = shades.get(run, run_color(place, len(runs)))
         label = f"checkpoints of {plain(run)}"
         axes.plot(*columns(rows, "kl", "reward"), ".-", color=color, alpha=0.8, linewidth=1, label=label)
     for name, values in report["policies"].items():
@@ -139,7 +148,7 @@ def plot_win_rates(rows: list[dict]) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.34 * len(rows)))
     places = np.arange(len(rows))[::-1]
     left = np.zeros(len(rows))
-    for part, color in (("win", "#2e8b57"), ("tie", "#d8d8d8"), ("loss", "#c44e52")):
+    for part, color in (("win", BLUE), ("tie", "#b8b8b8"), ("loss", ORANGE)):
         (widths,) = columns(rows, part)
         axes.barh(places, widths, 0.72, left, color=color, label=part)
         left += widths
@@ -181,14 +190,14 @@ def draw_over_optimization(axes, report: dict, name: str) -> None:
     runs = list(dict.fromkeys(row["run"] for row in rows))
     for place, run in enumerate(runs):
         own = [row for row in rows if row["run"] == run]
-        color = plt.cm.viridis(place / max(1, len(runs) - 1))
-        axes.plot(*columns(own, "kl", name), "o-", color=color, markersize=4, linewidth=1, label=plain(run))
+        color, marker = run_color(place, len(runs)), "os^Dv"[place % 5]
+        axes.plot(*columns(own, "kl", name), f"{marker}-", color=color, markersize=4, linewidth=1, label=plain(run))
     far = max(row["kl"] for row in rows)
     kl = np.linspace(far / 200, far, 200)
     axes.plot(kl, start + over_optimization_curve(kl, fits["rl"]), "--", color="black", linewidth=1, label="PPO, fit")
-    axes.plot(*columns(best, "kl_with_ties", name), "s", color="#d98b2b", markersize=4, label="best of n")
+    axes.plot(*columns(best, "kl_with_ties", name), "x", color=ORANGE, markersize=4, label="best of n")
     kl = np.linspace(best[1]["kl"] / 20, best[-1]["kl"], 100)
-    axes.plot(kl, start + over_optimization_curve(kl, fits["bon"]), ":", color="#d98b2b", linewidth=1)
+    axes.plot(kl, start + over_optimization_curve(kl, fits["bon"]), ":", color=ORANGE, linewidth=1)
     axes.axhline(start, color=GREY, linewidth=0.8)
     square_root_axis(axes, "KL, nats per response (square-root axis)")
 

@@ -14,10 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import selective_log_softmax_and_entropy
 
 from recipes.cli.errors import UserError
+from recipes.models.heads import base_of
 from recipes.models.sampling import Response
 
 Conversation = list[dict]
 T = TypeVar("T")
+
+LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def token_log_probs(
     """For each prompt and response tokens: log-probability of each token, and the mean entropy, in nats.
 
     `temperature` divides the logits. The prompt is written with the tokenizer's own chat template. Logits are made
-    for the responses only, in batches of rows of like length. Log-probabilities have five digits, to be stored.
+    for the responses only, in batches of rows of like length; fewer rows where that would be more than
+    `LOGITS_AT_ONCE` numbers. Log-probabilities have five digits, to be stored.
     """
     starts = tokenizer.apply_chat_template(
         [prompt for prompt, _ in pairs], add_generation_prompt=True, return_dict=False
@@ -76,8 +80,14 @@ def token_log_probs(
     order = sorted(range(len(rows)), key=lambda row: (len(starts[row]), len(rows[row])))
     keeps = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
     results: list[tuple[list[float], float]] = [([], 0.0)] * len(rows)
-    for first in tqdm(range(0, len(order), batch_size), desc=title, disable=None):
+    vocabulary, first = base_of(model).config.get_text_config().vocab_size, 0
+    progress = tqdm(total=len(order), desc=title, disable=None)
+    while first < len(order):
         batch = order[first : first + batch_size]
+        longest = max(len(rows[row]) for row in batch) - min(len(starts[row]) for row in batch) + 1
+        batch = batch[: max(1, LOGITS_AT_ONCE // (longest * vocabulary))]
+        first += len(batch)
+        progress.update(len(batch))
         inputs = tokenizer.pad(
             {"input_ids": [rows[row] for row in batch]}, padding_side="right", return_tensors="pt"
         ).to(model.device)
@@ -92,10 +102,6 @@ def token_log_probs(
             tokens = [round(value, 5) for value in logps[place, response].tolist()]
             results[row] = (tokens, entropies[place, response].mean().item())
     return results
-
-
-def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def checkpoints(run: str, count: int) -> list[tuple[int, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from recipes.evaluation import plots
+from recipes.trainers.ranking_trainer import no_better_than_length
 
 
 def render(template: Path, filters: dict[str, Callable] | None = None, **values) -> str:
@@ -41,8 +42,36 @@ def write_report(report: dict, output_dir: str) -> None:
     figures = plots.figures(report)
     plots.save_png(figures, folder)
     template, svg = Path(__file__).with_name("report.html.jinja"), plots.to_svg(figures)
-    page = render(template, report=report, plots=svg, judges=judge_names(report))
+    quality = report.get("reward_model")
+    warnings = reward_model_warnings(quality) if quality else []
+    texts = {"judges": judge_names(report), "verdict": verdict(report), "warnings": warnings}
+    page = render(template, report=report, plots=svg, **texts)
     (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def verdict(report: dict) -> str:
+    """The result in sentences: the headline policy against the reference, by the first judge and the reward model."""
+    headline, reference = report["headline"], report["reference"]
+    if headline == reference:
+        return f"Only {reference} was measured."
+    found = report["policies"][headline]["difference"]
+    judge = next(iter(judge_names(report)), "reward")
+    text = sentence(headline, reference, judge, found[judge])
+    if judge == "reward":
+        return text
+    text += " " + sentence(headline, reference, "reward", found["reward"])
+    if found["reward"]["ci95"][0] > 0 > found[judge]["ci95"][1]:
+        text += " The reward model is being fooled: that is over-optimisation."
+    return text
+
+
+def sentence(name: str, other: str, judge: str, difference: dict) -> str:
+    """Whether `name` scores above or below `other`, by how much, and whether that could be chance."""
+    mean, (low, high) = difference["mean"], difference["ci95"]
+    way = "above" if mean > 0 else "below"
+    chance = "; the difference could be chance" if low <= 0 <= high else ""
+    by = "the reward model" if judge == "reward" else judge
+    return f"By {by}, {name} scores {abs(mean):.2f} {way} {other}{chance} (95 % interval {low:+.2f} to {high:+.2f})."
 
 
 def judge_names(report: dict) -> list[str]:
@@ -61,13 +90,26 @@ def table(report: dict) -> str:
         share = estimate(values["share_of_gain"]) if values.get("share_of_gain") else ""
         reward, length, cut = estimate(values["reward"]), values["length"]["mean"], values["truncated"]["mean"]
         rows.append([name, reward, *judged, estimate(kl), f"{length:.1f}", f"{cut:.2f}", share])
-    lines = [aligned(rows)]
+    lines = [verdict(report), "", aligned(rows)]
     if quality := report.get("reward_model"):
         lines.append(
             f"Reward model: right on {estimate(quality['accuracy'])} of {quality['n_pairs']} pairs; the longer "
             f"response on {quality['longer_wins_baseline']:.2f}."
         )
+        lines += reward_model_warnings(quality)
     return "\n".join(lines)
+
+
+def reward_model_warnings(quality: dict) -> list[str]:
+    """What is wrong with a reward model, or with the pairs that it was measured on, one sentence each."""
+    warnings = [no_better_than_length(quality["accuracy"]["mean"], quality["longer_wins_baseline"])]
+    if seen := quality.get("trained_on"):
+        shown = ", ".join(dict.fromkeys(seen[:3])) + (", …" if len(seen) > 3 else "")
+        warnings.append(
+            f"Warning: the reward model was trained on the prompts of {len(seen)} of these {quality['n_pairs']} pairs "
+            f"({shown}), so its accuracy on them says little. Measure it on prompts that were held out."
+        )
+    return list(filter(None, warnings))
 
 
 def aligned(rows: list[list[str]]) -> str:

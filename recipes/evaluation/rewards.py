@@ -14,7 +14,12 @@ from recipes.evaluation.parts import identity
 from recipes.evaluation.policies import Conversation, Sample, with_prompts
 from recipes.evaluation.reward_quality import Pair
 from recipes.formatting import Formatter, FormattingArguments, load_rows
-from recipes.models.loading import load_reward_model, read_reward_statistics, score_conversations
+from recipes.models.loading import (
+    load_reward_model,
+    read_reward_statistics,
+    read_trained_prompts,
+    score_conversations,
+)
 from recipes.models.source import resolve_model
 
 
@@ -72,9 +77,14 @@ class RewardModel:
             pairs.append(Pair(row["group_id"], *texts, *values, *lengths, row["source"], row["annotator"]))
         return pairs
 
+    def trained_on(self, rows: list[dict]) -> list[str]:
+        """The places of those pairs whose prompt was in the training data of the reward model, as far as is known."""
+        known = read_trained_prompts(self.path)
+        return [row["place"] for row in rows if row["group_id"] in known]
+
 
 def read_pairs(sources: list[str], format_args: FormattingArguments) -> list[dict]:
-    """The pairs of preference datasets, with `source` and `annotator`.
+    """The pairs of preference datasets, with `source`, `annotator` and `place`, the file and line.
 
     `source` is a row's own column of that name, else the name of the dataset.
     """
@@ -87,6 +97,7 @@ def read_pairs(sources: list[str], format_args: FormattingArguments) -> list[dic
         for row, output in formatter(rows, report):
             data = known[row.file, row.line]
             annotator = None if data.get("annotator") is None else str(data["annotator"])
-            pairs.append(output | {"source": str(data.get("source") or source), "annotator": annotator})
+            own = {"source": str(data.get("source") or source), "annotator": annotator}
+            pairs.append(output | own | {"place": f"{row.file}:{row.line}"})
         print(report)
     return pairs

@@ -22,6 +22,7 @@ def summarise(
     for name in args.paths:
         if name != args.reference:
             policies[name] |= curves.compare(measured[name])
+            policies[name]["difference"] = difference(measured[name], measured[args.reference])
     best_of_n = curves.best_of_n()
     checkpoints = [one for one in measured.values() if one.spec.run is not None]
     shares = [curves.compare(one).get("share_of_gain") for one in checkpoints]
@@ -61,6 +62,13 @@ def policy_summary(one: Measured, num_generations: int) -> dict:
         "distinct_2": distinct_n(ids, 2),
         "truncated": mean_interval(one.each(lambda sample: not sample.finished)),
         "n": one.reward.size,
+    }
+
+
+def difference(one: Measured, reference: Measured) -> dict:
+    """By how much a policy scores above the reference, by the reward model and each judge, paired by prompt."""
+    return {
+        name: mean_interval(values.mean(1) - reference.scores[name].mean(1)) for name, values in one.scores.items()
     }
 
 

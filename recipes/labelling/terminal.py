@@ -5,6 +5,7 @@ import secrets
 import time
 from dataclasses import replace
 
+from recipes.cli.errors import visible
 from recipes.labelling.answers import Answer, AnswerError, Review
 from recipes.labelling.store import ConflictError, Store, Task
 
@@ -16,11 +17,6 @@ HELP = "  Best first, `=` for a tie: B > A = C > D. Or a word: " + ", ".join(COM
 
 class _Command(Exception):
     """The labeler typed a command instead of an answer."""
-
-
-def visible(text: str) -> str:
-    """Text that cannot steer the terminal: control characters are shown as escapes, only line breaks and tabs stay."""
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def parse_ranking(text: str, letters: str) -> list[list[str]]:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
+from trl import ModelConfig, get_peft_config
 
 from recipes.cli.errors import UserError, first_line
-from recipes.models.heads import ScoreHead
+from recipes.models.heads import ScoreHead, base_of, without_critic
 
 # Initialisations that take a part out of the base's weights, which the other roles stand on.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
@@ -30,8 +32,10 @@ def check_adapter_kind(model: PeftModel) -> None:
     """Refuse adapters that cannot share their base with other roles.
 
     Raises:
-        UserError: an adapter that is not LoRA, or one whose initialisation changes the base.
+        UserError: an adapter that is not LoRA, or one whose initialisation changes the base; none is the policy's.
     """
+    if "default" not in model.peft_config:
+        raise UserError(f"The policy is the adapter `default`, and there is only {', '.join(model.peft_config)}.")
     for config in model.peft_config.values():
         if config.peft_type != PeftType.LORA:
             raise UserError(f"PPO's roles are LoRA adapters, and this adapter is {config.peft_type.value}.")
@@ -40,6 +44,18 @@ def check_adapter_kind(model: PeftModel) -> None:
                 f"init_lora_weights={config.init_lora_weights} changes the base, which reference, reward model and "
                 "critic share: convert the adapter to plain LoRA (PEFT's path_initial_model_for_weight_conversion)."
             )
+
+
+def model_with_adapter(model: PreTrainedModel | PeftModel, keyword: str) -> PreTrainedModel:
+    """The model below a `PeftModel`, whose own layers carry the adapter; `keyword` is what it was passed as.
+
+    Raises:
+        UserError: an adapter that does not lie in layers, as prompt tuning.
+    """
+    for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
+        if config.is_prompt_learning:
+            raise UserError(f"{keyword} has an adapter of the kind {config.peft_type.value}, which PPO cannot run.")
+    return base_of(model)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -84,7 +100,8 @@ def role_layers(model: PeftModel) -> list[tuple[nn.Module, frozenset[str]]]:
     cached = vars(model).get("_role_layers")
     if cached is None or cached[0] != adapters:
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        layers = [module for module in model.modules() if isinstance(module, kinds)]
+        with without_critic(model):  # a critic with an adapter of its own keeps it on
+            layers = [module for module in model.modules() if isinstance(module, kinds)]
         cached = adapters, [(layer, frozenset(layer._get_available_adapters())) for layer in layers]
         object.__setattr__(model, "_role_layers", cached)
     return cached[1]
@@ -192,6 +209,13 @@ def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
         if role not in base.score.modules_to_save:
             raise UserError(f"The adapter {folder} has no trained score head.")
         base.score.modules_to_save[role].float()
+
+
+def new_adapter_config(model_args: ModelConfig) -> LoraConfig | None:
+    """TRL's `get_peft_config`, on all linear layers where none are given: PEFT's own default knows few families."""
+    if model_args.lora_target_modules is None and model_args.lora_target_parameters is None:
+        model_args = replace(model_args, lora_target_modules="all-linear")
+    return get_peft_config(model_args)
 
 
 def seq_cls_config(config: LoraConfig) -> LoraConfig:

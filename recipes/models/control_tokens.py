@@ -1,13 +1,20 @@
-"""Keeps control tokens in messages text; `recipes.data.control_tokens` lists them.
+"""Keeps control tokens in messages text, and chat templates within a time; `recipes.data.control_tokens` lists them.
 
 A message that says `<|im_end|>` would end its own turn: tokenizers look for their control tokens in the whole rendered
 chat and do not know who wrote them. transformers can tell the template's own from those in messages
 (`sanitize_control_tokens`), but has to be asked in each call.
 """
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from recipes.cli.errors import UserError
 from recipes.data.control_tokens import control_tokens
+
+RENDER_SECONDS = 20  # of computing for one conversation, which takes a template milliseconds
 
 
 def keep_control_tokens_text(tokenizer):
@@ -16,7 +23,7 @@ def keep_control_tokens_text(tokenizer):
     Everything that tokenizes chats with this tokenizer is safe then, TRL's trainers included; other chats get the same
     ids as before. Two uses cannot be covered, and keep what transformers does: `tokenize=False`, whose text does not
     tell who wrote a token, and `return_assistant_tokens_mask=True` (`assistant_only_loss`). Leave such rows out there,
-    with `on_special=drop`.
+    with `on_special=drop`. A template that computes for longer than `RENDER_SECONDS` is stopped with a `UserError`.
 
     Returns:
         The tokenizer, which was changed in place; the change is not saved with it.
@@ -35,7 +42,30 @@ class _SafeChatTemplate:
         covered = options.get("tokenize", True) and not options.get("return_assistant_tokens_mask")
         if covered and _mentions([conversation, tools], control_tokens(self.tokenizer)):
             options.setdefault("sanitize_control_tokens", True)
-        return type(self.tokenizer).apply_chat_template(self.tokenizer, conversation, tools, **options)
+        several = bool(conversation) and not isinstance(conversation[0], dict)
+        with _time_limit(RENDER_SECONDS * (len(conversation) if several else 1)):
+            return type(self.tokenizer).apply_chat_template(self.tokenizer, conversation, tools, **options)
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Stops the main thread of a process, which alone can be stopped, after so much computing of the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise UserError(
+            f"The chat template takes more than {RENDER_SECONDS} s for one conversation: does it loop in a loop?"
+        )
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
 
 
 def _mentions(value: Any, tokens: list[str]) -> bool:

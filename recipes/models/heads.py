@@ -4,15 +4,17 @@ A reward model or a critic is the base's last hidden state times a `score` head 
 `*ForSequenceClassification`: what `RewardTrainer` saves loads as is.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -27,21 +29,29 @@ class ScoreHead(nn.Linear):
     In bf16 scores near 2 come in steps of 1/64, and at usual rates most of a trained head would never move.
     """
 
-    def __init__(self, width: int, device: torch.device | None = None):
-        super().__init__(width, 1, bias=False, dtype=torch.float32, device=device)
+    def __init__(self, width: int, device: torch.device | None = None, bias: bool = False):
+        super().__init__(width, 1, bias=bias, dtype=torch.float32, device=device)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) of any precision → (..., 1) float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.weight.float())
+            return F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model that holds the layers of a `PeftModel`, adapters included; any other model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def use_float32_head(model: PreTrainedModel) -> None:
-    """Replace a sequence classifier's linear `score` head with a [`ScoreHead`] of the same weights."""
-    if not isinstance(model.score, ScoreHead):
-        head = ScoreHead(model.score.in_features, model.score.weight.device)
-        head.weight.data = model.score.weight.data.float()
-        model.score = head.requires_grad_(model.score.weight.requires_grad)
+    """Replace a classifier's linear `score` head, or adapters' copies of it, by [`ScoreHead`]s of the same weights."""
+    holder = getattr(model.score, "modules_to_save", None) or model
+    for name in [*holder] if holder is not model else ["score"]:
+        linear = getattr(holder, name)
+        if isinstance(linear, nn.Linear) and not isinstance(linear, ScoreHead):
+            head = ScoreHead(linear.in_features, linear.weight.device, linear.bias is not None)
+            head.load_state_dict(linear.state_dict())
+            setattr(holder, name, head.requires_grad_(linear.weight.requires_grad))
 
 
 def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_head: Callable | None = None) -> None:
@@ -111,6 +121,7 @@ def add_score_forward(model: PreTrainedModel) -> None:
 
 def scores_at(model: PreTrainedModel, input_ids: torch.Tensor, states: States) -> torch.Tensor:
     """Scores of a sequence classifier with a [`ScoreHead`] at chosen states of right-aligned rows: (N,) float32."""
+    model = base_of(model)
     return model.score(model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[states]).squeeze(-1)
 
 
@@ -119,11 +130,12 @@ def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def critic_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
+def critic_from_policy(policy: PreTrainedModel, trust_remote_code: bool = False) -> PreTrainedModel:
     """A full critic with the policy's backbone and a head of zeros, so it values every state at 0."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    critic = AutoModelForSequenceClassification.from_config(config).to(policy.dtype)
+    critic = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    critic.to(policy.dtype)
     critic.base_model.load_state_dict(policy.base_model.state_dict())
     critic.score.weight.data.zero_()
     return critic
@@ -131,7 +143,18 @@ def critic_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
 
 def full_critic(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
     """The critic that is a model of its own, beside the policy; `None` where it is an adapter."""
-    return getattr(model.get_base_model() if isinstance(model, PeftModel) else model, "critic", None)
+    return getattr(base_of(model), "critic", None)
+
+
+@contextlib.contextmanager
+def without_critic(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel | PeftModel | None]:
+    """Take a critic that is a model of its own out of the policy, where PEFT would find its layers; give it."""
+    critic = base_of(model)._modules.pop("critic", None)
+    try:
+        yield critic
+    finally:
+        if critic is not None:
+            base_of(model).critic = critic
 
 
 def save_trained(model: PreTrainedModel | PeftModel, folder: str, state_dict: dict | None = None) -> None:
@@ -140,14 +163,14 @@ def save_trained(model: PreTrainedModel | PeftModel, folder: str, state_dict: di
     Args:
         state_dict: whole weights, where the model holds shares of them (FSDP).
     """
-    critic, prefix, weights = full_critic(model), "critic.", model.state_dict() if state_dict is None else state_dict
+    weights = model.state_dict() if state_dict is None else state_dict
+    prefix = "base_model.model.critic." if isinstance(model, PeftModel) else "critic."
+    policy = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+    adapters = {}
     if isinstance(model, PeftModel):
-        prefix = "base_model.model.critic."
-        adapters = [name for name in ("default", "critic", "ema") if name in model.peft_config]
-        model.save_pretrained(folder, selected_adapters=adapters, state_dict=weights)
-    else:
-        policy = {name: value for name, value in weights.items() if not name.startswith(prefix)}
-        model.save_pretrained(folder, state_dict=policy)
+        adapters = {"selected_adapters": [name for name in ("default", "critic", "ema") if name in model.peft_config]}
+    with without_critic(model) as critic:
+        model.save_pretrained(folder, state_dict=policy, **adapters)
     if critic is not None:
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         critic.save_pretrained(os.path.join(folder, "critic"), state_dict=own)
@@ -156,7 +179,9 @@ def save_trained(model: PreTrainedModel | PeftModel, folder: str, state_dict: di
 def load_critic(model: PreTrainedModel | PeftModel, folder: str) -> None:
     """Put the critic that [`save_trained`] wrote below `folder` back, where it is a model of its own."""
     critic = full_critic(model)
-    if critic is not None:
+    if isinstance(critic, PeftModel):
+        set_peft_model_state_dict(critic, load_peft_weights(os.path.join(folder, "critic"), device="cpu"))
+    elif critic is not None:
         # In float32 nothing is rounded on the way: the head is float32 whatever the backbone is.
         saved = type(critic).from_pretrained(os.path.join(folder, "critic"), dtype=torch.float32)
         critic.load_state_dict(saved.state_dict())

@@ -5,10 +5,11 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 from transformers import (
@@ -19,16 +20,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from recipes.cli.errors import UserError, first_line
-from recipes.models.adapters import add_score_roles, attach, seq_cls_config
+from recipes.models.adapters import add_score_roles, attach, new_adapter_config, seq_cls_config
 from recipes.models.compatibility import check_score_head
 from recipes.models.heads import use_float32_head
-from recipes.models.source import ModelSource
+from recipes.models.source import ModelSource, load_error
 from recipes.models.tokenization import load_tokenizer
 
+TRAINED_PROMPTS = "trained_prompts.txt"
 STATISTICS = "reward_statistics.json"  # of a reward model's scores, in its folder
 
 
@@ -47,7 +49,7 @@ def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, *
             **kwargs,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"The model {source.weights} could not be loaded: {first_line(error)}") from error
+        raise load_error(f"The model {source.weights} could not be loaded", source.weights, error) from error
     return never_pack(model)
 
 
@@ -80,6 +82,15 @@ def never_pack(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def not_finite(model: nn.Module) -> str | None:
+    """The name of the first weight that holds NaN or infinity, `None` where all are finite."""
+    for name, weights in model.named_parameters():
+        own = weights.to_local() if hasattr(weights, "to_local") else weights  # of shares, this process's
+        if own.is_floating_point() and not own.isfinite().all():
+            return name
+    return None
+
+
 def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
     """Causal LM to train, from a base, a full checkpoint or an adapter.
 
@@ -95,9 +106,24 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
     model = _from_pretrained(AutoModelForCausalLM, source, model_args)
     disable_router_logits(model)
     if source.base is None:
-        return get_peft_model(model, get_peft_config(model_args)) if model_args.use_peft else model
+        return new_adapter(model, new_adapter_config(model_args)) if model_args.use_peft else model
     model = load_adapter(model, source, is_trainable=model_args.use_peft)
     return model if model_args.use_peft else model.merge_and_unload()
+
+
+def new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """`model` with a fresh adapter.
+
+    Raises:
+        UserError: PEFT does not know where to put it.
+    """
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"No adapter could be put on {type(model).__name__}: {first_line(error)}. Name layers of it, or take all "
+            "with --lora_target_modules all-linear."
+        ) from error
 
 
 def load_adapter(model: PreTrainedModel, source: ModelSource, is_trainable: bool = False) -> PeftModel:
@@ -132,7 +158,7 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
     if source.base is None:
         if not model_args.use_peft:
             return model
-        return get_peft_model(model, seq_cls_config(get_peft_config(model_args)))
+        return new_adapter(model, seq_cls_config(new_adapter_config(model_args)))
     weights = load_peft_weights(source.path, device="cpu")
     weights.setdefault("base_model.model.score.weight", model.score.weight.detach().clone())
     model = get_peft_model(model, seq_cls_config(source.peft_config))
@@ -179,7 +205,7 @@ def load_ppo_models(
 
     With LoRA and a reward adapter on the same base, one model with the adapters `default`, `reward` and `critic`.
     Otherwise the reward model is loaded beside the policy. In full fine-tuning the critic starts from it where it has
-    the policy's architecture and vocabulary.
+    the policy's architecture, size and vocabulary, else from the policy.
     """
     model = load_policy(policy, model_args)
     if reward is None:
@@ -189,10 +215,22 @@ def load_ppo_models(
         return {"model": model}
     reward_model, tokenizer = load_reward_model(reward, model_args)
     models = {"model": model, "reward_model": reward_model, "reward_processing_class": tokenizer}
-    if not model_args.use_peft and reward_model.config.get_text_config().vocab_size == model.config.vocab_size:
-        if reward_model.config.model_type == model.config.model_type:
+    if not model_args.use_peft:
+        if tokenizer.get_vocab() == load_tokenizer(policy).get_vocab() and same_shapes(reward_model, model):
             models["value_model"] = copy.deepcopy(reward_model)
+        elif PartialState().is_main_process:
+            print(
+                f"The critic starts from the policy with a head of zeros: the reward model {reward.path} has another "
+                "size or vocabulary.",
+                file=sys.stderr,
+            )
     return models
+
+
+def same_shapes(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Whether two models have the same weights below their heads, by names and shapes."""
+    shapes = [{name: p.shape for name, p in model.base_model.named_parameters()} for model in (one, other)]
+    return type(one.base_model) is type(other.base_model) and shapes[0] == shapes[1]
 
 
 @torch.no_grad()
@@ -254,7 +292,22 @@ def read_reward_statistics(name: str) -> dict | None:
         usable = False
     if not usable:
         raise UserError(
-            f"{path} has no mean and no spread above 0 to standardise scores with: give --score_mean and --score_std, "
-            "or set --normalize_scores false."
+            f"{path} has no mean and no spread above 0 to standardise scores with: correct it, or set "
+            "--normalize_scores false."
         )
     return statistics
+
+
+def save_trained_prompts(folder: str, group_ids: Iterable[str]) -> None:
+    """Store with a reward model which prompts it was trained on, as `recipes.data.tasks.group_id` of each."""
+    with open(os.path.join(folder, TRAINED_PROMPTS), "w", encoding="utf-8") as file:
+        file.writelines(f"{group}\n" for group in sorted(set(group_ids)))
+
+
+def read_trained_prompts(reward_path: str) -> set[str]:
+    """What `save_trained_prompts` stored; empty where nothing is known."""
+    path = os.path.join(reward_path, TRAINED_PROMPTS)
+    if not os.path.exists(path):
+        return set()
+    with open(path, encoding="utf-8") as file:
+        return set(file.read().split())

@@ -83,10 +83,10 @@ def names_of(layer: LoraLayer) -> set[str]:
     return {*layer.lora_A, *layer.lora_embedding_A}
 
 
-def empty_copy(base: PreTrainedModel) -> PreTrainedModel:
+def empty_copy(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A plain model of the same architecture whose parameters have shapes and no data."""
     with init_empty_weights(include_buffers=False):
-        empty = type(base)(copy.deepcopy(base.config))
+        empty = type(base)._from_config(copy.deepcopy(base.config), dtype=dtype)
     empty.tie_weights()
     return empty
 
@@ -94,7 +94,7 @@ def empty_copy(base: PreTrainedModel) -> PreTrainedModel:
 def merged_copy(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     """A plain model that generates as the policy does now, in `dtype`; what is the same there is the base's tensor."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    copied = empty_copy(base)
+    copied = empty_copy(base, dtype)
     weights = {name: weight.to(dtype) for name, weight in policy_parameters(model)}
     buffers = dict(base.named_buffers())  # those that a checkpoint holds, such as the bias of a router
     missing = copied.load_state_dict(buffers | weights, strict=False, assign=True).missing_keys

@@ -5,6 +5,7 @@ It does without PEFT until an adapter's own parts are asked for: that import tak
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -69,7 +70,13 @@ class ModelSource:
                 self.weights, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"The configuration of {self.weights} could not be loaded: {first_line(error)}") from error
+            what = f"The configuration of {self.weights} could not be loaded"
+            raise load_error(what, self.weights, error) from error
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that one sequence may have, where the model has a limit."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def peft_config(self) -> PeftConfig:
@@ -97,7 +104,7 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
     if not name:
         raise UserError("Command line: --model_name_or_path is required.")
     if not os.path.isdir(name) and not is_hub_name(name):
-        raise UserError(f"There is no folder {name}, and it is not the name of a Hub model.")
+        raise UserError(f"There is no folder {name}{place(name)}, and it is not the name of a Hub model.")
     config = find_adapter_config_file(name)
     if config is None:
         return ModelSource(name, None, revision, trust_remote_code)
@@ -115,6 +122,25 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
             f"run from where that path is valid, or correct base_model_name_or_path in its adapter_config.json."
         )
     return ModelSource(name, base, revision, trust_remote_code, adapter)
+
+
+def load_error(what: str, name: str, error: Exception) -> UserError:
+    """The line for a model that could not be loaded: whoever misspelt a folder hears of it, not of the Hub."""
+    if "trust_remote_code" in str(error):
+        return UserError(f"{what}: it comes with Python code. Read that; --trust_remote_code true then runs it.")
+    if os.path.isdir(name) or not any(word in str(error) for word in ("connect", "offline", "not a local folder")):
+        return UserError(f"{what}: {first_line(error)}")
+    return UserError(f"{what}: there is no folder {name}{place(name)}, and the Hub did not give such a model.")
+
+
+def place(name: str) -> str:
+    """Where a relative path is looked for, and what is there instead."""
+    if os.path.isabs(name):
+        return ""
+    parent = os.path.dirname(name) or "."
+    near = difflib.get_close_matches(os.path.basename(name), os.listdir(parent), n=1) if os.path.isdir(parent) else []
+    hint = f" (did you mean {os.path.join(os.path.dirname(name), near[0])}?)" if near else ""
+    return f" in {os.getcwd()}{hint}"
 
 
 def is_hub_name(name: str) -> bool:

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.cli.errors import UserError, first_line
 from recipes.models.control_tokens import keep_control_tokens_text
-from recipes.models.source import ModelSource
+from recipes.models.source import ModelSource, load_error
 
 # For bases whose tokenizer has no chat template. It adds no token to the vocabulary, ends each answer with EOS, and
 # marks what the assistant says for TRL's `assistant_only_loss`.
@@ -41,7 +41,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"No tokenizer could be loaded from {name}: {first_line(error)}") from error
+        raise load_error(f"No tokenizer could be loaded from {name}", name, error) from error
     if not tokenizer.encode("Hello", add_special_tokens=False):
         raise UserError(
             f"The tokenizer of {name} gives no tokens for text: transformers loads it as {type(tokenizer).__name__}, "
@@ -56,8 +56,41 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = next(spare, tokenizer.eos_token)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    keep_control_tokens_text(tokenizer)  # first, since it also bounds the time of the template
     stop_at_turn_end(tokenizer, source)
-    return keep_control_tokens_text(tokenizer)
+    return tokenizer
+
+
+def set_chat_template(
+    tokenizer: PreTrainedTokenizerBase, source: ModelSource, path: str, may_add_tokens: bool
+) -> None:
+    """Give a model's tokenizer the template of a .jinja file, or template and EOS token of another model's tokenizer.
+
+    Raises:
+        UserError: there is no template, or it needs tokens that the model does not have and may not get.
+    """
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            tokenizer.chat_template = file.read()
+    else:
+        try:
+            other = AutoTokenizer.from_pretrained(path)
+            tokenizer.chat_template = other.get_chat_template()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--chat_template_path {path}: no template could be read ({first_line(error)})."
+            ) from error
+        vocabulary = tokenizer.get_vocab()
+        new = [token for token in other.added_tokens_decoder.values() if token.content not in vocabulary]
+        if new and not may_add_tokens:
+            raise UserError(
+                f"--chat_template_path {path} adds {len(new)} tokens that {source.weights} does not have, "
+                f"{new[0].content} among them. An adapter has no place for their embeddings: take a .jinja template "
+                "of tokens that the model has, or train all weights with --use_peft false."
+            )
+        tokenizer.add_tokens(new)
+        tokenizer.eos_token = other.eos_token or tokenizer.eos_token
+    stop_at_turn_end(tokenizer, source)
 
 
 def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:

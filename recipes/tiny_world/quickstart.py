@@ -20,10 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from threading import Lock
 
 from recipes.cli.errors import UserError
+from recipes.cli.screen import headline
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNNING: list[subprocess.Popen] = []  # what other threads end
@@ -144,7 +144,10 @@ class Quickstart:
             raise UserError(f"{stage.title} failed; the end of {log}:\n{tail}")
         self.seconds[stage.name] = seconds = time.monotonic() - started
         self.save()
-        found = headline(self.folder / stage.output, stage.metrics)
+        found = ""
+        if stage.metrics:
+            state = json.loads((self.folder / stage.output / "trainer_state.json").read_text(encoding="utf-8"))
+            found = headline(state["log_history"], stage.metrics)
         print(f"  {stage.name}: done in {seconds:.0f} s  {found}".rstrip(), flush=True)
 
     def continuation(self, stage: Stage) -> list[str]:
@@ -204,21 +207,6 @@ def execute(command: list[str], log: Path, name: str) -> int:
                 shown = now
                 print(f"  {now - started:4.0f} s  {name}: {''.join(found[-1])}", flush=True)
     return process.wait()
-
-
-def headline(output: Path, metrics: dict[str, str]) -> str:
-    """First and last values of a run's metrics, averaged over three logged rows."""
-    if not metrics:
-        return ""
-    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
-    parts = []
-    for name, label in metrics.items():
-        values = [row[name] for row in state["log_history"] if name in row]
-        if len(values) > 1:
-            parts.append(f"{label} {fmean(values[:3]):.2f} -> {fmean(values[-3:]):.2f}")
-        elif values:
-            parts.append(f"{label} {values[0]:.2f}")
-    return ", ".join(parts)
 
 
 def finish(work: Callable[[], None]) -> int:

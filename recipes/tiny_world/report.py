@@ -8,8 +8,8 @@ from recipes.evaluation.plots import Figure, plt, to_svg
 from recipes.evaluation.report import aligned, render
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_no_kl": "PPO without KL"}
-COLORS = {"base": "#8c8c8c", "sft": "#4878a8", "ppo": "#2e8b57", "ppo_no_kl": "#c44e52"}
-RUNS = ("ppo", "ppo_no_kl")
+COLORS = {"base": "#8c8c8c", "sft": "#56b4e9", "ppo": "#0072b2", "ppo_no_kl": "#d55e00"}
+LINES = {"ppo": "-", "ppo_no_kl": "--"}
 SMOOTHING = 5  # rollouts in the moving average of the curves
 LABELS = {
     "step": "optimizer steps",
@@ -52,13 +52,13 @@ def plot_gold(report: dict) -> Figure:
 def plot_training(folder: Path) -> Figure:
     """Proxy reward, KL and gold over each PPO run, and gold against the proxy; a square is the end of a run."""
     step, proxy, kl, gold = LABELS
-    figure, panels = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
-    for name in RUNS:
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    for name, line in LINES.items():
         curves = read_curves(folder / name)
-        for axes, (x, y) in zip(panels, ((step, proxy), (step, kl), (step, gold), (proxy, gold)), strict=True):
-            axes.plot(curves[x], curves[y], color=COLORS[name], marker="s", markevery=[-1], label=NAMES[name])
+        for axes, (x, y) in zip(panels.flat, ((step, proxy), (step, kl), (step, gold), (proxy, gold)), strict=True):
+            axes.plot(curves[x], curves[y], line, color=COLORS[name], marker="s", markevery=[-1], label=NAMES[name])
             axes.set(xlabel=LABELS[x], ylabel=LABELS[y])
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 

@@ -1,9 +1,11 @@
 """Checkpoints that are whole or not there, for every trainer here: saving, stopping and going on where a run was."""
 
+import math
 import os
 import shutil
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import gather_object
@@ -14,9 +16,10 @@ from trl import SFTTrainer
 from trl.trainer.utils import RepeatSampler
 
 from recipes.cli import signals
-from recipes.cli.checkpoints import newest_whole, put_in_place, rotate, unfinished
+from recipes.cli.checkpoints import last_good_state, newest_whole, put_in_place, rotate, unfinished
 from recipes.cli.errors import RunEnded, UserError, first_line
-from recipes.cli.files import is_write_error, sizes, sync_tree
+from recipes.cli.files import is_write_error, sizes, sync_tree, write_text
+from recipes.models.loading import not_finite
 
 
 class EpochSampler(RepeatSampler):
@@ -79,12 +82,16 @@ class WholeCheckpoints(Trainer):
     since the last log, and what `running_state` of a trainer adds. So a resumed run
     logs what an uninterrupted one logs.
 
+    A loss, gradient or weight that is not a finite number ends the run before it reaches the disk.
+
     Raises:
-        UserError: a checkpoint cannot be written (the older ones are untouched), or lacks the state of this process.
+        UserError: a checkpoint cannot be written (the older ones are untouched), or lacks the state of this process; a
+            number is not finite.
         RunEnded: a signal came, and the checkpoint of this step is saved.
     """
 
     _saving = False
+    card: Callable[[], str] | None = None  # of a recipe; TRL's own card knows neither data nor numbers
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -124,7 +131,48 @@ class WholeCheckpoints(Trainer):
                 best = self.state.best_model_checkpoint
                 rotate(self._get_output_dir(None), self.args.save_total_limit, self._resumed_from, best)
 
+    # Numbers that are not finite
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            self.stop(f"the loss is {loss.item()}")
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: such a step is skipped, and scaled anew
+        if norm is not None and not scaled and not math.isfinite(float(norm)):
+            self.stop(f"the norm of the gradients is {float(norm)}")
+        return norm
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if not math.isfinite(logs.get("eval_loss", 0.0)):
+            self.stop(f"the loss of the evaluation is {logs['eval_loss']}")
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        if name := not_finite(self.accelerator.unwrap_model(self.model)):
+            self.stop(f"{name} is not finite, and such weights are not saved")
+        super().save_model(output_dir, _internal_call)
+
+    def stop(self, problem: str) -> NoReturn:
+        """End the run: name the step, what was found and its likely cause, and what can be gone on from."""
+        name, step = not_finite(self.accelerator.unwrap_model(self.model)), self.state.global_step
+        cause = "Lower --learning_rate, or train in float32 or bfloat16."
+        if name:
+            cause = f"The weights of {name} are not finite any more: lower --learning_rate."
+        if name and step == 0:
+            cause = f"The weights of {name} are not finite, as the model was loaded: take another one."
+        raise UserError(f"After step {step}: {problem}. {cause} {last_good_state(self.args.output_dir)}")
+
     # Saving
+
+    def create_model_card(self, *args, **kwargs):
+        if self.card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            write_text(os.path.join(self.args.output_dir, "README.md"), self.card())
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)

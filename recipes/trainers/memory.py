@@ -2,28 +2,36 @@
 
 The model is built from its configuration alone on torch's meta device, gets its adapters by PEFT, and runs the passes
 of a step under `FakeTensorMode`, forward and backward, while every storage that lives is counted. So the architecture,
-the attention implementation, autocast and activation checkpointing count as they will in the run; nothing is known
-of any model by name.
+the attention implementation, autocast and activation checkpointing count as they will in the run; nothing is known of
+any model by name.
 """
 
 import contextlib
 import copy
-import functools
 import math
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from trl.kernels import ChunkedLogProbFunction
 
 from recipes.cli.errors import UserError, first_line
-from recipes.models.adapters import add_score_roles, checkpoint_under_roles, seq_cls_config, use_role
+from recipes.models.adapters import (
+    add_copy,
+    add_score_roles,
+    checkpoint_under_roles,
+    seq_cls_config,
+    train_only,
+    use_role,
+)
+from recipes.models.heads import base_of, use_float32_head
 from recipes.trainers.fast.frozen_head import LOGITS_PER_BLOCK, FrozenHeadLogProbs
 from recipes.trainers.fast.lora_linear import fuse_adapters
 from recipes.trainers.fast.packed_weights import FEW_ROWS, linear_layers
@@ -42,39 +50,37 @@ OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "adafactor": 0, "sgd": 0, "rmsprop": 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides a step's memory.
+    """What decides a step's memory; the lengths are in tokens."""
 
-    Args:
-        step: `sft`, `reward` or `ppo`.
-        config: configuration of the base.
-        rows: sequences in one forward and backward: the micro-batch, for rewards all responses of its prompts.
-        tokens: longest sequence, of prompt and response together.
-        response_tokens: longest response of PPO.
-        rollout_rows: responses that PPO samples at once on one device, 0 where it samples elsewhere.
-        lora: the adapter that is trained, `None` for full fine-tuning.
-        dtype: of the weights as they are loaded. `autocast` computes in bfloat16 all the same.
-        quantization: a key of `QUANTIZED`, or `None`.
-        accumulates: gradients are held while micro-batches run (gradient accumulation).
-        buckets: gradients are copied for their exchange between processes (DDP).
-        on_cpu: the LM head's log-probabilities are computed in torch, not in TRL's Triton kernels.
-    """
-
-    step: str
+    step: str  # sft, reward or ppo
     config: PretrainedConfig
-    rows: int
-    tokens: int
-    response_tokens: int = 0
-    rollout_rows: int = 0
-    lora: LoraConfig | None = None
-    dtype: torch.dtype = torch.float32
-    autocast: bool = False
-    quantization: str | None = None
+    rows: int  # sequences in one forward and backward: the micro-batch, for rewards all responses of its prompts
+    tokens: int  # longest sequence, of prompt and response together
+    response_tokens: int = 0  # longest response of PPO
+    rollout_rows: int = 0  # responses that PPO samples at once on one device, 0 where it samples elsewhere
+    scoring_rows: int = 0  # responses that PPO scores at once, 0 for `rows`
+    merged_copy: bool = False  # PPO samples from a merged copy of the policy
+    lora: LoraConfig | None = None  # the adapter that is trained, None for full fine-tuning
+    dtype: torch.dtype = torch.float32  # of the weights as they are loaded
+    autocast: bool = False  # computes in bfloat16 all the same
+    quantization: str | None = None  # a key of QUANTIZED
+    trust_remote_code: bool = False
     checkpointing: bool = False
     attn_implementation: str | None = None
     optimizer: str = "adamw_torch_fused"
-    accumulates: bool = True
-    buckets: bool = False
-    on_cpu: bool = False
+    accumulates: bool = True  # gradients are held while micro-batches run
+    buckets: bool = False  # gradients are copied for their exchange between processes (DDP)
+    on_cpu: bool = False  # the LM head's log-probabilities are computed in torch, not in TRL's Triton kernels
+
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.autocast else self.dtype
+
+    def computing(self):
+        return torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
+
+    def has_frozen_head(self) -> bool:
+        """Whether the fast path `response_logps` is on."""
+        return self.on_cpu and self.step == "ppo" and self.lora is not None
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,6 @@ class Estimate:
 
     @property
     def worst(self) -> str:
-        """The phase that takes most."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
@@ -100,32 +105,23 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         given = {storage._cdata for storage in storages((args, kwargs))}
-        for storage in storages(out):
-            if storage._cdata not in given:  # else a view, of a weight perhaps
-                self._add(storage)
+        made = {storage._cdata: storage for storage in storages(out) if storage._cdata not in given}  # else a view
+        for storage in made.values():
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
         self.peak = max(self.peak, self.now)
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-
-        def freed(_):
-            self.now -= size
-            del self._alive[key]
-
-        self._alive[key] = weakref.ref(storage, freed)
-        self.now += size
+    def _free(self, size: int) -> None:
+        self.now -= size
 
 
-def storages(values) -> Iterator[torch.UntypedStorage]:
-    return (value.untyped_storage() for value in tree_iter(values) if isinstance(value, torch.Tensor))
+def storages(values) -> list[torch.UntypedStorage]:
+    return [value.untyped_storage() for value in tree_iter(values) if isinstance(value, torch.Tensor)]
 
 
 def estimate(setting: Setting) -> Estimate:
@@ -136,9 +132,8 @@ def estimate(setting: Setting) -> Estimate:
     """
     kind = setting.config.model_type
     try:
-        model, frozen_models, critic = build(setting)
-        held = held_parts(setting, model, frozen_models, critic)
-        return Estimate(held, phases(setting, model, measure_deep(setting, model, critic)))
+        model, critic = build(setting)
+        return Estimate(held_parts(setting, model, critic), phases(setting, model, measure_deep(setting, model)))
     except (DynamicOutputShapeException, RuntimeError) as error:
         raise UserError(
             f"A {kind} in {str(setting.dtype).removeprefix('torch.')} cannot be run without data, as some models "
@@ -148,40 +143,36 @@ def estimate(setting: Setting) -> Estimate:
         raise UserError(f"A model of type {kind} could not be built: {first_line(error)}") from error
 
 
-# Models
+# What is held
 
 
-def build(setting: Setting) -> tuple[nn.Module, int, PreTrainedModel | None]:
-    """The model that a step trains, without data; how many frozen copies stand beside it; and a separate critic."""
+def build(setting: Setting) -> tuple[nn.Module, PreTrainedModel | None]:
+    """The model that a step trains and a critic of its own, without data."""
     config = copy.deepcopy(setting.config)
     config.pad_token_id = config.get_text_config().pad_token_id = 0
     kwargs = {"dtype": setting.dtype, "attn_implementation": setting.attn_implementation}
-    classifier = copy.deepcopy(config)
-    classifier.num_labels = 1
+    kwargs |= {"trust_remote_code": setting.trust_remote_code}
+
+    def classifier() -> PreTrainedModel:
+        one_label = copy.deepcopy(config)
+        one_label.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(one_label, **kwargs)
+        use_float32_head(model)
+        return model
+
+    is_ppo, is_reward = setting.step == "ppo", setting.step == "reward"
     with torch.device("meta"):
-        if setting.step == "reward":
-            model = AutoModelForSequenceClassification.from_config(classifier, **kwargs)
-        else:
-            model = AutoModelForCausalLM.from_config(config, **kwargs)
+        model = classifier() if is_reward else AutoModelForCausalLM.from_config(config, **kwargs)
         if setting.lora is None:
-            full_ppo = setting.step == "ppo"
-            critic = AutoModelForSequenceClassification.from_config(classifier, **kwargs) if full_ppo else None
-            return model, 2 if full_ppo else 0, critic  # the frozen ones: reference and reward model
-        lora = seq_cls_config(setting.lora) if setting.step == "reward" else setting.lora
-        model = get_peft_model(model, lora)
-        if setting.step == "ppo":
-            model.add_adapter("ref", model.peft_config["default"])
+            return model, classifier() if is_ppo else None
+        model = get_peft_model(model, seq_cls_config(setting.lora) if is_reward else setting.lora)
+        if is_ppo:
+            add_copy(model, "default", "ref")
             add_score_roles(model, {"reward": None, "critic": None})
-            model.set_requires_grad(["ref", "reward"], False)
-            model.set_requires_grad(["default", "critic"], True)
-            model.get_base_model().score.modules_to_save["critic"].requires_grad_(True)
+            train_only(model, ("default", "critic"))
             if setting.quantization is None:
-                fuse_adapters(model.get_base_model())
-    if setting.quantization is not None:
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # as TRL's trainers do
-                parameter.data = parameter.data.to(torch.bfloat16)
-    return model, 0, None
+                fuse_adapters(base_of(model))
+        return model, None
 
 
 def materialize(model: nn.Module) -> None:
@@ -190,27 +181,24 @@ def materialize(model: nn.Module) -> None:
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in moved:  # tied weights stay tied
+                if tensor is not None and id(tensor) not in moved:  # tied weights stay tied
                     new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    if isinstance(tensor, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-                    moved[id(tensor)] = tensor, new
-                tensors[name] = moved[id(tensor)][1]
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = tensor, nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                tensors[name] = None if tensor is None else moved[id(tensor)][1]
 
 
-def size(parameters) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+def size(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def trained_parameters(model: nn.Module, critic: PreTrainedModel | None) -> list[nn.Parameter]:
-    return [p for module in filter(None, (model, critic)) for p in module.parameters() if p.requires_grad]
+def trained_parameters(*models: nn.Module | None) -> list[nn.Parameter]:
+    return [p for model in filter(None, models) for p in model.parameters() if p.requires_grad]
 
 
 def quantized_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights that bitsandbytes replaces: of all linear layers of the base but its head."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     kept = {id(module) for module in (base.get_output_embeddings(), getattr(base, "score", None)) if module}
     return [
         module.weight
@@ -219,14 +207,11 @@ def quantized_weights(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def held_parts(
-    setting: Setting, model: nn.Module, frozen_models: int, critic: PreTrainedModel | None
-) -> dict[str, int]:
+def held_parts(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
     """Bytes that stay from the first step to the last: weights, adapters, gradients and optimizer states."""
     own = dict(model.named_parameters())
     added = {name for name in own if "lora_" in name or ".modules_to_save." in name} if setting.lora else set()
-    base = [parameter for name, parameter in own.items() if name not in added]
-    weights = size(base)
+    weights = size(parameter for name, parameter in own.items() if name not in added)
     if setting.quantization is not None:
         quantized = quantized_weights(model)
         weights += int(sum(weight.numel() for weight in quantized) * QUANTIZED[setting.quantization]) - size(quantized)
@@ -236,7 +221,7 @@ def held_parts(
         parts["adapters and heads"] = size(own[name] for name in added)
     if critic is not None:
         parts["critic"] = size(critic.parameters())
-        parts["reference and reward model"] = frozen_models * weights
+        parts["reference and reward model"] = 2 * weights
     if setting.accumulates:
         parts["gradients"] = size(trained)
     if setting.buckets:
@@ -248,15 +233,32 @@ def held_parts(
 def optimizer_bytes(name: str, trained: list[nn.Parameter]) -> int:
     """State of an optimizer, by its name in transformers; bitsandbytes may page it out to the host."""
     copies = next((copies for kind, copies in OPTIMIZER_COPIES.items() if kind in name), 2)
-    if "8bit" in name:
-        return copies * sum(parameter.numel() for parameter in trained)
-    return copies * size(trained)
+    return copies * (sum(parameter.numel() for parameter in trained) if "8bit" in name else size(trained))
+
+
+def copy_bytes(setting: Setting, model: nn.Module) -> int:
+    """What a GPU samples from: the weights that an adapter changes, or all of them in another precision."""
+    if not setting.merged_copy:
+        return 0
+    if setting.compute_dtype() == setting.dtype:
+        weights = [layer.get_base_layer().weight for layer in model.modules() if isinstance(layer, LoraLayer)]
+    else:
+        weights = [p for name, p in base_of(model).named_parameters() if "lora_" not in name and "score" not in name]
+    return sum(weight.numel() for weight in weights) * setting.compute_dtype().itemsize
+
+
+def packed_bytes(setting: Setting, model: nn.Module) -> int:
+    """What a CPU samples from, see `recipes.trainers.fast.packed_weights`."""
+    in_float32 = setting.compute_dtype() == torch.float32 and setting.quantization is None
+    if not (setting.on_cpu and in_float32 and setting.rollout_rows <= FEW_ROWS):
+        return 0
+    return size(getattr(layer, "base_layer", layer).weight for layer in linear_layers(base_of(model)))
 
 
 # Passes
 
 
-def measure_deep(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
+def measure_deep(setting: Setting, model: nn.Module) -> dict[str, int]:
     """`measure`, extrapolated from two shallow models to the depth of `model` where its layers repeat.
 
     While gradients are held all along, the peaks grow by the same bytes with every layer.
@@ -266,13 +268,13 @@ def measure_deep(setting: Setting, model: nn.Module, critic: PreTrainedModel | N
     period = next(p for p in range(1, depth + 1) if all(a == b for a, b in zip(types, types[p:], strict=False)))
     few = period * math.ceil(2 / period)
     if setting.accumulates and 2 * few < depth:
-        small = [build(replace(setting, config=shallow(setting.config, layers))) for layers in (few, 2 * few)]
-        counts = [sum(parameter.numel() for parameter in each.parameters()) for each, *_ in small]
-        deep_count = sum(parameter.numel() for parameter in model.parameters())
+        small = [replace(setting, config=shallow(setting.config, layers)) for layers in (few, 2 * few)]
+        counts = [sum(p.numel() for p in build(each)[0].parameters()) for each in small]
+        deep_count = sum(p.numel() for p in model.parameters())
         if deep_count - counts[1] == (counts[1] - counts[0]) * (depth - 2 * few) / few:
-            low, high = (measure(setting, each, its_critic) for each, _, its_critic in small)
+            low, high = map(measure, small)
             return {name: high[name] + (high[name] - low[name]) * (depth - 2 * few) // few for name in low}
-    return measure(setting, model, critic)
+    return measure(setting)
 
 
 def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -285,49 +287,62 @@ def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return config
 
 
-def measure(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
+def measure(setting: Setting) -> dict[str, int]:
     """Run the passes of a step without data.
 
     Returns peaks, and what is left: `cache` and `prefill` of the prompts' pass in sampling, `scoring` without
     gradients, `activations` after the forward passes of an update and `update`, its peak.
     """
-    found = {}
+    model, critic = build(setting)
+    sampler = model
+    if setting.merged_copy:
+        sampler, _ = build(replace(setting, step="sft", lora=None, dtype=setting.compute_dtype()))
     with FakeTensorMode() as mode:
-        for module in filter(None, (model, critic)):
+        for module in {model, critic, sampler} - {None}:
             materialize(module)
         with mode:
+            found = measure_prefill(setting, sampler) if setting.rollout_rows else {}
             if setting.step == "ppo":
-                if setting.rollout_rows:
-                    found |= measure_prefill(setting, model)
-                with torch.no_grad(), LiveBytes() as live, role(model, "default"), computing(setting):
-                    last_hidden_state(setting, model)
+                rows = setting.scoring_rows or setting.rows
+                with torch.no_grad(), LiveBytes() as live, use_role(model, "default"), setting.computing():
+                    last_hidden_state(model, rows, setting.tokens)
                 found["scoring"] = live.peak
             return found | measure_update(setting, model, critic)
 
 
-def measure_prefill(setting: Setting, model: nn.Module) -> dict[str, int]:
+def measure_prefill(setting: Setting, sampler: nn.Module) -> dict[str, int]:
     ids = torch.zeros(setting.rollout_rows, setting.tokens - setting.response_tokens, dtype=torch.long)
     # `PeftModel.generate` calls the base itself, whose forward is not the one that Accelerate puts under autocast.
-    autocast = contextlib.nullcontext() if setting.lora else computing(setting)
-    with torch.no_grad(), LiveBytes() as live, role(model, "default"), autocast:
-        cache = base_of(model).base_model(input_ids=ids, use_cache=True).past_key_values
-    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor) and t.dim()]
-    return {"cache": size(tensors), "prefill": live.peak}
+    is_plain = setting.merged_copy or setting.lora is not None
+    autocast = contextlib.nullcontext() if is_plain else setting.computing()
+    with torch.no_grad(), LiveBytes() as live, use_role(sampler, "default"), autocast:
+        cache = base_of(sampler).base_model(input_ids=ids, use_cache=True).past_key_values
+    values = [value for layer in cache.layers for value in vars(layer).values()]
+    return {"cache": size(v for v in values if isinstance(v, torch.Tensor) and v.dim()), "prefill": live.peak}
+
+
+def last_hidden_state(model: nn.Module, rows: int, tokens: int) -> torch.Tensor:
+    ids = torch.zeros(rows, tokens, dtype=torch.long)
+    return base_of(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def measure_update(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
-    prepare_training(setting, model, critic)
+    for module in filter(None, (model, critic)):
+        module.train()
+        if setting.checkpointing:
+            if isinstance(module, PeftModel):
+                checkpoint_under_roles(module)
+                base_of(module).enable_input_require_grads()
+            base_of(module).activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     if setting.accumulates:
         for parameter in trained_parameters(model, critic):
             parameter.grad = torch.zeros_like(parameter)
-    passes = [functools.partial(policy_loss, setting, model)]
-    if setting.step == "ppo":
-        passes.append(functools.partial(critic_loss, setting, model, critic))
+    passes = [policy_loss, critic_loss] if setting.step == "ppo" else [policy_loss]
     loss, kept = 0, 0
     with LiveBytes() as live:
         for number, forward in enumerate(passes, 1):
-            with computing(setting):
-                loss = loss + forward()
+            with setting.computing():
+                loss = loss + forward(setting, model, critic)
             kept = max(kept, live.now)
             if number == len(passes) or not setting.buckets:  # one process needs no backward of all at once
                 loss.backward()
@@ -335,68 +350,30 @@ def measure_update(setting: Setting, model: nn.Module, critic: PreTrainedModel |
     return {"activations": kept, "update": live.peak}
 
 
-def phases(setting: Setting, model: nn.Module, measured: dict[str, int]) -> dict[str, dict[str, int]]:
-    """Bytes on top of what is held, by phase and part."""
-    config = setting.config.get_text_config()
-    unpacked = {}
-    if setting.quantization is not None:  # bitsandbytes unpacks one layer's weight at a time
-        unpacked = {"unpacked weight": max(size([weight]) for weight in quantized_weights(model))}
-    found = {}
-    if "cache" in measured:
-        prompt, cache = setting.tokens - setting.response_tokens, measured["cache"]
-        full = cache * setting.tokens // prompt
-        sampling = SAMPLING_TENSORS * 4 * setting.rollout_rows * config.vocab_size
-        growing = full // config.num_hidden_layers  # a layer's cache is copied to grow
-        decoding = {"decoding": max(measured["prefill"] - full, growing + sampling)}
-        found["generation"] = {"KV cache": full, "packed weights": packed_bytes(setting, model)} | decoding
-    if "scoring" in measured:
-        found["scoring"] = {"forward passes": measured["scoring"], "logits": head_bytes(setting)}
-    activations = measured["activations"]
-    found["update"] = {"activations": activations, "backward": measured["update"] - activations}
-    return {name: parts | unpacked for name, parts in found.items()}
-
-
-def packed_bytes(setting: Setting, model: nn.Module) -> int:
-    """The copies that a CPU samples from, see `recipes.trainers.fast.packed_weights`."""
-    in_float32 = setting.dtype == torch.float32 and not setting.autocast and setting.quantization is None
-    if not (setting.on_cpu and in_float32 and setting.rollout_rows <= FEW_ROWS):
-        return 0
-    return size([getattr(layer, "base_layer", layer).weight for layer in linear_layers(base_of(model))])
-
-
-def policy_loss(setting: Setting, model: nn.Module) -> torch.Tensor:
+def policy_loss(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> torch.Tensor:
     """A scalar with the graph of the LM head's pass, or of the reward's."""
     if setting.step == "reward":
-        return model(input_ids=input_ids(setting), use_cache=False).logits.float().sum()
-    with role(model, "default"):
-        hidden = last_hidden_state(setting, model)
-        head = base_of(model).get_output_embeddings()
-        # Off a GPU TRL's head scores every position, which `FrozenHeadLogProbs` spares.
-        response_only = setting.step == "ppo" and not (setting.on_cpu and setting.lora is None)
-        predicting = hidden[:, -setting.response_tokens :] if response_only else hidden[:, :-1]
-        return log_probs_loss(setting, predicting.reshape(-1, hidden.size(-1)), head.weight)
+        ids = torch.zeros(setting.rows, setting.tokens, dtype=torch.long)
+        return model(input_ids=ids, use_cache=False).logits.float().sum()
+    with use_role(model, "default"):
+        hidden = last_hidden_state(model, setting.rows, setting.tokens)
+    # Off a GPU TRL's head scores every position, which `FrozenHeadLogProbs` spares.
+    response_only = setting.step == "ppo" and not (setting.on_cpu and setting.lora is None)
+    states = hidden[:, -setting.response_tokens :] if response_only else hidden[:, :-1]
+    states, weight = states.reshape(-1, hidden.size(-1)), base_of(model).get_output_embeddings().weight
+    if not setting.on_cpu:
+        return TiledHead.apply(states, weight, head_bytes(setting, setting.rows))
+    targets = torch.zeros(len(states), dtype=torch.long)
+    if setting.has_frozen_head():
+        return FrozenHeadLogProbs.apply(states, weight, targets, 1.0, False)[0].sum()
+    return ChunkedLogProbFunction.apply(states, weight, None, targets, 1.0, HEAD_VOCABULARY)[0].sum()
 
 
 def critic_loss(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> torch.Tensor:
-    if critic is None:
-        with role(model, "critic"):
-            hidden, score = last_hidden_state(setting, model), base_of(model).score.modules_to_save["critic"]
-    else:
-        hidden, score = critic.base_model(input_ids=input_ids(setting), use_cache=False)[0], critic.score
-    states = hidden[:, -setting.response_tokens :].reshape(-1, hidden.size(-1))
-    return score(states.to(score.weight.dtype)).float().sum()
-
-
-def log_probs_loss(setting: Setting, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The LM head as it runs: TRL's tiles, or on a CPU with a head that is frozen `FrozenHeadLogProbs`."""
-    targets = torch.zeros(len(hidden), dtype=torch.long)
-    if not setting.on_cpu:
-        return TiledHead.apply(hidden, weight, head_bytes(setting))
-    if has_frozen_head(setting):
-        return FrozenHeadLogProbs.apply(hidden, weight, targets, 1.0, False)[0].sum()
-    from trl.kernels import ChunkedLogProbFunction
-
-    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, HEAD_VOCABULARY)[0].sum()
+    with use_role(model, "critic"):
+        hidden = last_hidden_state(critic or model, setting.rows, setting.tokens)
+    score = critic.score if critic is not None else base_of(model).score.modules_to_save["critic"]
+    return score(hidden[:, -setting.response_tokens :].reshape(-1, hidden.size(-1))).sum()
 
 
 class TiledHead(torch.autograd.Function):
@@ -419,47 +396,30 @@ class TiledHead(torch.autograd.Function):
         return for_hidden.to(hidden.dtype), None if for_weight is None else for_weight.to(weight.dtype), None
 
 
-def has_frozen_head(setting: Setting) -> bool:
-    return setting.on_cpu and setting.step == "ppo" and setting.lora is not None
-
-
-def head_bytes(setting: Setting) -> int:
+def head_bytes(setting: Setting, rows: int) -> int:
     """The logits that the head works on at a time: TRL's tile, or a block of `FrozenHeadLogProbs`."""
-    if has_frozen_head(setting):
+    if setting.has_frozen_head():
         return 4 * LOGITS_PER_BLOCK
-    predicted = setting.rows * (setting.response_tokens or setting.tokens)
-    width = 2 if setting.autocast else torch.empty((), dtype=setting.dtype).element_size()
-    return min(predicted, HEAD_TOKENS) * HEAD_VOCABULARY * width
+    predicted = rows * (setting.response_tokens or setting.tokens)
+    return min(predicted, HEAD_TOKENS) * HEAD_VOCABULARY * setting.compute_dtype().itemsize
 
 
-def prepare_training(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> None:
-    for module in filter(None, (model, critic)):
-        module.train()
-        base = base_of(module)
-        if setting.checkpointing:
-            if isinstance(module, PeftModel):
-                checkpoint_under_roles(module)
-            kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-            base.activation_checkpointing_enable(kwargs)
-            if setting.lora is not None:
-                base.enable_input_require_grads()
-
-
-def base_of(model: nn.Module) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def role(model: nn.Module, name: str):
-    return use_role(model, name) if isinstance(model, PeftModel) else contextlib.nullcontext()
-
-
-def computing(setting: Setting):
-    return torch.autocast("cpu", torch.bfloat16) if setting.autocast else contextlib.nullcontext()
-
-
-def input_ids(setting: Setting) -> torch.Tensor:
-    return torch.zeros(setting.rows, setting.tokens, dtype=torch.long)
-
-
-def last_hidden_state(setting: Setting, model: nn.Module) -> torch.Tensor:
-    return base_of(model).base_model(input_ids=input_ids(setting), use_cache=False).last_hidden_state
+def phases(setting: Setting, model: nn.Module, measured: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Bytes on top of what is held, by phase and part."""
+    config, found = setting.config.get_text_config(), {}
+    if "cache" in measured:
+        full = measured["cache"] * setting.tokens // (setting.tokens - setting.response_tokens)
+        sampling = SAMPLING_TENSORS * 4 * setting.rollout_rows * config.vocab_size
+        growing = full // config.num_hidden_layers  # a layer's cache is copied to grow
+        weights = {"merged copy": copy_bytes(setting, model), "packed weights": packed_bytes(setting, model)}
+        found["generation"] = {"KV cache": full} | {name: each for name, each in weights.items() if each}
+        found["generation"]["decoding"] = max(measured["prefill"] - full, growing + sampling)
+    if "scoring" in measured:
+        logits = head_bytes(setting, setting.scoring_rows or setting.rows)
+        found["scoring"] = {"forward passes": measured["scoring"], "logits": logits}
+    activations = measured["activations"]
+    found["update"] = {"activations": activations, "backward": measured["update"] - activations}
+    if setting.quantization is not None:  # bitsandbytes unpacks one layer's weight at a time
+        unpacked = max(size([weight]) for weight in quantized_weights(model))
+        found = {name: parts | {"unpacked weight": unpacked} for name, parts in found.items()}
+    return found

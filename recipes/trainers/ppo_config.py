@@ -7,6 +7,8 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 from trl import GRPOConfig
 
+from recipes.cli.errors import UserError
+
 FAST_PATHS = (
     "response_logps",
     "length_sorting",
@@ -57,10 +59,15 @@ REFUSED = {
     "neftune_noise_alpha": "noise in the embeddings would make the policy another one than the one that sampled",
     "train_sampling_strategy": "prompts are shuffled anew each epoch, or keep their order with shuffle_dataset: false",
 }
-NOT_NEGATIVE = ("kl_coef", "vf_coef", "ptx_coef", "epsilon", "cliprange_value", "missing_eos_penalty")
-NOT_NEGATIVE += ("critic_learning_rate", "critic_warmup_steps")
-POSITIVE = ("score_std", "score_clip", "adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "temperature")
-POSITIVE += ("ptx_max_length", "total_episodes", "num_iterations")
+NOT_NEGATIVE = (
+    *("kl_coef", "vf_coef", "ptx_coef", "epsilon", "cliprange_value", "missing_eos_penalty"),
+    *("critic_learning_rate", "critic_warmup_steps"),
+)
+POSITIVE = (
+    *("score_std", "score_clip", "adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "temperature"),
+    *("ptx_max_length", "total_episodes", "num_iterations", "num_generations"),
+    "local_rollout_forward_batch_size",
+)
 
 # Keys of generation_kwargs that a rollout cannot have, and what to set instead.
 REFUSED_IN_GENERATION = {
@@ -146,6 +153,13 @@ class PPOConfig(GRPOConfig):
     total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
 
     # Speed
+    local_rollout_forward_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Responses that a device scores at a time, without gradients; more of them where they are short. "
+            "Default: per_device_train_batch_size. Four times as many take about as much memory."
+        },
+    )
     fast_paths: list[str] = field(
         default_factory=lambda: list(FAST_PATHS),
         metadata={
@@ -165,12 +179,15 @@ class PPOConfig(GRPOConfig):
                 value = getattr(self, name)
                 if value is not None and not (0 < value < math.inf or value == 0 and at_least == "at least"):
                     raise ValueError(f"{name} must be {at_least} 0, got {value}.")
-        if self.score_mean is not None and not math.isfinite(self.score_mean):
-            raise ValueError(f"score_mean must be a number, got {self.score_mean}.")
+        for name, numbers in (("score_mean", [self.score_mean]), ("reward_weights", self.reward_weights or [])):
+            if not all(number is None or math.isfinite(number) for number in numbers):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
         if self.kl_estimator not in ("k1", "k3"):
             raise ValueError(f"kl_estimator must be k1 or k3, got {self.kl_estimator}.")
         if self.loss_type not in ("dapo", "bnpo"):
             raise ValueError(f"loss_type must be dapo or bnpo for PPO, got {self.loss_type}.")
+        if self.fp16 and self.target_kl is not None:
+            raise ValueError("target_kl leaves out minibatches, which the loss scaling of fp16 cannot: use bf16.")
         if unknown := set(self.fast_paths) - set(FAST_PATHS):
             raise ValueError(f"fast_paths takes {', '.join(FAST_PATHS)}, not {', '.join(sorted(unknown))}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -178,6 +195,8 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        if self.fp16 and self.target_kl is not None:
+            raise ValueError("target_kl leaves out updates, and fp16 cannot scale a loss that is not there: use bf16.")
         # Policy and critic are two forwards before one backward, which DDP's search for unused parameters and its
         # buffer broadcast both break.
         if self.ddp_find_unused_parameters is None:
@@ -187,6 +206,8 @@ class PPOConfig(GRPOConfig):
         if self.num_generations == 1:
             self.num_generations = _OneResponse(1)
         super().__post_init__()
+        if self.local_rollout_forward_batch_size is None:
+            self.local_rollout_forward_batch_size = self.per_device_train_batch_size
         self.num_generations = int(self.num_generations)
         self._check_generation_kwargs()
         if self.steps_per_generation % self.gradient_accumulation_steps:
@@ -219,3 +240,23 @@ class PPOConfig(GRPOConfig):
     def micro_batches_per_rollout(self) -> int:
         """Micro-batches that a process trains on from one rollout to the next, over all epochs."""
         return self.steps_per_generation * self.num_iterations
+
+    def check_prompts(self, prompts: int) -> None:
+        """Check that a dataset of so many prompts is enough for one rollout.
+
+        Raises:
+            UserError: it is not; names values that fit.
+        """
+        rollout = self.generation_batch_size // self.num_generations
+        if prompts < rollout:
+            responses = prompts * self.num_generations // self.world_size
+            steps = self.steps_per_generation if responses >= self.steps_per_generation else 1
+            sizes = range(responses // steps, 0, -1)
+            fitting = (size for size in sizes if size * steps * self.world_size % self.num_generations == 0)
+            flags = f"--per_device_train_batch_size {next(fitting, 1)} --steps_per_generation {steps}"
+            if steps % self.gradient_accumulation_steps:
+                flags += " --gradient_accumulation_steps 1"
+            raise UserError(
+                f"One rollout is {rollout} prompts and the dataset has {prompts} to train on: get more prompts, "
+                f"or set {flags}."
+            )

@@ -1,11 +1,9 @@
 """Warnings about a PPO run while it runs, each with its likely cause: one line a problem, logged once."""
 
-import os
-
 import torch
 from accelerate.logging import get_logger
-from transformers.trainer_utils import get_last_checkpoint
 
+from recipes.cli.checkpoints import last_good_state
 from recipes.cli.errors import UserError
 from recipes.trainers.ppo_config import PPOConfig
 
@@ -14,12 +12,6 @@ logger = get_logger(__name__)
 # Trained policies stay below 10 nats a response in the literature; at 50 to 85 they won under 20 % (2403.17031).
 RUNAWAY_KL = 50.0
 POOR_CRITIC_ROLLOUTS = 10
-
-
-def last_good_state(output_dir: str) -> str:
-    """A sentence that names the newest checkpoint of a run."""
-    checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-    return "There is no checkpoint yet." if checkpoint is None else f"The last good checkpoint is {checkpoint}."
 
 
 class PPOMonitor:
@@ -43,10 +35,12 @@ class PPOMonitor:
         response with None, which is NaN here; the reward model may not.
         """
         passed = scores.isnan() & (torch.arange(scores.size(1), device=scores.device) >= has_reward_model)
-        unscored = ~(scores.isfinite() | passed).all(1) | passed.all(1)
+        wrong = ~(scores.isfinite() | passed)
+        unscored = wrong.any(1) | passed.all(1)
         if unscored.any():
+            at_fault = [name for name, bad in zip(names, wrong.any(0).tolist(), strict=True) if bad] or names
             raise UserError(
-                f"Step {step}: {', '.join(names)} gave no finite score to {int(unscored.sum())} of {len(scores)} "
+                f"Step {step}: {', '.join(at_fault)} gave no finite score to {int(unscored.sum())} of {len(scores)} "
                 f"responses, the first in row {int(unscored.nonzero()[0])} of the rollout. "
                 f"{last_good_state(self.args.output_dir)}"
             )

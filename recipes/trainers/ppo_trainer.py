@@ -14,6 +14,7 @@ needs a value for every token. A rollout has four steps, in this order in the fi
 import contextlib
 import copy
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -28,15 +29,17 @@ from trl.data_utils import is_conversational
 from trl.models.utils import prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, first_line
 from recipes.models.adapters import (
     AdapterEMA,
+    adapter_parameters,
     add_copy,
     add_score_roles,
     check_adapter_kind,
     checkpoint_under_roles,
     float32_adapters,
     keep_one_embedding_hook,
+    model_with_adapter,
     train_only,
     use_role,
 )
@@ -44,11 +47,15 @@ from recipes.models.dropout import disable_dropout_rates
 from recipes.models.heads import (
     add_score_forward,
     add_state_forward,
+    base_of,
     critic_from_policy,
+    full_critic,
     load_critic,
     save_trained,
     use_float32_head,
+    without_critic,
 )
+from recipes.models.loading import not_finite
 from recipes.models.tokenization import turn_end
 from recipes.models.vllm import send_only_policy
 from recipes.trainers.checkpoints import EpochSampler, WholeCheckpoints
@@ -65,7 +72,8 @@ from recipes.trainers.ppo_math import (
     value_losses,
     whiten,
 )
-from recipes.trainers.ppo_monitor import PPOMonitor, last_good_state
+from recipes.trainers.ppo_monitor import PPOMonitor
+from recipes.trainers.ppo_tracking import PPOTracking, describe, gradient_norms, readable
 from recipes.trainers.ptx import PtxBatches
 from recipes.trainers.reward_functions import checked
 from recipes.trainers.rollout import Results, Rollout, at_responses, sequences
@@ -94,8 +102,9 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
     Hooks into TRL 1.16, which `tests/trainers/test_trl_contract.py` compares with the installed TRL. For a new rollout
     `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate`,
     `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and `_calculate_rewards`,
-    in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `_get_train_sampler`,
-    `_save`, `_load_from_checkpoint` and [`WholeCheckpoints`] make a run resume where it was.
+    in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `log` makes completions
+    readable. `_get_train_sampler`, `_save`, `_load_from_checkpoint`, `_load_best_model` and [`WholeCheckpoints`] make
+    a run go on where it was.
 
     Raises:
         ValueError: there is nothing to score with.
@@ -124,26 +133,26 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         optimizers: tuple = (None, None),
         peft_config: PeftConfig | None = None,
     ):
+        if ref_model is model or (value_model is reward_model and value_model is not None):
+            raise UserError("ref_model and model, value_model and reward_model must not be the same object: copy one.")
+        if peft_config is not None and isinstance(model, PeftModel):
+            raise UserError("model is a PeftModel already: leave peft_config out, or merge its adapter first.")
         if peft_config is not None:
             set_seed(args.seed)  # as GRPOTrainer does, before the adapter draws its initial weights
             model = get_peft_model(model, peft_config)
-        prompts = args.generation_batch_size // args.num_generations
-        if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts:
-            raise UserError(
-                f"One rollout is {prompts} prompts and the dataset has {len(train_dataset)}: "
-                "lower per_device_train_batch_size or steps_per_generation."
-            )
+        if isinstance(train_dataset, Dataset):
+            args.check_prompts(len(train_dataset))
         if args.ptx_coef > 0 and ptx_dataset is None:
             raise UserError("ptx_coef needs demonstrations: set ptx_dataset.")
 
         self._policy, self._is_peft = model, isinstance(model, PeftModel)
-        self._base = model.get_base_model() if self._is_peft else model
+        self._base = base_of(model)
         ref_model = self._add_reference(ref_model)
-        self._add_critic(value_model)
         if args.ema_decay is not None:
             callbacks = [*(callbacks or []), self._add_ema(args.ema_decay)]
-        if self._is_peft:
-            train_only(model, ("default", "critic"))
+        # Last: no adapter of the policy may come into its layers.
+        self._add_critic(value_model, args.trust_remote_code)
+        self._train_only_roles()
         reward_tokenizer = reward_processing_class or processing_class
         reward_funcs = self._add_rewards(reward_model, reward_tokenizer, processing_class, reward_funcs)
 
@@ -168,6 +177,9 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
             batch_size, max_length = args.per_device_train_batch_size, args.ptx_max_length
             self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed)
         pad_is_eos = self._tokenizer.pad_token_id in self.eos_token_ids
+        self._table_logged = True
+        self._tracking = PPOTracking(self.callback_handler.callbacks)
+        self.callback_handler.callbacks.insert(0, self._tracking)  # what it adds to a log comes before the trackers
         self._monitor = PPOMonitor(args, pad_is_eos, ratio_tolerance=1e-3 if self._in_float32 else 0.05)
 
     # Construction
@@ -183,17 +195,30 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
                     add_copy(self._policy, "default", "ref")
         elif ref_model is None:
             ref_model = copy.deepcopy(self._policy)
-        return None if ref_model is None else ref_model.requires_grad_(False)
+        return None if ref_model is None else model_with_adapter(ref_model, "ref_model").requires_grad_(False)
 
-    def _add_critic(self, value_model: PreTrainedModel | None) -> None:
+    def _add_critic(self, value_model: PreTrainedModel | None, trust_remote_code: bool) -> None:
         if self._is_peft and "critic" in self._policy.peft_config:
+            if value_model is not None:
+                raise UserError("value_model and the policy's adapter `critic` are two critics: pass one of them.")
             return
         if self._is_peft and value_model is None:
             add_score_roles(self._policy, {"critic": None})
             return
-        self._base.critic = critic_from_policy(self._policy) if value_model is None else value_model
-        self._base.critic.requires_grad_(True)
-        use_float32_head(self._base.critic)
+        if value_model is None:
+            value_model = critic_from_policy(self._policy, trust_remote_code)
+        if not isinstance(value_model, PeftModel):
+            value_model.requires_grad_(True)
+        use_float32_head(model_with_adapter(value_model, "value_model"))
+        self._base.critic = value_model
+
+    def _train_only_roles(self) -> None:
+        """Turn gradients on for policy and critic only; of a critic that is a `PeftModel`, for its adapter."""
+        critic = full_critic(self._policy)
+        if self._is_peft:
+            train_only(self._policy, ("default", "critic"))
+        if isinstance(critic, PeftModel):
+            train_only(critic, critic.active_adapters)
 
     def _add_ema(self, decay: float) -> TrainerCallback:
         if not self._is_peft:
@@ -215,7 +240,8 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         if reward_model is not None:
             if reward_model.config.num_labels != 1:
                 raise UserError(f"reward_model has num_labels={reward_model.config.num_labels}, PPO needs 1.")
-            add_score_forward(reward_model.requires_grad_(False).eval())
+            self._reward_model = model_with_adapter(reward_model, "reward_model").requires_grad_(False).eval()
+            add_score_forward(self._reward_model)
         if self._has_reward_model:
             functions.insert(0, reward_model_function)
         if not functions:
@@ -242,7 +268,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
             self._reward_model = self._prepare_frozen(self._reward_model)
 
     def _prepare_frozen(self, model: PreTrainedModel) -> nn.Module:
-        """`model` on this process's device, or in shares where the policy is; as TRL prepares its reference."""
+        """`model` on this process's device, or sharded where the policy is, as TRL prepares its reference."""
         if self.is_fsdp_enabled:
             return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
@@ -259,7 +285,8 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         """One micro-batch; at the start of a rollout TRL makes it anew and deals it to micro-batches."""
         before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
+        with self._phase("score"):
+            inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is before:
             return inputs
         self._buffered_inputs = self._fast.sort_by_length(self._buffered_inputs)
@@ -267,19 +294,30 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _generate(self, prompts: list):
         """TRL's sampling of B prompts, whose ids the steps after it need."""
-        with self._fast.sampling(), self._only_own_sampling():
-            samples = super()._generate(prompts)
+        try:
+            with self._fast.sampling(), self._only_own_sampling(), self._phase("sample"):
+                samples = super()._generate(prompts)
+        except (UserError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not not_finite(self._policy):
+                raise
+            self.stop(f"nothing can be sampled ({first_line(error)})")
+        self._begin_table()
         self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
         return samples
 
     @contextlib.contextmanager
     def _only_own_sampling(self) -> Iterator[None]:
-        """Around generation: hide the base's generation_config.json, whose filters would make another policy of it."""
+        """Around generation: hide the base's generation_config.json, whose filters would make another policy of it.
+
+        Continuous batching in TRL leaves the model in training mode; an evaluation stays one.
+        """
         of_base, self._base.generation_config = self._base.generation_config, GenerationConfig()
+        training = self.model.training
         try:
             yield
         finally:
             self._base.generation_config = of_base
+            self.model.train(training)
 
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
@@ -377,6 +415,10 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         with use_role(self._policy, self._ref_role or "default"):
             rollout.ref_logps, _ = self._logps(self.ref_model or self.model, *rows)
         rollout.values = self._values(self.model, *rows) * rollout.mask
+        policy, reference = "log-probabilities of the policy", "log-probabilities of the reference"
+        total = (rollout.logps - rollout.ref_logps).sum()
+        self._check_finite("the KL", total, {policy: rollout.logps, reference: rollout.ref_logps})
+        self._check_finite("the sum of values", rollout.values.sum(), {"values": rollout.values})
         if self.args.missing_eos_penalty is not None:
             rollout.scores = rollout.scores - self.args.missing_eos_penalty * rollout.is_unfinished(self.eos_token_ids)
         if self.args.score_clip is not None:
@@ -441,7 +483,10 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         metrics["val/num_eos_tokens"].append(self._sum_over_processes(eos).item())
         explained = explained_variance(rollout.values, rollout.returns, mask, self._sum_over_processes).item()
         metrics["val/explained_variance"].append(explained)
+        for name, value in describe(rollout, per_response["scores"], self.accelerator).items():
+            metrics[name].append(value)
         if mode == "train":
+            self._tracking.rollout(per_response["scores"], self.accelerator.gather(mask.sum(1)))
             unfinished = self.accelerator.gather(rollout.is_unfinished(self.eos_token_ids).float()).mean().item()
             self._monitor.rollout(per_response["kl"], per_response["scores"], unfinished, explained)
             rollouts = self._step // self.args.micro_batches_per_rollout + 1
@@ -475,7 +520,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         if args.entropy_coef:
             losses = losses - args.entropy_coef * entropies
         loss = (losses * mask).sum() / tokens
-        self._check_finite(loss, "log-probabilities", logps)
+        self._check_finite("the loss", loss, {"log-probabilities": logps})
         loss = self._fast.backward_early(loss)
 
         if self._ptx is not None and self.model.training:
@@ -484,7 +529,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         values = self._values(model, ids, attention_mask, width) * mask
         critic_losses, clipped = value_losses(values, inputs["old_values"], inputs["returns"], args.cliprange_value)
         loss = loss + args.vf_coef * (critic_losses * mask).sum() / tokens
-        self._check_finite(loss, "values", values)
+        self._check_finite("the loss", loss, {"values": values})
 
         metrics |= {"policy/entropy_avg": entropies, "loss/value_avg": critic_losses, "val/clipfrac_avg": clipped}
         self._log_update({name: value.detach().float() for name, value in metrics.items()}, mask)
@@ -513,15 +558,12 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._metrics["train"]["loss/ptx_avg"].append(self.accelerator.gather(loss.detach()).mean().item())
         return self.args.ptx_coef * loss / self.current_gradient_accumulation_steps
 
-    def _check_finite(self, loss: torch.Tensor, cause: str, numbers: torch.Tensor) -> None:
-        """Stop before a loss that is not a finite number reaches the weights; `numbers` (B, T) it comes from."""
-        if not loss.isfinite():
-            rows = (~numbers.isfinite().all(1)).nonzero()[:, 0].tolist()
-            raise UserError(
-                f"Step {self.state.global_step}: the loss is {loss.item()}, by {cause} of rows {rows} of the "
-                "micro-batch. Lower learning_rate, or look for a role in half precision. "
-                f"{last_good_state(self.args.output_dir)}"
-            )
+    def _check_finite(self, name: str, number: torch.Tensor, causes: dict[str, torch.Tensor]) -> None:
+        """Stop before a scalar that is not finite reaches the weights; it comes from `causes`, (B, T) each."""
+        if not number.isfinite():
+            rows = {cause: (~of.isfinite().all(1)).nonzero()[:, 0].tolist() for cause, of in causes.items()}
+            found = " and ".join(f"{cause} of rows {bad}" for cause, bad in rows.items() if bad)
+            self.stop(f"{name} is {number.item()}, by {found or 'too large numbers'}")
 
     def _log_update(self, by_token: dict[str, torch.Tensor], mask: torch.Tensor) -> None:
         """Log the means of (B, T) numbers over the tokens of the whole minibatch, however it is split."""
@@ -546,26 +588,54 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
             # Parameters without a gradient are left alone by the optimizer, its momentum included.
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._phase("update"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.state.global_step < self.args.critic_warmup_steps:
-            for name, parameter in self._policy.named_parameters():
-                if "critic" not in name.split("."):
+            critic = self._critic_parameters(self._policy)
+            for parameter in self._policy.parameters():
+                if id(parameter) not in critic:
                     parameter.grad = None
+        if self.accelerator.sync_gradients:
+            for name, norm in gradient_norms(self._policy).items():
+                self._metrics["train"][name].append(norm)
         return loss
+
+    def _phase(self, name: str):
+        """Counts seconds for `time/<name>`, in training."""
+        return self._tracking.phase(name) if self.model.training else contextlib.nullcontext()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL logs, with completions as text, and each of them in one table only."""
+        wanted, self.log_completions = self.log_completions, self.log_completions and not self._table_logged
+        for column in ("prompt", "completion"):
+            self._logs[column] = deque(map(readable, self._logs[column]), self._logs[column].maxlen)
+        super().log(logs, start_time)
+        self.log_completions, self._table_logged = wanted, True
+
+    def _begin_table(self) -> None:
+        """Forget the completions that a table has shown."""
+        if self._table_logged:
+            for rows in (*self._logs.values(), *self._logs["rewards"].values(), *self._logs["extra"].values()):
+                if isinstance(rows, deque):
+                    rows.clear()
+        self._table_logged = False
 
     def create_optimizer(self, model=None):
         """TRL's optimizer, with groups of their own for the critic where it has its own learning rate."""
         optimizer = super().create_optimizer(model)
         rate = self.args.critic_learning_rate
         if rate is not None:
-            named = (model or self.model).named_parameters()
-            critic = {id(parameter) for name, parameter in named if "critic" in name.split(".")}
+            critic = self._critic_parameters(model or self.model)
             for group in list(optimizer.param_groups):
                 moved = [parameter for parameter in group["params"] if id(parameter) in critic]
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
                 if moved:
                     optimizer.add_param_group({**group, "params": moved, "lr": rate})
         return optimizer
+
+    @staticmethod
+    def _critic_parameters(model: nn.Module) -> set[int]:
+        return {id(parameter) for parameter in adapter_parameters(model, "critic").values()}
 
     # Saving and resuming
 
@@ -597,11 +667,23 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._step, self._buffered_inputs = state["step"], send_to_device(state["rollout"], self.accelerator.device)
         self.kl_controller.value, self._update_stopped = state["kl_coef"], state["update_stopped"]
 
+    def _load_best_model(self):
+        """Policy, critic and average of the best step; Trainer would load the policy alone."""
+        if self.is_fsdp_enabled:  # its file holds them all
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
+        if self._is_peft and isinstance(full_critic(self._policy), PeftModel):
+            with without_critic(self._policy):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                self._policy.delete_adapter(
+                    "critic"
+                )  # Trainer takes what is in `critic/` for an adapter of the policy
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_fsdp_enabled:  # shares come from a file of their own, with the critic's
             load_critic(model, resume_from_checkpoint)
-        # Trainer reloads every adapter but the active one as untrainable.
-        if self._is_peft:
-            train_only(self._policy, ("default", "critic"))
+        self._train_only_roles()  # Trainer reloads every adapter but the active one as untrainable

@@ -37,7 +37,7 @@ class PtxBatches:
         if not len(dataset):
             raise UserError("The ptx dataset has no rows.")
         self.rows = dataset.map(self._tokenize, with_indices=True, remove_columns=dataset.column_names)
-        self.epoch, self.order = None, None
+        self.epoch, self.order = -1, [0]
 
     def _tokenize(self, row: dict, index: int) -> dict[str, list[int]]:
         if "text" in row:

@@ -7,6 +7,8 @@ made their reward model overfit in a single epoch.
 
 import itertools
 import json
+import math
+import textwrap
 from collections import defaultdict
 from typing import Any
 
@@ -18,6 +20,7 @@ from tqdm.auto import tqdm
 from trl import RewardTrainer
 from trl.trainer.utils import pad
 
+from recipes.cli.errors import UserError, visible
 from recipes.trainers.checkpoints import WholeCheckpoints
 
 logger = get_logger(__name__)
@@ -90,6 +93,41 @@ def majority_rankings(dataset: Dataset) -> Dataset:
     return Dataset.from_list(rows, features=dataset.features)
 
 
+def conversations(row: dict, tokenizer) -> list[list[int]]:
+    """Token ids of the prompt of a ranking with each of its responses."""
+    return tokenizer.apply_chat_template([row["prompt"] + text for text in row["completions"]], return_dict=False)
+
+
+def scores_in_words(row: dict, scores: list[float], title: str) -> str:
+    """A ranking as lines of text: rank, score and beginning of each response."""
+    lines = [f"{title}: {short(row['prompt'][-1]['content'])}"]
+    for rank, score, completion in zip(row["ranks"], scores, row["completions"], strict=True):
+        lines.append(f"  rank {rank:g}  score {score:+.3f}  {short(completion[-1]['content'])}")
+    return "\n".join(lines)
+
+
+def short(text: str) -> str:
+    return visible(textwrap.shorten(text, 90, placeholder=" …")) or repr(text)
+
+
+def accuracy_in_words(metrics: dict[str, float]) -> str:
+    """How many held-out pairs a reward model orders as the labeler did, beside what length alone would."""
+    accuracy, baseline, pairs = (metrics[f"eval_{name}"] for name in ("accuracy", "longer_wins", "pairs"))
+    ordered = f"{round(accuracy * pairs)} of the {pairs:.0f} held-out pairs"
+    text = f"The reward model orders {ordered} as the labeler did ({accuracy:.3f}); the longer response is the "
+    return f"{text}better one in {baseline:.3f}. {no_better_than_length(accuracy, baseline)}".rstrip()
+
+
+def no_better_than_length(accuracy: float, baseline: float) -> str:
+    """A warning where a reward model orders pairs no better than a rule that knows nothing but length; else empty."""
+    if accuracy > baseline:
+        return ""
+    return (
+        "Warning: that is no better than preferring the longer response. PPO would optimise noise or length: get more "
+        "rankings, or rankings of responses that differ more."
+    )
+
+
 class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
     """TRL's `RewardTrainer` on rows `{"prompt": messages, "completions": [messages], "ranks": [number]}`.
 
@@ -118,8 +156,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name) -> Dataset:
         def tokenize(row):
-            conversations = [row["prompt"] + completion for completion in row["completions"]]
-            ids = processing_class.apply_chat_template(conversations, return_dict=False)
+            ids = conversations(row, processing_class)
             kept = [i for i, response in enumerate(ids) if args.max_length is None or len(response) <= args.max_length]
             return {"response_ids": [ids[i] for i in kept], "ranks": [row["ranks"][i] for i in kept]}
 
@@ -176,16 +213,30 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         for name, total in zip(sums, totals.tolist(), strict=True):
             self._sums[mode][name] += total
 
+    def final_evaluation(self) -> dict[str, float] | None:
+        """Metrics of the model as training left it: of its last evaluation where that was of the same step."""
+        if self.eval_dataset is None:
+            return None
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        step = self.state.best_global_step if best else self.state.global_step
+        rows = (row for row in reversed(self.state.log_history) if row["step"] == step and "eval_pairs" in row)
+        return next(rows, None) or self.evaluate()
+
     @torch.no_grad()
     def score(self, rows: list[list[int]]) -> list[float]:
-        """Scores of token rows, in their order. Every process computes a share, as a model in shares needs it."""
+        """Scores of token rows, in their order. Every process computes a share, as a sharded model needs it.
+
+        Raises:
+            UserError: a score is not a finite number.
+        """
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # similar lengths waste no padding
         with self.accelerator.split_between_processes(order, apply_padding=True) as own:
             size = self.args.per_device_eval_batch_size
             batches = [own[start : start + size] for start in range(0, len(own), size)]
         self.model.eval()
         found = []
-        for batch in tqdm(batches, desc="Scoring", disable=not self.accelerator.is_main_process):
+        quiet = self.args.disable_tqdm or not self.accelerator.is_main_process
+        for batch in tqdm(batches, desc="Scoring", disable=quiet):
             inputs = self.processing_class.pad(
                 {"input_ids": [rows[row] for row in batch]}, padding_side="right", return_tensors="pt"
             ).to(self.accelerator.device)
@@ -195,6 +246,8 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         # Some rows come twice, so that every process has as many.
         numbered = self.accelerator.gather(torch.cat(found)).tolist()
         by_row = {int(row): score for row, score in numbered}
+        if wrong := sum(not math.isfinite(score) for score in by_row.values()):
+            raise UserError(f"{wrong} of {len(by_row)} scores are not finite numbers: train in float32 or bfloat16.")
         return [by_row[row] for row in range(len(rows))]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -203,6 +256,8 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         if sums["pairs"]:
             for name in ("accuracy", "longer_wins", "margin"):
                 logs[prefix + name] = sums[name] / sums["pairs"]
+            if mode == "eval":
+                logs["eval_pairs"] = sums["pairs"]
             bins = (sums[f"overconfidence_{decile}"] for decile in range(CALIBRATION_BINS))
             logs[prefix + "calibration_error"] = sum(map(abs, bins)) / sums["pairs"]
             for distance in (1, 2, 3):

@@ -17,20 +17,21 @@ def checked(function: Callable) -> Callable:
     None stands for a response that the function does not judge. Functions may be asynchronous.
     """
     name = get_callable_name(function)
+    title = f"The reward function {name!r}"
 
     def call(**kwargs):
-        return check_rewards(function(**kwargs), name, len(kwargs["completions"]))
+        return check_rewards(function(**kwargs), title, len(kwargs["completions"]))
 
     async def call_async(**kwargs):
-        return check_rewards(await function(**kwargs), name, len(kwargs["completions"]))
+        return check_rewards(await function(**kwargs), title, len(kwargs["completions"]))
 
     wrapper = functools.wraps(function)(call_async if is_async_callable(function) else call)
     wrapper.__name__ = name
     return wrapper
 
 
-def check_rewards(rewards: Any, name: str, count: int) -> list[float | None]:
-    """What the function `name` returned for `count` completions, as numbers or None.
+def check_rewards(rewards: Any, title: str, count: int) -> list[float | None]:
+    """What the function that errors call `title` returned for `count` completions, as numbers or None.
 
     Raises:
         UserError: it is anything else.
@@ -38,13 +39,13 @@ def check_rewards(rewards: Any, name: str, count: int) -> list[float | None]:
     wanted = f"expected a list of {count} numbers, one for each completion, or None for one it does not judge"
     rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
     if not isinstance(rewards, list | tuple):
-        raise UserError(f"The reward function {name!r} returned {rewards!r:.60}; {wanted}.")
+        raise UserError(f"{title} returned {rewards!r:.60}; {wanted}.")
     if len(rewards) != count:
-        raise UserError(f"The reward function {name!r} returned {len(rewards)} rewards; {wanted}.")
+        raise UserError(f"{title} returned {len(rewards)} rewards; {wanted}.")
     numbers: list[float | None] = []
     for row, reward in enumerate(rewards):
         reward = reward.item() if hasattr(reward, "item") else reward
         if reward is not None and (not isinstance(reward, Real) or math.isnan(reward)):
-            raise UserError(f"The reward function {name!r} returned {reward!r:.60} for completion {row}; {wanted}.")
+            raise UserError(f"{title} returned {reward!r:.60} for completion {row}; {wanted}.")
         numbers.append(None if reward is None else float(reward))
     return numbers

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import pytest
+from transformers import TrainingArguments
 
 from recipes.cli import arguments
 from recipes.cli.errors import UserError
@@ -61,3 +62,59 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, text, flags, expected):
 def test_a_missing_config_file_is_named():
     with pytest.raises(UserError, match="nowhere.yaml: No such file"):
         arguments.parse((Arguments,), ["--config", "nowhere.yaml"])
+
+
+def test_several_trackers_are_taken(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to"]
+    for trackers in (["wandb", "tensorboard"], ["trackio"], []):
+        assert arguments.parse((TrainingArguments,), [*words, *(trackers or ["none"])])[0].report_to == trackers
+
+
+def recipe_arguments(tmp_path, text: str, *flags: str) -> dict:
+    from recipes.ppo import ARGUMENTS
+
+    config = tmp_path / "config.yaml"
+    config.write_text(f"use_cpu: true\nbf16: false\n{text}", encoding="utf-8")
+    groups = arguments.parse(ARGUMENTS, ["--config", str(config), "--output_dir", str(tmp_path / "out"), *flags])
+    return {name: value for group in groups for name, value in vars(group).items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "expected"),
+    [
+        # 8 episodes a rollout, 4 epochs of one minibatch: 4 steps for 8 episodes
+        ("total_episodes: 800", ("--max_steps", "24"), {"max_steps": 24}),
+        ("max_steps: 24", ("--total_episodes", "800"), {"max_steps": 400}),
+        ("max_steps: 24", ("--num_train_epochs", "7"), {"max_steps": -1, "num_train_epochs": 7}),
+        ("total_episodes: 8", ("--num_train_epochs", "7"), {"max_steps": -1, "num_train_epochs": 7}),
+        ("total_episodes: 8", ("--max_steps", "-1"), {"max_steps": 4}),
+        ("total_episodes: 8\nmax_steps: 24", (), {"max_steps": 4}),
+        ("total_episodes: 800", ("--max_steps", "24", "--total_episodes", "400"), {"max_steps": 24}),
+        ("num_train_epochs: 7", ("--max_steps", "24"), {"max_steps": 24, "num_train_epochs": 7}),
+        ("datasets: [a.jsonl]", ("--dataset_name", "b.jsonl"), {"datasets": None, "dataset_name": "b.jsonl"}),
+        ("dataset_name: b.jsonl", ("--datasets", "a.jsonl"), {"datasets": ["a.jsonl"], "dataset_name": None}),
+        ("steps_per_generation: 2", ("--generation_batch_size", "32"), {"steps_per_generation": 4}),
+        ("activation_checkpointing: false", ("--gradient_checkpointing", "true"), {"activation_checkpointing": True}),
+        ("lr_scheduler_type: cosine\nwarmup_steps: 5", ("--lr_scheduler_type", "constant"), {"warmup_steps": 5}),
+        ("eval_strategy: steps\neval_steps: 5", ("--eval_strategy", "no"), {"eval_steps": 5}),
+    ],
+)
+def test_a_flag_comes_before_what_the_yaml_says_by_another_name(tmp_path, text, flags, expected):
+    values = recipe_arguments(tmp_path, text, *flags)
+    assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("save_strategy: epoch", ("--save_steps", "5"), "save_steps 5 is not used while save_strategy is epoch"),
+        ("save_strategy: epoch\nsave_steps: 5", (), "save_steps 5 is not used while save_strategy is epoch"),
+        ("", ("--eval_steps", "5"), "eval_steps 5 is not used while eval_strategy is no"),
+        ("logging_strategy: epoch", ("--logging_steps", "5"), "logging_steps 5 is not used"),
+        ("lr_scheduler_type: constant", ("--warmup_steps", "5"), "set lr_scheduler_type to constant_with_warmup"),
+        ("dataset_name: a.jsonl\ndatasets: [b.jsonl]", (), "two sources of rows: set one of them"),
+    ],
+)
+def test_what_would_go_unused_is_refused(tmp_path, text, flags, message):
+    with pytest.raises(UserError, match=message):
+        recipe_arguments(tmp_path, text, *flags)

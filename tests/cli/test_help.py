@@ -60,6 +60,7 @@ def test_the_rest_is_behind_help_all():
     assert flags[0].startswith("  --model_name_or_path") and 30 <= len(flags) <= 45
     assert not any("--adam_beta1" in line for line in short) and any("--adam_beta1 float" in line for line in long)
     assert "TrainingArguments:" in long and "PPOConfig:" in long
+    assert "PPOConfig:" in answer("scripts/estimate_memory.py", "--help_all")[1], "it takes them too"
 
 
 @pytest.mark.parametrize(

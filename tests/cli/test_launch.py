@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from recipes.cli.errors import UserError
-from recipes.cli.launch import check_devices, find_problem, read_request
+from recipes.cli.launch import check_devices, check_services, find_problem, read_request
 from tests.conftest import ROOT, run_command
 
 PROBE = """
@@ -126,6 +126,28 @@ def test_what_is_wrong_with_one_process_on_a_cpu(tmp_path, launcher, use_cpu, pr
     training_args = TrainingArguments(str(tmp_path), use_cpu=use_cpu, report_to="none")
     found = find_problem(read_request([*launcher, "train.py"]), 1, training_args)
     assert found is problem or problem in found
+
+
+@pytest.mark.parametrize(
+    ("wishes", "env", "problem"),
+    [
+        ({"report_to": "wandbb"}, {}, "--report_to wandbb: there is no such tracker"),
+        ({"report_to": ["tensorboard", "mlflow"]}, {}, "--report_to mlflow: it is not installed here"),
+        ({"report_to": "wandb"}, {"WANDB_MODE": "online"}, "there is no W&B key; type wandb login"),
+        ({"report_to": "wandb"}, {"WANDB_MODE": "offline"}, None),
+        ({"push_to_hub": True}, {}, "push_to_hub true: the Hub .*HF_HUB_OFFLINE is set"),
+    ],
+    ids=str,
+)
+def test_a_service_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, wishes, env, problem):
+    for name, value in {"WANDB_API_KEY": "", "WANDB_CONFIG_DIR": str(tmp_path), "HOME": str(tmp_path), **env}.items():
+        monkeypatch.setenv(name, value)
+    training_args = TrainingArguments(str(tmp_path), use_cpu=True, **({"report_to": "none"} | wishes))
+    if problem is None:
+        check_services(training_args)
+    else:
+        with pytest.raises(UserError, match=problem):
+            check_services(training_args)
 
 
 @pytest.mark.parametrize(

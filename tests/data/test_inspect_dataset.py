@@ -163,7 +163,52 @@ def test_preview_shows_the_exact_text_and_the_trained_part(main, capsys, tmp_pat
     }
 
 
+def test_a_report_that_cannot_be_written_is_one_clear_error(main, capsys, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "q"}\n')
+    (tmp_path / "file").touch()
+    for option in ("--report", "--output"):
+        blocked = str(tmp_path / "file" / "new.json")
+        assert main([str(tmp_path / "data.jsonl"), "--task", "prompt", option, blocked]) == 1
+        assert f"{tmp_path}/file" in capsys.readouterr().err
+
+
 def test_a_tokenizer_that_is_not_there_is_one_clear_error(main, capsys, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "q"}\n')
     assert main([str(tmp_path / "data.jsonl"), "--task", "prompt", "--tokenizer", "nowhere/at-all"]) == 1
     assert "error: No tokenizer could be loaded from nowhere/at-all" in capsys.readouterr().err
+
+
+def test_a_dataset_cannot_steer_the_terminal(main, capsys, tmp_path, tiny_base):
+    """Escapes in texts, names of columns and files, in what is shown, reported and refused."""
+    data = tmp_path / "a\x1b]0;title\x07.jsonl"
+    steer = "\x1b[2J\x9b31m\u202e\x07"
+    data.write_text(json.dumps({"prompt": f"q{steer}\nline \u200c\xa0\u3000é😀", steer: 1}) + "\n")
+    for arguments in ((), ("--tokenizer", tiny_base), ("--task", "sft"), ("--keep_columns", f"x{steer}")):
+        main([str(data), *(() if "--task" in arguments else ("--task", "prompt")), *arguments])
+        out, err = capsys.readouterr()
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out + err)
+        assert "\\x1b" in out + err
+    main([str(data), "--task", "prompt", "--tokenizer", tiny_base])
+    assert "\\x1b[2J\\x9b31m\\u202e\\x07\nline \u200c\xa0\u3000é😀" in capsys.readouterr().out
+
+
+def test_scores_of_responses_cannot_steer_the_terminal():
+    from recipes.trainers.ranking_trainer import scores_in_words
+
+    answers = [[{"role": "assistant", "content": f"\x1b[2J{text}"}] for text in "ab"]
+    row = {"prompt": [{"role": "user", "content": "q\x9b31m"}], "completions": answers, "ranks": [1, 2]}
+    assert "\\x1b[2Ja" in scores_in_words(row, [1, 0], "t") and "\x1b" not in scores_in_words(row, [1, 0], "t")
+
+
+def test_a_template_that_loops_without_end_is_stopped(main, capsys, tmp_path, tiny_base, monkeypatch):
+    monkeypatch.setattr("recipes.models.control_tokens.RENDER_SECONDS", 0.3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    ours = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    (tmp_path / "data.jsonl").write_text('{"prompt": "q"}\n')
+    late = ours + "{% if messages[0].content == 'q' %}" + endless + "{% endif %}"
+    for name, template in (("always", endless), ("late", late)):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+        assert main([str(tmp_path / "data.jsonl"), "--task", "prompt", "--tokenizer", str(tmp_path / name)]) == 1
+        assert "error: The chat template takes more than 0.3 s for one conversation" in capsys.readouterr().err

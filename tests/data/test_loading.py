@@ -171,6 +171,31 @@ def test_unreadable_files_are_refused(tmp_path):
         load_rows(tmp_path / "empty")
 
 
+def test_media_columns_are_not_decoded_and_no_error_of_a_decoder_is_a_traceback(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    media = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    types = {"prompt": {"dtype": "string", "_type": "Value"}, "audio": {"_type": "Audio"}, "image": {"_type": "Image"}}
+    hub = {"huggingface": json.dumps({"info": {"features": types}})}
+    columns = pa.schema([("prompt", pa.string()), ("audio", media), ("image", media)], metadata=hub)
+    row = {"prompt": "q", "audio": {"bytes": b"no sound"}, "image": {"bytes": b"no image"}}
+    pq.write_table(pa.Table.from_pylist([row], schema=columns), tmp_path / "media.parquet")
+    with pytest.raises(DataError, match="none of 1 rows is of use for 'prompt': audio cannot be used"):
+        format_dataset(load_rows(tmp_path / "media.parquet"), "prompt")
+
+    pq.write_table(pa.table({"prompt": ["q"]}), tmp_path / "plain.parquet")
+
+    def broken(*_):
+        raise ImportError("To support decoding, install this\nand that")
+        yield
+
+    monkeypatch.setattr("datasets.iterable_dataset.IterableDataset.__iter__", broken)
+    with pytest.raises(DataError, match="plain.parquet: ImportError: To support decoding, install this") as caught:
+        list(load_rows(tmp_path / "plain.parquet"))
+    assert "\n" not in str(caught.value)
+
+
 def test_splits_of_a_folder_come_from_file_names(tmp_path):
     for name in ("train-1.jsonl", "train-0.jsonl", "validation.csv", "test.json", "README.md"):
         (tmp_path / name).write_text("prompt\nv\n" if name.endswith("csv") else json.dumps({"prompt": name}) + "\n")

@@ -6,6 +6,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
+from recipes.data.converters import Dialogue
+from recipes.data.schemas import SCHEMAS, Schema
 from recipes.formatting import DataError, format_dataset
 
 
@@ -132,6 +134,17 @@ def test_rows_that_are_not_to_be_learned_are_left_out(column, value):
         format_dataset([GOOD, {**GOOD, column: 0.5}], "sft")
 
 
+def test_a_schema_may_read_such_a_column_itself(monkeypatch):
+    def convert(row, roles):
+        return Dialogue([user(row["text"]), assistant(row["label"])])
+
+    monkeypatch.setitem(SCHEMAS, "own", Schema(("sft",), ("text", "label"), convert))
+    row = {"text": "q", "label": "neutral"}
+    assert format_dataset([row], "sft")[0].to_list() == [{"messages": [user("q"), assistant("neutral")]}]
+    with pytest.raises(DataError, match="rows:1:label: found the text 'neutral'.*; a --dataset_mapping without it"):
+        format_dataset([{**GOOD, **row}], "sft", schema="messages")
+
+
 def test_tools_outside_of_sft_leave_the_row_out():
     reason = (None, "tool calls are supported for task 'sft' only")
     assert skipped({"prompt": "r", "tools": [call()]}, "prompt", {"prompt": "q"}) == reason
@@ -205,6 +218,19 @@ def test_a_response_with_weight_0_is_not_preferred():
     assert format_dataset([row], "preference")[0][0]["prompt"] == [user("q"), assistant("a"), user("r")]
 
 
+def test_answers_in_a_prompt_are_context():
+    talk = masked_talk([])["messages"]
+    row = {"prompt": talk[:3], "completion": talk[3:4]}
+    for only in (False, True):
+        options = {"prompt_completion": True, "assistant_only_loss": only}
+        assert format_dataset([row], "sft", **options)[0].to_list() == [
+            {"prompt": [user("u1"), assistant("a1"), user("u2")], "completion": [assistant("a2")]}
+        ]
+        masked = {**row, "completion": [assistant("a2", weight=0)]}
+        assert skipped(masked, good=row, **options)[1] == "every answer has weight 0"
+    assert len(format_dataset([masked], "prompt")[0]) == 1
+
+
 @pytest.mark.parametrize("assistant_only", [False, True])
 def test_trl_trains_exactly_the_answers_that_have_a_weight(tiny_base, tmp_path, assistant_only):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
@@ -233,8 +259,9 @@ def test_what_is_not_used_is_in_the_report(tmp_path):
         {"messages": [{**user("r"), "id": 7}, assistant("b")], "category": "y", "source": "z"},
     ]
     _, report = format_dataset(rows, "sft")
-    assert report.to_dict()["not_used"] == {"category": 2, "source": 1, "messages[].id": 1}
-    assert "not used: category, messages[].id, source" in str(report)
+    names = {"category": 2, "source": 1, "messages[].id": 1, "messages[].name": 1}
+    assert report.to_dict()["not_used"] == names
+    assert "not used: category, messages[].id, messages[].name, source" in str(report)
     rows = [{"question": {"text": "q"}, "best": "a", "worst": "b", "score": 3}]
     mapping = {"prompt": "question.text", "chosen": "best", "rejected": "worst"}
     assert format_dataset(rows, "preference", mapping=mapping)[1].unread == {"score": 1}

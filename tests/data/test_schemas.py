@@ -3,12 +3,14 @@
 import csv
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recipes.data.mapping import parse_mapping
 from recipes.data.schemas import SCHEMAS, TASKS, detect
 from recipes.formatting import DataError, format_dataset, load_rows
 
@@ -212,6 +214,11 @@ def test_label_studio_names_of_its_own():
     three = {**row, "data": {**data, "more": "three"}}
     with pytest.raises(DataError, match="cannot tell which two of left text, right text, more were compared"):
         format_dataset([three], "preference", mapping=mapping)
+    shown = {**row, "data": {**data, "image": "a.png"}}
+    with pytest.raises(DataError, match="none of 1 rows is of use for 'preference': image cannot be used"):
+        format_dataset([shown], "preference", mapping=mapping)
+    echo = {"data": {"prompt": "q", "answer1": "q", "answer2": "a"}, "annotations": [{"result": [result]}]}
+    assert brief(format_dataset([echo], "preference")[0].to_list())[0]["rejected"] == ["assistant: q"]
     twice = {**row, "annotations": [{"result": [result, result]}]}
     with pytest.raises(DataError, match="found 2 results of pairwise or ranker, expected one"):
         format_dataset([twice], "preference", mapping=mapping)
@@ -261,6 +268,32 @@ def test_near_misses_are_named():
         format_dataset([{"text": "### Human: q### Assistant: a"}], "sft")
     with pytest.raises(DataError, match="holds a list of objects in 'data': save that list as the file"):
         format_dataset([{"data": [{"messages": []}]}], "sft")
+
+
+@pytest.mark.parametrize(
+    "task, row, line",
+    [
+        ("preference", {"query": "q", "good": "a", "bad": "b"}, "prompt=query chosen=good rejected=bad"),
+        ("ranking", {"row_id": "7", "Frage": "q", "A": "a", "B": "b"}, "prompt=Frage chosen=A rejected=B"),
+        ("sft", {"bot_reply": "a", "user_input": "q", "n": 3}, "prompt=user_input completion=bot_reply"),
+        ("sft", {"talk": [{"from": "human", "value": "q"}]}, "messages=talk"),
+        ("prompt", {"meta": {"ask": "q"}, "n": 3}, "prompt=meta.ask"),
+        ("sft", {"my question": "q", "x=y": "a"}, """'{"prompt": "my question", "completion": "x=y"}'"""),
+        ("preference", {"question": "q", "best": "a"}, "prompt=question chosen=best rejected=COLUMN"),
+    ],
+)
+def test_wrong_columns_print_the_whole_mapping(task, row, line):
+    with pytest.raises(DataError) as caught:
+        format_dataset([row], task)
+    assert f"name the columns, perhaps: --dataset_mapping {line}, or use another --task" in str(caught.value)
+    if "COLUMN" not in line and task != "ranking" and "talk" not in line:
+        arguments = shlex.split(line)
+        assert len(format_dataset([row], task, mapping=parse_mapping(arguments))[0]) == 1
+
+
+def test_a_mapping_of_wrong_parts_is_corrected_with_the_names_of_the_source():
+    with pytest.raises(DataError, match="perhaps: --dataset_mapping prompt=q completion=answer, or"):
+        format_dataset([{"q": "q", "answer": "a"}], "sft", mapping={"promt": "q", "completion": "answer"})
 
 
 DOCS = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text("utf-8")

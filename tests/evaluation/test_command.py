@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from recipes.cli.errors import UserError
+from recipes.evaluation import policies
 from recipes.evaluation.llm_judge import LLMJudge
-from recipes.evaluation.policies import token_log_probs
+from recipes.evaluation.measure import judge_scores
+from recipes.evaluation.policies import Sample, token_log_probs
+from recipes.evaluation.report import verdict
 from recipes.models.sampling import load_generator
 from tests import tiny_models as models
 from tests.conftest import ROOT, run_command
@@ -133,6 +136,25 @@ def is_estimate(value) -> bool:
     return low - 1e-9 <= value["mean"] <= high + 1e-9
 
 
+def judged(**intervals) -> dict:
+    """A report in which `ppo` differs from `sft` by these intervals, by judge."""
+    difference = {name: {"mean": (low + high) / 2, "ci95": [low, high]} for name, (low, high) in intervals.items()}
+    policies = {"sft": {**difference, "kl": None}, "ppo": {"difference": difference}}
+    return {"headline": "ppo", "reference": "sft", "policies": policies}
+
+
+def test_the_first_sentence_says_which_is_better_and_whether_that_could_be_chance():
+    assert verdict(judged(reward=(-0.15, 0.05))) == (
+        "By the reward model, ppo scores 0.05 below sft; the difference could be chance "
+        "(95 % interval -0.15 to +0.05)."
+    )
+    clear = verdict(judged(reward=(0.5, 0.7), gold=(0.1, 0.2)))
+    assert clear.startswith("By gold, ppo scores 0.15 above sft (95 %") and "chance" not in clear
+    assert "over-optimisation" not in clear
+    assert "over-optimisation" in verdict(judged(reward=(0.5, 0.7), gold=(-0.2, -0.1)))
+    assert verdict(judged(reward=(0, 0)) | {"headline": "sft"}) == "Only sft was measured."
+
+
 @pytest.mark.slow
 def test_everything_at_once_then_again_from_what_is_there(folders, endpoint, tmp_path, monkeypatch, capfd):
     output, task = tmp_path / "evaluation", tmp_path / "task.jsonl"
@@ -182,6 +204,11 @@ def test_everything_at_once_then_again_from_what_is_there(folders, endpoint, tmp
     assert changes == sorted(changes) and len(changes) == PROMPTS
 
     page = Page((output / "report.html").read_text())
+    change = report["policies"]["ppo"]["difference"]
+    assert is_estimate(change["reward"]) and change["length_judge"]["mean"] == pytest.approx(
+        report["policies"]["ppo"]["length_judge"]["mean"] - report["policies"]["base"]["length_judge"]["mean"]
+    )
+    assert verdict(report) in "".join(page.text) and "#000000" not in (output / "report.html").read_text()
     assert not {"script", "img", "link", "iframe"} & set(page.tags) and page.tags.count("svg") == 4
     assert ATTACK in "".join(page.text)
     assert all(value.startswith("#") for name, value in page.attributes if name in ("src", "href", "xlink:href"))
@@ -217,9 +244,13 @@ def count_equal(report, output) -> int:
     return sum(a == b for a, b in zip(*first, strict=True))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_log_probs_are_those_of_each_response_alone(folders, temperature):
+@pytest.mark.parametrize(("temperature", "at_once"), [(1.0, 2**28), (0.5, 64 * 20)])
+def test_log_probs_are_those_of_each_response_alone(folders, monkeypatch, temperature, at_once):
+    """Also where not even three rows' logits may be there at once."""
+    monkeypatch.setattr(policies, "LOGITS_AT_ONCE", at_once)
     model, tokenizer = load_generator(ModelConfig(model_name_or_path=str(folders / "ppo")))
+    model.get_base_model().register_forward_hook(lambda *args: sizes.append(args[-1].logits.numel()))
+    sizes: list[int] = []
     pairs = [(models.prompts(1, length, seed=length)[0], [7, 8, 9, 1][: length % 4 + 1]) for length in range(1, 8)]
     alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders / "base"), folders / "ppo").eval()
     for (prompt, ids), (logps, entropy) in zip(
@@ -231,6 +262,26 @@ def test_log_probs_are_those_of_each_response_alone(folders, temperature):
         expected = logits.log_softmax(-1)
         assert logps == pytest.approx(expected[range(len(ids)), ids].tolist(), abs=1e-4)
         assert entropy == pytest.approx(-(expected.exp() * expected).sum(-1).mean().item(), abs=1e-4)
+    assert max(sizes) <= at_once
+
+
+def scalar_judge(**kwargs):
+    return 1.0
+
+
+def nan_judge(completions, **kwargs):
+    return [math.nan for _ in completions]
+
+
+def none_judge(completions, **kwargs):
+    return [None for _ in completions]
+
+
+@pytest.mark.parametrize("judge", ["scalar_judge", "nan_judge", "none_judge"])
+def test_a_judge_that_gives_no_numbers_is_one_line(judge):
+    samples = [[Sample("w1", True, [1], [0.0], 0.0)]] * 2
+    with pytest.raises(UserError, match=rf"--judges {__name__}.{judge}.* \d numbers"):
+        judge_scores(f"{__name__}.{judge}", CASES[:2], samples)
 
 
 CASES = [[{"role": "user", "content": f"q{number}"}] for number in range(4)]

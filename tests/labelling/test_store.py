@@ -27,7 +27,7 @@ from recipes.labelling.markdown import render
 from recipes.labelling.report import as_html, as_text
 from recipes.labelling.store import ConflictError, NotAssignedError, Store
 from recipes.labelling.tasks import read_tasks
-from recipes.labelling.terminal import parse_marks, parse_ranking, visible
+from recipes.labelling.terminal import parse_marks, parse_ranking
 from tests.labelling.labelling_server import HOSTILE, SCRIPT, cli, write_samples
 
 
@@ -620,10 +620,6 @@ def test_marks():
     for text in ("D5", "A8", "A5x", "5A"):
         with pytest.raises(AnswerError):
             parse_marks(text, "ABC")
-
-
-def test_model_text_cannot_steer_the_terminal():
-    assert visible("a\x1b]0;title\x07\x9b2J\u202eb\r\n\tc") == "a\\x1b]0;title\\x07\\x9b2J\\u202eb\\r\n\tc"
 
 
 def test_ranking_in_a_terminal_from_draft_to_export(tmp_path):

@@ -51,6 +51,16 @@ def read(output) -> list[dict]:
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
+def test_the_head_multiplies_no_view(generator, prompts):
+    """The last hidden state of each row is a slice, which torch would multiply with the whole head row by row."""
+    model, tokenizer = generator
+    seen = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    sample(model, tokenizer, [prompt.messages for prompt in prompts], SAMPLING)
+    handle.remove()
+    assert len(seen) > 1 and all(hidden.is_contiguous() for hidden in seen)
+
+
 def test_a_line_holds_what_the_contract_says(generator, prompts, tmp_path):
     write(generator, prompts, tmp_path / "samples.jsonl")
     rows = read(tmp_path / "samples.jsonl")

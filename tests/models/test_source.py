@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from trl import ModelConfig
 
 from recipes.cli.errors import UserError
 from recipes.models import source
+from recipes.models.adapters import new_adapter_config
+from recipes.models.loading import load_policy
 from recipes.models.source import is_hub_name, resolve_model, same_weights
+from recipes.models.tokenization import load_tokenizer
 from tests import tiny_models as models
 from tests.conftest import run_recipe, write_jsonl
 
@@ -62,6 +66,25 @@ def test_what_is_no_model_is_one_line(tmp_path, config, problem):
     with pytest.raises(UserError, match=problem) as error:
         resolve_model(str(tmp_path / "adapter"))
     assert "\n" not in str(error.value)
+
+
+def test_a_misspelt_folder_is_not_a_matter_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "sft").mkdir(parents=True)
+    missing = resolve_model("runs/stf")
+    for load in (lambda: missing.config, lambda: load_tokenizer(missing), lambda: load_policy(missing, ModelConfig())):
+        with pytest.raises(UserError, match=r"there is no folder runs/stf in .*\(did you mean runs/sft\?\)") as error:
+            load()
+        assert "connect" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_new_adapter_is_on_all_linear_layers(folders):
+    """Also of a family that PEFT's own table does not know; there TRL's default ends in a ValueError."""
+    assert new_adapter_config(ModelConfig(use_peft=True)).target_modules == "all-linear"
+    assert new_adapter_config(ModelConfig(use_peft=True, lora_target_modules=["q_proj"])).target_modules == "q_proj"
+    assert new_adapter_config(ModelConfig()) is None
+    model = load_policy(resolve_model(str(folders / "base")), ModelConfig(use_peft=True))
+    assert len(model.targeted_module_names) == 7 * model.config.num_hidden_layers
 
 
 def test_one_launch_of_ppo_resolves_each_model_once(folders, tmp_path, monkeypatch):

@@ -1,13 +1,16 @@
 """The three recipes on a tiny random base, by their `main` and by their real commands: train, save, reload, resume."""
 
 import json
+import re
 import sqlite3
 from itertools import permutations
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -46,7 +49,8 @@ def commands(data, tmp_path_factory) -> Path:
     """The same as `runs` by the launch lines, two of them with trackers, and PPO from a folder of the user's own."""
     folder = tmp_path_factory.mktemp("commands")
     trackers = {"TRACKIO_DIR": str(folder / "trackio"), "WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
-    launch("sft", **sft_arguments(data, folder / "sft"))
+    shown = launch("sft", **sft_arguments(data, folder / "sft")).stdout
+    (folder / "sft.txt").write_text(shown, encoding="utf-8")
     reward = reward_arguments(data, folder / "sft", folder / "reward", report_to="trackio")
     launch_from(ROOT, "reward", env=trackers, **reward)
     user = folder / "user"
@@ -56,6 +60,37 @@ def commands(data, tmp_path_factory) -> Path:
     extras = with_extras(data) | {"reward_funcs": "my_rewards.correct", "reward_weights": [1, 0], "report_to": "wandb"}
     launch_from(user, "ppo", env=trackers, **ppo_arguments(data, folder, folder / "ppo", **extras))
     return folder
+
+
+def test_every_metric_of_ppo_is_explained(runs):
+    page = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8").split("## Metrics")[1].split("\n## ")[0]
+    state = json.loads((runs / "ppo" / "trainer_state.json").read_text(encoding="utf-8"))
+    logged = {name for row in state["log_history"] for name in row} - {"step"}
+    assert {"objective/scores_max", "advantages/std", "values/mean", "grad_norm/critic"} <= logged
+    assert not any(name.startswith(("time/", "memory/")) for name in logged), "equal runs leave equal states"
+    explained = set(re.findall(r"`([\w/<>]+)`", page))
+    named = {re.sub(r"^rewards/[^/]+/", "rewards/<name>/", name.removeprefix("eval_")) for name in logged}
+    trackers = {"time/sample", "time/score", "time/update", "time/tokens_per_second", "memory/peak_gib"}
+    assert (named | trackers) - explained - {"loss", "runtime", "samples_per_second", "steps_per_second"} == set()
+
+
+def test_completions_are_text_and_in_one_table_only(runs):
+    tables = [pd.read_parquet(path) for path in sorted((runs / "ppo" / "completions").glob("*.parquet"))]
+    rows = pd.concat(tables)
+    assert len(tables) < 8, "a rollout of several updates is one table"
+    assert rows["prompt"].map(type).eq(str).all() and rows["completion"].map(type).eq(str).all()
+    assert not rows.drop(columns="step").duplicated().any()
+
+
+@pytest.mark.slow
+def test_a_launched_recipe_shows_lines_and_no_warnings(commands):
+    lines = re.split(r"[\r\n]+", (commands / "sft.txt").read_text(encoding="utf-8"))
+    lines = [line for line in lines if line.strip() and not line.startswith("[INFO] Running in WANDB offline")]
+    lines = [line for line in lines if not re.search(r"it/s\]|s/it\]|\?it/s", line)]
+    assert lines[0].startswith("SFT into ") and "Running: 1 process" in lines[0]
+    assert "48 rows in, 48 out" in lines[1]
+    assert all(line.startswith(("step ", "Training on ")) for line in lines[2:-1]), lines
+    assert lines[-1].startswith("Saved to ") and "loss" in lines[-1] and "Next: python scripts/" in lines[-1]
 
 
 def test_each_step_saves_what_plain_libraries_load(data, runs):
@@ -72,6 +107,20 @@ def test_each_step_saves_what_plain_libraries_load(data, runs):
     policy = AutoPeftModelForCausalLM.from_pretrained(str(runs / "ppo"))
     assert policy.peft_config["default"].base_model_name_or_path == data["base"]
     assert not [key for key in load_file(runs / "ppo" / "adapter_model.safetensors") if "score" in key]
+
+
+@pytest.mark.parametrize("step", ["sft", "reward", "ppo"])
+def test_the_card_says_what_it_is_and_its_code_runs(data, runs, step, capsys):
+    card = ModelCard.load(runs / step / "README.md")
+    assert card.data.library_name == "peft" and step in card.data.tags and card.data.base_model is None
+    assert "None" not in card.text and f"`{data['base']}`" in card.text
+    rows = {"sft": "demonstrations", "reward": "rankings", "ppo": "prompts"}[step]
+    assert f"rows of `{data[rows]}`" in card.text
+    numbers = {"sft": "loss", "reward": "eval_accuracy eval_longer_wins", "ppo": "objective/kl objective/scores"}
+    assert all(f"| `{name}` |" in card.text for name in numbers[step].split())
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    exec(code, {})
+    assert step != "reward" or float(capsys.readouterr().out)
 
 
 def test_sft_learned_the_demonstrations_and_ppo_moved_on_from_it(runs):
@@ -101,10 +150,18 @@ def score(data, runs):
     return score
 
 
+def split_rankings(data, runs):
+    """The rankings that the reward model was trained and evaluated on."""
+    record = yaml.safe_load((runs / "reward" / "train_config.yaml").read_text(encoding="utf-8"))["arguments"]
+    format_args = FormattingArguments(test_split_size=record["test_split_size"])
+    script_args = ScriptArguments(dataset_name=data["rankings"])
+    return load_formatted("ranking", script_args, format_args, evaluate=True, seed=record["seed"])
+
+
 def test_the_saved_reward_adapter_gives_the_scores_ppo_saw(data, runs, score):
-    """The mean over the stored reference set is the stored mean."""
-    rows = map(json.loads, Path(data["rankings"]).read_text(encoding="utf-8").splitlines())
-    scores = [score(row["prompt"], response["text"]) for row in rows for response in row["responses"]]
+    """The mean over the rows that were trained is the stored mean."""
+    trained = split_rankings(data, runs)["train"]
+    scores = [score(row["prompt"], text[0]["content"]) for row in trained for text in row["completions"]]
     statistics = json.loads((runs / "reward" / "reward_statistics.json").read_text(encoding="utf-8"))
     assert statistics["n"] == len(scores)
     assert statistics["mean"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
@@ -115,12 +172,8 @@ def test_the_saved_reward_adapter_gives_the_scores_ppo_saw(data, runs, score):
 
 def test_the_reward_model_reports_accuracy_beside_longer_wins(data, runs, score):
     """On the prompts that were held out; all responses are of one length."""
-    record = yaml.safe_load((runs / "reward" / "train_config.yaml").read_text(encoding="utf-8"))["arguments"]
-    format_args = FormattingArguments(test_split_size=record["test_split_size"])
-    script_args = ScriptArguments(dataset_name=data["rankings"])
-    held_out = load_formatted("ranking", script_args, format_args, evaluate=True, seed=record["seed"])["eval"]
     right = []
-    for row in held_out:
+    for row in split_rankings(data, runs)["eval"]:
         scores = [score(row["prompt"], completion[0]["content"]) for completion in row["completions"]]
         pairs = permutations(zip(row["ranks"], scores, strict=True), 2)
         right += [better > worse for (rank, better), (worse_rank, worse) in pairs if rank < worse_rank]

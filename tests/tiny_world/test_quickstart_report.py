@@ -46,7 +46,7 @@ def finished(tmp_path_factory) -> Path:
         patch.setattr(evaluate, "DATA", data)
         for stage in (stage for group in quickstart.PIPELINE for stage in group):
             command = stage.command(str(folder), seed=3)
-            command = command[4:] if command[0] == "accelerate" else command[1:]
+            command = command[5:] if command[0] == "accelerate" else command[1:]
             patch.setattr(sys, "argv", command + SHORT.get(stage.name, []))
             if stage.name == "sample":
                 sys.argv += ["--dataset_name", str(data / "prompts_train.jsonl")]

@@ -17,7 +17,7 @@ from transformers import (
 from recipes.cli.errors import UserError
 from recipes.trainers.fast.drop_finished import DropFinishedSampler, draw
 from recipes.trainers.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
-from recipes.trainers.fast.length_buckets import UNLIMITED, length_buckets, map_buckets, sort_by_length
+from recipes.trainers.fast.length_buckets import UNLIMITED, even_buckets, length_buckets, map_buckets, sort_by_length
 from recipes.trainers.ppo_config import FAST_PATHS
 from recipes.trainers.rollout import response_states, right_align
 from tests import tiny_models as models
@@ -58,8 +58,8 @@ def test_sorted_micro_batches_hold_the_same_rows_and_no_empty_column():
         {name: value[i : i + 3] if value.dim() else value for name, value in batch.items()} for i in range(0, 6, 3)
     ]
     ordered = sort_by_length(halves)
-    assert [part["prompt_ids"].shape for part in ordered] == [(3, 3), (3, 8)]
-    assert [part["completion_ids"].shape for part in ordered] == [(3, 2), (3, 9)]
+    assert [part["prompt_ids"].shape for part in ordered] == [(4, 5), (2, 8)]
+    assert [part["completion_ids"].shape for part in ordered] == [(4, 2), (2, 9)]
 
     def content(parts):
         return sorted(
@@ -78,14 +78,14 @@ def test_sorted_micro_batches_hold_the_same_rows_and_no_empty_column():
 @pytest.mark.parametrize(
     ("overhead", "expected"),
     [
-        (UNLIMITED, [[1, 3, 4], [5, 8, 9]]),
+        (UNLIMITED, [[1, 3, 4, 5], [8, 9]]),
         (2.5, [[1], [3, 4, 5], [8, 9]]),
         (0.5, [[1], [3], [4], [5], [8], [9]]),
     ],
 )
 def test_buckets_come_back_in_order_and_are_cut_where_padding_is_dear(overhead, expected):
     lengths = torch.tensor([5, 1, 4, 9, 3, 8])
-    cut = length_buckets(lengths, 3, overhead)
+    cut = length_buckets(lengths, 27, overhead)
     assert [lengths[rows].tolist() for rows in cut] == expected
     results, nothing = map_buckets(lambda rows: (rows * 10, None), cut)
     assert results.tolist() == [0, 10, 20, 30, 40, 50] and nothing is None
@@ -101,9 +101,51 @@ def test_no_other_cut_costs_less():
             ends = list(itertools.accumulate(sizes))
             return sum(ordered[end - 1] * size + overhead for end, size in zip(ends, sizes, strict=True))
 
-        found = [len(rows) for rows in length_buckets(lengths, 4, overhead)]
-        ways = (sizes for n in range(1, 10) for sizes in itertools.product(range(1, 5), repeat=n) if sum(sizes) == 9)
-        assert cost(found) == min(map(cost, ways))
+        budget = 2 * ordered[-1]
+        found = [len(rows) for rows in length_buckets(lengths, budget, overhead)]
+        ways = [sizes for count in range(1, 10) for sizes in ways_to_cut(9, count)]
+        allowed = [sizes for sizes in ways if largest(ordered, sizes) <= budget]
+        assert cost(found) == min(map(cost, allowed))
+
+
+def ways_to_cut(rows: int, count: int) -> list[list[int]]:
+    """The sizes of `count` buckets, for every way to cut `rows` rows."""
+    cuts = itertools.combinations(range(1, rows), count - 1)
+    return [[end - start for start, end in itertools.pairwise((0, *cut, rows))] for cut in cuts]
+
+
+def largest(ordered: list[int], sizes: list[int]) -> int:
+    """Tokens of the largest bucket, its padding included."""
+    return max(ordered[end - 1] * size for end, size in zip(itertools.accumulate(sizes), sizes, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_micro_batches_are_as_even_in_tokens_as_can_be(count):
+    torch.manual_seed(count)
+    for lengths in (torch.randint(1, 40, (8,)), torch.full((8,), 5), torch.tensor([1, 1, 1, 1, 1, 1, 1, 99])):
+        ordered, found = lengths.sort()[0].tolist(), even_buckets(lengths, count)
+        sizes = [len(rows) for rows in found]
+        assert torch.cat(found).sort()[0].tolist() == [*range(8)] and len(sizes) == count and min(sizes) > 0
+        assert largest(ordered, sizes) == min(largest(ordered, way) for way in ways_to_cut(8, count))
+
+
+def test_scoring_takes_more_rows_at_a_time_where_they_are_short(world, tmp_path):
+    """A batch size of its own, in tokens of its longest row; several processes with shares of a model count rows."""
+    trainer = make_trainer(world, tmp_path, local_rollout_forward_batch_size=2)
+    fast, lengths, taken = trainer._fast, torch.tensor([10, 1, 1, 1, 1, 1, 1, 1, 1, 1]), []
+    fast.overhead = UNLIMITED
+
+    def run(rows):
+        taken.append(lengths[rows].tolist())
+        return (rows,)
+
+    with torch.no_grad():
+        assert fast.map_rows(run, lengths)[0].tolist() == [*range(10)]
+        fast.in_shares = True
+        fast.map_rows(run, lengths)
+    fast.in_shares = False
+    fast.map_rows(run, lengths)
+    assert taken == [[1] * 9, [10], *[[1, 1]] * 4, [1, 10], [1] * 9 + [10]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

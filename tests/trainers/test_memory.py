@@ -44,8 +44,7 @@ PPO = Setting("ppo", models.llama_config(), rows=4, tokens=48, response_tokens=1
 @pytest.mark.parametrize("base", PARAMETERS)
 def test_weights_are_those_of_the_published_models(base):
     setting = Setting("sft", SHAPES[base](), rows=1, tokens=8, dtype=torch.bfloat16)
-    model, _, _ = memory.build(setting)
-    held = memory.held_parts(setting, model, 0, None)
+    held = memory.held_parts(setting, *memory.build(setting))
     assert held["trained model"] == held["gradients"] == 2 * PARAMETERS[base]
     assert held["optimizer states"] == 4 * PARAMETERS[base]
 
@@ -63,8 +62,7 @@ def test_measured_runs_take_what_was_estimated(tmp_path):
 @pytest.mark.parametrize("setting", [PPO, replace(PPO, lora=None, checkpointing=True)], ids=["lora", "full"])
 def test_a_deep_model_is_extrapolated_from_shallow_ones(setting):
     deep = replace(setting, config=models.llama_config(num_hidden_layers=5))
-    model, _, critic = memory.build(deep)
-    assert memory.measure_deep(deep, model, critic) == memory.measure(deep, model, critic)
+    assert memory.measure_deep(deep, memory.build(deep)[0]) == memory.measure(deep)
 
 
 def test_what_saves_memory_is_seen_to():
@@ -81,9 +79,9 @@ def test_what_saves_memory_is_seen_to():
 
 
 def test_what_is_held_depends_on_precision_and_optimizer():
-    model, _, _ = memory.build(PPO)
+    model, _ = memory.build(PPO)
     kinds = [None, "8bit", "4bit", "4bit nested"]
-    sizes = [memory.held_parts(replace(PPO, quantization=kind), model, 0, None)["base"] for kind in kinds]
+    sizes = [memory.held_parts(replace(PPO, quantization=kind), model, None)["base"] for kind in kinds]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     trained = memory.trained_parameters(model, None)
     assert memory.optimizer_bytes("adamw_torch_fused", trained) == 4 * memory.optimizer_bytes("adamw_8bit", trained)
@@ -91,12 +89,42 @@ def test_what_is_held_depends_on_precision_and_optimizer():
 
 def test_adapters_of_ppo_are_counted_by_role():
     """Four adapters and two heads of the classifier beside the zeros that PEFT keeps, of which two adapters train."""
-    model, _, _ = memory.build(PPO)
+    model, _ = memory.build(PPO)
     one = sum(p.numel() for name, p in model.named_parameters() if ".default." in name)
     heads = PPO.config.hidden_size
-    held = memory.held_parts(PPO, model, 0, None)
+    held = memory.held_parts(PPO, model, None)
     assert held["adapters and heads"] == 4 * (4 * one + 2 * heads)
     assert held["gradients"] == 4 * (2 * one + heads)
+
+
+@pytest.mark.parametrize("quantization", [None, "4bit"])
+def test_what_is_trained_on_a_half_precision_base_is_float32(quantization):
+    half = replace(PPO, dtype=torch.bfloat16, autocast=True, quantization=quantization)
+    for step in ("sft", "reward", "ppo"):
+        trained = memory.trained_parameters(*memory.build(replace(half, step=step)))
+        assert {parameter.dtype for parameter in trained} == {torch.float32}, step
+    _, critic = memory.build(replace(half, lora=None, quantization=None))
+    assert critic.score.weight.dtype == torch.float32
+
+
+def test_the_merged_copy_has_its_price():
+    """Of a bf16 base the matrices with adapters, of a float32 base everything at half its size."""
+    base = sum(p.numel() for p in models.causal_lm(tie_word_embeddings=False).parameters())
+    half = replace(PPO, autocast=True, merged_copy=True)
+    found = estimate(half).phases["generation"]
+    assert found["merged copy"] == 2 * base and "packed weights" not in found
+    assert estimate(replace(half, dtype=torch.bfloat16)).phases["generation"]["merged copy"] == 2 * (
+        base - 2 * 64 * 32 - 5 * 32
+    )
+    assert found["KV cache"] == estimate(replace(half, merged_copy=False)).phases["generation"]["KV cache"] // 2
+    full = replace(half, lora=None, dtype=torch.bfloat16)
+    assert "merged copy" not in estimate(full).phases["generation"]
+
+
+def test_scoring_has_rows_of_its_own():
+    more = estimate(replace(PPO, scoring_rows=4 * PPO.rows))
+    assert sum(more.phases["scoring"].values()) > sum(estimate(PPO).phases["scoring"].values())
+    assert more.phases["update"] == estimate(PPO).phases["update"]
 
 
 def test_experts_are_counted_where_they_run_without_data_and_else_refused_in_one_line():
@@ -127,7 +155,9 @@ def test_the_command_says_whether_it_fits(monkeypatch, capsys, tmp_path):
     assert (
         code == 0 and output.strip().splitlines()[-1].startswith("fits: ") and output.rstrip().endswith(" of 8.0 GiB")
     )
-    code, output = command(monkeypatch, capsys, *line, "--gpu_memory_gb", 0.1)
+    assert "merged copy" in output
+    code, output = command(monkeypatch, capsys, *line, "--gpu_memory_gb", 0.0001)
+    assert "merged copy" not in output  # PPO makes it only where it fits
     assert code == 1 and output.strip().splitlines()[-1].startswith("does not fit: ")
     assert "GiB with --load_in_4bit true" in output and "steps_per_generation" in output
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from recipes.cli.errors import UserError
-from recipes.models.adapters import active_role, use_role
+from recipes.models.adapters import active_role, adapter_parameters, use_role
 from recipes.trainers.ppo_monitor import POOR_CRITIC_ROLLOUTS, PPOMonitor
 from recipes.trainers.ptx import IGNORED, PtxBatches
 from tests import tiny_models as models
@@ -253,7 +253,28 @@ def test_a_loss_that_is_nan_stops_with_rows_and_the_last_checkpoint(world, tmp_p
         return losses(model, inputs)
 
     trainer._compute_loss = poisoned
-    with pytest.raises(UserError, match=r"Step 3: the loss is nan, .* rows \[0, 1, 2, 3\] .*checkpoint-2"):
+    with pytest.raises(UserError, match=r"After step 3: the loss is nan, .* rows \[0, 1, 2, 3\]\. .*checkpoint-2"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("role", ["ref", "critic"])
+def test_a_role_that_gives_nan_stops_before_the_first_update(world, tmp_path, role):
+    trainer = make_trainer(world, tmp_path)
+    for parameter in adapter_parameters(trainer.model, role).values():
+        parameter.data.fill_(math.nan)
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".default." in name}
+    cause = "the KL is nan, by log-probabilities of the reference" if role == "ref" else "the sum of values is nan"
+    with pytest.raises(UserError, match=rf"After step 0: {cause}.*There is no checkpoint yet"):
+        trainer.train()
+    assert all(torch.equal(trainer.model.get_parameter(name), value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("fast_paths", [["drop_finished"], []], ids=["our loop", "transformers' loop"])
+def test_a_policy_that_is_not_finite_stops_before_it_is_sampled(world, tmp_path, fast_paths):
+    trainer = make_trainer(world, tmp_path, fast_paths=fast_paths)
+    for parameter in adapter_parameters(trainer.model, "default").values():
+        parameter.data.fill_(math.nan)
+    with pytest.raises(UserError, match=r"After step 0: nothing can be sampled .*\.default\.weight are not"):
         trainer.train()
 
 

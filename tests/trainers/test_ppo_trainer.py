@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -13,6 +14,7 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    TrainerCallback,
 )
 
 from recipes.cli.errors import UserError
@@ -20,7 +22,7 @@ from recipes.models.adapters import add_score_roles
 from recipes.models.loading import never_pack
 from recipes.trainers.ppo_trainer import PPOTrainer
 from tests import tiny_models as models
-from tests.trainers.conftest import config, history, make_trainer, shared_base_policy
+from tests.trainers.conftest import LORA, config, history, make_trainer, shared_base_policy
 
 
 def rollout(trainer, n=4):
@@ -443,6 +445,135 @@ def test_the_models_of_trls_ppo_trainer_are_taken_as_they_are(world, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def lora_model(model, task_type: str, seed: int) -> PeftModel:
+    """`model` with an adapter that changes what it says, its head trained where it has one."""
+    torch.manual_seed(seed)
+    heads = ["score"] if task_type == "SEQ_CLS" else None
+    return get_peft_model(model, LoraConfig(task_type=task_type, modules_to_save=heads, **LORA)).eval()
+
+
+@pytest.mark.parametrize("use_peft", [True, False], ids=["lora policy", "full policy"])
+def test_peft_models_are_reference_reward_model_and_critic(world, tmp_path, use_peft):
+    """As TRL 1.12 takes them: each speaks with its adapter, and of the critic only the adapter is trained."""
+    ema = {"ema_decay": 0.9} if use_peft else {}
+
+    def build(folder, **kwargs):
+        return make_trainer(
+            world,
+            tmp_path / folder,
+            model=lora_model(models.causal_lm(), "CAUSAL_LM", 5) if use_peft else models.causal_lm(),
+            trainer_kwargs={
+                "ref_model": lora_model(models.causal_lm(), "CAUSAL_LM", 6),
+                "reward_model": lora_model(models.reward_model(seed=2), "SEQ_CLS", 7),
+                "value_model": lora_model(models.reward_model(seed=3), "SEQ_CLS", 8),
+            },
+            max_steps=2,
+            **(ema | kwargs),
+        )
+
+    trainer = build("out", save_strategy="steps", save_steps=1)
+    batch, width = rollout(trainer), trainer._rollout.mask.size(1)
+    ids, mask = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1), trainer._rollout.attention_mask
+    real = trainer._rollout.mask.bool()
+    values = lora_model(models.reward_model(seed=3), "SEQ_CLS", 8)
+    with torch.no_grad():
+        expected = plain_logps(lora_model(models.causal_lm(), "CAUSAL_LM", 6), ids, mask, width)
+        torch.testing.assert_close(trainer._rollout.ref_logps[real], expected[real], rtol=1e-3, atol=1e-4)
+        base = values.get_base_model()
+        states = base.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, -width - 1 : -1]
+        torch.testing.assert_close(
+            trainer._rollout.values[real], base.score(states)[..., 0][real], rtol=1e-3, atol=1e-4
+        )
+        judge = lora_model(models.reward_model(seed=2), "SEQ_CLS", 7)
+        one = ids[0][mask[0].bool()]
+        assert trainer._rollout.scores[0].item() == pytest.approx(judge(input_ids=one[None]).logits.item(), abs=1e-4)
+
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    trainer.save_model()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
+    critic = {name for name in moved if "critic." in name}
+    assert critic and all("lora_" in name or "modules_to_save" in name for name in critic)
+    assert moved - critic and (not use_peft or all(".default." in name or ".ema." in name for name in moved - critic))
+    saved = PeftModel.from_pretrained(models.reward_model(seed=3), tmp_path / "out" / "critic")
+    own = trainer._base.critic.state_dict()
+    for name, value in saved.state_dict().items():
+        torch.testing.assert_close(value, own[name], msg=name)
+    if use_peft:
+        kept = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        assert kept and not [name for name in kept if "critic" in name or "score" in name]
+
+    resumed = build("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+
+
+def test_a_moving_average_leaves_a_critic_of_its_own_alone(world, tmp_path):
+    """PEFT puts a new adapter into every layer of its kind, the critic's too where it is there already."""
+    trainer = make_trainer(
+        world,
+        tmp_path,
+        trainer_kwargs={"value_model": models.reward_model(seed=4), "reward_model": models.reward_model()},
+        model=lora_model(models.causal_lm(), "CAUSAL_LM", 5),
+        ema_decay=0.9,
+        max_steps=1,
+    )
+    trainer.train()
+    trainer.save_model()
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
+    assert saved.state_dict().keys() == models.reward_model().state_dict().keys()
+
+
+@pytest.mark.parametrize("same", ["model and ref_model", "value_model and reward_model"])
+def test_one_object_in_two_roles_is_refused(world, tmp_path, same):
+    model, classifier = models.causal_lm(), models.reward_model()
+    roles = {"reward_model": classifier, "value_model": models.reward_model()}
+    roles |= {"ref_model": model} if same.startswith("model") else {"value_model": classifier}
+    with pytest.raises(UserError, match="must not be the same object"):
+        make_trainer(world, tmp_path, model=model, trainer_kwargs=roles)
+
+
+def test_two_critics_are_refused(world, tmp_path):
+    with pytest.raises(UserError, match="value_model and the policy's adapter `critic` are two critics"):
+        make_trainer(world, tmp_path, trainer_kwargs={"value_model": models.reward_model()})
+
+
+def test_a_policy_under_another_name_is_refused(world, tmp_path):
+    model = get_peft_model(models.causal_lm(), LoraConfig(task_type="CAUSAL_LM", **LORA), adapter_name="sft")
+    with pytest.raises(UserError, match="The policy is the adapter `default`, and there is only sft"):
+        make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_model": models.reward_model()})
+
+
+def test_the_other_keywords_of_trls_ppo_trainer(world, tmp_path):
+    model, seen = models.causal_lm(), []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(state.global_step)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    prompts = Dataset.from_dict({"prompt": models.prompts(4, seed=9)})
+    roles = {"reward_model": models.reward_model(), "value_model": models.reward_model(seed=4)}
+    options = {"callbacks": [Count()], "optimizers": (optimizer, None), "eval_dataset": {"a": prompts, "b": prompts}}
+    trainer = make_trainer(
+        world,
+        tmp_path,
+        model=model,
+        trainer_kwargs=roles | options,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=4,
+    )
+    trainer.train()
+    assert seen == [1, 2] and trainer.optimizer.optimizer is optimizer
+    assert len(history(trainer, "eval_objective/kl")) == 2
+    lora = LoraConfig(task_type="CAUSAL_LM", **LORA)
+    with pytest.raises(UserError, match="model is a PeftModel already: leave peft_config out"):
+        make_trainer(world, tmp_path, trainer_kwargs={"peft_config": lora})
+
+
 FILTERS = {
     "min_p": 0.9,
     "no_repeat_ngram_size": 1,
@@ -495,7 +626,7 @@ def test_a_bad_score_stops_with_the_row(world, tmp_path):
         return [math.inf if i == 2 else 0.0 for i in range(len(prompts))]
 
     trainer = make_trainer(world, tmp_path, trainer_kwargs={"reward_funcs": broken})
-    with pytest.raises(UserError, match=r"Step 0: reward_model, broken gave no finite score to 1 of 16 .* row 2 "):
+    with pytest.raises(UserError, match=r"Step 0: broken gave no finite score to 1 of 16 .* row 2 "):
         trainer.train()
 
 
@@ -534,9 +665,12 @@ def test_a_function_may_pass_over_a_response(world, tmp_path):
         ({"score_std": 0.0}, "score_std must be above 0"),
         ({"score_std": -1.0}, "score_std must be above 0, got -1"),
         ({"score_std": math.nan}, "score_std must be above 0, got nan"),
-        ({"score_mean": math.inf}, "score_mean must be a number"),
+        ({"score_mean": math.inf}, "score_mean must be finite"),
+        ({"reward_weights": [1.0, math.nan]}, "reward_weights must be finite"),
+        ({"num_generations": 0}, "num_generations must be above 0"),
         ({"score_clip": -1.0}, "score_clip must be above 0"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must be at least 0"),
+        ({"fp16": True, "target_kl": 0.1}, "loss scaling of fp16"),
         ({"total_episodes": 0}, "total_episodes must be above 0"),
         ({"kl_coef": math.nan}, "kl_coef must be at least 0, got nan"),
         ({"generation_kwargs": {"num_beamz": 2}}, "knows no generation argument num_beamz"),

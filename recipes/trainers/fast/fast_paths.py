@@ -4,6 +4,7 @@ To read the algorithm, take every method here for what its docstring says it sta
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -44,7 +45,9 @@ class FastPaths:
         self.base = base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         self.on = set(args.fast_paths)
         on_cpu, is_alone = accelerator.device.type == "cpu", accelerator.distributed_type == "NO"
-        if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):  # the model is in shares
+        # Processes that share a model must make as many passes as each other.
+        self.in_shares = accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU")
+        if self.in_shares:
             self.on -= {"drop_finished", "packed_weights", "fused_adapters", "merged_copy"}
         if args.generation_kwargs:  # beams and their like are transformers' own work
             self.on -= {"drop_finished"}
@@ -64,7 +67,7 @@ class FastPaths:
             self.on -= {"sampling_logps"}
         if not is_alone:  # DDP reduces gradients once, in one backward
             self.on -= {"early_backward"}
-        # A GPU is idle while one more bucket starts, and several processes must make as many passes as each other.
+        # A GPU is idle while one more bucket starts, and DDP wants one forward for one backward.
         self.overhead = bucket_overhead(base) if on_cpu and is_alone else UNLIMITED
         self.sampler = DropFinishedSampler() if "drop_finished" in self.on else None
         if "fused_adapters" in self.on:
@@ -107,11 +110,17 @@ class FastPaths:
         return [batch for start in starts for batch in sort_by_length(micro_batches[start : start + window])]
 
     def map_rows(self, run: Callable[[torch.Tensor], Results], lengths: torch.Tensor) -> Results:
-        """The results of `run(rows)` for all rows, at most a micro-batch at a time, similar lengths together."""
-        most = self.args.per_device_train_batch_size
-        if "length_sorting" in self.on:
-            return map_buckets(run, length_buckets(lengths, most, self.overhead))
-        return map_buckets(run, [*torch.arange(len(lengths), device=lengths.device).split(most)])
+        """The results of `run(rows)` for all rows, similar lengths together.
+
+        Without gradients at most as many tokens at a time as `local_rollout_forward_batch_size` rows of the longest
+        have; with gradients the rows are a micro-batch already.
+        """
+        with_gradients, most = torch.is_grad_enabled(), self.args.local_rollout_forward_batch_size
+        if "length_sorting" in self.on and not self.in_shares:
+            budget = math.inf if with_gradients else most * int(lengths.max())
+            return map_buckets(run, length_buckets(lengths, budget, self.overhead))
+        order = lengths.argsort(stable=True) if "length_sorting" in self.on else torch.arange(len(lengths))
+        return map_buckets(run, [*order.to(lengths.device).split(len(lengths) if with_gradients else most)])
 
     def backward_early(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss`, or, in a single process, its backward now: it frees the activations before the next forward."""

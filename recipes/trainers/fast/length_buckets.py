@@ -1,5 +1,6 @@
 """Rows of similar length in one pass, so that little of it is padding."""
 
+import bisect
 import itertools
 from collections.abc import Callable
 
@@ -20,18 +21,20 @@ def bucket_overhead(model: nn.Module) -> float:
     return 30 + 7000 / model.get_input_embeddings().weight.size(-1)
 
 
-def length_buckets(lengths: torch.Tensor, most: int, overhead: float = UNLIMITED) -> list[torch.Tensor]:
-    """Row numbers in buckets of up to `most` rows of similar length, cut where padding costs least.
+def length_buckets(lengths: torch.Tensor, budget: float, overhead: float = UNLIMITED) -> list[torch.Tensor]:
+    """Row numbers in buckets of similar length, cut where padding costs least.
 
-    A bucket costs its rows times its longest row, and `overhead`, all in tokens. Without a limit on `overhead` there
-    are ceil(rows / most) buckets, however long the rows are.
+    A bucket takes its rows times its longest row, in tokens: at most `budget`, or a single row. It costs that and
+    `overhead`; without a limit on `overhead` there are as few buckets as can be.
     """
     ordered, order = lengths.sort(stable=True)
     ordered = ordered.tolist()
     best = [(0.0, 0)]  # the cost of the first rows, and where their last bucket begins
     for end in range(1, len(ordered) + 1):
-        starts = range(max(0, end - most), end)
-        best.append(min((best[i][0] + ordered[end - 1] * (end - i) + overhead, i) for i in starts))
+        longest = ordered[end - 1]
+        rows = max(1, int(min(budget / max(1, longest), end)))
+        starts = range(end - rows, end)
+        best.append(min((best[i][0] + longest * (end - i) + overhead, i) for i in starts))
     cuts = [len(ordered)]
     while cuts[-1] > 0:
         cuts.append(best[cuts[-1]][1])
@@ -45,8 +48,26 @@ def map_buckets(run: Callable[[torch.Tensor], Results], buckets: list[torch.Tens
     return tuple(None if column[0] is None else torch.cat(column)[back] for column in columns)
 
 
+def even_buckets(lengths: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Row numbers in `count` buckets of similar length, none empty; the largest has as few tokens as can be."""
+    ordered, order = lengths.sort(stable=True)
+    ordered = ordered.tolist()
+
+    def cuts(budget: int) -> list[int]:
+        starts = [0]
+        for row in range(1, len(ordered)):
+            is_full = ordered[row] * (row + 1 - starts[-1]) > budget
+            if is_full or len(ordered) - row == count - len(starts):  # one row for each bucket that is left
+                starts.append(row)
+        return starts
+
+    sizes = range(ordered[-1], ordered[-1] * len(ordered))
+    budget = sizes.start + bisect.bisect_left(sizes, True, key=lambda size: len(cuts(size)) <= count)
+    return [order[start:end] for start, end in itertools.pairwise([*cuts(budget), len(ordered)])]
+
+
 def sort_by_length(batches: list[dict]) -> list[dict]:
-    """Deal the rows of several micro-batches to as many of similar length, each without columns of padding only.
+    """Deal the rows of several micro-batches to as many, by tokens instead of rows, without columns of padding only.
 
     The micro-batches belong to one optimizer step whose loss is a mean over all its tokens, so the update is the same.
     """
@@ -57,7 +78,7 @@ def sort_by_length(batches: list[dict]) -> list[dict]:
     lengths = merged["prompt_mask"].sum(1) + merged["completion_mask"].sum(1)
     return [
         trim({name: value[rows] if is_rows(value) else value for name, value in merged.items()})
-        for rows in lengths.argsort(stable=True).chunk(len(batches))
+        for rows in even_buckets(lengths, len(batches))
     ]
 
 

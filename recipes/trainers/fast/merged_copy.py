@@ -27,7 +27,7 @@ def fits_beside(copy_bytes: int, free_bytes: int) -> bool:
 
 def copy_bytes(base: PreTrainedModel, dtype: torch.dtype) -> int:
     """What a copy takes at most; weights that it shares with the base are counted too."""
-    return empty_copy(base).num_parameters() * dtype.itemsize
+    return empty_copy(base, dtype).num_parameters() * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

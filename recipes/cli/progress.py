@@ -1,0 +1,36 @@
+"""Progress of a training on the screen, instead of Trainer's dictionaries of all metrics."""
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from recipes.cli.screen import log_line
+
+
+class ProgressBar(ProgressCallback):
+    """Trainer's bar alone, which lines written above it show at once: a bar with a delay would not be cleared then."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.delay = 0
+
+    def on_log(self, args, state, control, **kwargs):
+        pass
+
+
+class LogLines(TrainerCallback):
+    """A line for each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and (line := log_line(logs, state.global_step, state.max_steps)):
+            tqdm.write(line)
+
+
+def show_lines(trainer: Trainer) -> None:
+    """Have `trainer` write lines, unless `--log_level debug` asks for everything, or a notebook shows a table."""
+    if trainer.args.log_level == "debug":
+        return
+    for shown, instead in ((ProgressCallback, [ProgressBar, LogLines]), (PrinterCallback, [LogLines])):
+        if trainer.pop_callback(shown) is not None:
+            for callback in instead:
+                trainer.add_callback(callback)

@@ -1,0 +1,61 @@
+"""What a run shows: one bar, one line a log step with the numbers that matter, its result and what comes next."""
+
+import os
+import sys
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+# The first six of these that a log has are shown; the trackers get all.
+NUMBERS = (
+    *("objective/scores", "objective/kl", "objective/entropy", "completions/mean_length", "val/explained_variance"),
+    *("policy/clipfrac_avg", "loss", "accuracy", "longer_wins", "margin", "mean_token_accuracy", "entropy"),
+    *("grad_norm", "learning_rate"),
+)
+# The result of a recipe, by the names of its metrics.
+RESULTS = {
+    "sft": {"loss": "loss", "eval_loss": "evaluation loss"},
+    "reward": {"loss": "loss", "eval_accuracy": "accuracy", "eval_longer_wins": "longer wins"},
+    "ppo": {"objective/scores": "score", "objective/kl": "KL", "completions/mean_length": "tokens"},
+}
+
+
+def log_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
+    """The numbers that matter of one log, or "" where there are none."""
+    if "train_runtime" in logs:  # Trainer's totals at the end of a run
+        return ""
+    prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
+    shown = [name for name in NUMBERS if logs.get(prefix + name) is not None][:6]
+    numbers = [f"{name.split('/')[-1]} {logs[prefix + name]:.3g}" for name in shown]
+    return "  ".join([f"step {step}/{steps}", *(["evaluation"] if prefix else []), *numbers]) if shown else ""
+
+
+def headline(log_history: list[dict[str, Any]], metrics: Mapping[str, str]) -> str:
+    """First and last values of a run's metrics, averaged over up to three logs."""
+    parts = []
+    for name, label in metrics.items():
+        values = [row[name] for row in log_history if name in row]
+        if len(values) > 1:
+            few = min(3, len(values) // 2)
+            parts.append(f"{label} {fmean(values[:few]):.2f} -> {fmean(values[-few:]):.2f}")
+        elif values:
+            parts.append(f"{label} {values[0]:.2f}")
+    return ", ".join(parts)
+
+
+def result_line(recipe: str, path: str, start: str, log_history: list[dict[str, Any]], launcher: str) -> str:
+    """Where the result is, how the run went, and the command that goes on from it."""
+    found = headline(log_history, RESULTS[recipe])
+    return f"Saved to {path}{f': {found}' if found else ''}. Next: {next_command(recipe, path, start, launcher)}"
+
+
+def next_command(recipe: str, path: str, start: str, launcher: str) -> str:
+    if recipe == "sft":
+        sample = "python scripts/sample_responses.py --model_name_or_path {} --dataset_name prompts.jsonl --output {}"
+        return sample.format(path, "samples.jsonl")
+    if recipe == "ppo":
+        return f"python scripts/chat.py --model_name_or_path {path} --compare {start}"
+    config = next((word for word in sys.argv if word.endswith("reward.yaml")), None)
+    source = f"--config {config.removesuffix('reward.yaml')}ppo.yaml" if config else "--dataset_name prompts.jsonl"
+    models = f"--model_name_or_path {start} --reward_model_name_or_path {path}"
+    return f"{launcher} recipes/ppo.py {source} {models} --output_dir {os.path.join(os.path.dirname(path), 'ppo')}"

@@ -1,0 +1,65 @@
+"""How a recipe or script starts: help and mistakes are answered and libraries made quiet before any is imported."""
+
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+
+from recipes.cli.errors import UserError
+from recipes.cli.help import ROOT, check, read_flags, show
+
+# What libraries say in every run and nobody here can act on.
+NOISE = r"`(is_)?gradient_checkpointing` is deprecated"
+NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops",)  # that a faster 4-bit kernel could be downloaded
+
+
+def begin(command: str, *more: str) -> None:
+    """Answer `--help`, end with one line where the command line has a mistake, and make libraries quiet.
+
+    Args:
+        command: file of a recipe or script; with a tuple `ARGUMENTS` of dataclasses, its flags are those.
+        more: other such files whose flags it takes too, and whose help lists them.
+    """
+    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        if importlib.util.find_spec("trl") is None:
+            raise UserError(f"This Python ({sys.executable}) has no TRL: {activation()}")
+        answer(command, more, words, first)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    if "--log_level debug" not in " ".join(words):
+        quiet()
+
+
+def answer(command: str, more: tuple[str, ...], words: list[str], first: bool) -> None:
+    try:
+        own = read_flags(command)
+        known = own | {name: flag for path in more for name, flag in read_flags(path).items()}
+    except (LookupError, OSError, SyntaxError):  # no dataclasses, or a TRL of another layout: its parser will answer
+        return
+    if {"-h", "--help", "--help_all"} & {*words}:
+        if first:
+            everything = "--help_all" in words
+            print(show(command, known if everything else own, everything))
+        sys.exit(0)
+    if first:  # of several processes, the others are ended with it
+        check(words, known, own)
+
+
+def activation() -> str:
+    """What to type to get the project's environment."""
+    environment = ROOT / ".venv"
+    make = "" if environment.exists() else f"bash {ROOT}/scripts/quickstart.sh, which makes the environment, then "
+    return f"type {make}source {environment}/bin/activate"
+
+
+def quiet() -> None:
+    """Show progress bars only of what takes seconds and until it is done, and silence known warnings by name."""
+    os.environ.setdefault("TQDM_DELAY", "2")
+    os.environ.setdefault("TQDM_LEAVE", "")
+    warnings.filterwarnings("ignore", NOISE, FutureWarning)
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

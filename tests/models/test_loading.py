@@ -1,0 +1,59 @@
+"""The models of PPO in full fine-tuning: what the critic starts from, by size, vocabulary and configuration."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma3Config
+from trl import ModelConfig
+
+from recipes.cli.errors import UserError
+from recipes.models.heads import critic_from_policy, scores_at
+from recipes.models.loading import load_policy, load_ppo_models
+from recipes.models.source import resolve_model
+from tests import tiny_models as models
+
+
+def gemma3(**changes) -> Gemma3Config:
+    """A configuration of a text and a vision part, which has no `vocab_size` of its own."""
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    return Gemma3Config(text_config=text | changes, vision_config=vision, mm_tokens_per_image=4, num_labels=1)
+
+
+CONFIGS = {"llama": lambda **changes: models.llama_config(num_labels=1, **changes), "gemma3": gemma3}
+LARGER = {"hidden_size": 48, "num_attention_heads": 4, "head_dim": 12}
+
+
+def saved(folder, auto_class, config, words=59) -> str:
+    auto_class.from_config(config).save_pretrained(folder)
+    models.word_tokenizer(words=words).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("reward", ["same", "larger", "deeper", "other words"])
+def test_only_a_reward_model_of_the_policy_s_size_and_vocabulary_becomes_the_critic(tmp_path, capsys, family, reward):
+    changes = {"larger": LARGER, "deeper": {"num_hidden_layers": 3}}.get(reward, {})
+    base = saved(tmp_path / "base", AutoModelForCausalLM, CONFIGS[family]())
+    scorer = CONFIGS[family](**changes)
+    words = 58 if reward == "other words" else 59
+    scorer = saved(tmp_path / "reward", AutoModelForSequenceClassification, scorer, words)
+    loaded = load_ppo_models(
+        resolve_model(base), resolve_model(scorer), ModelConfig(use_peft=False, dtype="float32"), False
+    )
+    assert ("value_model" in loaded) == (reward == "same")
+    assert ("The critic starts from the policy" in capsys.readouterr().err) == (reward != "same")
+    if reward == "same":
+        return
+    critic, ids = critic_from_policy(loaded["model"]), torch.randint(5, 60, (2, 6))
+    states = torch.arange(2), torch.tensor([5, 3])
+    assert scores_at(critic, ids, states).tolist() == [0, 0]
+    hidden = [model.base_model(input_ids=ids).last_hidden_state for model in (critic, loaded["model"])]
+    torch.testing.assert_close(*hidden)
+
+
+def test_an_adapter_on_layers_that_are_not_there_is_one_line(tmp_path):
+    base = resolve_model(models.save_base(tmp_path / "base"))
+    with pytest.raises(UserError, match="No adapter could be put on Llama.*--lora_target_modules all-linear"):
+        load_policy(base, ModelConfig(use_peft=True, lora_target_modules=["c_attn"], dtype="float32"))

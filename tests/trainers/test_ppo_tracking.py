@@ -1,0 +1,70 @@
+"""What PPO tells trackers: phases, histograms, spreads, gradient norms, readable completions."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+from transformers.integrations import TensorBoardCallback
+
+from recipes.trainers.ppo_tracking import PPOTracking, describe, gradient_norms, readable
+from recipes.trainers.rollout import Rollout
+
+
+def test_phases_add_up_and_an_inner_one_is_not_counted_twice(monkeypatch):
+    clock = iter((0.0, 1.0, 4.0, 10.0))  # update begins, sampling within it takes 3 s, the whole 10 s
+    monkeypatch.setattr("recipes.trainers.ppo_tracking.time.perf_counter", lambda: next(clock))
+    tracking = PPOTracking([])
+    with tracking.phase("update"):
+        with tracking.phase("sample"):
+            pass
+    assert dict(tracking.seconds) == {"sample": 3.0, "update": 7.0}
+    tracking.rollout(torch.tensor([1.0, 2.0]), torch.tensor([5.0, 15.0]))
+    logs = {"loss": 1.0}
+    args = SimpleNamespace(device=torch.device("cpu"))
+    tracking.on_log(args, SimpleNamespace(is_world_process_zero=True, global_step=1), None, logs=logs)
+    assert (logs["time/sample"], logs["time/update"], logs["time/tokens_per_second"]) == (3.0, 7.0, 2.0)
+    assert 0.01 < logs["memory/peak_gib"] < 1000
+    tracking.on_log(args, None, None, logs=(again := {"loss": 1.0}))
+    assert again == {"loss": 1.0}, "once a rollout"
+
+
+def test_trackers_get_histograms(tmp_path):
+    tracker = TensorBoardCallback(SummaryWriter(tmp_path))
+    tracking = PPOTracking([tracker])
+    tracking.rollout(torch.tensor([1.0, 3.0]), torch.tensor([5.0, 15.0]))
+    tracking.seconds["sample"] = 1.0
+    state = SimpleNamespace(is_world_process_zero=True, global_step=7)
+    tracking.on_log(SimpleNamespace(device=torch.device("cpu")), state, None, logs={"loss": 1.0})
+    tracker.tb_writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["histograms"] == ["train/objective/scores_histogram", "train/completions/length_histogram"]
+    (scores,) = events.Histograms("train/objective/scores_histogram")
+    assert (scores.step, scores.histogram_value.min, scores.histogram_value.max) == (7, 1.0, 3.0)
+
+
+def test_a_conversation_is_readable():
+    assert readable([{"role": "assistant", "content": "Hello"}]) == "Hello" == readable("Hello")
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    assert readable(turns) == "system: Be kind.\nuser: Hi"
+
+
+def test_advantages_are_described_before_whitening():
+    mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    rollout = Rollout([[1]], [[1]], False, attention_mask=torch.ones(2, 5), mask=mask)
+    rollout.values, rollout.returns = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[2.0, 4.0], [6.0, 9.0]])
+    found = describe(rollout, torch.tensor([1.0, 3.0]), Accelerator(cpu=True))
+    assert found["advantages/mean"] == pytest.approx(2.0) and found["advantages/std"] == pytest.approx((2 / 3) ** 0.5)
+    assert found["values/mean"] == pytest.approx(2.0) and found["returns/mean"] == pytest.approx(4.0)
+    assert (found["objective/scores_min"], found["objective/scores_max"], found["objective/scores_std"]) == (1, 3, 1)
+    assert (found["prompts/mean_length"], found["prompts/max_length"]) == (3.5, 4.0)
+
+
+def test_gradient_norms_of_policy_and_critic_are_apart():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 1, bias=False) for name in ("layer", "critic")})
+    model["layer"].weight.grad, model["critic"].weight.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])
+    assert gradient_norms(model) == {"grad_norm/policy": 5.0, "grad_norm/critic": 2.0}
+    model["layer"].weight.grad = None  # critic_warmup_steps
+    assert gradient_norms(model) == {"grad_norm/policy": 0.0, "grad_norm/critic": 2.0}
