@@ -3,9 +3,10 @@
     python -m benchmarks.methods --output_dir runs/methods
 
 In the tiny world, where gold, the true quality, is known. PPO is this project's, GRPO, RLOO and DPO are TRL's; best of
-n and a low temperature train nothing. PPO, GRPO and RLOO sample as many answers and make as many updates, DPO makes as
-many updates on the ranked answers. Each has the same number of trials, of which gold on validation prompts chooses one
-with the first seed. That one is measured on held-out prompts with every seed, and seeds differ in all from SFT on.
+n and a low temperature train nothing. All make as many updates, of as many answers: PPO, GRPO and RLOO sample them and
+use each twice, DPO takes pairs of the ranked ones. Each has the same number of trials, of which gold on validation
+prompts chooses one with the first seed. That one is measured on held-out prompts with every seed, and seeds differ in
+all from SFT on.
 
 Every run and every measurement is a file that is not made again: the same line goes on where it stopped. The folder
 then holds `methods.json` (every trial and seed), `methods.md` (the tables) and `methods.png`. Set OMP_NUM_THREADS=1:
@@ -37,7 +38,7 @@ from recipes.cli.errors import UserError
 from recipes.cli.record import git_revision
 from recipes.evaluation.frontier import best_of_n, best_of_n_kl_with_ties
 from recipes.evaluation.metrics import mean_interval
-from recipes.evaluation.plots import COLORS, error_bars, plt, square_root_axis
+from recipes.evaluation.plots import COLORS, error_bars, plt
 from recipes.evaluation.policies import PolicySpec
 from recipes.formatting import format_dataset, load_rows
 from recipes.models.loading import load_policy
@@ -52,14 +53,9 @@ TRAINED = ("PPO", *TRL)
 COOL, BEST = "SFT, low temperature", "SFT, best of n"
 # `beta` is the price of a nat of KL; PPO calls it kl_coef. DPO's is in the reward model's own unit, which in this
 # world is near the standard deviation that the others divide by.
-TRIALS = [
-    {"beta": 0.1, "learning_rate": 1e-3},
-    {"beta": 0.3, "learning_rate": 1e-3},
-    {"beta": 0.1, "learning_rate": 3e-4},
-]
+TRIALS = [{"beta": 0.1, "learning_rate": 1e-3}, {"beta": 0.3, "learning_rate": 1e-3}]
 TEMPERATURES = (0.6, 0.4, 0.2)
 BEST_OF = (2, 4, 8, 16)
-SEEDS = (0, 1, 2)
 GROUP = 4  # answers to a prompt in GRPO and RLOO, which compare them
 MEASURED = {"validation": 4, "heldout": 3}  # answers to a prompt that a policy is measured by
 POOL = 16  # answers of SFT to a prompt among which best of n finds its best
@@ -127,6 +123,7 @@ def train_trl(method: str, folder: Path, beta: float, shared: dict):
     config = {name: value for name, value in config.items() if name in known} | shared | {"beta": beta}
     if method == "DPO":
         task, data, rewards = "preference", folder / "rankings.jsonl", {}
+        config["per_device_train_batch_size"] //= 2  # a pair is two answers
     else:
         task, data = "prompt", evaluate.DATA / "prompts_train.jsonl"
         rewards, config["num_generations"] = {"reward_funcs": reward_function(folder)}, GROUP
@@ -179,9 +176,9 @@ def row(method: str, setting: dict, found: list[dict], costs: list[dict] = ()) -
     return {"method": method, "setting": setting, **means, "costs": list(costs)}
 
 
-def make(output_dir: Path) -> None:
+def make(output_dir: Path, seeds: list[int]) -> None:
     """All runs and measurements, then the file with every trial, the tables and the picture."""
-    folders = {seed: output_dir / f"seed{seed}" for seed in SEEDS}
+    folders = {seed: output_dir / f"seed{seed}" for seed in seeds}
     for seed, folder in folders.items():
         pipeline(folder, seed)
 
@@ -197,29 +194,36 @@ def make(output_dir: Path) -> None:
 
     trials = []
     for temperature in TEMPERATURES:
-        found = untrained("validation", SEEDS[0], f"SFT_T{temperature:g}", temperature)
+        found = untrained("validation", seeds[0], f"SFT_T{temperature:g}", temperature)
         trials.append(row(COOL, {"temperature": temperature}, [found]))
     for trial in TRIALS:
         for method in TRAINED:
-            found, cost = trained("validation", SEEDS[0], method, trial)
+            found, cost = trained("validation", seeds[0], method, trial)
             trials.append(row(method, trial, [found], [cost]))
     best = {trial["method"]: trial["setting"] for trial in sorted(trials, key=lambda trial: trial["gold"]["mean"])}
+    report(output_dir, trials, [])  # so that there is something to look at
 
-    pool = [untrained("heldout", seed, "SFT", samples=POOL) for seed in SEEDS]
+    pool = [untrained("heldout", seed, "SFT", samples=POOL) for seed in seeds]
     rows = [row("SFT", {}, pool)]
-    found = [untrained("heldout", seed, "SFT_low", best[COOL]["temperature"]) for seed in SEEDS]
+    found = [untrained("heldout", seed, "SFT_low", best[COOL]["temperature"]) for seed in seeds]
     rows.append(row(COOL, best[COOL], found))
     rows += [row(BEST, {"n": n}, [best_of(one, n) for one in pool]) for n in BEST_OF if n <= POOL]
     for method in TRAINED:
-        found, costs = zip(*[trained("heldout", seed, method, best[method]) for seed in SEEDS], strict=True)
+        found, costs = zip(*[trained("heldout", seed, method, best[method]) for seed in seeds], strict=True)
         rows.append(row(method, best[method], found, costs))
 
-    text = f"{table(rows)}\n{table(sorted(trials, key=lambda trial: (*TRAINED, COOL).index(trial['method'])))}"
-    (output_dir / "methods.md").write_text(text, encoding="utf-8")
+    report(output_dir, trials, rows)
+    print(f"\n{table(rows)}\nIn {output_dir}: methods.json, methods.md, methods.png")
+
+
+def report(output_dir: Path, trials: list[dict], rows: list[dict]) -> None:
+    """Write the figures, the tables, and the picture of the held-out rows, or of the trials where there are none."""
     result = rounded({**environment(), "trials": trials, "heldout": rows})
     (output_dir / "methods.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(rows, output_dir / "methods.png")
-    print(f"\n{text}\nIn {output_dir}: methods.json, methods.md, methods.png")
+    trials = sorted(trials, key=lambda trial: (COOL, *TRAINED).index(trial["method"]))
+    text = "\n".join(table(part) for part in (rows, trials) if part)
+    (output_dir / "methods.md").write_text(text, encoding="utf-8")
+    draw(rows or trials, output_dir / "methods.png")
 
 
 def words(setting: dict) -> str:
@@ -243,30 +247,38 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], file: Path) -> None:
-    """Gold against KL: a point for each trained method, lines from SFT for what trains nothing."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for color, method in zip(COLORS, (BEST, COOL, *TRAINED), strict=False):
-        own = [one for one in rows if one["method"] == method]
-        line = own if method in TRAINED else [rows[0], *own]
-        kl, gold = ([one[key] for one in line] for key in ("kl", "gold"))
-        places = [[one["mean"] for one in values] for values in (kl, gold)]
-        look = {"fmt": "o", "markersize": 8} if method in TRAINED else {"fmt": "s--", "markersize": 4, "linewidth": 1}
-        axes.errorbar(*places, yerr=error_bars(gold), xerr=error_bars(kl), color=color, label=method, **look)
-        for one in own:
-            text = method if method in TRAINED else words(one["setting"]).replace(" ", " = ")
-            place = (one["kl"]["mean"], one["gold"]["mean"])
-            axes.annotate(text, place, xytext=(5, 6), textcoords="offset points", fontsize=8, color=color)
-    axes.annotate("SFT", (0, rows[0]["gold"]["mean"]), xytext=(5, -12), textcoords="offset points", fontsize=8)
-    square_root_axis(axes, "KL to SFT, nats per answer")
-    axes.set_ylabel("gold on held-out prompts")
-    axes.legend(fontsize=8)
+    """Gold against KL, of sampled and of greedy answers: a line through what was measured of each method."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey=True)
+    for axes, key, title in zip(panels, ("gold", "greedy"), ("sampled", "the same policies, greedy"), strict=True):
+        for color, method in zip(COLORS, (BEST, COOL, *TRAINED), strict=False):
+            own = [one for one in rows if one["method"] == method and key in one]
+            if not own or (method == COOL and key == "greedy"):  # greedy, every temperature is the same
+                continue
+            line = own if method in TRAINED else [one for one in rows if one["method"] == "SFT"] + own
+            values = {name: [one[name] for one in line] for name in ("kl", key)}
+            places = [[one["mean"] for one in found] for found in values.values()]
+            look = {"fmt": "o-" if method in TRAINED else "s--", "markersize": 5, "linewidth": 1, "color": color}
+            axes.errorbar(*places, xerr=error_bars(values["kl"]), yerr=error_bars(values[key]), label=method, **look)
+            for one in own if method not in TRAINED else []:
+                place = (one["kl"]["mean"], one[key]["mean"])
+                text = words(one["setting"])
+                axes.annotate(text, place, xytext=(4, 5), textcoords="offset points", fontsize=7, color=color)
+        untrained = next(one for one in rows if one["method"] in ("SFT", COOL))["greedy"]["mean"]
+        axes.axhline(untrained, color="black", linewidth=1, linestyle=":", label="SFT, greedy")
+        axes.set(xlabel="KL to SFT when sampled, nats per answer")
+        axes.set_xlim(left=0)
+        axes.set_title(title, fontsize=9)
+    panels[0].set_ylabel("gold")
+    panels[0].legend(fontsize=8)
     figure.savefig(file, dpi=150)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs; the same one goes on")
-    return finish(partial(make, parser.parse_args().output_dir.resolve()))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of whole pipelines; the first tunes")
+    args = parser.parse_args()
+    return finish(partial(make, args.output_dir.resolve(), args.seeds))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ flags more, which make them short, and run in this process, as everything that i
 """
 
 import builtins
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -212,3 +214,41 @@ def test_the_index_names_every_page_and_every_link_leads_somewhere():
             path = (page.parent / target).resolve() if target else page
             assert path.exists(), f"{page.relative_to(ROOT)}: {link}"
             assert not anchor or anchor in anchors(path), f"{page.relative_to(ROOT)}: {link}"
+
+
+# Flags of other programs: pip, uv, pytest, Slurm, vLLM, and the commands of the Hub and of llama.cpp.
+FOREIGN = """version nodes partition weight-transfer-config logprobs-mode max-logprobs enable-lora max-lora-rank
+lora-modules served-model-name chat-template exclude outfile outtype find-links no-index resolution extra""".split()
+
+
+def test_every_flag_in_the_pages_exists():
+    known = {option.removeprefix("--") for each in launch_command_parser()._actions for option in each.option_strings}
+    for name in ("recipes.sft", "recipes.reward", "recipes.ppo", "scripts.sample_responses", "scripts.evaluate"):
+        module = importlib.import_module(name)
+        groups = getattr(module, "ARGUMENTS", ()) or (module.EvaluationArguments, module.JudgeArguments)
+        known |= {field.name for group in groups for field in dataclasses.fields(group)}
+    for folder in ("recipes", "scripts", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            known |= set(re.findall(r'"--([a-z][\w-]+)"', path.read_text(encoding="utf-8")))
+    for script in ("chat", "merge_adapter", "estimate_memory"):
+        module = importlib.import_module(f"scripts.{script}")
+        own = [each for each in vars(module).values() if isinstance(each, type) and dataclasses.is_dataclass(each)]
+        known |= {field.name for each in own for field in dataclasses.fields(each)}
+    for page in pages():
+        for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*\w)(?!\*)", page.read_text(encoding="utf-8")):
+            assert flag in known or flag in FOREIGN, f"{page.relative_to(ROOT)}: --{flag}"
+
+
+def test_the_readme_has_the_numbers_of_the_results():
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("## Gold by stage")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in results.splitlines() if "|" in line]
+    header, *found = [row for row in rows if row[0] in ("policy", "base", "SFT", "PPO", "PPO without KL")]
+    means = {row[0]: dict(zip(header, row, strict=True)) for row in found}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for title, column in (("gold: true quality", "gold"), ("reward model's score", "reward"), ("KL from SFT", "KL")):
+        line = next(line for line in readme.splitlines() if line.startswith(f"| {title}"))
+        shown = re.findall(r"-?\d+\.\d+", line)
+        wanted = [
+            re.search(r"-?\d+\.\d+", means[name][column])[0] for name in ("base", "SFT", "PPO", "PPO without KL")
+        ]
+        assert shown == wanted, line

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
-from json.decoder import WHITESPACE
+from json.decoder import WHITESPACE  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
 from recipes.cli.errors import UserError

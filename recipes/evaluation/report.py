@@ -44,8 +44,9 @@ def write_report(report: dict, output_dir: str) -> None:
     template, svg = Path(__file__).with_name("report.html.jinja"), plots.to_svg(figures)
     quality = report.get("reward_model")
     warnings = reward_model_warnings(quality) if quality else []
-    texts = {"judges": judge_names(report), "verdict": verdict(report), "warnings": warnings}
-    page = render(template, report=report, plots=svg, **texts)
+    page = render(
+        template, report=report, plots=svg, judges=judge_names(report), verdict=verdict(report), warnings=warnings
+    )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ def send_only_policy(vllm_generation: VLLMGeneration) -> None:
     """Let TRL send vLLM the policy only, and leave the base as it is, where TRL merges into it for each sync.
 
     Raises:
-        UserError: an adapter that cannot be merged into new tensors, or one whose base is in shares.
+        UserError: an adapter that cannot be merged into new tensors, or one whose base is sharded.
     """
     model = vllm_generation.model
     if isinstance(model, PeftModel):
@@ -21,7 +21,7 @@ def send_only_policy(vllm_generation: VLLMGeneration) -> None:
             raise UserError(f"use_vllm cannot take an adapter with {name}: sample with use_vllm: false.")
         vllm_generation._iter_named_params = lambda: policy_parameters(model)
         return
-    named_parameters = vllm_generation._iter_named_params  # gathers what is in shares
+    named_parameters = vllm_generation._iter_named_params  # gathers what is sharded
     vllm_generation._iter_named_params = lambda: (
         (name, weight) for name, weight in named_parameters() if not name.startswith(OTHER_ROLES)
     )

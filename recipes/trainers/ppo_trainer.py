@@ -268,7 +268,7 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
             self._reward_model = self._prepare_frozen(self._reward_model)
 
     def _prepare_frozen(self, model: PreTrainedModel) -> nn.Module:
-        """`model` on this process's device, or in shares where the policy is; as TRL prepares its reference."""
+        """`model` on this process's device, or sharded where the policy is, as TRL prepares its reference."""
         if self.is_fsdp_enabled:
             return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)

@@ -224,7 +224,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
 
     @torch.no_grad()
     def score(self, rows: list[list[int]]) -> list[float]:
-        """Scores of token rows, in their order. Every process computes a share, as a model in shares needs it.
+        """Scores of token rows, in their order. Every process computes a share, as a sharded model needs it.
 
         Raises:
             UserError: a score is not a finite number.

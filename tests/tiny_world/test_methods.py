@@ -30,7 +30,7 @@ def small(tmp_path, monkeypatch):
     config = yaml.safe_load(methods.CONFIG.read_text(encoding="utf-8"))
     config |= {"max_steps": 2, "per_device_train_batch_size": 8, "max_completion_length": 12}
     (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    small = {"CONFIG": tmp_path / "ppo.yaml", "SEEDS": (0,), "TRIALS": methods.TRIALS[:1], "TEMPERATURES": (0.5,)}
+    small = {"CONFIG": tmp_path / "ppo.yaml", "TRIALS": methods.TRIALS[:1], "TEMPERATURES": (0.5,)}
     small |= {"POOL": 2, "pipeline": lambda folder, seed: None}
     for name, value in small.items():
         monkeypatch.setattr(methods, name, value)
@@ -40,7 +40,7 @@ def small(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_method_trains_and_nothing_is_made_twice(small):
-    methods.make(small)
+    methods.make(small, [0])
     report = json.loads((small / "methods.json").read_text(encoding="utf-8"))
     assert {trial["method"] for trial in report["trials"]} == {*methods.TRAINED, methods.COOL}
     rows = {row["method"]: row for row in report["heldout"]}
@@ -52,7 +52,7 @@ def test_every_method_trains_and_nothing_is_made_twice(small):
     assert rows[methods.BEST]["proxy"]["mean"] > rows["SFT"]["proxy"]["mean"]
     assert (small / "methods.png").stat().st_size > 10_000
     made = {path: path.stat().st_mtime_ns for path in small.glob("seed0/methods/*.json")}
-    methods.make(small)
+    methods.make(small, [0])
     assert {path: path.stat().st_mtime_ns for path in small.glob("seed0/methods/*.json")} == made
 
 

@@ -1,4 +1,4 @@
-"""The run of `ppo_worker.py` with the model in shares (FSDP2), on CPUs, then the same resumed from its middle.
+"""The run of `ppo_worker.py` with a sharded model (FSDP2), on CPUs, then the same resumed from its middle.
 
 accelerate launch --config_file accelerate_configs/fsdp2.yaml --mixed_precision no \
     -m tests.trainers.fsdp_worker FOLDER BATCH [full]
