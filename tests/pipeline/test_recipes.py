@@ -278,7 +278,8 @@ def test_trackers_got_a_table_of_prompts_responses_scores_and_kl(commands):
     rows = [dict(zip(table["columns"], row, strict=True)) for table in tables for row in table["data"]]
     first = [row for row in rows if row["step"] == min(row["step"] for row in rows)]
     assert len(first) == 16
-    assert all(row["prompt"][0]["role"] == "user" and row["completion"][0]["role"] == "assistant" for row in first)
+    assert all(isinstance(row["completion"], str) for row in first), "text to read, not messages"
+    assert all(row["prompt"].strip() and "'role'" not in row["prompt"] for row in first)
     scores = [row["score"] for row in first]
     assert sum(scores) / len(scores) == pytest.approx(history(commands / "ppo", "objective/scores")[0], abs=1e-4)
     kls = [row["kl"] for row in first]
