@@ -37,11 +37,11 @@ class Review:
 
     justification: str = ""
     rating: int | None = None
-    flags: tuple[str, ...] = ()
+    flags: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         object.__setattr__(self, "justification", "" if is_blank(self.justification) else self.justification)
-        object.__setattr__(self, "flags", tuple(dict.fromkeys(self.flags)))
+        object.__setattr__(self, "flags", list(dict.fromkeys(self.flags)))
 
 
 @dataclass(frozen=True)
