@@ -71,7 +71,7 @@ def read_text_file(path: Path) -> Iterator[Row]:
 
 def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
     file = str(path)
-    suffix = path.suffixes[-2 if path.suffix.lower() in COMPRESSED else -1].lower()
+    suffix = Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
     head = stream.read(64)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{file}: this is UTF-16; convert it, e.g. iconv -f UTF-16 -t UTF-8 {path.name}")

@@ -7,6 +7,7 @@ samples, then the reward model scores them.
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -74,20 +75,18 @@ class Evaluation:
         plan = self.plan if plan is None else plan
         samples, ref_logps, measured = {}, {}, {}
         for spec in sorted(plan, key=lambda spec: spec.path):  # so that each model is loaded once
-            groups = self.parts.get(f"samples-{spec.name}", self.made_from(spec), lambda s=spec: self.draw(s))
+            groups = self.parts.get(f"samples-{spec.name}", self.made_from(spec), partial(self.draw, spec))
             samples[spec.name] = [[Sample(**row) for row in group] for group in groups]
         for spec in plan:
             made_from = self.made_from(spec) | {"reference": self.made_from(self.reference)}
-            ref_logps[spec.name] = self.parts.get(
-                f"reference-{spec.name}", made_from, lambda s=spec: self.reference_logps(s, samples[s.name])
-            )
+            find = partial(self.reference_logps, spec, samples[spec.name])
+            ref_logps[spec.name] = self.parts.get(f"reference-{spec.name}", made_from, find)
         self.loaded = (None, None, None)
         for spec in plan:
             groups = samples[spec.name]
             made_from = self.made_from(spec) | {"reward model": self.reward.made_from}
-            rewards = self.parts.get(
-                f"rewards-{spec.name}", made_from, lambda g=groups: self.reward.rewards(self.conversations, g)
-            )
+            score = partial(self.reward.rewards, self.conversations, groups)
+            rewards = self.parts.get(f"rewards-{spec.name}", made_from, score)
             k1, k3 = (estimates(which, groups, ref_logps[spec.name]) for which in (kl_k1, kl_k3))
             scores = {"reward": np.array(rewards)}
             for path in self.args.judges:

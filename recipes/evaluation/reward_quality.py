@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from math import comb
 from statistics import fmean
 
 import numpy as np
@@ -52,7 +53,7 @@ def sampled_pairs(samples: Sequence[Sequence[Response]], scores: np.ndarray, qua
         quality: what is to be found again by the scores, (prompts, responses): a judge's scores, or minus the rank.
     """
     return [
-        Pair(str(row), a.text, b.text, *scores[row, [i, j]].tolist(), len(a.token_ids), len(b.token_ids))
+        Pair(str(row), a.text, b.text, scores[row, i], scores[row, j], len(a.token_ids), len(b.token_ids))
         for row, group in enumerate(samples)
         for (i, a), (j, b) in permutations(enumerate(group), 2)
         if quality[row, i] > quality[row, j]
@@ -122,9 +123,7 @@ def labeler_agreement(pairs: Sequence[Pair]) -> dict | None:
     same, compared, groups = [], [], []
     for (group, _, _), votes in opinions.items():
         if len(votes) > 1:
-            first = sum(votes)
-            rest = len(votes) - first
-            same.append((first * (first - 1) + rest * (rest - 1)) / 2)
-            compared.append(len(votes) * (len(votes) - 1) / 2)
+            compared.append(comb(len(votes), 2))
+            same.append(comb(votes.count(True), 2) + comb(votes.count(False), 2))
             groups.append(group)
-    return ratio_interval(same, compared, groups) | {"n_pairs": int(sum(compared))} if same else None
+    return ratio_interval(same, compared, groups) | {"n_pairs": sum(compared)} if same else None
