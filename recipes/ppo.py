@@ -103,9 +103,10 @@ def load_score_statistics(training_args: PPOConfig, reward: ModelSource, normali
 def load_ptx(script_args: PPOScriptArguments, format_args: FormattingArguments, tokenizer, max_length, positions):
     """The demonstrations for PPO-ptx: a source and split of their own, and the user's rules for rows of no use."""
     source = ScriptArguments(script_args.ptx_dataset_name, dataset_train_split=script_args.ptx_dataset_split)
-    own = {"dataset_schema": "auto", "dataset_mapping": None, "datasets": None, "keep_columns": None}
-    options = {"prompt_completion": True, "cut_at": max_length, "positions": positions}
-    return load_formatted("sft", source, replace(format_args, **own), tokenizer, **options)
+    rules = replace(format_args, dataset_schema="auto", dataset_mapping=None, datasets=None, keep_columns=None)
+    return load_formatted(
+        "sft", source, rules, tokenizer, prompt_completion=True, cut_at=max_length, positions=positions
+    )
 
 
 def main(

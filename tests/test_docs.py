@@ -290,6 +290,10 @@ def test_the_pages_have_the_numbers_of_the_measurements():
         check([case["estimated_gib"], case["measured_gib"]], shown, f"memory.md, {name}")
         check([100 * case["error"]], shown, f"memory.md, {name}", 0.051)
 
+    page = (ROOT / "docs" / "reward_model.md").read_text(encoding="utf-8")
+    phases = result("benchmarks/results/reward_vs_trl.json")["result"]["phases"]
+    assert all(f"{phases[f'K={count}']['ratio_cpu']:.2f} times" in page for count in (4, 9))
+
     accuracies = [each["accuracy"] for each in result("docs/data/labels.json")["rows"]]
     check(accuracies, numbers("docs/tuning.md", "| accuracy on held-out pairs |"), "tuning.md")
 

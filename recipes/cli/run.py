@@ -74,7 +74,7 @@ class RunFolder:
 
     def _agree(self, look: Callable[[], Any]) -> Any:
         """What `look` gives or raises in the first process, in all of them."""
-        outcome = [None]
+        outcome: list[Any] = [None]
         if self.training_args.distributed_state.is_main_process:
             try:
                 outcome = [look()]

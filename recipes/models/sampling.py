@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -138,11 +139,9 @@ def generate(
     """One response for each conversation, all in one batch; a `streamer` sees the tokens of a single one at once."""
     ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
-    if sampling.temperature == 0:
-        options = {"do_sample": False}
-    else:
-        options = {"do_sample": True, "temperature": sampling.temperature}
-        options |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
+    options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if options["do_sample"]:
+        options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     set_seed(seed)
     output = model.generate(**batch, **options, max_new_tokens=sampling.max_completion_length, streamer=streamer)
     ends = set(model.generation_config.eos_token_id)
