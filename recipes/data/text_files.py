@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from recipes.cli.errors import counted
 from recipes.data.rows import (
     DECODER,
     NOT_UTF8,
@@ -226,7 +227,8 @@ def _check_header(file: str, line: int, header: list[str]) -> list[str]:
 def _csv_row(header: list[str], cells: list[str]) -> dict | RowError:
     if len(cells) != len(header):
         return RowError(
-            f"found {len(cells)} fields, expected {len(header)} as in the header; quote fields that hold a comma"
+            f"found {counted(len(cells), 'field')}, expected {len(header)} as in the header; "
+            "quote fields that hold a comma"
         )
     row = dict(zip(header, cells, strict=True))
     for column, cell in row.items():

@@ -14,7 +14,7 @@ import numpy as np
 from trl import ModelConfig
 
 from recipes.cli.arguments import import_function
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.metrics import kl_k1, kl_k3
 from recipes.evaluation.parts import Parts, fingerprint, identity
@@ -181,5 +181,7 @@ def judge_scores(path: str, prompts: list[Conversation], samples: list[list[Samp
     )
     values = np.array(check_rewards(scores, f"--judges {path}", len(flat)), dtype=np.float64)
     if not np.isfinite(values).all():
-        raise UserError(f"--judges {path}: {np.isfinite(values).sum()} numbers for {len(flat)} responses.")
+        raise UserError(
+            f"--judges {path}: numbers for only {np.isfinite(values).sum()} of {counted(len(flat), 'response')}."
+        )
     return values.reshape(len(prompts), -1)

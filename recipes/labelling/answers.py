@@ -85,7 +85,7 @@ def check(answer: Answer, action: str, response_ids: Iterable[str], justificatio
     if action == "submit" and justifications == "required":
         missing = [id for id in expected if not answer.reviews.get(id, Review()).justification]
         if missing:
-            raise AnswerError(f"{len(missing)} of {len(expected)} responses lack a reason for their rank")
+            raise AnswerError(f"no reason for the rank of {len(missing)} of {len(expected)} responses")
     if action == "flag" and not answer.comment:
         raise AnswerError("say what is wrong with the prompt")
 

@@ -15,7 +15,7 @@ from transformers.generation import BaseStreamer
 from trl import ModelConfig
 
 from recipes.cli import lock
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 from recipes.cli.files import sync
 from recipes.data.preview import check_positions, sequences
 from recipes.data.rows import RowError
@@ -218,7 +218,7 @@ def sample_to_file(
 def append_samples(model, tokenizer, plan, done, complete, sampling, common, output) -> None:
     """Sample the prompts of `plan` from number `done` on, and append them after `complete` bytes of `output`."""
     if done:
-        print(f"{output}: {done} of {len(plan)} prompts were sampled before.")
+        print(f"{output}: sampled before: {done} of {counted(len(plan), 'prompt')}.")
     per_batch = max(1, sampling.generation_batch_size // sampling.num_generations)
     dropped = missing = 0
     with open(output, "a", encoding="utf-8") as file, tqdm(total=len(plan), initial=done, desc="Sampling") as bar:
@@ -241,7 +241,8 @@ def append_samples(model, tokenizer, plan, done, complete, sampling, common, out
                 bar.update()
             file.flush()
             os.fsync(file.fileno())
-    print(f"{output}: {len(plan)} prompts; dropped {dropped} repeated responses; {missing} could not be replaced.")
+    repeated = counted(dropped, "repeated response")
+    print(f"{output}: {counted(len(plan), 'prompt')}; dropped {repeated}; {missing} could not be replaced.")
 
 
 def sample_distinct(model, tokenizer, batch: list[Prompt], sampling: SamplingArguments, start: int):

@@ -362,7 +362,7 @@ def test_justifications_may_be_optional_or_off(make):
     job, (ann,) = make()
     task = job.next_task(ann)
     for reason in ("", "  \n"):
-        with pytest.raises(AnswerError, match="4 of 4 responses lack a reason"):
+        with pytest.raises(AnswerError, match="no reason for the rank of 4 of 4 responses"):
             job.record(ann, task.prompt_id, "submit", reviewed(task, reason=reason), key="k")
     job.justifications = "optional"
     job.record(ann, task.prompt_id, "submit", Answer(task.answer.tiers), key="k")
@@ -654,7 +654,7 @@ def test_ranking_in_a_terminal_from_draft_to_export(tmp_path):
     printed = session("", "", "second", "third", "A6 Bu", "", "skip")
     assert f"export --database {database} --output rankings.jsonl" in printed, "what comes next"
     assert "Ranking [C > A=B]" in printed and "[first reason]" in printed and "Saved." in printed
-    assert "Nothing is left to rank" in printed and "1 rankings submitted" in printed
+    assert "Nothing is left to rank" in printed and "1 ranking submitted" in printed
     (row,) = export_rows(Store(database))
     assert [response["rank"] for response in row["responses"]] == [1, 2, 2]
     assert {r["justification"] for r in row["responses"]} == {"first reason", "second", "third"}
