@@ -40,9 +40,13 @@ class Pair:
         return (self.margin > 0) + 0.5 * (self.margin == 0)
 
     @property
+    def length_difference(self) -> int:
+        return self.chosen_length - self.rejected_length
+
+    @property
     def longer_wins(self) -> float:
         """What a rule that likes the longer response would get."""
-        return (self.chosen_length > self.rejected_length) + 0.5 * (self.chosen_length == self.rejected_length)
+        return (self.length_difference > 0) + 0.5 * (self.length_difference == 0)
 
 
 def sampled_pairs(samples: Sequence[Sequence[Response]], scores: np.ndarray, quality: np.ndarray) -> list[Pair]:
@@ -83,15 +87,15 @@ def ordering(pairs: Sequence[Pair]) -> dict:
 
 def by_length_difference(pairs: Sequence[Pair]) -> list[dict]:
     """Accuracy in bins of about equally many pairs, by how much longer (in tokens) the better response is."""
-    ordered = sorted(pairs, key=lambda pair: pair.chosen_length - pair.rejected_length)
-    differences = np.array([pair.chosen_length - pair.rejected_length for pair in ordered])
+    differences = np.array([pair.length_difference for pair in pairs])
     edges = np.unique(np.quantile(differences, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]))
     places = np.searchsorted(edges, differences, side="left")
     rows = []
     for place in np.unique(places):
-        part = [pair for pair, other in zip(ordered, places, strict=True) if other == place]
-        low, high = (part[end].chosen_length - part[end].rejected_length for end in (0, -1))
-        rows.append({"from": low, "to": high, "accuracy": ordering(part)["accuracy"], "n_pairs": len(part)})
+        part = [pairs[row] for row in np.flatnonzero(places == place).tolist()]
+        lengths = [pair.length_difference for pair in part]
+        found = {"accuracy": ordering(part)["accuracy"], "n_pairs": len(part)}
+        rows.append({"from": min(lengths), "to": max(lengths), **found})
     return rows
 
 
