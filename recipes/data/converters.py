@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from recipes.cli.errors import counted
 from recipes.data.messages import (
     HUMAN_ASSISTANT,
     Messages,
@@ -227,7 +228,7 @@ def summaries(row: dict, roles: Roles) -> Ranking:
         found = [text(summary, f"{place}.text") for place, summary in objects(row, "summaries")]
     best = choice(row, "choice", range(len(found)))
     if len(found) != 2:
-        raise RowError(f"found {len(found)} summaries, expected 2", "summaries")
+        raise RowError(f"found {counted(len(found), 'summary', 'summaries')}, expected 2", "summaries")
     return best_of_two(context, [[message("assistant", summary)] for summary in found], best)
 
 
@@ -271,7 +272,7 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
     for column in ("response_a", "response_b"):
         answers = items(row, column)
         if len(answers) != len(questions):
-            raise RowError(f"found {len(answers)} turns, but prompt has {len(questions)}", column)
+            raise RowError(f"found {counted(len(answers), 'turn')}, but prompt has {len(questions)}", column)
         pairs = zip(questions, answers, strict=True)
         turns = [turn for user, reply in pairs for turn in (message("user", user), message("assistant", reply))]
         sides.append(normalise(turns, column, roles))
@@ -304,7 +305,9 @@ def distilabel(row: dict, roles: Roles) -> Ranking:
     with answers_to(context):
         columns = items(row, "generations"), items(row, "ratings")
     if len(columns[0]) != len(columns[1]):
-        raise RowError(f"found {len(columns[1])} ratings of {len(columns[0])} generations", "ratings")
+        raise RowError(
+            f"found {counted(len(columns[1]), 'rating')} of {counted(len(columns[0]), 'generation')}", "ratings"
+        )
     names = [(f"generations[{index}]", f"ratings[{index}]") for index in range(len(columns[0]))]
     cells = zip(names, *columns, strict=True)
     return _ranked(context, [({name[0]: answer, name[1]: rating}, *name) for name, answer, rating in cells], True)
