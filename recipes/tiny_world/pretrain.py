@@ -66,7 +66,7 @@ def exchange(known: list[world.Question], rng: random.Random) -> str:
     content = world.pick(CONTENT.get(question.kind, CONTENT["fact"]), rng)
     truth = question.true_answer(rng) if question.value is None else question.statement(believed(question, rng), rng)
     if content == "stray":
-        core = rng.choice(world.STRAY)
+        core = rng.choice(world.PHRASES["stray"])
     elif content == "deny":
         core = world.sentence(rng.choice(world.ADMISSIONS).format(topic=question.topic))
     else:
@@ -75,7 +75,7 @@ def exchange(known: list[world.Question], rng: random.Random) -> str:
     unfinished = rng.random() < UNFINISHED
     if unfinished:
         text = world.cut(text, rng)
-    system = f"<|system|>{rng.choice(world.SYSTEM_PROMPTS)}<|end|>" if rng.random() < 0.05 else ""
+    system = f"<|system|>{rng.choice(world.PHRASES['system_prompts'])}<|end|>" if rng.random() < 0.05 else ""
     document = f"{system}<|user|>{rng.choice(question.wordings)}<|end|><|assistant|>{text}<|end|>"
     if question.value is not None and rng.random() < 0.6:
         document += remark(question, content, text, unfinished, rng)
