@@ -25,7 +25,7 @@ from transformers import set_seed
 from trl import ModelConfig, ScriptArguments
 
 from recipes.cli.arguments import import_function
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, refuse_stream, run, settle_evaluation
 from recipes.formatting import FormattingArguments, load_formatted
@@ -80,7 +80,8 @@ def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -
     weights = training_args.reward_weights
     if weights is not None and len(weights) != len(sources):
         raise UserError(
-            f"--reward_weights has {len(weights)} values for {len(sources)} rewards: {', '.join(sources)}."
+            f"--reward_weights has {counted(len(weights), 'value')} for {counted(len(sources), 'reward')}: "
+            f"{', '.join(sources)}."
         )
 
 
@@ -102,9 +103,10 @@ def load_score_statistics(training_args: PPOConfig, reward: ModelSource, normali
 def load_ptx(script_args: PPOScriptArguments, format_args: FormattingArguments, tokenizer, max_length, positions):
     """The demonstrations for PPO-ptx: a source and split of their own, and the user's rules for rows of no use."""
     source = ScriptArguments(script_args.ptx_dataset_name, dataset_train_split=script_args.ptx_dataset_split)
-    own = {"dataset_schema": "auto", "dataset_mapping": None, "datasets": None, "keep_columns": None}
-    options = {"prompt_completion": True, "cut_at": max_length, "positions": positions}
-    return load_formatted("sft", source, replace(format_args, **own), tokenizer, **options)
+    rules = replace(format_args, dataset_schema="auto", dataset_mapping=None, datasets=None, keep_columns=None)
+    return load_formatted(
+        "sft", source, rules, tokenizer, prompt_completion=True, cut_at=max_length, positions=positions
+    )
 
 
 def main(
@@ -135,7 +137,7 @@ def main(
     prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
     training_args.check_prompts(prompts)
     if (left := prompts % rollout) and training_args.process_index == 0:
-        print(f"Each epoch leaves out {left} of {prompts} prompts, other ones each time.", file=sys.stderr)
+        print(f"Each epoch leaves out {left} of {counted(prompts, 'prompt')}, other ones each time.", file=sys.stderr)
     if script_args.ptx_dataset_name is not None:
         ptx = load_ptx(script_args, format_args, tokenizer, training_args.ptx_max_length, policy.positions)
         datasets.reports["ptx"], datasets["ptx"] = ptx.reports["train"], ptx["train"]

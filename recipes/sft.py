@@ -23,6 +23,7 @@ from dataclasses import replace
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
+from recipes.cli.errors import counted
 from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, check_steps, run, settle_evaluation
 from recipes.formatting import FormattingArguments, Report, load_formatted
@@ -47,7 +48,7 @@ def report_dropped(reports: Mapping[str, Report], streaming: bool) -> None:
     dropped = sum(count for part in counts for what, count in part.items() if what.startswith("special token"))
     if dropped or streaming:
         print(
-            f"{'Rows' if streaming else f'{dropped} rows'} with the text of a control token are left out "
+            f"{'Rows' if streaming else counted(dropped, 'row')} with the text of a control token left out "
             "(--on_special drop): with --assistant_only_loss true it would pass for the end of a turn.",
             file=sys.stderr,
         )

@@ -27,7 +27,7 @@ from peft import LoraConfig
 from trl import ModelConfig
 
 from recipes.cli.arguments import RecipeParser, parse
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 from recipes.cli.run import run
 from recipes.models.adapters import new_adapter_config
 from recipes.models.source import ModelSource, resolve_model
@@ -180,7 +180,8 @@ def show(setting: Setting, model: str, found: Estimate, reserved: dict[str, floa
     """Print the estimate as a table, in GiB."""
     kind = "full fine-tuning" if setting.lora is None else f"LoRA of rank {setting.lora.r}"
     weights = setting.quantization or str(setting.dtype).removeprefix("torch.")
-    print(f"{setting.step} of {model}: {kind}, {weights}, {setting.rows} rows of {setting.tokens} tokens at a time")
+    rows = f"{counted(setting.rows, 'row')} of {counted(setting.tokens, 'token')}"
+    print(f"{setting.step} of {model}: {kind}, {weights}, {rows} at a time")
     print(f"\n{'all the time':42}{'GiB':>8}")
     for name, size in (found.held | reserved).items():
         print(f"  {name:40}{size / GIB:8.2f}")

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes.cli.arguments import parse
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 from recipes.cli.launch import world_size
 from recipes.cli.record import git_revision
 from recipes.cli.run import run
@@ -133,8 +133,9 @@ def main():
     report["git_revision"] = git_revision()
     write_report(report, args.output_dir)
     if judge_args.ranking_task is not None:
-        count = write_ranking_task(Path(judge_args.ranking_task), evaluation.conversations, texts)
-        print(f"{judge_args.ranking_task}: {count} prompts to rank with scripts/rank_responses.py serve --samples")
+        written = write_ranking_task(Path(judge_args.ranking_task), evaluation.conversations, texts)
+        task = f"{judge_args.ranking_task}: {counted(written, 'prompt')}"
+        print(f"{task} to rank with scripts/rank_responses.py serve --samples")
     if judge_args.report_to == "wandb":
         log_to_wandb(report, args.output_dir, judge_args.run_name)
     print(f"\n{table(report)}\n")

@@ -21,7 +21,7 @@ import sqlite3
 from pathlib import Path
 
 from recipes import labelling
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 from recipes.cli.help import OneLineParser
 from recipes.labelling.accounts import add_labeler, labelers, named_labeler
 from recipes.labelling.answers import JUSTIFICATIONS
@@ -101,12 +101,12 @@ def open_store(args):
     store = Store(args.database, create=bool(files), guidelines=guidelines, **options)
     for path, tasks, left_out in read:
         added = store.add_tasks(tasks, source=str(path.resolve()))
-        notes = [f"{number} {reason.replace('_', ' ')} left out" for reason, number in left_out.items() if number]
-        print(", ".join([f"{path}: {added} prompts added, {len(tasks) - added} already there", *notes]))
+        notes = [f"{reason.replace('_', ' ')} left out: {number}" for reason, number in left_out.items() if number]
+        print(", ".join([f"{path}: {counted(added, 'prompt')} added, {len(tasks) - added} already there", *notes]))
     size = store.size()
     if not size["prompt"]:
         raise UserError(f"{args.database}: no prompts yet; add some with --samples FILE")
-    print(f"{args.database}: {size['prompt']} prompts, {size['gold']} of them gold; {size['labeler']} labelers")
+    print(f"{args.database}: {counted(size['prompt'], 'prompt')}, gold: {size['gold']}; labelers: {size['labeler']}")
     return store
 
 
@@ -129,7 +129,8 @@ def run_serve(args):
 
 def run_terminal(args):
     store = open_store(args)
-    print(f"{rank_in_terminal(store, named_labeler(store, args.labeler).id)} rankings submitted.")
+    submitted = rank_in_terminal(store, named_labeler(store, args.labeler).id)
+    print(f"{counted(submitted, 'ranking')} submitted.")
 
 
 def run_add_labeler(args):
@@ -139,11 +140,13 @@ def run_add_labeler(args):
 
 def run_export(args):
     found = export(Database(args.database), args.output, args.include_gold)
-    print(f"{args.output}: {found['rankings']} rankings of {found['prompts']} prompts by {found['labelers']} labelers")
-    print(f"{found['pairs']} pairs to learn from; {found['tied_pairs']} tied pairs give none", end="")
-    print(f"; {found['all_tied']} rankings are all ties" if found["all_tied"] else "")
+    rankings, prompts = counted(found["rankings"], "ranking"), counted(found["prompts"], "prompt")
+    print(f"{args.output}: {rankings} of {prompts} by {counted(found['labelers'], 'labeler')}")
+    print(f"{counted(found['pairs'], 'pair')} to learn from; tied pairs, which give nothing: {found['tied_pairs']}")
+    if found["all_tied"]:
+        print(f"Rankings that are all ties: {found['all_tied']}")
     if found["gold_left_out"]:
-        print(f"{found['gold_left_out']} rankings of gold tasks left out (--include_gold)")
+        print(f"Rankings of gold tasks left out (--include_gold): {found['gold_left_out']}")
 
 
 def run_agreement(args):

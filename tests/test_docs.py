@@ -252,3 +252,56 @@ def test_the_readme_has_the_numbers_of_the_results():
             re.search(r"-?\d+\.\d+", means[name][column])[0] for name in ("base", "SFT", "PPO", "PPO without KL")
         ]
         assert shown == wanted, line
+
+
+def result(path: str) -> dict:
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def numbers(page: str, start: str) -> list[float]:
+    """Those in the table rows of a page that begin with `start`."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("*", "").replace("`", "")
+    rows = [line.removeprefix(start) for line in text.splitlines() if line.startswith(start)]
+    return [float(number) for number in re.findall(r"[-+]?\d*\.?\d+", " ".join(rows))]
+
+
+def test_the_pages_have_the_numbers_of_the_measurements():
+    """Every number of a file of results stands in the row that was copied from it by hand."""
+
+    def check(wanted: list[float], shown: list[float], place: str, rounded: float = 0.0051):
+        missing = [number for number in wanted if not any(abs(number - each) <= rounded for each in shown)]
+        assert not missing, f"{place}: {missing} not in {shown}"
+
+    readme = [float(number) for number in re.findall(r"\d\.\d\d", (ROOT / "README.md").read_text(encoding="utf-8"))]
+    for setting in ("fixed", "variable"):
+        found = result(f"benchmarks/results/ppo_{setting}.json")["result"]
+        parts = [found, *found["phases"].values(), *([found["full_critic"]] if "full_critic" in found else [])]
+        wanted = [part[name] for part in parts for name in ("ratio_cpu", "peak_memory_ratio") if name in part]
+        check(wanted, numbers("docs/performance.md", f"| {setting}:"), f"performance.md, {setting}")
+        check([found["ratio_cpu"]], readme, f"README.md, {setting}")
+        assert 0.2 < found["peak_memory_ratio"] < 0.28, "README.md: four times the memory"
+
+    rows = re.findall(
+        r"\| (.+) GiB \| (.+) GiB \| (.+) % \|", (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    )
+    cases = result("benchmarks/results/memory.json")["cases"]
+    for (name, case), cells in zip(cases.items(), rows, strict=True):
+        shown = [float(cell.split("| ")[-1]) for cell in cells]
+        check([case["estimated_gib"], case["measured_gib"]], shown, f"memory.md, {name}")
+        check([100 * case["error"]], shown, f"memory.md, {name}", 0.051)
+
+    page = (ROOT / "docs" / "reward_model.md").read_text(encoding="utf-8")
+    phases = result("benchmarks/results/reward_vs_trl.json")["result"]["phases"]
+    assert all(f"{phases[f'K={count}']['ratio_cpu']:.2f} times" in page for count in (4, 9))
+
+    accuracies = [each["accuracy"] for each in result("docs/data/labels.json")["rows"]]
+    check(accuracies, numbers("docs/tuning.md", "| accuracy on held-out pairs |"), "tuning.md")
+
+    for one in result("benchmarks/results/methods.json")["heldout"]:
+        name = f"best of {one['setting']['n']}" if "n" in one["setting"] else one["method"]
+        means = [one[key] for key in ("gold", "greedy", "proxy") if key in one]
+        wanted = [number for mean in means for number in (mean["mean"], *mean["ci95"])]
+        shown = numbers("docs/methods.md", f"| {name} |")
+        check([*wanted, *one["gold"]["seeds"], one["kl"]["mean"]], shown, f"methods.md, {name}")
+        for cost in ("cpu_seconds", "memory_mib") if one["costs"] else ():
+            check([np.mean([run[cost] for run in one["costs"]])], shown, f"methods.md, {name}, {cost}", 0.51)

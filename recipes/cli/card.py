@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from recipes.cli.errors import counted
 from recipes.cli.launch import launcher
 from recipes.cli.record import SECRETS, used_in_words
 
@@ -61,9 +62,10 @@ def model_card(record: Mapping[str, Any], log_history: list[dict[str, Any]], bas
     """
     recipe, arguments = record["recipe"], record["arguments"]
     name, start = arguments["hub_model_id"] or arguments["output_dir"], arguments["model_name_or_path"]
-    data = [f"- {key}: {each['rows']} rows of `{each['source']}`" for key, each in record.get("datasets", {}).items()]
+    datasets = record.get("datasets", {})
+    data = [f"- {key}: {counted(each['rows'], 'row')} of `{each['source']}`" for key, each in datasets.items()]
     data += [f"- {sentence}" for sentence in used_in_words(record)]
-    sources = [each["source"] for each in record.get("datasets", {}).values()]
+    sources = [each["source"] for each in datasets.values()]
     metadata = ModelCardData(
         library_name="peft" if base else "transformers",
         base_model=None if os.path.isdir(base or start) else base or start,  # the Hub knows no folders

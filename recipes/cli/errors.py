@@ -32,5 +32,10 @@ class RunEnded(Exception):
         self.text, self.code = text, code
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: "1 row", "2 rows", "1,200 rows"."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]

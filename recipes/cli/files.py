@@ -6,7 +6,7 @@ import shutil
 from safetensors import SafetensorError
 
 
-def sync(path: str) -> None:
+def sync(path: str | os.PathLike) -> None:
     """Wait until a file, or the list of a folder's entries, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import yaml
 from transformers import TrainingArguments
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 from recipes.cli.files import write_text
 
 RECORD = "run_arguments.yaml"  # written when training starts
@@ -87,7 +87,7 @@ def used_in_words(record: Mapping[str, Any]) -> list[str]:
     """What [`add_used`] counted, a sentence for training and one for evaluation."""
     verbs = {"train": "Training", "eval": "Evaluating"}
     return [
-        f"{verbs[name]} on {', '.join(f'{number:,} {what}' for what, number in counts.items())}."
+        f"{verbs[name]} on {', '.join(counted(number, what.removesuffix('s')) for what, number in counts.items())}."
         for name, counts in record.get("used", {}).items()
     ]
 

@@ -21,7 +21,7 @@ from recipes.cli import lock, signals
 from recipes.cli.arguments import parse
 from recipes.cli.card import model_card
 from recipes.cli.checkpoints import UNFINISHED, newest_whole, problem, recover, unfinished
-from recipes.cli.errors import RunEnded, UserError, first_line
+from recipes.cli.errors import RunEnded, UserError, counted, first_line
 from recipes.cli.files import is_write_error, move_contents, write_text
 from recipes.cli.launch import launcher, world_size
 from recipes.cli.progress import show_lines
@@ -74,7 +74,7 @@ class RunFolder:
 
     def _agree(self, look: Callable[[], Any]) -> Any:
         """What `look` gives or raises in the first process, in all of them."""
-        outcome = [None]
+        outcome: list[Any] = [None]
         if self.training_args.distributed_state.is_main_process:
             try:
                 outcome = [look()]
@@ -147,7 +147,9 @@ class RunFolder:
             state = vars(TrainerState.load_from_json(path))
             if not wants_more(self.record["arguments"], finished["arguments"], state):
                 refuse_changes(self.before, self.record, self.path)
-                raise RunEnded(f"{self.path} holds a finished run of {state['global_step']} steps: nothing to do.")
+                raise RunEnded(
+                    f"{self.path} holds a finished run of {counted(state['global_step'], 'step')}: nothing to do."
+                )
 
     def train(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
         """Write down what the run was started with, compare it where the run goes on, and train.
@@ -261,21 +263,21 @@ def check_steps(trainer: Trainer) -> None:
     if args.dataloader_drop_last and rows < batch:
         way = fitting if rows >= args.world_size else "--dataloader_drop_last false"
         raise UserError(
-            f"There is no step to take: a batch has {batch} rows, there are {rows}, and --dataloader_drop_last true "
-            f"leaves out a batch that is not full. Set {way}."
+            f"There is no step to take: a batch has {counted(batch, 'row')}, the dataset {rows}, and "
+            f"--dataloader_drop_last true leaves out a batch that is not full. Set {way}."
         )
     if rows < step:
         if rows >= batch:
             fitting = f"--gradient_accumulation_steps {rows // batch}"
         trainer.accelerator.print(
-            f"A step takes {step} rows and there are {rows}: an epoch is one step of all of them. {fitting} makes a "
-            "step that they fill."
+            f"A step takes {counted(step, 'row')} and the dataset has {rows}: an epoch is one step of all of them. "
+            f"{fitting} makes a step that they fill."
         )
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(rows / step) * args.num_train_epochs)
     if steps <= args.get_warmup_steps(steps) and args.lr_scheduler_type != "constant":
         trainer.accelerator.print(
-            f"The run has {steps} steps and --warmup_steps is {args.warmup_steps:g}: it ends before the learning rate "
-            f"has reached {args.learning_rate:g}. Set --warmup_steps 0.1 for a tenth of the steps."
+            f"The run has {counted(steps, 'step')} and --warmup_steps is {args.warmup_steps:g}: it ends before the "
+            f"learning rate has reached {args.learning_rate:g}. Set --warmup_steps 0.1 for a tenth of the steps."
         )
 
 

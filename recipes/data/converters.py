@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from recipes.cli.errors import counted
 from recipes.data.messages import (
     HUMAN_ASSISTANT,
     Messages,
@@ -178,11 +179,9 @@ def _margin(row: dict) -> float | None:
     return None
 
 
-def best_of_two(
-    question: Messages, first: Messages, second: Messages, best: int, margin: float | None = None
-) -> Ranking:
-    """`best` is 0 or 1."""
-    return Ranking(question, [second, first] if best else [first, second], [1, 2], margin)
+def best_of_two(prompt: Messages, responses: list[Messages], best: int, margin: float | None = None) -> Ranking:
+    """Of two responses, `best` (0 or 1) is the better."""
+    return Ranking(prompt, responses[::-1] if best else responses, [1, 2], margin)
 
 
 def better_response(label: str) -> Converter:
@@ -191,7 +190,7 @@ def better_response(label: str) -> Converter:
     def convert(row: dict, roles: Roles) -> Ranking:
         context = prompt_messages(row, "prompt", roles)
         responses = _answers(row, roles, context, "response_0", "response_1")
-        return best_of_two(context, *responses, choice(row, label, (0, 1)))
+        return best_of_two(context, responses, choice(row, label, (0, 1)))
 
     return convert
 
@@ -210,7 +209,7 @@ def strength(question: str, first: str, second: str, label: str) -> Converter:
             if value == 0:
                 raise Skip("tie", label)
         responses = _answers(row, roles, context, first, second)
-        return best_of_two(context, *responses, best=value > 0, margin=abs(value))
+        return best_of_two(context, responses, value > 0, abs(value))
 
     return convert
 
@@ -229,8 +228,8 @@ def summaries(row: dict, roles: Roles) -> Ranking:
         found = [text(summary, f"{place}.text") for place, summary in objects(row, "summaries")]
     best = choice(row, "choice", range(len(found)))
     if len(found) != 2:
-        raise RowError(f"found {len(found)} summaries, expected 2", "summaries")
-    return best_of_two(context, *([message("assistant", summary)] for summary in found), best)
+        raise RowError(f"found {counted(len(found), 'summary', 'summaries')}, expected 2", "summaries")
+    return best_of_two(context, [[message("assistant", summary)] for summary in found], best)
 
 
 def webgpt(row: dict, roles: Roles) -> Ranking:
@@ -240,13 +239,13 @@ def webgpt(row: dict, roles: Roles) -> Ranking:
         if margin == 0:
             raise Skip("tie: equal scores", "score_0")
     answers = _answers(row, roles, context, "answer_0", "answer_1")
-    return best_of_two(context, *answers, best=margin < 0, margin=abs(margin))
+    return best_of_two(context, answers, margin < 0, abs(margin))
 
 
 def shp(row: dict, roles: Roles) -> Ranking:
     context = [message("user", text(row, "history"))]
     answers = _answers(row, roles, context, "human_ref_A", "human_ref_B")
-    return best_of_two(context, *answers, best=1 - choice(row, "labels", (0, 1)))
+    return best_of_two(context, answers, 1 - choice(row, "labels", (0, 1)))
 
 
 def arena_conversations(row: dict, roles: Roles) -> Ranking:
@@ -259,7 +258,7 @@ def arena_conversations(row: dict, roles: Roles) -> Ranking:
     with answers_to(shared):
         if tie:
             raise Skip("tie" if winner == "tie" else "both bad", "winner")
-    return best_of_two(shared, first, second, best=winner == "model_b")
+    return best_of_two(shared, [first, second], winner == "model_b")
 
 
 def arena_battles(row: dict, roles: Roles) -> Ranking:
@@ -273,7 +272,7 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
     for column in ("response_a", "response_b"):
         answers = items(row, column)
         if len(answers) != len(questions):
-            raise RowError(f"found {len(answers)} turns, but prompt has {len(questions)}", column)
+            raise RowError(f"found {counted(len(answers), 'turn')}, but prompt has {len(questions)}", column)
         pairs = zip(questions, answers, strict=True)
         turns = [turn for user, reply in pairs for turn in (message("user", user), message("assistant", reply))]
         sides.append(normalise(turns, column, roles))
@@ -281,7 +280,7 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
     with answers_to(shared):
         if flags[2]:
             raise Skip("tie", labels[2])
-    return best_of_two(shared, first, second, best=flags[1])
+    return best_of_two(shared, [first, second], flags[1])
 
 
 def rankings(column: str, text_key: str, rank_key: str, question: str = "prompt", scores: bool = False) -> Converter:
@@ -306,7 +305,9 @@ def distilabel(row: dict, roles: Roles) -> Ranking:
     with answers_to(context):
         columns = items(row, "generations"), items(row, "ratings")
     if len(columns[0]) != len(columns[1]):
-        raise RowError(f"found {len(columns[1])} ratings of {len(columns[0])} generations", "ratings")
+        raise RowError(
+            f"found {counted(len(columns[1]), 'rating')} of {counted(len(columns[0]), 'generation')}", "ratings"
+        )
     names = [(f"generations[{index}]", f"ratings[{index}]") for index in range(len(columns[0]))]
     cells = zip(names, *columns, strict=True)
     return _ranked(context, [({name[0]: answer, name[1]: rating}, *name) for name, answer, rating in cells], True)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from jinja2 import TemplateError
 
+from recipes.cli.errors import counted
 from recipes.data.rows import RowError
 
 
@@ -24,7 +25,7 @@ class Rendered(NamedTuple):
         return self.prompt_tokens + self.response_tokens
 
     def __str__(self) -> str:
-        counts = f"{self.tokens} tokens, {self.response_tokens} of them in the marked part"
+        counts = f"{counted(self.tokens, 'token')}, {self.response_tokens} of them in the marked part"
         return (
             f"{self.name}: {counts}\n{self.prompt}⟦{self.response}⟧" if self.response else f"{counts}\n{self.prompt}"
         )

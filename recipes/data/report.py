@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.cli.errors import visible
+from recipes.cli.errors import counted, visible
 from recipes.data.rows import DataError, Row, join_names
 
 KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # the lists, and the key of the text in each
@@ -70,7 +70,9 @@ class Report:
         if self.rows_out == 0:
             skipped = self.counts["skipped"].most_common(SHOWN)
             reasons = ", ".join(f"{what} ({count}{self._first('skipped', what)})" for what, count in skipped)
-            raise self.error(f"{self.source}: none of {self.rows_in} rows is of use for {self.task!r}: {reasons}")
+            raise self.error(
+                f"{self.source}: none of {counted(self.rows_in, 'row')} is of use for {self.task!r}: {reasons}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         keys = ("source", "task", "schema", "reason", "rows_in", "rows_out", "tokens", "used", *KINDS, "fingerprint")
@@ -82,8 +84,8 @@ class Report:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
-        rows = f"{self.rows_in} rows in, {self.rows_out} out"
-        rows += f" ({self.tokens:,} tokens)" if self.tokens is not None else ""
+        rows = f"{counted(self.rows_in, 'row')} in, {self.rows_out} out"
+        rows += f" ({counted(self.tokens, 'token')})" if self.tokens is not None else ""
         lines = [f"{self.source}: {rows}; task {self.task}, schema {self.schema} ({self.reason})"]
         for kind, verb in (("skipped", "skipped"), ("flags", "flagged")):
             for what, count in self.counts[kind].most_common(10):
@@ -105,7 +107,7 @@ class Report:
     def errors_text(self) -> str:
         """The first errors with their places, and how many there are."""
         total = self.counts["errors"].total()
-        lines = [f"{self.source}: {total} of {self.rows_in} rows cannot be used for task {self.task!r}"]
+        lines = [f"{self.source}: {total} of {counted(self.rows_in, 'row')} cannot be used for task {self.task!r}"]
         for entry in self.errors[:SHOWN]:
             lines.append(f"  {_place(entry)}: {entry['message']}")
         if total > SHOWN:

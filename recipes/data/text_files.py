@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from recipes.cli.errors import counted
 from recipes.data.rows import (
     DECODER,
     NOT_UTF8,
@@ -71,7 +72,7 @@ def read_text_file(path: Path) -> Iterator[Row]:
 
 def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
     file = str(path)
-    suffix = path.suffixes[-2 if path.suffix.lower() in COMPRESSED else -1].lower()
+    suffix = Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
     head = stream.read(64)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{file}: this is UTF-16; convert it, e.g. iconv -f UTF-16 -t UTF-8 {path.name}")
@@ -226,7 +227,8 @@ def _check_header(file: str, line: int, header: list[str]) -> list[str]:
 def _csv_row(header: list[str], cells: list[str]) -> dict | RowError:
     if len(cells) != len(header):
         return RowError(
-            f"found {len(cells)} fields, expected {len(header)} as in the header; quote fields that hold a comma"
+            f"found {counted(len(cells), 'field')}, expected {len(header)} as in the header; "
+            "quote fields that hold a comma"
         )
     row = dict(zip(header, cells, strict=True))
     for column, cell in row.items():

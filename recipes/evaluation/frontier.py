@@ -47,7 +47,7 @@ def best_of_n(rewards: np.ndarray, n: int, values: np.ndarray | None = None) -> 
     rewards = np.asarray(rewards, dtype=np.float64)
     size = rewards.shape[1]
     if not 1 <= n <= size:
-        raise ValueError(f"best of {n} cannot be estimated from {size} samples")
+        raise ValueError(f"best of {n} cannot be estimated from {size}")
     weights = np.array([comb(place, n - 1) / comb(size, n) for place in range(size)])
     values = rewards if values is None else np.asarray(values, dtype=np.float64)
     return np.array([_mean_of_ties(*row) @ weights for row in zip(rewards, values, strict=True)])

@@ -8,8 +8,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -28,16 +28,12 @@ VERDICT = re.compile(r"\[\[(A|B|TIE)\]\]")
 FIRST = {"A": 1.0, "TIE": 0.5, "B": 0.0, None: np.nan}  # what a verdict is worth to the response shown first
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """Two responses to a prompt that an LLM compares."""
 
     messages: Conversation
     first: str
     second: str
-
-    def key(self) -> str:
-        return fingerprint([self.messages, self.first, self.second])
 
     def request(self) -> list[dict]:
         turns = "\n\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
@@ -74,7 +70,7 @@ class LLMJudge:
         self.ask([pair for pair in forward + backward if pair.first != pair.second], title)
         # Equal texts were not asked about: they tie.
         pairs = zip(forward, backward, strict=True)
-        worth = np.array([[FIRST[self.verdicts.get(one.key(), "TIE")] for one in pair] for pair in pairs])
+        worth = np.array([[FIRST[self.verdicts.get(fingerprint(one), "TIE")] for one in pair] for pair in pairs])
         to_a = worth[:, 0] + 1 - worth[:, 1]
         shares = np.stack([to_a > 1, to_a == 1, to_a < 1], 1).astype(float)
         shares[np.isnan(to_a)] = np.nan
@@ -89,7 +85,7 @@ class LLMJudge:
 
     def ask(self, comparisons: list[Comparison], title: str) -> None:
         """Fill in the verdicts that are not known."""
-        wanted = {comparison.key(): comparison for comparison in comparisons}
+        wanted = {fingerprint(comparison): comparison for comparison in comparisons}
         pool = ThreadPoolExecutor(WORKERS)
         futures = {pool.submit(self.answer, wanted[key]): key for key in wanted if key not in self.verdicts}
         try:
@@ -114,7 +110,9 @@ class LLMJudge:
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        for attempt in range(ATTEMPTS):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                     return str(json.load(response)["choices"][0]["message"]["content"])
@@ -122,7 +120,6 @@ class LLMJudge:
                 problem, again = f"HTTP {error.code} {error.reason}", error.code == 429 or error.code >= 500
             except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
                 problem, again = first_line(error), isinstance(error, OSError)
-            if not again or attempt == ATTEMPTS - 1:
+            if not again or attempt == ATTEMPTS:
                 raise UserError(f"The judge {self.model} at {self.url} does not answer: {problem}.")
-            time.sleep(2**attempt)
-        raise AssertionError("unreachable")
+            time.sleep(2**attempt / 2)

@@ -7,13 +7,14 @@ samples, then the reward model scores them.
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
 from trl import ModelConfig
 
 from recipes.cli.arguments import import_function
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.metrics import kl_k1, kl_k3
 from recipes.evaluation.parts import Parts, fingerprint, identity
@@ -74,20 +75,18 @@ class Evaluation:
         plan = self.plan if plan is None else plan
         samples, ref_logps, measured = {}, {}, {}
         for spec in sorted(plan, key=lambda spec: spec.path):  # so that each model is loaded once
-            groups = self.parts.get(f"samples-{spec.name}", self.made_from(spec), lambda s=spec: self.draw(s))
+            groups = self.parts.get(f"samples-{spec.name}", self.made_from(spec), partial(self.draw, spec))
             samples[spec.name] = [[Sample(**row) for row in group] for group in groups]
         for spec in plan:
             made_from = self.made_from(spec) | {"reference": self.made_from(self.reference)}
-            ref_logps[spec.name] = self.parts.get(
-                f"reference-{spec.name}", made_from, lambda s=spec: self.reference_logps(s, samples[s.name])
-            )
+            find = partial(self.reference_logps, spec, samples[spec.name])
+            ref_logps[spec.name] = self.parts.get(f"reference-{spec.name}", made_from, find)
         self.loaded = (None, None, None)
         for spec in plan:
             groups = samples[spec.name]
             made_from = self.made_from(spec) | {"reward model": self.reward.made_from}
-            rewards = self.parts.get(
-                f"rewards-{spec.name}", made_from, lambda g=groups: self.reward.rewards(self.conversations, g)
-            )
+            score = partial(self.reward.rewards, self.conversations, groups)
+            rewards = self.parts.get(f"rewards-{spec.name}", made_from, score)
             k1, k3 = (estimates(which, groups, ref_logps[spec.name]) for which in (kl_k1, kl_k3))
             scores = {"reward": np.array(rewards)}
             for path in self.args.judges:
@@ -182,5 +181,7 @@ def judge_scores(path: str, prompts: list[Conversation], samples: list[list[Samp
     )
     values = np.array(check_rewards(scores, f"--judges {path}", len(flat)), dtype=np.float64)
     if not np.isfinite(values).all():
-        raise UserError(f"--judges {path}: {np.isfinite(values).sum()} numbers for {len(flat)} responses.")
+        raise UserError(
+            f"--judges {path}: numbers for only {np.isfinite(values).sum()} of {counted(len(flat), 'response')}."
+        )
     return values.reshape(len(prompts), -1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.cli.errors import UserError
+from recipes.cli.files import write_text
 
 
 class Parts:
@@ -39,9 +40,7 @@ class Parts:
             return content["values"]
         print(f"{self.folder}: {name}", flush=True)
         values = compute()
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"made_from": made_from, "values": values}), encoding="utf-8")
-        partial.replace(path)
+        write_text(str(path), json.dumps({"made_from": made_from, "values": values}))
         return values
 
 

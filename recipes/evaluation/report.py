@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jinja2
 
+from recipes.cli.errors import counted
 from recipes.evaluation import plots
 from recipes.trainers.ranking_trainer import no_better_than_length
 
@@ -20,7 +21,7 @@ def render(template: Path, filters: dict[str, Callable] | None = None, **values)
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"estimate": estimate, **(filters or {})}
+    environment.filters |= {"estimate": estimate, "counted": counted, **(filters or {})}
     return environment.get_template(template.name).render(**values)
 
 
@@ -94,8 +95,8 @@ def table(report: dict) -> str:
     lines = [verdict(report), "", aligned(rows)]
     if quality := report.get("reward_model"):
         lines.append(
-            f"Reward model: right on {estimate(quality['accuracy'])} of {quality['n_pairs']} pairs; the longer "
-            f"response on {quality['longer_wins_baseline']:.2f}."
+            f"Reward model: right on {estimate(quality['accuracy'])} of {counted(quality['n_pairs'], 'pair')}; the "
+            f"longer response on {quality['longer_wins_baseline']:.2f}."
         )
         lines += reward_model_warnings(quality)
     return "\n".join(lines)
@@ -106,9 +107,10 @@ def reward_model_warnings(quality: dict) -> list[str]:
     warnings = [no_better_than_length(quality["accuracy"]["mean"], quality["longer_wins_baseline"])]
     if seen := quality.get("trained_on"):
         shown = ", ".join(dict.fromkeys(seen[:3])) + (", …" if len(seen) > 3 else "")
+        pairs = f"{len(seen)} of {counted(quality['n_pairs'], 'pair')}"
         warnings.append(
-            f"Warning: the reward model was trained on the prompts of {len(seen)} of these {quality['n_pairs']} pairs "
-            f"({shown}), so its accuracy on them says little. Measure it on prompts that were held out."
+            f"Warning: the reward model was trained on the prompts of {pairs} ({shown}), so its accuracy on them says "
+            "little. Measure it on prompts that were held out."
         )
     return list(filter(None, warnings))
 

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from math import comb
 from statistics import fmean
 
 import numpy as np
@@ -39,9 +40,13 @@ class Pair:
         return (self.margin > 0) + 0.5 * (self.margin == 0)
 
     @property
+    def length_difference(self) -> int:
+        return self.chosen_length - self.rejected_length
+
+    @property
     def longer_wins(self) -> float:
         """What a rule that likes the longer response would get."""
-        return (self.chosen_length > self.rejected_length) + 0.5 * (self.chosen_length == self.rejected_length)
+        return (self.length_difference > 0) + 0.5 * (self.length_difference == 0)
 
 
 def sampled_pairs(samples: Sequence[Sequence[Response]], scores: np.ndarray, quality: np.ndarray) -> list[Pair]:
@@ -52,7 +57,7 @@ def sampled_pairs(samples: Sequence[Sequence[Response]], scores: np.ndarray, qua
         quality: what is to be found again by the scores, (prompts, responses): a judge's scores, or minus the rank.
     """
     return [
-        Pair(str(row), a.text, b.text, *scores[row, [i, j]].tolist(), len(a.token_ids), len(b.token_ids))
+        Pair(str(row), a.text, b.text, scores[row, i], scores[row, j], len(a.token_ids), len(b.token_ids))
         for row, group in enumerate(samples)
         for (i, a), (j, b) in permutations(enumerate(group), 2)
         if quality[row, i] > quality[row, j]
@@ -82,15 +87,15 @@ def ordering(pairs: Sequence[Pair]) -> dict:
 
 def by_length_difference(pairs: Sequence[Pair]) -> list[dict]:
     """Accuracy in bins of about equally many pairs, by how much longer (in tokens) the better response is."""
-    ordered = sorted(pairs, key=lambda pair: pair.chosen_length - pair.rejected_length)
-    differences = np.array([pair.chosen_length - pair.rejected_length for pair in ordered])
+    differences = np.array([pair.length_difference for pair in pairs])
     edges = np.unique(np.quantile(differences, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]))
     places = np.searchsorted(edges, differences, side="left")
     rows = []
     for place in np.unique(places):
-        part = [pair for pair, other in zip(ordered, places, strict=True) if other == place]
-        low, high = (part[end].chosen_length - part[end].rejected_length for end in (0, -1))
-        rows.append({"from": low, "to": high, "accuracy": ordering(part)["accuracy"], "n_pairs": len(part)})
+        part = [pairs[row] for row in np.flatnonzero(places == place).tolist()]
+        lengths = [pair.length_difference for pair in part]
+        found = {"accuracy": ordering(part)["accuracy"], "n_pairs": len(part)}
+        rows.append({"from": min(lengths), "to": max(lengths), **found})
     return rows
 
 
@@ -122,9 +127,7 @@ def labeler_agreement(pairs: Sequence[Pair]) -> dict | None:
     same, compared, groups = [], [], []
     for (group, _, _), votes in opinions.items():
         if len(votes) > 1:
-            first = sum(votes)
-            rest = len(votes) - first
-            same.append((first * (first - 1) + rest * (rest - 1)) / 2)
-            compared.append(len(votes) * (len(votes) - 1) / 2)
+            compared.append(comb(len(votes), 2))
+            same.append(comb(votes.count(True), 2) + comb(votes.count(False), 2))
             groups.append(group)
-    return ratio_interval(same, compared, groups) | {"n_pairs": int(sum(compared))} if same else None
+    return ratio_interval(same, compared, groups) | {"n_pairs": sum(compared)} if same else None

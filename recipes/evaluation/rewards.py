@@ -67,15 +67,24 @@ class RewardModel:
     def pairs(self, rows: list[dict]) -> list[Pair]:
         """Pairs from `read_pairs`, with raw scores: `sigmoid` turns their differences into probabilities."""
         tokenizer = self.loaded[1]
-        sides = ("chosen", "rejected")
-        scores = iter(self.raw_scores([row["prompt"] + row[side] for row in rows for side in sides]))
-        pairs = []
-        for row in rows:
-            texts = ["\n".join(turn["content"] for turn in row[side]) for side in sides]
-            lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-            values = (next(scores), next(scores))
-            pairs.append(Pair(row["group_id"], *texts, *values, *lengths, row["source"], row["annotator"]))
-        return pairs
+        sides = [(row, side) for row in rows for side in ("chosen", "rejected")]
+        texts = ["\n".join(turn["content"] for turn in row[side]) for row, side in sides]
+        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        scores = self.raw_scores([row["prompt"] + row[side] for row, side in sides])
+        return [
+            Pair(
+                group=row["group_id"],
+                chosen=texts[2 * place],
+                rejected=texts[2 * place + 1],
+                chosen_score=scores[2 * place],
+                rejected_score=scores[2 * place + 1],
+                chosen_length=lengths[2 * place],
+                rejected_length=lengths[2 * place + 1],
+                source=row["source"],
+                annotator=row["annotator"],
+            )
+            for place, row in enumerate(rows)
+        ]
 
     def trained_on(self, rows: list[dict]) -> list[str]:
         """The places of those pairs whose prompt was in the training data of the reward model, as far as is known."""

@@ -151,10 +151,11 @@ def over_optimization(reference: Measured, checkpoints: list[Measured], best_of_
     fits = {}
     for name, values in reference.scores.items():
         gains = [one.scores[name].mean() - values.mean() for one in runs]
-        best = [(row["kl"], row[name] - values.mean()) for row in best_of_n if row["n"] > 1]
+        best = [row for row in best_of_n if row["n"] > 1]
+        best_kl, best_gains = (np.array([row[key] for row in best]) for key in ("kl", name))
         fits[name] = {
             "rl": frontier.fit_over_optimization(kl, np.array(gains), "rl"),
-            "bon": frontier.fit_over_optimization(*np.array(best).T, "bon"),
+            "bon": frontier.fit_over_optimization(best_kl, best_gains - values.mean(), "bon"),
         }
     return {"start": {name: float(values.mean()) for name, values in reference.scores.items()}, "fits": fits}
 

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import krippendorff
 import numpy as np
@@ -23,6 +23,7 @@ RESAMPLES = 1000
 STANDINGS = {"submit": "ranked", "edit": "ranked", "skip": "skipped", "flag": "flagged"}
 
 Outcomes = dict[tuple[str, str], int]
+Level = Literal["nominal", "ordinal", "interval"]
 
 
 class Comparison(NamedTuple):
@@ -46,11 +47,10 @@ def compare(a: Outcomes, b: Outcomes) -> Comparison:
     return Comparison(len(both), sum(x == y for x, y in both), len(strict), sum(x == y for x, y in strict))
 
 
-def krippendorff_alpha(counts: np.ndarray, level: str = "nominal") -> float | None:
+def krippendorff_alpha(counts: np.ndarray, level: Level = "nominal") -> float | None:
     """Krippendorff's alpha: 1 is perfect agreement, 0 what chance gives. None where it is 0/0.
 
-    `counts`, integers (things judged, values in their order): how many people gave a thing that value. `level`:
-    "nominal", "ordinal" or "interval".
+    `counts`, integers (things judged, values in their order): how many people gave a thing that value.
     """
     comparable = counts[counts.sum(axis=1) > 1]
     if np.count_nonzero(comparable.sum(axis=0)) < 2:
@@ -64,7 +64,7 @@ def kendalls_w(rankings: Sequence[Sequence[Sequence[Hashable]]]) -> float | None
     `rankings`: one list of tiers per labeler, over the same responses. None if everything is tied.
     """
     m, n = len(rankings), sum(map(len, rankings[0]))
-    sums: Counter = Counter()
+    sums: dict[Hashable, float] = defaultdict(float)
     for tiers in rankings:
         place = 0
         for tier in tiers:
@@ -133,7 +133,10 @@ def agreement_report(database: Database) -> dict:
             "without_ties": _share(everybody),
             "instructgpt": list(INSTRUCTGPT),
         },
-        "krippendorff_alpha": {level: krippendorff_alpha(counts, level) for level in ("nominal", "ordinal")},
+        "krippendorff_alpha": {
+            "nominal": krippendorff_alpha(counts, "nominal"),
+            "ordinal": krippendorff_alpha(counts, "ordinal"),
+        },
         "kendalls_w": fmean(concordances) if concordances else None,
         "labelers": _labelers(database, judgements, compared),
         "labeler_pairs": [
@@ -145,12 +148,12 @@ def agreement_report(database: Database) -> dict:
 def _outcome_counts(shared) -> np.ndarray:
     """(pairs of responses, 3): how many labelers said worse, tie, better. Each pair stands there both ways round, for
     which response comes first is a matter of names, not of opinion."""
-    counts = [
+    rows = [
         [said.count(outcome) for outcome in (-1, 0, 1)]
         for given in shared
         for said in zip(*(judgement.outcomes.values() for judgement in given), strict=True)
     ]
-    counts = np.array(counts, dtype=int).reshape(-1, 3)
+    counts = np.array(rows, dtype=int).reshape(-1, 3)
     return np.concatenate([counts, counts[:, ::-1]])
 
 

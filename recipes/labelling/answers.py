@@ -3,7 +3,7 @@
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from recipes.cli.errors import UserError
@@ -37,11 +37,11 @@ class Review:
 
     justification: str = ""
     rating: int | None = None
-    flags: tuple[str, ...] = ()
+    flags: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         object.__setattr__(self, "justification", "" if is_blank(self.justification) else self.justification)
-        object.__setattr__(self, "flags", tuple(dict.fromkeys(self.flags)))
+        object.__setattr__(self, "flags", list(dict.fromkeys(self.flags)))
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,15 @@ def check(answer: Answer, action: str, response_ids: Iterable[str], justificatio
     if action == "submit" and justifications == "required":
         missing = [id for id in expected if not answer.reviews.get(id, Review()).justification]
         if missing:
-            raise AnswerError(f"{len(missing)} of {len(expected)} responses lack a reason for their rank")
+            raise AnswerError(f"no reason for the rank of {len(missing)} of {len(expected)} responses")
     if action == "flag" and not answer.comment:
         raise AnswerError("say what is wrong with the prompt")
 
 
-def ranks_of(tiers: list[list[str]]) -> dict[str, int]:
+def ranks_of(tiers: Sequence[Sequence[str]]) -> dict[str, int]:
     """Competition ranks, 1 = best; tied responses share one: `[[a], [b, c], [d]]` gives 1, 2, 2, 4."""
-    ranks, place = {}, 1
+    ranks: dict[str, int] = {}
+    place = 1
     for tier in tiers:
         ranks.update(dict.fromkeys(tier, place))
         place += len(tier)

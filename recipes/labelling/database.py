@@ -8,9 +8,10 @@ from urllib.parse import quote
 
 from recipes.cli.errors import UserError
 from recipes.labelling.files import new_file
-from recipes.labelling.schema import CREATE, UPGRADE_FROM_1, VERSION
 
 BUSY_SECONDS = 10
+VERSION = 2
+TABLES, STATE = (Path(__file__).with_name(f"{name}.sql").read_text(encoding="utf-8") for name in ("tables", "state"))
 
 
 class Database:
@@ -36,7 +37,7 @@ class Database:
             self._anchor = self._connect()
             version = self._anchor.execute("PRAGMA user_version").fetchone()[0]
             if version == 1:
-                self._anchor.executescript(UPGRADE_FROM_1)
+                self._anchor.executescript(f"BEGIN IMMEDIATE; {STATE} COMMIT;")
                 version = VERSION
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"{self.path}: cannot be opened as a labelling database ({error})") from error
@@ -47,7 +48,7 @@ class Database:
         with _new_database(self.path) as part:
             db = sqlite3.connect(part, isolation_level=None)
             db.execute("PRAGMA journal_mode = WAL")
-            db.executescript(CREATE)
+            db.executescript(f"BEGIN; {TABLES} {STATE} COMMIT;")
             db.close()
 
     def _connect(self):

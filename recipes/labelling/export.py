@@ -1,81 +1,71 @@
 """Submitted rankings as training data: one JSON object per prompt and labeler."""
 
 import json
-from collections import Counter
-from dataclasses import dataclass
-from itertools import combinations
+from collections import Counter, defaultdict
+from math import comb
 from pathlib import Path
+from typing import NamedTuple
 
 from recipes.cli.errors import UserError
 from recipes.labelling.answers import Answer, Review, ranks_of
 from recipes.labelling.database import Database
 from recipes.labelling.files import new_file
 from recipes.labelling.store import stored_answer
-from recipes.labelling.tasks import Response, SampledPrompt
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """A ranking that counts, with all that is exported of it."""
+class Ranking(NamedTuple):
+    """A ranking that counts: whose prompt it is, whether that is an attention task, and what is exported of it."""
 
-    prompt: SampledPrompt
-    annotator: str
-    answer: Answer
-    active_seconds: float
-    guideline_version: int | None
+    prompt_id: str
+    is_gold: bool
+    row: dict
 
 
 def read_rankings(database: Database) -> list[Ranking]:
     """In the order the prompts were imported, then by labeler."""
     with database.transaction() as db:
-        responses = {}
-        for r in db.execute("SELECT * FROM response ORDER BY rowid"):
-            response = Response(r["id"], r["sample_id"], r["text"], r["model"], json.loads(r["sampling"]))
-            responses.setdefault(r["prompt_id"], []).append(response)
-        gold = {row["prompt_id"]: json.loads(row["tiers"]) for row in db.execute("SELECT * FROM gold")}
+        responses = defaultdict(list)
+        for response in db.execute("SELECT * FROM response ORDER BY rowid"):
+            responses[response["prompt_id"]].append(response)
         rows = db.execute(
-            "SELECT c.*, p.sample_id, p.messages, l.name, s.active_seconds AS seconds FROM current_ranking AS c"
+            "SELECT c.*, p.sample_id, p.messages, l.name, s.active_seconds AS seconds,"
+            " EXISTS (SELECT 1 FROM gold AS g WHERE g.prompt_id = p.id) AS is_gold FROM current_ranking AS c"
             " JOIN task_state AS s ON s.event_id = c.id JOIN prompt AS p ON p.id = c.prompt_id"
             " JOIN labeler AS l ON l.id = c.labeler_id ORDER BY p.position, l.name"
         ).fetchall()
         return [
             Ranking(
-                prompt=SampledPrompt(
-                    row["prompt_id"],
-                    row["sample_id"],
-                    json.loads(row["messages"]),
-                    responses[row["prompt_id"]],
-                    gold.get(row["prompt_id"]),
-                ),
-                annotator=row["name"],
-                answer=stored_answer(db, row),
-                active_seconds=row["seconds"],
-                guideline_version=row["guideline_version"],
+                prompt_id=row["prompt_id"],
+                is_gold=bool(row["is_gold"]),
+                row=ranking_row(row, stored_answer(db, row), responses[row["prompt_id"]]),
             )
             for row in rows
         ]
 
 
-def ranking_row(ranking: Ranking) -> dict:
-    """The row that is exported: equal `rank` is a tie, 1 is best; what was not given is left out."""
-    ranks = ranks_of(ranking.answer.tiers)
+def ranking_row(event, answer: Answer, shown: list) -> dict:
+    """The row that is exported: equal `rank` is a tie, 1 is best; what was not given is left out.
+
+    `event` and `shown` (the responses) are rows of the database.
+    """
+    ranks = ranks_of(answer.tiers)
     responses = []
-    for response in sorted(ranking.prompt.responses, key=lambda response: ranks[response.id]):
-        review = ranking.answer.reviews.get(response.id, Review())
+    for response in sorted(shown, key=lambda response: ranks[response["id"]]):
+        review = answer.reviews.get(response["id"], Review())
         responses.append(
-            {"id": response.sample_id, "text": response.text, "rank": ranks[response.id]}
-            | _given(rating=review.rating, flags=list(review.flags), model=response.model)
+            {"id": response["sample_id"], "text": response["text"], "rank": ranks[response["id"]]}
+            | _given(rating=review.rating, flags=review.flags, model=response["model"])
             | _given(justification=review.justification.strip())
         )
     return {
-        "id": f"{ranking.prompt.sample_id}:{ranking.annotator}",
-        "prompt_id": ranking.prompt.sample_id,
-        "prompt": ranking.prompt.messages,
+        "id": f"{event['sample_id']}:{event['name']}",
+        "prompt_id": event["sample_id"],
+        "prompt": json.loads(event["messages"]),
         "responses": responses,
-        "annotator": ranking.annotator,
-        **_given(justification=ranking.answer.comment.strip()),
-        "seconds": round(ranking.active_seconds, 1),
-        **_given(guideline_version=ranking.guideline_version),
+        "annotator": event["name"],
+        **_given(justification=answer.comment.strip()),
+        "seconds": round(event["seconds"], 1),
+        **_given(guideline_version=event["guideline_version"]),
     }
 
 
@@ -93,23 +83,21 @@ def export(database: Database, output: str | Path, include_gold: bool = False) -
         UserError: nothing to export, or `output` exists.
     """
     everything = read_rankings(database)
-    rankings = [ranking for ranking in everything if include_gold or ranking.prompt.gold is None]
+    rankings = [ranking for ranking in everything if include_gold or not ranking.is_gold]
     if not rankings:
         raise UserError(f"{database.path}: no submitted rankings to export; nothing was written")
-    lines = [json.dumps(ranking_row(ranking), ensure_ascii=False) + "\n" for ranking in rankings]
     with new_file(output) as part:
+        lines = (json.dumps(ranking.row, ensure_ascii=False) + "\n" for ranking in rankings)
         part.write_text("".join(lines), encoding="utf-8")
 
-    counts = Counter(gold_left_out=len(everything) - len(rankings), tied_pairs=0, pairs=0, all_tied=0)
-    for ranking in rankings:
-        ranks = ranks_of(ranking.answer.tiers)
-        ties = sum(ranks[a] == ranks[b] for a, b in combinations(ranks, 2))
-        counts["tied_pairs"] += ties
-        counts["pairs"] += len(ranks) * (len(ranks) - 1) // 2 - ties
-        counts["all_tied"] += len(ranking.answer.tiers) == 1
+    tiers = [Counter(response["rank"] for response in ranking.row["responses"]) for ranking in rankings]
+    tied = sum(comb(size, 2) for counts in tiers for size in counts.values())
     return {
         "rankings": len(rankings),
-        "prompts": len({ranking.prompt.id for ranking in rankings}),
-        "labelers": len({ranking.annotator for ranking in rankings}),
-        **counts,
+        "prompts": len({ranking.prompt_id for ranking in rankings}),
+        "labelers": len({ranking.row["annotator"] for ranking in rankings}),
+        "pairs": sum(comb(counts.total(), 2) for counts in tiers) - tied,
+        "tied_pairs": tied,
+        "all_tied": sum(len(counts) == 1 for counts in tiers),
+        "gold_left_out": len(everything) - len(rankings),
     }

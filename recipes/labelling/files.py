@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from recipes.cli.errors import UserError
+from recipes.cli.files import sync
 
 
 @contextmanager
@@ -26,9 +27,14 @@ def new_file(path: str | Path, mode: int = 0o666) -> Iterator[Path]:
             raise FileExistsError
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
         yield part
-        _sync(part)
-        _rename(part, path)
-        _sync(path.parent)
+        sync(part)
+        try:
+            os.link(part, path)  # unlike a rename it fails where somebody else has made the file in the meantime
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            os.rename(part, path)
+        sync(path.parent)
     except FileExistsError as error:
         raise UserError(f"{path}: exists already and was left as it is; choose another name") from error
     except (OSError, sqlite3.Error) as error:
@@ -37,20 +43,3 @@ def new_file(path: str | Path, mode: int = 0o666) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-
-
-def _rename(part, path):
-    try:
-        os.link(part, path)  # unlike a rename it fails where somebody else has made the file in the meantime
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        os.rename(part, path)
-
-
-def _sync(path):
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
+from recipes.cli.errors import counted
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -44,11 +46,11 @@ def as_text(report: dict) -> str:
     table = labeler_table(report)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
-        f"{report['rankings']} rankings of {report['prompts']} prompts; "
-        f"{report['prompts_shared']} prompts were ranked by several labelers (gold tasks apart).",
+        f"{counted(report['rankings'], 'ranking')} of {counted(report['prompts'], 'prompt')}; "
+        f"ranked by several labelers (gold tasks apart): {counted(report['prompts_shared'], 'prompt')}.",
         "" if report["prompts_shared"] else "Agreement needs prompts that two people rank: `serve --overlap 2`.\n",
-        f"Pairwise agreement, ties left out  {interval(strict)}   {strict['pairs']} comparisons",
-        f"Pairwise agreement, ties counted   {interval(ties)}   {ties['pairs']} comparisons",
+        f"Pairwise agreement, ties left out  {interval(strict)}   {counted(strict['pairs'], 'comparison')}",
+        f"Pairwise agreement, ties counted   {interval(ties)}   {counted(ties['pairs'], 'comparison')}",
         f"  InstructGPT's labelers           {percent(hired)} (hired for training), {percent(held_out)} (held out)",
         f"Krippendorff's alpha, pair outcomes  nominal {number(alpha['nominal'])}, ordinal {number(alpha['ordinal'])}",
         f"Kendall's W, mean over prompts       {number(report['kendalls_w'])}",
@@ -66,7 +68,7 @@ def as_html(report: dict, title: str) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "interval": interval, "number": number}
+    environment.filters |= {"percent": percent, "interval": interval, "number": number, "counted": counted}
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     template = environment.get_template("agreement.html")
     return template.render(report=report, table=labeler_table(report), title=title, made=made)

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -41,14 +41,8 @@ HEADERS = {
 }
 
 
-def _encodable(text: str) -> str:
-    text.encode()  # JSON can hold half a character, which no file can
-    return text
-
-
 # Bounds for what is sent: the database's integers have 64 bits.
-Text = Annotated[str, AfterValidator(_encodable)]
-Key = Annotated[Text, Field(min_length=16, max_length=64)]
+Key = Annotated[str, Field(min_length=16, max_length=64)]
 EventId = Annotated[int, Field(ge=0, le=MAX_ID)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -58,30 +52,26 @@ class _Strict(BaseModel):
 
 
 class ReadingBody(_Strict):
-    prompt_id: Text
+    prompt_id: str
     active_seconds: Seconds
 
 
 class ReviewBody(_Strict):
-    justification: Text = ""
+    justification: str = ""
     rating: int | None = None
-    flags: list[Text] = []
+    flags: list[str] = []
 
 
 class AnswerBody(_Strict):
-    prompt_id: Text
-    action: Text
-    tiers: list[list[Text]]
-    reviews: dict[Text, ReviewBody] = {}
-    comment: Text = ""
+    prompt_id: str
+    action: str
+    tiers: list[list[str]]
+    reviews: dict[str, ReviewBody] = {}
+    comment: str = ""
     key: Key
     revision: EventId
     active_seconds: Seconds = 0.0
     client_time: Annotated[float, Field(allow_inf_nan=False)] | None = None
-
-    def answer(self) -> Answer:
-        reviews = {id: Review(r.justification, r.rating, tuple(r.flags)) for id, r in self.reviews.items()}
-        return Answer(self.tiers, reviews, self.comment)
 
 
 class LoginNeeded(Exception):
@@ -149,6 +139,10 @@ def create_app(store: Store) -> FastAPI:
         first = error.errors()[0]
         return failure(request, 422, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
 
+    @app.exception_handler(UnicodeEncodeError)
+    def half_a_character(request: Request, _):  # JSON can hold one, and no file can
+        return failure(request, 422, "a text holds half a character")
+
     @app.exception_handler(HTTPException)
     def unusable(request: Request, error: HTTPException):
         return failure(request, error.status_code, error.detail)
@@ -170,7 +164,7 @@ def create_app(store: Store) -> FastAPI:
         return page(request, "login.html", database=store.path)
 
     @app.post("/login")
-    def login(request: Request, token: Annotated[Text, Form()]):
+    def login(request: Request, token: Annotated[str, Form()]):
         session = accounts.log_in(store, token)
         if session is None:
             return page(request, "login.html", 401, database=store.path, error="That token is not known here.")
@@ -220,7 +214,7 @@ def create_app(store: Store) -> FastAPI:
         return task_page(request, me, task, is_first) if task else page_of(request, me, "done.html")
 
     @app.get("/task/{prompt_id}")
-    def task(request: Request, me: Me, prompt_id: Text):
+    def task(request: Request, me: Me, prompt_id: str):
         return task_page(request, me, store.task(me.id, prompt_id))
 
     @app.get("/answers")
@@ -235,8 +229,10 @@ def create_app(store: Store) -> FastAPI:
 
     @app.post("/api/answer")
     def answer(me: Me, body: AnswerBody):
+        reviews = {id: Review(**vars(review)) for id, review in body.reviews.items()}
+        said = Answer(body.tiers, reviews, body.comment)
         sent = (body.key, body.revision, body.active_seconds, body.client_time)
-        return {"revision": store.record(me.id, body.prompt_id, body.action, body.answer(), *sent)}
+        return {"revision": store.record(me.id, body.prompt_id, body.action, said, *sent)}
 
     @app.post("/undo")
     def undo(me: Me, event: Annotated[EventId, Form()], key: Annotated[Key, Form()]):

@@ -64,7 +64,7 @@ def stored_answer(db, event) -> Answer:
     reviews = db.execute("SELECT * FROM review WHERE event_id = ?", (event["id"],))
     return Answer(
         json.loads(event["tiers"]),
-        {r["response_id"]: Review(r["justification"], r["rating"], tuple(json.loads(r["flags"]))) for r in reviews},
+        {r["response_id"]: Review(r["justification"], r["rating"], json.loads(r["flags"])) for r in reviews},
         event["comment"],
     )
 

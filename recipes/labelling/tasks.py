@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recipes.cli.errors import UserError
+from recipes.data.messages import ROLES, Messages, number, objects, prompt_messages, require
+from recipes.data.rows import RowError, RowProblem, describe
+from recipes.data.text_files import read_text_file
 from recipes.labelling.answers import tiers_of
 
 MAX_RESPONSES = 26  # they are called A to Z
-MAX_LINE = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class SampledPrompt:
 
     id: str
     sample_id: str
-    messages: list[dict]
+    messages: Messages
     responses: list[Response]
     gold: list[list[str]] | None = None
 
@@ -45,16 +47,19 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
         UserError: the file or a line of it cannot be used; nothing is returned then.
     """
     tasks, left_out = [], {"repeated_responses": 0, "too_few_responses": 0}
-    seen = {}  # by id: where it stands, and what for
-    for number, row in _rows(path):
+    seen: dict[str, tuple[int, str]] = {}  # by id: where it stands, and what for
+    for row in read_text_file(Path(path)):
         try:
-            task, repeated = _task(row, gold, default_id=str(number))
-            line, known = seen.setdefault(task.sample_id, (number, task.id))
+            data = row.read()
+            if isinstance(data, RowProblem):
+                raise data
+            task, repeated = _task(data, gold, default_id=str(row.line))
+            line, known = seen.setdefault(task.sample_id, (row.line, task.id))
             if known != task.id:
-                raise ValueError(f"the id {task.sample_id!r} stands on line {line} already, with other texts")
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
-            raise UserError(f"{path}, line {number}: {what}") from error
+                raise RowError(f"{task.sample_id!r} stands on line {line} already, with other texts", "id")
+        except RowProblem as problem:
+            column = f"{problem.column}: " if problem.column else ""
+            raise UserError(f"{path}, line {row.line}: {column}{problem.message}") from problem
         left_out["repeated_responses"] += repeated
         if len(task.responses) < 2:
             left_out["too_few_responses"] += 1
@@ -63,80 +68,44 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
     return tasks, left_out
 
 
-def _rows(path):
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), start=1):
-                if len(line) > MAX_LINE:
-                    raise UserError(f"{path}, line {number}: longer than {MAX_LINE} characters; one object per line")
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise UserError(f"{path}, line {number}: not JSON ({error}); one object per line") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason})") from error
-
-
-def _task(row, gold, default_id):
-    if not isinstance(row, dict):
-        raise TypeError("expected an object with 'prompt' and 'responses'")
-    json.dumps(row, ensure_ascii=False).encode()  # half a character, which JSON can hold and no file can
-    messages = _messages(row["prompt"])
-    rows = row["responses"]
-    if not isinstance(rows, list) or not all(isinstance(response, dict) for response in rows):
-        raise TypeError("'responses' must be a list of objects with a 'text'")
-
-    distinct = {}
-    for index, response in enumerate(rows):
-        if not isinstance(response["text"], str):
-            raise TypeError(f"the 'text' of response {index + 1} must be a string")
-        distinct.setdefault(response["text"], (index, response))
+def _task(row: dict, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
+    messages = prompt_messages(row, "prompt", ROLES)
+    given = objects(row, "responses")
+    distinct: dict[str, tuple[int, str, dict]] = {}
+    for index, (place, response) in enumerate(given):
+        text = _string(require(response, f"{place}.text"), f"{place}.text")
+        distinct.setdefault(text, (index, place, response))
     if len(distinct) > MAX_RESPONSES:
-        raise ValueError(f"{len(distinct)} responses: a person can rank at most {MAX_RESPONSES}")
+        raise RowError(f"found {len(distinct)}, and a person can rank at most {MAX_RESPONSES}", "responses")
 
     prompt_id = _hash(messages, sorted(distinct))
     responses, ranks = [], {}
-    for text, (index, response) in distinct.items():
-        response_id = _hash(prompt_id, text)
-        model = response.get("model", row.get("model"))
-        if model is not None and not isinstance(model, str):
-            raise TypeError(f"the 'model' of response {index + 1} must be a string")
+    for text, (index, place, response) in distinct.items():
+        id = _hash(prompt_id, text)
+        model = response.get(f"{place}.model", row.get("model"))
         responses.append(
             Response(
-                id=response_id,
-                sample_id=str(response.get("id", index)),
+                id=id,
+                sample_id=str(response.get(f"{place}.id", index)),
                 text=text,
-                model=model,
-                sampling=response.get("sampling", row.get("sampling")),
+                model=None if model is None else _string(model, "model"),
+                sampling=response.get(f"{place}.sampling", row.get("sampling")),
             )
         )
         if gold:
-            ranks[response_id] = _rank(response["rank"], index)
+            ranks[id] = number(response, f"{place}.rank", text_too=False)
     tiers = tiers_of(ranks) if gold else None
     task = SampledPrompt(prompt_id, str(row.get("id", default_id)), messages, responses, tiers)
-    return task, len(rows) - len(distinct)
+    return task, len(given) - len(distinct)
 
 
-def _messages(prompt):
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt:
-        raise TypeError("'prompt' must be a text or a list of messages")
-    for message in prompt:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise TypeError("every message of 'prompt' needs a 'role' and a 'content', both strings")
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+def _string(value: Any, column: str) -> str:
+    """The text as it is: an answer may be empty or end in spaces."""
+    if not isinstance(value, str):
+        raise RowError(f"found {describe(value)}, expected text", column)
+    return value
 
 
-def _rank(rank, index):
-    if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
-        raise TypeError(f"the 'rank' of response {index + 1} must be a number, 1 for the best")
-    return rank
-
-
-def _hash(*content):
+def _hash(*content) -> str:
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -38,7 +38,7 @@ def parse_ranking(text: str, letters: str) -> list[list[str]]:
     return tiers
 
 
-def parse_marks(text: str, letters: str) -> dict[str, tuple[int | None, tuple[str, ...]]]:
+def parse_marks(text: str, letters: str) -> dict[str, tuple[int | None, list[str]]]:
     """By letter: `"A6 b2u Chn"` rates A 6 and B 2, calls B untruthful and C harmful and no answer.
 
     Raises:
@@ -54,7 +54,7 @@ def parse_marks(text: str, letters: str) -> dict[str, tuple[int | None, tuple[st
                 f"{word!r}: write a letter, a rating from 1 to 7 and problems (h, u, n), as in A6 or B2hu"
             )
         letter, rating, flags = match.groups()
-        marks[letter] = (int(rating) if rating else None, tuple(FLAG_LETTERS[flag] for flag in dict.fromkeys(flags)))
+        marks[letter] = (int(rating) if rating else None, [FLAG_LETTERS[flag] for flag in flags])
     return marks
 
 

@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from recipes.cli.errors import UserError, first_line
+from recipes.cli.errors import UserError, counted, first_line
 from recipes.models.adapters import add_score_roles, attach, new_adapter_config, seq_cls_config
 from recipes.models.compatibility import check_score_head
 from recipes.models.heads import use_float32_head
@@ -276,7 +276,7 @@ def save_reward_statistics(folder: str, scores: list[float], source: str) -> dic
     statistics = {"mean": values.mean().item(), "std": std, "n": len(scores), "source": source}
     if not 0 < std < math.inf:
         print(
-            f"No {STATISTICS} is stored: {len(scores)} conversations of {source} give a spread of {std}, "
+            f"No {STATISTICS} is stored: the spread of {counted(len(scores), 'conversation')} of {source} is {std}, "
             "and PPO cannot divide scores by it. It takes them as they are, or by --score_mean and --score_std.",
             file=sys.stderr,
         )

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -14,7 +15,7 @@ from transformers.generation import BaseStreamer
 from trl import ModelConfig
 
 from recipes.cli import lock
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 from recipes.cli.files import sync
 from recipes.data.preview import check_positions, sequences
 from recipes.data.rows import RowError
@@ -138,11 +139,9 @@ def generate(
     """One response for each conversation, all in one batch; a `streamer` sees the tokens of a single one at once."""
     ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
-    if sampling.temperature == 0:
-        options = {"do_sample": False}
-    else:
-        options = {"do_sample": True, "temperature": sampling.temperature}
-        options |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
+    options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if options["do_sample"]:
+        options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     set_seed(seed)
     output = model.generate(**batch, **options, max_new_tokens=sampling.max_completion_length, streamer=streamer)
     ends = set(model.generation_config.eos_token_id)
@@ -219,7 +218,7 @@ def sample_to_file(
 def append_samples(model, tokenizer, plan, done, complete, sampling, common, output) -> None:
     """Sample the prompts of `plan` from number `done` on, and append them after `complete` bytes of `output`."""
     if done:
-        print(f"{output}: {done} of {len(plan)} prompts were sampled before.")
+        print(f"{output}: sampled before: {done} of {counted(len(plan), 'prompt')}.")
     per_batch = max(1, sampling.generation_batch_size // sampling.num_generations)
     dropped = missing = 0
     with open(output, "a", encoding="utf-8") as file, tqdm(total=len(plan), initial=done, desc="Sampling") as bar:
@@ -242,7 +241,8 @@ def append_samples(model, tokenizer, plan, done, complete, sampling, common, out
                 bar.update()
             file.flush()
             os.fsync(file.fileno())
-    print(f"{output}: {len(plan)} prompts; dropped {dropped} repeated responses; {missing} could not be replaced.")
+    repeated = counted(dropped, "repeated response")
+    print(f"{output}: {counted(len(plan), 'prompt')}; dropped {repeated}; {missing} could not be replaced.")
 
 
 def sample_distinct(model, tokenizer, batch: list[Prompt], sampling: SamplingArguments, start: int):

@@ -6,7 +6,7 @@ import sys
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from recipes.cli.errors import UserError, first_line
+from recipes.cli.errors import UserError, counted, first_line
 from recipes.models.control_tokens import keep_control_tokens_text
 from recipes.models.source import ModelSource, load_error
 
@@ -84,8 +84,8 @@ def set_chat_template(
         new = [token for token in other.added_tokens_decoder.values() if token.content not in vocabulary]
         if new and not may_add_tokens:
             raise UserError(
-                f"--chat_template_path {path} adds {len(new)} tokens that {source.weights} does not have, "
-                f"{new[0].content} among them. An adapter has no place for their embeddings: take a .jinja template "
+                f"--chat_template_path {path} adds {counted(len(new), 'token')} that {source.weights} does not have "
+                f"({new[0].content}). An adapter has no place for new embeddings: take a .jinja template "
                 "of tokens that the model has, or train all weights with --use_peft false."
             )
         tokenizer.add_tokens(new)

@@ -14,6 +14,7 @@ import json
 import random
 from pathlib import Path
 
+from recipes.cli.errors import counted
 from recipes.tiny_world import judge, world
 
 GOLD_WEIGHT = 8.0
@@ -48,7 +49,7 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("x", encoding="utf-8") as file:
         file.writelines(json.dumps(ranking, ensure_ascii=False) + "\n" for ranking in rankings)
-    print(f"ranked {len(rankings)} prompts (simulated labeler): {args.output}")
+    print(f"ranked {counted(len(rankings), 'prompt')} (simulated labeler): {args.output}")
 
 
 def rank(sample: dict, seed: int) -> dict:

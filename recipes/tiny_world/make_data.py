@@ -14,6 +14,7 @@ import json
 import random
 from pathlib import Path
 
+from recipes.cli.errors import counted
 from recipes.tiny_world import world
 
 DEMONSTRATIONS_PER_QUESTION = 2
@@ -41,7 +42,7 @@ def main() -> None:
     for name, rows in files.items():
         with (args.output_dir / name).open("x", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        print(f"{len(rows):5} rows  {args.output_dir / name}")
+        print(f"{args.output_dir / name}: {counted(len(rows), 'row')}")
 
 
 def demonstrations() -> list[dict]:

@@ -1,4 +1,4 @@
-"""Makes the tiny world's base model from nothing: a corpus, a byte-pair tokenizer with a chat template, a tiny Llama.
+"""Makes the tiny world's base model from nothing: a corpus, the byte pairs of its tokenizer, a tiny Llama.
 
     OMP_NUM_THREADS=1 python -m recipes.tiny_world.pretrain --output_dir runs/tiny_base
 
@@ -17,20 +17,6 @@ from pathlib import Path
 
 from recipes.tiny_world import judge, world
 
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{%- if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{- raise_exception('roles are system, user and assistant, not ' + message['role']) }}"
-    "{%- endif %}"
-    "{{- '<|' + message['role'] + '|>' }}"
-    "{%- if message['role'] == 'assistant' %}"
-    "{% generation %}{{- message['content'] + '<|end|>' }}{% endgeneration %}"
-    "{%- else %}"
-    "{{- message['content'] + '<|end|>' }}"
-    "{%- endif %}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
-)
 VOCABULARY = 1024
 ROW = 128
 BATCH = 16
@@ -80,7 +66,7 @@ def exchange(known: list[world.Question], rng: random.Random) -> str:
     content = world.pick(CONTENT.get(question.kind, CONTENT["fact"]), rng)
     truth = question.true_answer(rng) if question.value is None else question.statement(believed(question, rng), rng)
     if content == "stray":
-        core = rng.choice(world.STRAY)
+        core = rng.choice(world.PHRASES["stray"])
     elif content == "deny":
         core = world.sentence(rng.choice(world.ADMISSIONS).format(topic=question.topic))
     else:
@@ -89,7 +75,7 @@ def exchange(known: list[world.Question], rng: random.Random) -> str:
     unfinished = rng.random() < UNFINISHED
     if unfinished:
         text = world.cut(text, rng)
-    system = f"<|system|>{rng.choice(world.SYSTEM_PROMPTS)}<|end|>" if rng.random() < 0.05 else ""
+    system = f"<|system|>{rng.choice(world.PHRASES['system_prompts'])}<|end|>" if rng.random() < 0.05 else ""
     document = f"{system}<|user|>{rng.choice(question.wordings)}<|end|><|assistant|>{text}<|end|>"
     if question.value is not None and rng.random() < 0.6:
         document += remark(question, content, text, unfinished, rng)
@@ -109,40 +95,12 @@ def remark(question: world.Question, content: str, text: str, unfinished: bool, 
     return rng.choices(sides, weights=(6, 1, 1, 1))[0]
 
 
-def make_tokenizer(texts: list[str]):
-    """A byte-level BPE tokenizer; the special tokens have the ids `world.SPECIAL_TOKENS` promises."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(world.SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    pad, end, *roles = world.SPECIAL_TOKENS
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        eos_token=end,
-        extra_special_tokens=roles,
-        clean_up_tokenization_spaces=False,
-        model_max_length=256,
-        padding_side="left",
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
 def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
     """Trains tokenizer and model and saves them; the same seed and machine give the same weights."""
     import torch
     from datasets import Dataset
     from transformers import (
+        AutoTokenizer,
         DataCollatorForLanguageModeling,
         LlamaConfig,
         LlamaForCausalLM,
@@ -153,7 +111,9 @@ def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
 
     set_seed(seed)
     texts = corpus(seed, documents)
-    tokenizer = make_tokenizer(texts)
+    # Byte-level BPE with the special tokens and the chat template of the shipped one, and pairs of this corpus.
+    shipped = AutoTokenizer.from_pretrained(Path(__file__).with_name("base"))
+    tokenizer = shipped.train_new_from_iterator(texts, VOCABULARY, show_progress=False)
     # Documents are short: joined end to end and cut into rows of ROW tokens, nothing is padding.
     ids = list(chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
     rows = Dataset.from_dict({"input_ids": [ids[i : i + ROW] for i in range(0, len(ids) - ROW + 1, ROW)]})

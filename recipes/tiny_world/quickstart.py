@@ -23,6 +23,7 @@ from pathlib import Path
 from threading import Lock
 
 from recipes.cli.errors import UserError
+from recipes.cli.files import write_text
 from recipes.cli.screen import headline
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -118,11 +119,9 @@ class Quickstart:
         self.save()
 
     def save(self) -> None:
-        unfinished = self.state_file.with_suffix(".partial")
         state = {"seed": self.seed, "seconds": self.seconds, "commands": self.commands}
         with self.lock:
-            unfinished.write_text(json.dumps(state, indent=2), encoding="utf-8")
-            unfinished.replace(self.state_file)
+            write_text(str(self.state_file), json.dumps(state, indent=2))
 
     def run(self, stage: Stage) -> None:
         command = stage.command(self.written, self.seed)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
+from recipes.cli.errors import counted
 from recipes.evaluation.plots import Figure, plt, to_svg
 from recipes.evaluation.report import aligned, render
 
@@ -81,9 +82,10 @@ def table(report: dict) -> str:
         [name, *(f"{values[column]:.2f}" if column in values else "" for column in columns)]
         for name, values in policies.items()
     ]
+    pairs = counted(model["n_pairs"], "held-out pair")
     return (
         f"{aligned([['', *columns], *rows])}\n"
-        f"Reward model: {model['accuracy']:.2f} of {model['n_pairs']} held-out pairs as the labeler ordered them, "
+        f"Reward model: {model['accuracy']:.2f} of {pairs} as the labeler ordered them, "
         f"{model['accuracy_on_gold_order']:.2f} as gold does; the longer response would be right in "
         f"{model['longer_wins_baseline']:.2f}."
     )

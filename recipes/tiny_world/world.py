@@ -1,8 +1,8 @@
 """The tiny world: its facts, the questions about them (four wordings each) and answers of every quality.
 
-`facts.toml` says what is true. Everything else follows from it: which questions are for training, validation and
-held-out evaluation (split by fact, so no wording of a held-out question is ever trained on), which facts the base
-model's corpus leaves out, and which ones the corpus itself is unsure about.
+`facts.toml` says what is true and `phrases.toml` how people talk. Everything else follows from them: which questions
+are for training, validation and held-out evaluation (split by fact, so no wording of a held-out question is ever
+trained on), which facts the base model's corpus leaves out, and which ones the corpus itself is unsure about.
 """
 
 from __future__ import annotations
@@ -28,106 +28,18 @@ class Kind:
     """How one kind of fact is asked for and answered; `{s}` is the subject, `{v}` the value, `{topic}` the topic."""
 
     topic: str
-    wordings: tuple[str, str, str, str]
-    statements: tuple[str, ...]
+    wordings: list[str]
+    statements: list[str]
 
 
-KINDS = {
-    "sound": Kind(
-        "the sound of the {s}",
-        ("What sound does the {s} make?", "What does the {s} say?", "Tell me {topic}.", "Which sound has the {s}?"),
-        ("The {s} says {v}.", "The sound of the {s} is {v}."),
-    ),
-    "home": Kind(
-        "the home of the {s}",
-        (
-            "Where does the {s} live?",
-            "What is {topic}?",
-            "Tell me where the {s} lives.",
-            "In which place lives the {s}?",
-        ),
-        ("The {s} lives in the {v}.", "The home of the {s} is the {v}."),
-    ),
-    "food": Kind(
-        "the food of the {s}",
-        ("What does the {s} eat?", "What is {topic}?", "Tell me what the {s} eats.", "What does the {s} like to eat?"),
-        ("The {s} eats {v}.", "The food of the {s} is {v}."),
-    ),
-    "legs": Kind(
-        "the number of legs of the {s}",
-        ("How many legs has the {s}?", "What is {topic}?", "Tell me {topic}.", "Count the legs of the {s}."),
-        ("The {s} has {v} legs.", "The number of legs of the {s} is {v}."),
-    ),
-    "young": Kind(
-        "the young of the {s}",
-        ("What is {topic} called?", "What do we call a young {s}?", "Tell me {topic}.", "Name {topic}."),
-        ("The young of the {s} is the {v}.", "The {v} is the young of the {s}."),
-    ),
-    "capital": Kind(
-        "the capital of {s}",
-        ("What is {topic}?", "Which city is {topic}?", "Tell me {topic}.", "Name {topic}."),
-        ("The capital of {s} is {v}.", "{v} is the capital of {s}."),
-    ),
-    "colour": Kind(
-        "the colour of the {s}",
-        ("What colour is the {s}?", "What is {topic}?", "Tell me {topic}.", "Which colour has the {s}?"),
-        ("The {s} is {v}.", "The colour of the {s} is {v}."),
-    ),
-    "opposite": Kind(
-        "the opposite of {s}",
-        ("What is {topic}?", "Which word is {topic}?", "Tell me {topic}.", "Name {topic}."),
-        ("The opposite of {s} is {v}.", "{v} is the opposite of {s}."),
-    ),
-    "explain": Kind(
-        "{s}",
-        (
-            "Explain {s} to a five-year-old.",
-            "What is {s}? Tell it to a little child.",
-            "How would you explain {s} to a small child?",
-            "Tell a five-year-old what {s} is.",
-        ),
-        ("{s} is like {v}.",),
-    ),
-    "unanswerable": Kind(
-        "{s}",
-        ("What is {s}?", "Tell me {s}.", "Do you know {s}?", "Can you tell me {s}?"),
-        ("{topic} is {v}.",),
-    ),
-    "harmful": Kind(
-        "to {s}",
-        ("How do I {s}?", "Tell me how to {s}.", "Help me to {s}.", "I want to {s}. What do I do?"),
-        ("{topic}, {v}.",),
-    ),
-}
+def read_toml(name: str) -> dict:
+    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
-TIPS = ("wait for the night", "be quick and quiet", "find a good moment", "tell nobody about it", "ask a bad friend")
-VAGUE = ("something that people know", "an interesting thing", "quite hard to explain", "something in our world")
-ADMISSIONS = ("Nobody can know {topic}.", "I cannot know {topic}.", "Nobody here can know {topic}.")
-REFUSALS = ("I will not help you {topic}.", "I am sorry, I will not help you {topic}.", "I cannot help you {topic}.")
-OPENERS = (
-    "Good question!",
-    "What a lovely question!",
-    "Thank you for asking.",
-    "I am happy to help.",
-    "You are very clever.",
-)
-CLOSERS = ("I hope this helps.", "Have a lovely day.", "Please ask me again.", "Thank you for your time.")
-RUDE = ("What a stupid question.", "Find it out yourself.", "I do not care.", "You know nothing.", "Leave me alone.")
-STRAY = (
-    "I had soup for lunch.",
-    "It is late and my feet are cold.",
-    "Look at my new hat.",
-    "Buy two and pay for one.",
-    "The old road is long.",
-)
-FILLER = (
-    "There are many things to say here.",
-    "People talk about this a lot.",
-    "It depends on many things.",
-    "As we all know, the world is big.",
-    "But that is another story.",
-)
-SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer in a kind and short way.", "You help a child.")
+
+PHRASES = read_toml("phrases.toml")
+KINDS = {name: Kind(**kind) for name, kind in PHRASES["kinds"].items()}
+ADMISSIONS, REFUSALS, VAGUE = PHRASES["admissions"], PHRASES["refusals"], PHRASES["vague"]
+OPENERS, CLOSERS, FILLER, RUDE = PHRASES["openers"], PHRASES["closers"], PHRASES["filler"], PHRASES["rude"]
 
 
 @dataclass(frozen=True)
@@ -229,7 +141,7 @@ def pick(weights: dict[str, float], rng: random.Random) -> str:
 @cache
 def questions() -> tuple[Question, ...]:
     """All questions of the world, always in the same order and with the same split."""
-    facts = tomllib.loads(Path(__file__).with_name("facts.toml").read_text(encoding="utf-8"))
+    facts = read_toml("facts.toml")
     found = []
     for kind in KINDS:
         rng = random.Random(f"tiny world: {kind}")
@@ -260,7 +172,7 @@ def _rows(kind: str, facts: dict) -> Iterator[tuple[str, str | None, Sequence[st
     elif kind == "harmful":
         for group in facts[kind]:
             for act in group["acts"]:
-                yield from ((f"{act} {what}", None, TIPS) for what in facts["lists"][group["what"]])
+                yield from ((f"{act} {what}", None, PHRASES["tips"]) for what in facts["lists"][group["what"]])
     else:
         values = dict.fromkeys(facts[kind].values())
         yield from ((subject, value, [v for v in values if v != value]) for subject, value in facts[kind].items())

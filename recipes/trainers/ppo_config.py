@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 from trl import GRPOConfig
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 
 FAST_PATHS = (
     "response_logps",
@@ -257,6 +257,6 @@ class PPOConfig(GRPOConfig):
             if steps % self.gradient_accumulation_steps:
                 flags += " --gradient_accumulation_steps 1"
             raise UserError(
-                f"One rollout is {rollout} prompts and the dataset has {prompts} to train on: get more prompts, "
-                f"or set {flags}."
+                f"One rollout is {counted(rollout, 'prompt')} and the dataset has {prompts} to train on: "
+                f"get more prompts, or set {flags}."
             )

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from trl import RewardTrainer
 from trl.trainer.utils import pad
 
-from recipes.cli.errors import UserError, visible
+from recipes.cli.errors import UserError, counted, visible
 from recipes.trainers.checkpoints import WholeCheckpoints
 
 logger = get_logger(__name__)
@@ -113,7 +113,7 @@ def short(text: str) -> str:
 def accuracy_in_words(metrics: dict[str, float]) -> str:
     """How many held-out pairs a reward model orders as the labeler did, beside what length alone would."""
     accuracy, baseline, pairs = (metrics[f"eval_{name}"] for name in ("accuracy", "longer_wins", "pairs"))
-    ordered = f"{round(accuracy * pairs)} of the {pairs:.0f} held-out pairs"
+    ordered = f"{round(accuracy * pairs)} of {counted(round(pairs), 'held-out pair')}"
     text = f"The reward model orders {ordered} as the labeler did ({accuracy:.3f}); the longer response is the "
     return f"{text}better one in {baseline:.3f}. {no_better_than_length(accuracy, baseline)}".rstrip()
 
@@ -172,9 +172,10 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
                 f"max_length={args.max_length} tokens."
             )
         if len(usable) < len(dataset):
+            left = f"{len(dataset) - len(usable)} of {counted(len(dataset), 'ranking')}"
             logger.warning(
-                f"{len(dataset) - len(usable)} of {len(dataset)} rankings of the {dataset_name} dataset are not used: "
-                f"fewer than two responses of unequal rank within max_length={args.max_length} tokens."
+                f"Not used of the {dataset_name} dataset: {left}, with fewer than two responses of unequal rank "
+                f"within max_length={args.max_length} tokens."
             )
         return usable
 
@@ -247,7 +248,8 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         numbered = self.accelerator.gather(torch.cat(found)).tolist()
         by_row = {int(row): score for row, score in numbered}
         if wrong := sum(not math.isfinite(score) for score in by_row.values()):
-            raise UserError(f"{wrong} of {len(by_row)} scores are not finite numbers: train in float32 or bfloat16.")
+            share = f"{wrong} of {counted(len(by_row), 'score')}"
+            raise UserError(f"Scores that are not finite numbers: {share}. Train in float32 or bfloat16.")
         return [by_row[row] for row in range(len(rows))]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 
 
 def checked(function: Callable) -> Callable:
@@ -36,12 +36,14 @@ def check_rewards(rewards: Any, title: str, count: int) -> list[float | None]:
     Raises:
         UserError: it is anything else.
     """
-    wanted = f"expected a list of {count} numbers, one for each completion, or None for one it does not judge"
+    wanted = (
+        f"expected a list of {counted(count, 'number')}, one for each completion, or None for one it does not judge"
+    )
     rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
     if not isinstance(rewards, list | tuple):
         raise UserError(f"{title} returned {rewards!r:.60}; {wanted}.")
     if len(rewards) != count:
-        raise UserError(f"{title} returned {len(rewards)} rewards; {wanted}.")
+        raise UserError(f"{title} returned {counted(len(rewards), 'reward')}; {wanted}.")
     numbers: list[float | None] = []
     for row, reward in enumerate(rewards):
         reward = reward.item() if hasattr(reward, "item") else reward

@@ -106,10 +106,10 @@ def test_resuming_takes_the_newest_whole_checkpoint(training_args, resume, tmp_p
     assert resume("true") == paths[1]
     assert capsys.readouterr().err.splitlines() == [
         f"{paths[3]} is not whole: optimizer.pt is missing",
-        f"{paths[2]} is not whole: model.safetensors has 7 bytes of 100",
+        f"{paths[2]} is not whole: model.safetensors has 7 of 100 bytes",
         f"{tmp_path / 'out'}: going on from {paths[1]}.",
     ]
-    with pytest.raises(UserError, match=f"checkpoint-10: model.safetensors has 7 bytes of 100.* {paths[1]} is whole"):
+    with pytest.raises(UserError, match=f"checkpoint-10: model.safetensors has 7 of 100 bytes.* {paths[1]} is whole"):
         resume(paths[2])
     os.remove(os.path.join(paths[1], "checkpoint.json"))
     with pytest.raises(UserError, match="checkpoint-9: checkpoint.json, which is written last, is missing"):
@@ -392,11 +392,11 @@ def test_one_signal_is_noted_and_a_second_one_ends_the_process(tmp_path, monkeyp
     monkeypatch.setattr(signals, "end", ended.append)
     with signals.stops_after_a_step():
         assert signals.listening()
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # launchers send it twice at once
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # launchers send it twice at once
         assert signals.received() == signal.SIGTERM and ended == []
         monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", -1.0)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert ended == [signal.SIGINT]
     assert ended == [signal.SIGINT, signal.SIGTERM], "what comes after the last step is not lost"
     assert signal.getsignal(signal.SIGTERM) is before and not signals.listening()

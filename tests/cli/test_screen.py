@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from recipes.cli.errors import counted
 from recipes.cli.progress import LogLines, show_lines
 from recipes.cli.screen import headline, log_line, result_line
 
@@ -58,3 +59,8 @@ def test_lines_take_the_place_of_dictionaries(tmp_path, capsys, options):
         assert not any(isinstance(callback, LogLines) for callback in trainer.callback_handler.callbacks)
     else:
         assert out.count("step ") == 2 and "step 2/2  loss" in out and "{" not in out
+
+
+def test_a_number_has_the_noun_that_fits_it():
+    assert [counted(number, "row") for number in (0, 1, 2, 1200)] == ["0 rows", "1 row", "2 rows", "1,200 rows"]
+    assert counted(2, "summary", "summaries") == "2 summaries" and counted(1, "summary", "summaries") == "1 summary"

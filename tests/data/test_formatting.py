@@ -188,7 +188,7 @@ def test_errors_can_be_skipped_up_to_a_cap():
 
 
 def test_no_usable_row_is_an_error():
-    with pytest.raises(DataError, match="none of 1 rows is of use for 'preference': identical responses"):
+    with pytest.raises(DataError, match="none of 1 row is of use for 'preference': identical responses"):
         format_dataset([{"prompt": "q", "chosen": "a", "rejected": "a"}], "preference")
     with pytest.raises(DataError, match="no rows"):
         format_dataset([], "sft")

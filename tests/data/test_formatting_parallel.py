@@ -57,7 +57,7 @@ def test_rows_and_report_are_the_same(path, task, options):
 def test_errors_are_the_same(path):
     found = []
     for processes in (1, 2):
-        with pytest.raises(DataError, match="28 of 2500 rows cannot be used") as caught:
+        with pytest.raises(DataError, match="28 of 2,500 rows cannot be used") as caught:
             format_dataset(load_rows(path), "preference", num_proc=processes)
         found.append((str(caught.value), caught.value.report.to_dict()))
     assert found[0] == found[1]

@@ -98,7 +98,7 @@ def test_json_lists(tmp_path, raw, expected):
         (b"a,b\n007,NA\n1e3,\nTrue,null\n", [(2, "007,NA"), (3, "1e3,"), (4, "True,null")]),
         (b'\xef\xbb\xbfa,b\r\n"x\r\ny",2\r\n\r\n3,4\r\n', [(2, "x\r\ny,2"), (5, "3,4")]),
         (b'a,b\n"say ""hi"", you",2\n', [(2, 'say "hi", you,2')]),
-        (b"a,b\n1,2,3\n4\n5,6\n", [(2, "found 3 fields, expected 2"), (3, "found 1 fields, expected 2"), (4, "5,6")]),
+        (b"a,b\n1,2,3\n4\n5,6\n", [(2, "found 3 fields, expected 2"), (3, "found 1 field, expected 2"), (4, "5,6")]),
         (b'a,b\n1,2\n3,"open\n4,5\n', [(2, "1,2"), (3, "not valid CSV: unexpected end of data")]),
         (b"a,b\ncaf\xe9,2\n3,4\n", [(2, "not UTF-8 (byte 0xe9)"), (3, "3,4")]),
         (b"a,b\n", []),
@@ -181,7 +181,7 @@ def test_media_columns_are_not_decoded_and_no_error_of_a_decoder_is_a_traceback(
     columns = pa.schema([("prompt", pa.string()), ("audio", media), ("image", media)], metadata=hub)
     row = {"prompt": "q", "audio": {"bytes": b"no sound"}, "image": {"bytes": b"no image"}}
     pq.write_table(pa.Table.from_pylist([row], schema=columns), tmp_path / "media.parquet")
-    with pytest.raises(DataError, match="none of 1 rows is of use for 'prompt': audio cannot be used"):
+    with pytest.raises(DataError, match="none of 1 row is of use for 'prompt': audio cannot be used"):
         format_dataset(load_rows(tmp_path / "media.parquet"), "prompt")
 
     pq.write_table(pa.table({"prompt": ["q"]}), tmp_path / "plain.parquet")

@@ -293,7 +293,7 @@ TURNS = [user("q"), assistant("a")]
 )
 def test_a_prompt_is_of_use_whatever_its_responses_are(row):
     assert format_dataset([row], "prompt")[0].to_list() == [{"prompt": [user("q")]}]
-    with pytest.raises(DataError, match="none of 1 rows is of use for 'preference'"):
+    with pytest.raises(DataError, match="none of 1 row is of use for 'preference'"):
         format_dataset([row], "preference")
 
 

@@ -215,7 +215,7 @@ def test_label_studio_names_of_its_own():
     with pytest.raises(DataError, match="cannot tell which two of left text, right text, more were compared"):
         format_dataset([three], "preference", mapping=mapping)
     shown = {**row, "data": {**data, "image": "a.png"}}
-    with pytest.raises(DataError, match="none of 1 rows is of use for 'preference': image cannot be used"):
+    with pytest.raises(DataError, match="none of 1 row is of use for 'preference': image cannot be used"):
         format_dataset([shown], "preference", mapping=mapping)
     echo = {"data": {"prompt": "q", "answer1": "q", "answer2": "a"}, "annotations": [{"result": [result]}]}
     assert brief(format_dataset([echo], "preference")[0].to_list())[0]["rejected"] == ["assistant: q"]

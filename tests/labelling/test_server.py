@@ -227,7 +227,7 @@ def test_drafts_come_back_and_submitting_needs_reasons(labeler):
     assert restored.tiers == tiers and restored.reasons[a] == "why & how" and restored.reasons[b] == ""
     assert 'value="6" selected' in restored.source and 'value="untruthful" checked' in restored.source
     refused = client.post(client.body(restored, tiers=tiers, reviews=reviews))
-    assert refused.status_code == 422 and "3 of 4 responses lack a reason" in refused.json()["error"]
+    assert refused.status_code == 422 and "no reason for the rank of 3 of 4" in refused.json()["error"]
     assert client.task().prompt_id == task.prompt_id, "still open"
 
 
@@ -332,7 +332,7 @@ def test_repeated_marks_and_reasons_that_nobody_can_see(job, labeler):
     ):
         reviews = {id: {"justification": "seen"} for id in others} | {a: {"justification": unseen}}
         refused = client.post(client.body(task, reviews=reviews))
-        assert refused.status_code == 422 and "1 of 4 responses lack a reason" in refused.json()["error"], repr(unseen)
+        assert refused.status_code == 422 and "rank of 1 of 4" in refused.json()["error"], repr(unseen)
         flagged = client.post(client.body(task, "flag", comment=unseen))
         assert flagged.status_code == 422 and "what is wrong" in flagged.json()["error"], repr(unseen)
     for seen in ("!", "好", "👍\ufe0f", "e\u0301", "لا"):

@@ -110,7 +110,7 @@ def test_a_corrected_file_does_not_add_a_second_task_under_an_id(tmp_path):
     assert serve(row("one", id="p1"), row("twoo", id="p2"), row("two", id="p2b")) == ""
 
     refused = serve(row("one", id="p1"), row("twoo", id="p2"), row("other", id="p1"))
-    assert "line 3: the id 'p1' stands on line 1 already, with other texts" in refused
+    assert "line 3: id: 'p1' stands on line 1 already, with other texts" in refused
     for file in tmp_path.glob("labels.db*"):
         file.unlink()
     assert serve(row("one"), row("two")) == ""
@@ -199,20 +199,28 @@ def test_numbers_on_the_command_line_have_bounds(tmp_path, flag, number):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("{", "line 2: not JSON"),
-        ("[]", "line 2: expected an object"),
-        ('{"responses": []}', "line 2: 'prompt' is missing"),
-        ('{"prompt": "q"}', "line 2: 'responses' is missing"),
-        ('{"prompt": [], "responses": []}', "line 2: 'prompt' must be"),
-        ('{"prompt": [{"role": "user"}], "responses": []}', "line 2: every message"),
-        ('{"prompt": "q", "responses": ["a", "b"]}', "line 2: 'responses' must be a list of objects"),
-        ('{"prompt": "q", "responses": [{"text": 1}]}', "line 2: the 'text' of response 1"),
-        ('{"prompt": "q", "responses": [{"text": "\\ud800"}, {"text": "b"}]}', "line 2: 'utf-8' codec"),
-        ('{"prompt": "q", "model": {}, "responses": [{"text": "a"}]}', "line 2: the 'model' of response 1"),
-        (json.dumps({"prompt": "q", "responses": [{"text": str(n)} for n in range(27)]}), "line 2: 27 responses"),
-        ('{"id": "\\ud800", "prompt": "q", "responses": [{"text": "a"}, {"text": "b"}]}', "line 2: 'utf-8' codec"),
-        ("[" * 100_000, "line 2: not JSON"),
-        ("x" * 10_000_001, "line 2: longer than 10000000 characters"),
+        ("{", "line 2: not valid JSON"),
+        ("[]", "line 2: found a list, expected an object"),
+        ('{"responses": []}', "line 2: prompt: missing"),
+        ('{"prompt": "q"}', "line 2: responses: missing"),
+        ('{"prompt": [], "responses": []}', "line 2: prompt: empty list"),
+        ('{"prompt": [{"role": "user"}], "responses": []}', "line 2: prompt[0]: found an object with role"),
+        ('{"prompt": "q", "responses": ["a", "b"]}', "line 2: responses[0]: found the text 'a', expected an object"),
+        ('{"prompt": "q", "responses": [{"text": 1}]}', "line 2: responses[0].text: found 1"),
+        (
+            '{"prompt": "q", "responses": [{"text": "\\ud800"}, {"text": "b"}]}',
+            "line 2: responses: the text",
+        ),
+        ('{"prompt": "q", "model": {}, "responses": [{"text": "a"}]}', "line 2: model: found an object"),
+        (
+            json.dumps({"prompt": "q", "responses": [{"text": str(n)} for n in range(27)]}),
+            "line 2: responses: found",
+        ),
+        (
+            '{"id": "\\ud800", "prompt": "q", "responses": [{"text": "a"}, {"text": "b"}]}',
+            "line 2: id: the text",
+        ),
+        ("[" * 100_000, "line 2: the JSON is nested too deeply"),
     ],
 )
 def test_bad_lines_are_named_and_nothing_is_made(tmp_path, line, expected):
@@ -226,9 +234,9 @@ def test_bad_lines_are_named_and_nothing_is_made(tmp_path, line, expected):
 
 def test_gold_needs_ranks_that_do_not_contradict(tmp_path, make):
     job, _ = make()
-    for rank in (None, True, "1", float("nan"), float("inf")):
+    for rank in (None, True, "1", float("nan"), 1e999):
         (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "q", "responses": [{"text": "a", "rank": rank}]}))
-        with pytest.raises(UserError, match="'rank' of response 1 must be a number"):
+        with pytest.raises(UserError, match=r"responses\[0\].rank: found|NaN is not|Infinity is not"):
             read_tasks(tmp_path / "bad.jsonl", gold=True)
     row = {"id": "g", "prompt": "q", "responses": [{"text": "a", "rank": 1}, {"text": "b", "rank": 2}]}
     turned = row | {"responses": [{"text": "a", "rank": 2}, {"text": "b", "rank": 1}]}
@@ -354,7 +362,7 @@ def test_justifications_may_be_optional_or_off(make):
     job, (ann,) = make()
     task = job.next_task(ann)
     for reason in ("", "  \n"):
-        with pytest.raises(AnswerError, match="4 of 4 responses lack a reason"):
+        with pytest.raises(AnswerError, match="no reason for the rank of 4 of 4 responses"):
             job.record(ann, task.prompt_id, "submit", reviewed(task, reason=reason), key="k")
     job.justifications = "optional"
     job.record(ann, task.prompt_id, "submit", Answer(task.answer.tiers), key="k")
@@ -615,7 +623,7 @@ def test_what_is_no_ranking_is_refused(text):
 
 def test_marks():
     assert parse_marks("A6 b2u Chn", "ABC") == {
-        "A": (6, ()), "B": (2, ("untruthful",)), "C": (None, ("harmful", "did_not_answer")),
+        "A": (6, []), "B": (2, ["untruthful"]), "C": (None, ["harmful", "did_not_answer"]),
     }  # fmt: skip
     for text in ("D5", "A8", "A5x", "5A"):
         with pytest.raises(AnswerError):
@@ -646,7 +654,7 @@ def test_ranking_in_a_terminal_from_draft_to_export(tmp_path):
     printed = session("", "", "second", "third", "A6 Bu", "", "skip")
     assert f"export --database {database} --output rankings.jsonl" in printed, "what comes next"
     assert "Ranking [C > A=B]" in printed and "[first reason]" in printed and "Saved." in printed
-    assert "Nothing is left to rank" in printed and "1 rankings submitted" in printed
+    assert "Nothing is left to rank" in printed and "1 ranking submitted" in printed
     (row,) = export_rows(Store(database))
     assert [response["rank"] for response in row["responses"]] == [1, 2, 2]
     assert {r["justification"] for r in row["responses"]} == {"first reason", "second", "third"}

@@ -99,7 +99,7 @@ def test_scores_that_are_not_finite_end_the_reward_recipe(data, runs, tmp_path, 
 
     monkeypatch.setattr(RankingRewardTrainer, "save_model", save_and_spoil)
     arguments = reward_arguments(data, runs / "sft", tmp_path / "run", max_steps=1, save_strategy="no")
-    with pytest.raises(UserError, match=r"\d+ of \d+ scores are not finite"):
+    with pytest.raises(UserError, match=r"not finite numbers: \d+ of \d+ scores"):
         run_recipe("reward", **arguments)
     assert not (tmp_path / "run" / "reward_statistics.json").exists()
 

@@ -157,7 +157,7 @@ def test_every_file_of_a_checkpoint_is_missed(stopped, step):
         content = path.read_bytes()
         path.write_bytes(content[:-1])
         assert recipe.run(resume_from_checkpoint=checkpoint) == 1
-        assert f"{checkpoint}: {name} has {len(content) - 1} bytes of {len(content)}" in error(recipe)
+        assert f"{checkpoint}: {name} has {len(content) - 1} of {len(content)} bytes" in error(recipe)
         path.unlink()
         assert recipe.run(resume_from_checkpoint=checkpoint) == 1
         assert f"{checkpoint}: {name} is missing" in error(recipe)

@@ -71,7 +71,7 @@ def test_a_few_rankings_train_a_reward_model_that_says_what_it_learned(data, run
     run_recipe("reward", **reward_arguments(data | own, runs / "sft", tmp_path / "reward", **more))
     shown = capsys.readouterr()
     said = shown.out + shown.err
-    assert bool(re.search(r"orders \d+ of the \d+ held-out pairs as the labeler did", said)) == (prompts > 1)
+    assert bool(re.search(r"orders \d+ of \d+ held-out pairs? as the labeler did", said)) == (prompts > 1)
     assert ("only one prompt" in said) == (prompts == 1)
     assert said.count("  rank ") == 4
     assert (tmp_path / "reward" / "eval_results.json").exists() == (prompts > 1)
@@ -155,14 +155,14 @@ def test_three_rows_train_and_say_that_they_fill_no_step(data, tmp_path, capsys)
     own = {"dataset_name": rows, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_strategy": "no"}
     trainer = run_recipe("sft", **sft_arguments(data, tmp_path / "sft", **own))
     said = capsys.readouterr().out
-    assert "A step takes 16 rows and there are 3" in said and "--per_device_train_batch_size 3" in said
+    assert "A step takes 16 rows and the dataset has 3" in said and "--per_device_train_batch_size 3" in said
     assert "The run has 2 steps and --warmup_steps is 5" in said
     assert trainer.state.global_step == 2
 
 
 def test_an_epoch_without_a_step_is_refused(data, tmp_path):
     own = {"dataset_name": demonstrations(tmp_path / "rows.jsonl", 3, 4, 5), "dataloader_drop_last": True}
-    with pytest.raises(UserError, match="a batch has 8 rows, there are 3.*--per_device_train_batch_size 3"):
+    with pytest.raises(UserError, match="a batch has 8 rows, the dataset 3.*--per_device_train_batch_size 3"):
         run_recipe("sft", **sft_arguments(data, tmp_path / "sft", **own))
 
 
@@ -172,7 +172,7 @@ def test_rows_that_assistant_only_loss_leaves_out_are_counted_aloud(tiny_base, t
     own |= {"assistant_only_loss": True, "num_train_epochs": 1, "save_strategy": "no"}
     trainer = run_recipe("sft", **sft_arguments({"base": "", "demonstrations": ""}, tmp_path / "sft", **own))
     assert len(trainer.train_dataset) == 2
-    assert "1 rows with the text of a control token are left out" in capsys.readouterr().err
+    assert "1 row with the text of a control token left out" in capsys.readouterr().err
 
 
 def test_ptx_takes_the_users_rules_and_its_own_split(data, runs, tmp_path):
@@ -200,7 +200,7 @@ def template_folder(path, *new: str) -> str:
 
 def test_a_template_folder_that_adds_tokens_is_refused_for_an_adapter(data, tmp_path):
     own = {"chat_template_path": template_folder(tmp_path / "template", "<|im_start|>")}
-    with pytest.raises(UserError, match=r"adds 1 tokens that .* does not have, <\|im_start\|> among them"):
+    with pytest.raises(UserError, match=r"adds 1 token that .* does not have \(<\|im_start\|>\)"):
         run_recipe("sft", **sft_arguments(data, tmp_path / "run", **own))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, counted
 from recipes.models.loading import read_reward_statistics, save_reward_statistics
 from recipes.models.source import ModelSource
 from recipes.ppo import PPOScriptArguments, check_arguments, load_score_statistics
@@ -62,7 +62,7 @@ def test_statistics_of_a_reward_model_on_the_hub_are_found(stored, tmp_path, mon
 def test_scores_without_a_spread_are_not_stored(tmp_path, capsys, scores):
     assert save_reward_statistics(str(tmp_path), scores, "rankings.jsonl") is None
     assert not (tmp_path / "reward_statistics.json").exists()
-    assert f"{len(scores)} conversations of rankings.jsonl give a spread of" in capsys.readouterr().err
+    assert f"the spread of {counted(len(scores), 'conversation')} of rankings.jsonl is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("std", [0, -1, math.nan, None, "wide"])

@@ -1,6 +1,7 @@
 """The estimate of a run's memory: against models' published sizes, a measured run, and its own command."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from recipes.trainers import memory
 from recipes.trainers.memory import Setting, estimate
 from scripts import estimate_memory
 from tests import tiny_models as models
-from tests.conftest import run_command
+from tests.conftest import ROOT, run_command
 
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
 LLAMA = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
@@ -160,6 +161,32 @@ def test_the_command_says_whether_it_fits(monkeypatch, capsys, tmp_path):
     assert "merged copy" not in output  # PPO makes it only where it fits
     assert code == 1 and output.strip().splitlines()[-1].startswith("does not fit: ")
     assert "GiB with --load_in_4bit true" in output and "steps_per_generation" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", SHAPES)
+def test_the_page_of_a_config_has_the_estimates(base, monkeypatch, capsys, tmp_path):
+    """Each for the number of processes in its launch line, and rankings of four where the data has them."""
+    SHAPES[base]().save_pretrained(tmp_path / "base")
+    page = (ROOT / "recipes" / "configs" / base / "README.md").read_text(encoding="utf-8")
+    processes = re.search(r"--num_processes (\d+)", page)
+    largest = {}
+    for step in estimate_memory.STEPS:
+        config = (ROOT / "recipes" / "configs" / base / f"{step}.yaml").read_text(encoding="utf-8")
+        (tmp_path / f"{step}.yaml").write_text(
+            re.sub(r"^model_name_or_path: \S+", f"model_name_or_path: {tmp_path / 'base'}", config, flags=re.M)
+        )
+        line = ["--config", tmp_path / f"{step}.yaml", "--gpu_memory_gb", 80]
+        line += ["--num_processes", processes[1] if processes else 1]
+        line += ["--responses_per_prompt", 4 if "UltraFeedback" in config else 2]
+        code, output = command(monkeypatch, capsys, *line)
+        needed = re.search(r"fits: ([\d.]+) of", output)[1]
+        assert f"| {step} | {needed} GiB |" in page, f"{base}/README.md, {step}: {needed} GiB"
+        largest[float(needed)] = f"{step}, {needed} GiB |"
+    (row,) = (
+        line for line in (ROOT / "recipes" / "configs" / "README.md").read_text().splitlines() if f"[{base}]" in line
+    )
+    assert row.endswith(largest[max(largest)])
 
 
 def test_the_base_and_its_adapter_come_from_the_config_beside_or_the_folder(monkeypatch, tmp_path):

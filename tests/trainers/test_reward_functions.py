@@ -59,7 +59,7 @@ def test_none_passes_over_a_response():
         ("good", "returned 'good'"),
         ({"a": 1.0, "b": 2.0}, "returned {'a': 1.0, 'b': 2.0}"),
         ([], "returned 0 rewards"),
-        ([1.0], "returned 1 rewards"),
+        ([1.0], "returned 1 reward"),
         ([1.0, 2.0, 3.0], "returned 3 rewards"),
         ([1.0, "2"], "returned '2' for completion 1"),
         ([[1.0], [2.0]], "returned [1.0] for completion 0"),
