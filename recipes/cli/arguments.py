@@ -1,8 +1,10 @@
 """Reads the arguments of a recipe or tool: YAML and flags into dataclasses, with errors of one line."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import yaml
 from trl import TrlParser
@@ -10,22 +12,17 @@ from trl import TrlParser
 from recipes.cli.errors import UserError
 from recipes.cli.help import unknown
 from recipes.cli.launch import check_devices
-from recipes.cli.precedence import check_used, given_flags, limit_steps, without_overridden
+from recipes.cli.precedence import check_used, given_flags, without_overridden
 
 
 class RecipeParser(TrlParser):
-    """`TrlParser` with errors of one line, YAML that gives way to flags of the same meaning, and several trackers."""
-
-    given: dict[str, str] = {}
+    """`TrlParser` with errors of one line, and with several trackers."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for action in self._actions:
             if action.dest == "report_to" and action.choices is None:
                 action.nargs = "+"
-
-    def set_defaults_with_config(self, **config):
-        return super().set_defaults_with_config(**without_overridden(config, self.given))
 
     def error(self, message: str):
         raise UserError(f"Command line: {message}.")
@@ -42,30 +39,26 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
         UserError: an unknown key or flag, a bad value, a missing or malformed file, a machine that cannot run it.
     """
     check_devices()
-    args = [part for word in (sys.argv[1:] if args is None else args) for part in split_config_flag(word)]
-    config = args[args.index("--config") + 1] if "--config" in args[:-1] else None
-    if "--config" in args and (config is None or args.count("--config") > 1):
-        raise UserError("Command line: --config takes one YAML file.")
+    words = sys.argv[1:] if args is None else args
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     parser = RecipeParser(dataclass_types, allow_abbrev=False)  # a misspelt flag may not pass for another
-    parser.given = given_flags(args)
-    in_config: dict = {}
+    config: dict[str, Any] = {}
+    if "--config" in words:
+        place = words.index("--config")
+        files, words = words[place + 1 : place + 2], words[:place] + words[place + 2 :]
+        if not files or "--config" in words:
+            raise UserError("Command line: --config takes one YAML file.")
+        config = read_config(files[0], parser)
+        os.environ |= {name: str(value) for name, value in (config.pop("env", None) or {}).items()}
+    given = given_flags(words)
+    parser.set_defaults_with_config(**without_overridden(config, given))
     try:
-        if config is not None:
-            in_config = check_config(config, parser)
-        *parsed, _, in_flags = parser.parse_args_and_config(
-            args, return_remaining_strings=True, separate_remaining_strings=True
-        )
-    except OSError as error:
-        raise UserError(f"--config {config}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {config} is not valid YAML: {' '.join(str(error).split())}.") from error
+        *parsed, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except (ValueError, TypeError, ImportError) as error:  # the last: an argument that needs a package
         raise UserError(" ".join(str(error).split())) from error
-    if in_flags:
-        raise parser.unknown(in_flags[0].removeprefix("--"), "Command line")
-    values = {name: value for group in parsed for name, value in vars(group).items()}
-    check_used(values, parser.given, in_config)
-    limit_steps(tuple(parsed), parser.given, without_overridden(in_config, parser.given))
+    if rest:
+        raise parser.unknown(rest[0].removeprefix("--"), "Command line")
+    check_used({name: value for group in parsed for name, value in vars(group).items()}, given, config)
     return tuple(parsed)
 
 
@@ -79,10 +72,15 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def check_config(config: str, parser: RecipeParser) -> dict:
+def read_config(config: str, parser: RecipeParser) -> dict[str, Any]:
     """The values of a YAML file; refuses what argparse lets pass, because it converts the type of strings only."""
-    with open(config, encoding="utf-8") as file:
-        values = yaml.load(file, UniqueKeyLoader)
+    try:
+        with open(config, encoding="utf-8") as file:
+            values = yaml.load(file, UniqueKeyLoader)
+    except OSError as error:
+        raise UserError(f"--config {config}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {config} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {config}: expected lines of the form argument: value.")
     actions = {action.dest: action for action in parser._actions}
@@ -100,10 +98,6 @@ def check_config(config: str, parser: RecipeParser) -> dict:
             kind = {int: "a whole number", float: "a number"}.get(action.type, "one value")
             raise UserError(f"--config {config}: {name} takes {kind}, not {value}.")
     return values
-
-
-def split_config_flag(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 def import_function(path: str, flag: str) -> Callable:

@@ -1,61 +1,76 @@
-"""Arguments that say the same thing under different names: one that is given is used, or refused beside the other.
+"""Arguments that decide the same thing under different names: one that is given is used, or refused beside the other.
 
-A flag of the command line comes before the YAML. That holds for one name by itself; here it is made to hold for
-`--max_steps 24` over a YAML's `total_episodes`.
+A flag of the command line comes before the YAML, also where the YAML has another name for it: `--max_steps 24` takes
+the place of a YAML's `total_episodes`, and a line says so. Two of them in one place are refused.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from recipes.cli.errors import UserError
 
-# What a flag takes the place of in the YAML, where it would not count beside it.
-OVERRIDES = {
-    "max_steps": ("total_episodes",),
-    "total_episodes": ("max_steps",),
-    "num_train_epochs": ("max_steps", "total_episodes"),
-    "dataset_name": ("datasets",),
-    "datasets": ("dataset_name",),
-    "steps_per_generation": ("generation_batch_size",),
-    "generation_batch_size": ("steps_per_generation",),
-    "gradient_checkpointing": ("activation_checkpointing",),
-    "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs",),
+# What is decided, and the names of which one counts.
+SAME = {
+    "the length of the run": ("max_steps", "total_episodes", "num_train_epochs"),
+    "where the rows are from": ("dataset_name", "datasets"),
+    "the size of a rollout": ("steps_per_generation", "generation_batch_size"),
+    "activation checkpointing": ("activation_checkpointing", "gradient_checkpointing"),
+    "its options": ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 }
-# An argument, the other that it depends on, and the value that the other needs for it.
-NEEDS = (
-    ("save_steps", "save_strategy", "steps"),
-    ("eval_steps", "eval_strategy", "steps"),
-    ("logging_steps", "logging_strategy", "steps"),
-    ("warmup_steps", "lr_scheduler_type", "constant_with_warmup"),
+LORA = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
+    *("lora_modules_to_save", "use_rslora", "use_dora"),
 )
+# An argument, the other beside whose values it does not count, and a value of the other with which it does.
+UNUSED = {
+    "save_steps": ("save_strategy", ("no", "epoch", "best"), "steps"),
+    "eval_steps": ("eval_strategy", ("no", "epoch"), "steps"),
+    "logging_steps": ("logging_strategy", ("no", "epoch"), "steps"),
+    "warmup_steps": ("lr_scheduler_type", ("constant",), "constant_with_warmup"),
+    **{name: ("use_peft", (False,), "true") for name in LORA},
+}
 
 
 def given_flags(words: list[str]) -> dict[str, str]:
-    """The flags on a command line with the first word of their values, by name."""
+    """The arguments that a command line gives, with the first word of their values; `--no_X` gives X."""
     given = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            given[name.replace("-", "_")] = value if equals else following
+            given[name.replace("-", "_").removeprefix("no_")] = value if equals else following
     return given
 
 
 def without_overridden(config: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
-    """The values of a YAML but for those whose place a flag of another name takes."""
-    unset = {"max_steps": "-1"}
-    overridden = {
-        other for name, value in given.items() if value != unset.get(name) for other in OVERRIDES.get(name, ())
-    }
-    return {name: value for name, value in config.items() if name not in overridden}
+    """The values of a YAML but for those whose place a flag of another name takes, which a line on stderr names.
+
+    Args:
+        given: the flags of the command line.
+
+    Raises:
+        UserError: two names of the same thing on the command line, or in the YAML where no flag decides.
+    """
+    kept = dict(config)
+    for what, names in SAME.items():
+        flags = [name for name in names if name in given and is_set(name, given[name])]
+        keys = [name for name in names if is_set(name, config.get(name))]
+        if len(flags) > 1:
+            options = [f"--{name}" for name in flags]
+            raise UserError(f"Command line: {' and '.join(options)} both set {what}: remove {' or '.join(options)}.")
+        if not flags and len(keys) > 1:
+            raise UserError(f"YAML: {' and '.join(keys)} both set {what}: remove {' or '.join(keys)}.")
+        for name in keys:
+            if flags and name not in flags:
+                del kept[name]
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"--{flags[0]} takes the place of {name}: {config[name]} in the YAML.", file=sys.stderr)
+    return kept
 
 
-def limit_steps(groups: tuple, given: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Let the smaller of `max_steps` and `total_episodes` end a run that was given both at once."""
-    asked = int(given.get("max_steps", config.get("max_steps", -1)))
-    for group in groups:
-        if getattr(group, "total_episodes", None) is not None and asked > 0:
-            group.max_steps = min(group.max_steps, asked)
+def is_set(name: str, value: Any) -> bool:
+    return value is not None and not (name == "max_steps" and str(value) == "-1")
 
 
 def check_used(values: Mapping[str, Any], given: Mapping[str, str], config: Mapping[str, Any]) -> None:
@@ -68,18 +83,11 @@ def check_used(values: Mapping[str, Any], given: Mapping[str, str], config: Mapp
     Raises:
         UserError: an argument would go unused beside another that was given with it.
     """
-    if values.get("dataset_name") and values.get("datasets"):
-        raise UserError("dataset_name and datasets are two sources of rows: set one of them.")
-    for name, other, wanted in NEEDS:
-        if not values.get(name) or name not in (*given, *config) or other not in values:
-            continue
-        value = getattr(values[other], "value", values[other])
-        fits = value != "constant" if other == "lr_scheduler_type" else value == wanted
+    for name, (other, without, wanted) in UNUSED.items():
+        value = getattr(values.get(other), "value", values.get(other))
         switched_off = name not in given and other in given  # by a flag, and the YAML's value with it
-        if not fits and not switched_off:
+        if values.get(name) and name in (*given, *config) and value in without and not switched_off:
             raise UserError(
-                f"{name} {values[name]:g} is not used while {other} is {value}: set {other} to {wanted}, or leave "
-                f"{name} out."
+                f"{name} {given.get(name, config.get(name))} is not used while {other} is {value}: set {other} to "
+                f"{wanted}, or leave {name} out."
             )
-    if "num_train_epochs" in given and (others := {"max_steps", "total_episodes"} & {*given}):
-        print(f"--num_train_epochs is not used: --{others.pop()} sets the length of the run.", file=sys.stderr)

@@ -179,11 +179,9 @@ def _margin(row: dict) -> float | None:
     return None
 
 
-def best_of_two(
-    question: Messages, first: Messages, second: Messages, best: int, margin: float | None = None
-) -> Ranking:
-    """`best` is 0 or 1."""
-    return Ranking(question, [second, first] if best else [first, second], [1, 2], margin)
+def best_of_two(prompt: Messages, responses: list[Messages], best: int, margin: float | None = None) -> Ranking:
+    """Of two responses, `best` (0 or 1) is the better."""
+    return Ranking(prompt, responses[::-1] if best else responses, [1, 2], margin)
 
 
 def better_response(label: str) -> Converter:
@@ -192,7 +190,7 @@ def better_response(label: str) -> Converter:
     def convert(row: dict, roles: Roles) -> Ranking:
         context = prompt_messages(row, "prompt", roles)
         responses = _answers(row, roles, context, "response_0", "response_1")
-        return best_of_two(context, *responses, choice(row, label, (0, 1)))
+        return best_of_two(context, responses, choice(row, label, (0, 1)))
 
     return convert
 
@@ -211,7 +209,7 @@ def strength(question: str, first: str, second: str, label: str) -> Converter:
             if value == 0:
                 raise Skip("tie", label)
         responses = _answers(row, roles, context, first, second)
-        return best_of_two(context, *responses, best=value > 0, margin=abs(value))
+        return best_of_two(context, responses, value > 0, abs(value))
 
     return convert
 
@@ -231,7 +229,7 @@ def summaries(row: dict, roles: Roles) -> Ranking:
     best = choice(row, "choice", range(len(found)))
     if len(found) != 2:
         raise RowError(f"found {counted(len(found), 'summary', 'summaries')}, expected 2", "summaries")
-    return best_of_two(context, *([message("assistant", summary)] for summary in found), best)
+    return best_of_two(context, [[message("assistant", summary)] for summary in found], best)
 
 
 def webgpt(row: dict, roles: Roles) -> Ranking:
@@ -241,13 +239,13 @@ def webgpt(row: dict, roles: Roles) -> Ranking:
         if margin == 0:
             raise Skip("tie: equal scores", "score_0")
     answers = _answers(row, roles, context, "answer_0", "answer_1")
-    return best_of_two(context, *answers, best=margin < 0, margin=abs(margin))
+    return best_of_two(context, answers, margin < 0, abs(margin))
 
 
 def shp(row: dict, roles: Roles) -> Ranking:
     context = [message("user", text(row, "history"))]
     answers = _answers(row, roles, context, "human_ref_A", "human_ref_B")
-    return best_of_two(context, *answers, best=1 - choice(row, "labels", (0, 1)))
+    return best_of_two(context, answers, 1 - choice(row, "labels", (0, 1)))
 
 
 def arena_conversations(row: dict, roles: Roles) -> Ranking:
@@ -260,7 +258,7 @@ def arena_conversations(row: dict, roles: Roles) -> Ranking:
     with answers_to(shared):
         if tie:
             raise Skip("tie" if winner == "tie" else "both bad", "winner")
-    return best_of_two(shared, first, second, best=winner == "model_b")
+    return best_of_two(shared, [first, second], winner == "model_b")
 
 
 def arena_battles(row: dict, roles: Roles) -> Ranking:
@@ -282,7 +280,7 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
     with answers_to(shared):
         if flags[2]:
             raise Skip("tie", labels[2])
-    return best_of_two(shared, first, second, best=flags[1])
+    return best_of_two(shared, [first, second], flags[1])
 
 
 def rankings(column: str, text_key: str, rank_key: str, question: str = "prompt", scores: bool = False) -> Converter:

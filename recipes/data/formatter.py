@@ -127,7 +127,7 @@ class Formatter:
         rows = as_rows(rows)
         report.schema, report.reason = self._choose_schema(rows, report)
         schema = SCHEMAS.get(report.schema)
-        source = self._source(rows, report)
+        source: Iterable[Row] = self._source(rows, report)
         if schema and schema.gather:
             source = schema.gather(map(self._mapped, source), self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
@@ -191,12 +191,13 @@ class Formatter:
             kept = self._kept_columns(data) if self.keep_columns else {}
             columns = ReadRow(data if schema.gather else self._mapping.apply(data))
             example = self._example(schema, columns)
-            masked = self.task == "sft" and has_weights(example.messages)
+            messages = example.messages if isinstance(example, Dialogue) else []
+            masked = self.task == "sft" and has_weights(messages)
             for output in outputs(example, self.task, self.prompt_completion, self.margin, self.assistant_only_loss):
                 if isinstance(output, Skip):
                     results.append(output)
                     continue
-                cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(example.messages)
+                cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(messages)
                 results += self._checked(output | kept, [CUT] * cut + [UNTRAINED] * masked)
             if not schema.gather:
                 unread = (columns.unread() | self._mapping.unmapped(data)) - kept.keys()

@@ -7,7 +7,7 @@ never changed; texts that become messages only lose outer whitespace.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from itertools import repeat
 from operator import contains
@@ -120,7 +120,7 @@ def flag(row: dict, column: str) -> bool | None:
     return found
 
 
-def choice(row: dict, column: str, options: Iterable[int]) -> int:
+def choice(row: dict, column: str, options: Collection[int]) -> int:
     """A required whole number out of a few."""
     value = require(row, column)
     found = int(value) if isinstance(value, bool) else number(row, column)
@@ -243,8 +243,9 @@ def unused_keys(value: Any) -> set[str]:
 
 def check_order(messages: Messages, column: str | None = None) -> None:
     """Chat templates need [system,] user, assistant, user, assistant, …; tool results follow an assistant."""
-    allowed, last = ("system", "user"), None
+    allowed: Collection[str] = ("system", "user")
     after = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+    last = None
     for turn in messages:
         role = turn["role"]
         if role not in allowed:

@@ -32,13 +32,15 @@ def outputs(
         Skip: the whole example is left out.
         RowError: `margin` is set, and the example has none.
     """
-    if task == "sft":
+    if task == "prompt":
+        yield {"prompt": _prompt(example)}
+    elif task == "sft":
+        assert isinstance(example, Dialogue), "the schema says that it serves sft"
         tools = {"tools": json.dumps(example.tools)} if example.tools else {}
         for row in _sft(example, prompt_completion, assistant_only_loss):
             yield row | tools
-    elif task == "prompt":
-        yield {"prompt": _prompt(example)}
     else:
+        assert isinstance(example, Ranking), f"the schema says that it serves {task}"
         yield from example.dropped
         ranking = _ranking(example)
         if task == "ranking":

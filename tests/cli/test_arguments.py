@@ -70,6 +70,9 @@ def test_several_trackers_are_taken(tmp_path):
         assert arguments.parse((TrainingArguments,), [*words, *(trackers or ["none"])])[0].report_to == trackers
 
 
+BEST = "load_best_model_at_end: true"
+
+
 def recipe_arguments(tmp_path, text: str, *flags: str) -> dict:
     from recipes.ppo import ARGUMENTS
 
@@ -88,20 +91,51 @@ def recipe_arguments(tmp_path, text: str, *flags: str) -> dict:
         ("max_steps: 24", ("--num_train_epochs", "7"), {"max_steps": -1, "num_train_epochs": 7}),
         ("total_episodes: 8", ("--num_train_epochs", "7"), {"max_steps": -1, "num_train_epochs": 7}),
         ("total_episodes: 8", ("--max_steps", "-1"), {"max_steps": 4}),
-        ("total_episodes: 8\nmax_steps: 24", (), {"max_steps": 4}),
-        ("total_episodes: 800", ("--max_steps", "24", "--total_episodes", "400"), {"max_steps": 24}),
-        ("num_train_epochs: 7", ("--max_steps", "24"), {"max_steps": 24, "num_train_epochs": 7}),
+        ("num_train_epochs: 7", ("--max_steps", "24"), {"max_steps": 24, "num_train_epochs": 3}),
+        ("total_episodes: 800\nmax_steps: 24", ("--max_steps", "8"), {"max_steps": 8}),
+        ("max_steps: -1\ntotal_episodes: 8", (), {"max_steps": 4}),
         ("datasets: [a.jsonl]", ("--dataset_name", "b.jsonl"), {"datasets": None, "dataset_name": "b.jsonl"}),
         ("dataset_name: b.jsonl", ("--datasets", "a.jsonl"), {"datasets": ["a.jsonl"], "dataset_name": None}),
         ("steps_per_generation: 2", ("--generation_batch_size", "32"), {"steps_per_generation": 4}),
         ("activation_checkpointing: false", ("--gradient_checkpointing", "true"), {"activation_checkpointing": True}),
+        ("activation_checkpointing: true", ("--no_gradient_checkpointing",), {"activation_checkpointing": False}),
         ("lr_scheduler_type: cosine\nwarmup_steps: 5", ("--lr_scheduler_type", "constant"), {"warmup_steps": 5}),
         ("eval_strategy: steps\neval_steps: 5", ("--eval_strategy", "no"), {"eval_steps": 5}),
+        ("use_peft: true\nlora_r: 4", ("--use_peft", "false"), {"use_peft": False, "lora_r": 4}),
     ],
 )
 def test_a_flag_comes_before_what_the_yaml_says_by_another_name(tmp_path, text, flags, expected):
     values = recipe_arguments(tmp_path, text, *flags)
     assert {name: values[name] for name in expected} == expected
+
+
+def test_a_value_that_a_flag_takes_the_place_of_is_named(tmp_path, capsys):
+    recipe_arguments(tmp_path, "num_train_epochs: 7\nwarmup_steps: 2", "--max_steps", "24", "--warmup_steps", "3")
+    assert capsys.readouterr().err == "--max_steps takes the place of num_train_epochs: 7 in the YAML.\n"
+    recipe_arguments(tmp_path, "max_steps: 8", "--max_steps", "24")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        {"max_steps": "24", "total_episodes": "400"},
+        {"max_steps": "24", "num_train_epochs": "2"},
+        {"total_episodes": "400", "num_train_epochs": "2"},
+        {"dataset_name": "a.jsonl", "datasets": "b.jsonl"},
+        {"steps_per_generation": "2", "generation_batch_size": "16"},
+        {"activation_checkpointing": "true", "gradient_checkpointing": "false"},
+    ],
+    ids="-".join,
+)
+def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
+    one, other = pair
+    words = [word for name, value in pair.items() for word in (f"--{name}", value)]
+    with pytest.raises(UserError, match=f"--{one} and --{other} both set .*: remove --{one} or --{other}"):
+        recipe_arguments(tmp_path, "", *words)
+    text = "".join(f"{name}: {value}\n" for name, value in pair.items())
+    with pytest.raises(UserError, match=f"YAML: {one} and {other} both set .*: remove {one} or {other}"):
+        recipe_arguments(tmp_path, text)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +146,18 @@ def test_a_flag_comes_before_what_the_yaml_says_by_another_name(tmp_path, text, 
         ("", ("--eval_steps", "5"), "eval_steps 5 is not used while eval_strategy is no"),
         ("logging_strategy: epoch", ("--logging_steps", "5"), "logging_steps 5 is not used"),
         ("lr_scheduler_type: constant", ("--warmup_steps", "5"), "set lr_scheduler_type to constant_with_warmup"),
-        ("dataset_name: a.jsonl\ndatasets: [b.jsonl]", (), "two sources of rows: set one of them"),
+        ("", ("--lora_r", "4"), "lora_r 4 is not used while use_peft is False: set use_peft to true"),
+        ("use_peft: false\nlora_target_modules: [q_proj]", (), "lora_target_modules .* is not used"),
+        (
+            "load_best_model_at_end: true\neval_strategy: steps\neval_steps: 2",
+            ("--save_steps", "3"),
+            "3.* multiple of 2",
+        ),
+        (f"{BEST}\nsave_strategy: epoch", (), "requires the save and eval strategy to match"),
+        ("load_in_4bit: true", ("--load_in_8bit", "true"), "8 bit and 4 bit"),
     ],
 )
 def test_what_would_go_unused_is_refused(tmp_path, text, flags, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         recipe_arguments(tmp_path, text, *flags)
+    assert "\n" not in str(error.value)

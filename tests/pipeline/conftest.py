@@ -42,7 +42,7 @@ def ranking(name: str, prompt: list[dict], texts: list[str]) -> dict:
 
 def sft_arguments(data: dict[str, str], output_dir: Path, **changes) -> dict:
     defaults = {"model_name_or_path": data["base"], "dataset_name": data["demonstrations"]}
-    defaults |= {"num_train_epochs": 2, "per_device_train_batch_size": 8}
+    defaults |= {"per_device_train_batch_size": 8} | ({} if "max_steps" in changes else {"num_train_epochs": 2})
     return defaults | {"output_dir": output_dir} | changes
 
 
