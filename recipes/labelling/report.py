@@ -6,6 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from recipes.cli.errors import counted
+from recipes.cli.screen import aligned
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -43,8 +44,6 @@ def labeler_table(report: dict) -> list[list[str]]:
 def as_text(report: dict) -> str:
     alpha, (hired, held_out) = report["krippendorff_alpha"], report["pairwise"]["instructgpt"]
     strict, ties = report["pairwise"]["without_ties"], report["pairwise"]["with_ties"]
-    table = labeler_table(report)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         f"{counted(report['rankings'], 'ranking')} of {counted(report['prompts'], 'prompt')}; "
         f"ranked by several labelers (gold tasks apart): {counted(report['prompts_shared'], 'prompt')}.",
@@ -55,7 +54,7 @@ def as_text(report: dict) -> str:
         f"Krippendorff's alpha, pair outcomes  nominal {number(alpha['nominal'])}, ordinal {number(alpha['ordinal'])}",
         f"Kendall's W, mean over prompts       {number(report['kendalls_w'])}",
         "",
-        *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table),
+        aligned(labeler_table(report)),
     ]
     for name, labeler in report["labelers"].items():
         if labeler["gold"]["disagreed"]:
