@@ -26,6 +26,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 from recipes.cli.errors import counted
 from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, check_steps, run, settle_evaluation
+from recipes.cli.screen import say
 from recipes.formatting import FormattingArguments, Report, load_formatted
 from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model
@@ -47,10 +48,9 @@ def report_dropped(reports: Mapping[str, Report], streaming: bool) -> None:
     counts = [report.counts["skipped"] for report in reports.values()]
     dropped = sum(count for part in counts for what, count in part.items() if what.startswith("special token"))
     if dropped or streaming:
-        print(
+        say(
             f"{'Rows' if streaming else counted(dropped, 'row')} with the text of a control token left out "
-            "(--on_special drop): with --assistant_only_loss true it would pass for the end of a turn.",
-            file=sys.stderr,
+            "(--on_special drop): with --assistant_only_loss true it would pass for the end of a turn."
         )
 
 
@@ -75,10 +75,12 @@ def main(
 
     # Here transformers cannot tell a template's control tokens from those that stand in a message.
     drop_special = training_args.assistant_only_loss and format_args.on_special == "flag"
+    if drop_special:
+        format_args = replace(format_args, on_special="drop")
     datasets = load_formatted(
         "sft",
         script_args,
-        replace(format_args, on_special="drop") if drop_special else format_args,
+        format_args,
         tokenizer,
         evaluate=training_args.eval_strategy != "no",
         prompt_completion=training_args.completion_only_loss is not False,
@@ -89,7 +91,7 @@ def main(
         **{"cut_at" if cuts_the_end(training_args) else "max_length": training_args.max_length},
     )
     settle_evaluation(training_args, datasets)
-    if drop_special and training_args.process_index == 0:
+    if drop_special:
         report_dropped(datasets.reports, script_args.dataset_streaming)
 
     set_seed(training_args.seed)
