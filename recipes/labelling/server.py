@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import Depends, FastAPI, Form, Request
+from fastapi import Body, Depends, FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
@@ -50,11 +50,6 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class ReadingBody(_Strict):
-    prompt_id: str
-    active_seconds: Seconds
 
 
 class ReviewBody(_Strict):
@@ -204,8 +199,8 @@ def create_app(store: Store) -> FastAPI:
         return page_of(request, me, "answers.html", answers=found, page_length=PAGE_LENGTH)
 
     @app.post("/api/reading")
-    def reading(me: Me, body: ReadingBody):
-        store.add_reading(me.id, body.prompt_id, body.active_seconds)
+    def reading(me: Me, prompt_id: Annotated[str, Body()], active_seconds: Annotated[Seconds, Body()]):
+        store.add_reading(me.id, prompt_id, active_seconds)
         return {}
 
     @app.post("/api/answer")
