@@ -132,7 +132,8 @@ class Formatter:
             source = schema.gather(map(self._mapped, source), self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
-            report.add_unread(unread)
+            if unread:
+                report.add_unread(unread)
             for result in results:
                 if not isinstance(result, Kept):
                     self._leave_out(row, result, report)

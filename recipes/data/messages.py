@@ -145,7 +145,7 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
             raise RowError(f"found {describe(turn)}, {MESSAGE}", where)
         role = _role(turn[role_key], f"{where}.{role_key}", roles)
         content = _content(turn.get(content_key), f"{where}.{content_key}")
-        extras = _extras(turn, role, where) if turn.keys() - {role_key, content_key} else {}
+        extras = _extras(turn, role, where) if len(turn) > 2 or content_key not in turn else {}
         if turn[role_key] == "function_call":
             content, extras = "", {"tool_calls": _tool_calls(content, f"{where}.{content_key}")}
         if content.strip() or "tool_calls" in extras or role == "tool":
