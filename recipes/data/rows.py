@@ -31,7 +31,9 @@ class Skip(RowProblem):
     `prompt` is the prompt (messages) of a row whose responses only are of no use: it serves the task "prompt".
     """
 
-    prompt: list | None = None
+    def __init__(self, message: str, column: str | None = None, prompt: list | None = None):
+        super().__init__(message, column)
+        self.prompt = prompt
 
 
 class RowError(RowProblem):
