@@ -76,7 +76,8 @@ def describe(value: Any) -> str:
 def _read_json_line(raw: bytes) -> dict | RowError:
     try:
         text = raw.decode("utf-8", "surrogateescape")
-        if bad := NOT_UTF8.search(text):
+        bad = None if text.isascii() else NOT_UTF8.search(text)
+        if bad:
             return RowError(not_utf8(bad))
         data, end = decode_object(text, skip_space(text, 0))
         if text[end:].strip():
