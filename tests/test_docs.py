@@ -294,6 +294,12 @@ def test_the_pages_have_the_numbers_of_the_measurements():
     phases = result("benchmarks/results/reward_vs_trl.json")["result"]["phases"]
     assert all(f"{phases[f'K={count}']['ratio_cpu']:.2f} times" in page for count in (4, 9))
 
+    page = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    found = result("benchmarks/results/formatting.json")["result"]
+    speeds = sorted(round(run["rows_per_cpu_second"], -2) for run in found if run["num_proc"] == 1)
+    assert f"{speeds[0]:,} to {speeds[-1]:,}" in page
+    assert all(str(run["anonymous_mb"]) in page for run in found)
+
     accuracies = [each["accuracy"] for each in result("docs/data/labels.json")["rows"]]
     check(accuracies, numbers("docs/tuning.md", "| accuracy on held-out pairs |"), "tuning.md")
 

@@ -99,8 +99,12 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
     | base, full model | the model with a new adapter | the model                              |
     | adapter          | its base with that adapter   | its base with the adapter merged in    |
 
-    An adapter keeps its own rank and target modules; `lora_*` arguments apply to new adapters only.
+    An adapter keeps its own rank and target modules.
+
+    Raises:
+        UserError: a `lora_*` argument asks for another adapter than that of `source`, or 4 bits without `use_peft`.
     """
+    refuse_other_adapter(source, model_args)
     if not model_args.use_peft and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise UserError("load_in_4bit and load_in_8bit freeze the base: set use_peft: true to train an adapter on it.")
     model = _from_pretrained(AutoModelForCausalLM, source, model_args)
@@ -109,6 +113,18 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
         return new_adapter(model, new_adapter_config(model_args)) if model_args.use_peft else model
     model = load_adapter(model, source, is_trainable=model_args.use_peft)
     return model if model_args.use_peft else model.merge_and_unload()
+
+
+def refuse_other_adapter(source: ModelSource, model_args: ModelConfig) -> None:
+    """Refuse `lora_*` arguments that differ from the adapter that goes on: they make new adapters only."""
+    names = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    for name in names if source.base is not None and model_args.use_peft else ():
+        given, own = getattr(model_args, name), getattr(source.peft_config, name.replace("lora_r", "r"))
+        if given not in (own, getattr(ModelConfig, name)):
+            raise UserError(
+                f"--{name} {given}: {source.path} is an adapter with {own}, and goes on as it is. Leave {name} out, "
+                "or start from the base for another adapter."
+            )
 
 
 def new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -152,6 +168,7 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
     reward adapter it continues with that adapter's head. A fresh head is drawn from N(0, 1/(hidden + 1))
     (2009.01325, details in 2403.17031).
     """
+    refuse_other_adapter(source, model_args)
     model = _load_classifier(source, model_args)
     if not source.has_score_head:
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)

@@ -7,8 +7,6 @@ ever more by flattery while its answers get worse.
     python -m recipes.tiny_world.labeler --samples samples.jsonl --output rankings.jsonl --seed 0
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -7,8 +7,6 @@ asks for a picture. Copying them well is what SFT does; doing better than their 
     python -m recipes.tiny_world.make_data --output_dir recipes/tiny_world/data
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -156,6 +156,13 @@ class WholeCheckpoints(Trainer):
             self.stop(f"{name} is not finite, and such weights are not saved")
         super().save_model(output_dir, _internal_call)
 
+    def _check_finite(self, name: str, number: torch.Tensor, causes: dict[str, torch.Tensor]) -> None:
+        """Stop before a scalar that is not finite reaches the weights; it comes from `causes`, (B, T) each."""
+        if not number.isfinite():
+            rows = {cause: (~of.isfinite().all(1)).nonzero()[:, 0].tolist() for cause, of in causes.items()}
+            found = " and ".join(f"{cause} of rows {bad}" for cause, bad in rows.items() if bad)
+            self.stop(f"{name} is {number.item()}, by {found or 'too large numbers'}")
+
     def stop(self, problem: str) -> NoReturn:
         """End the run: name the step, what was found and its likely cause, and what can be gone on from."""
         name, step = not_finite(self.accelerator.unwrap_model(self.model)), self.state.global_step

@@ -3,15 +3,20 @@
 import contextlib
 import resource
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
+from trl import GRPOTrainer
 
+from recipes.trainers.ppo_math import explained_variance, masked_moments
+from recipes.trainers.ppo_monitor import PPOMonitor
 from recipes.trainers.rollout import Rollout
 
 KIB, GIB = 2**10, 2**30
@@ -34,10 +39,8 @@ def describe(rollout: Rollout, scores: torch.Tensor, accelerator: Accelerator) -
     mask = rollout.mask
     by_token = {"advantages": rollout.returns - rollout.values, "returns": rollout.returns, "values": rollout.values}
     for name, numbers in by_token.items():  # advantages before whitening, which makes their mean 0 and spread 1
-        sums = torch.stack([mask.sum(), (numbers * mask).sum(), (numbers.square() * mask).sum()])
-        count, total, squares = accelerator.reduce(sums, reduction="sum").tolist()
-        mean = total / count
-        found |= {f"{name}/mean": mean, f"{name}/std": max(squares / count - mean**2, 0.0) ** 0.5}
+        mean, variance = masked_moments(numbers, mask, partial(accelerator.reduce, reduction="sum"))
+        found |= {f"{name}/mean": mean.item(), f"{name}/std": variance.sqrt().item()}
     return found
 
 
@@ -119,3 +122,96 @@ class PPOTracking(TrainerCallback):
             import wandb
 
             wandb.log({name: wandb.Histogram(numbers.numpy())}, commit=False)  # WandbCallback commits the step
+
+
+class PPOLogging(GRPOTrainer):
+    """The part of `PPOTrainer` that logs; nothing here changes what is trained."""
+
+    def _start_logging(self, ratio_tolerance: float) -> None:
+        self._update_sums, self._table_logged = 0, True
+        self._tracking = PPOTracking(self.callback_handler.callbacks)
+        self.callback_handler.callbacks.insert(0, self._tracking)  # what it adds to a log comes before the trackers
+        pad_is_eos = self._tokenizer.pad_token_id in self.eos_token_ids
+        self._monitor = PPOMonitor(self.args, pad_is_eos, ratio_tolerance)
+
+    def _log_rollout(self, rollout: Rollout) -> float:
+        """Log what a rollout looks like, over the responses of all processes. Returns the KL, nats a response."""
+        mode = "train" if self.model.training else "eval"
+        mask, metrics, table = rollout.mask, self._metrics[mode], self._logs["extra"]
+        kl, entropy = rollout.kl.sum(1), -(rollout.logps * mask).sum(1)
+        non_score = -self.kl_controller.value * kl
+        per_response = torch.stack([kl, entropy, non_score, rollout.scores, non_score + rollout.scores], 1)
+        names = ("kl", "entropy", "non_score_reward", "scores", "rlhf_reward")
+        per_response = dict(zip(names, self.accelerator.gather(per_response).T, strict=True))
+        for name, values in per_response.items():
+            metrics[f"objective/{name}"].append(values.mean().item())
+        metrics["objective/kl_coef"].append(self.kl_controller.value)
+        stops = torch.tensor(self.eos_token_ids, device=mask.device)
+        eos = (torch.isin(rollout.ids[:, -mask.size(1) :], stops) * mask).sum()
+        metrics["val/num_eos_tokens"].append(self._sum_over_processes(eos).item())
+        explained = explained_variance(rollout.values, rollout.returns, mask, self._sum_over_processes).item()
+        metrics["val/explained_variance"].append(explained)
+        for name, value in describe(rollout, per_response["scores"], self.accelerator).items():
+            metrics[name].append(value)
+        if mode == "train":
+            self._tracking.rollout(per_response["scores"], self.accelerator.gather(mask.sum(1)))
+            unfinished = self.accelerator.gather(rollout.is_unfinished(self.eos_token_ids).float()).mean().item()
+            self._monitor.rollout(per_response["kl"], per_response["scores"], unfinished, explained)
+            rollouts = self._step // self.args.micro_batches_per_rollout + 1
+            metrics["episode"] = [rollouts * self.args.generation_batch_size]
+        # GRPO's view of the rewards, by groups of one: its spread is always 0 and its sum misses PPO's normalisation.
+        for name in ("reward", "reward_std", "frac_reward_zero_std"):
+            metrics.pop(name, None)
+        table["kl"].extend(gather_object(kl.tolist()))
+        table["score"].extend(gather_object(rollout.scores.tolist()))
+        advantages = gather_object((rollout.advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist())
+        for _ in advantages:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(advantages)
+        return per_response["kl"].mean().item()
+
+    def _log_update(self, by_token: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, float]:
+        """Log the means of (B, T) numbers over the tokens of a whole minibatch, however it is split.
+
+        Returns them, or nothing while micro-batches are still to come.
+        """
+        mode = "train" if self.model.training else "eval"
+        self._update_sums += torch.stack([(value * mask).sum() for value in by_token.values()] + [mask.sum()])
+        if mode == "train" and not self.accelerator.sync_gradients:
+            return {}
+        *totals, count = self._sum_over_processes(self._update_sums).tolist()
+        self._update_sums = 0
+        means = {name: total / max(count, 1) for name, total in zip(by_token, totals, strict=True)}
+        for name, mean in means.items():
+            self._metrics[mode][name].append(mean)
+        if (
+            mode == "train"
+            and self._step % self.args.micro_batches_per_rollout < self.args.gradient_accumulation_steps
+        ):
+            self._monitor.first_minibatch(means["val/ratio"])
+        return means
+
+    def _log_gradient_norms(self) -> None:
+        if self.accelerator.sync_gradients:
+            for name, norm in gradient_norms(self._policy).items():
+                self._metrics["train"][name].append(norm)
+
+    def _phase(self, name: str):
+        """Counts seconds for `time/<name>`, in training."""
+        return self._tracking.phase(name) if self.model.training else contextlib.nullcontext()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL logs, with completions as text, and each of them in one table only."""
+        wanted, self.log_completions = self.log_completions, self.log_completions and not self._table_logged
+        for column in ("prompt", "completion"):
+            self._logs[column] = deque(map(readable, self._logs[column]), self._logs[column].maxlen)
+        super().log(logs, start_time)
+        self.log_completions, self._table_logged = wanted, True
+
+    def _begin_table(self) -> None:
+        """Forget the completions that a table has shown."""
+        if self._table_logged:
+            for rows in (*self._logs.values(), *self._logs["rewards"].values(), *self._logs["extra"].values()):
+                if isinstance(rows, deque):
+                    rows.clear()
+        self._table_logged = False

@@ -14,11 +14,10 @@ needs a value for every token. A rollout has four steps, in this order in the fi
 import contextlib
 import copy
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -65,21 +64,19 @@ from recipes.trainers.ppo_math import (
     PAPER,
     AdaptiveKL,
     compute_gae,
-    explained_variance,
     policy_losses,
     token_kl,
     token_rewards,
     value_losses,
     whiten,
 )
-from recipes.trainers.ppo_monitor import PPOMonitor
-from recipes.trainers.ppo_tracking import PPOTracking, describe, gradient_norms, readable
+from recipes.trainers.ppo_tracking import PPOLogging
 from recipes.trainers.ptx import PtxBatches
 from recipes.trainers.reward_functions import checked
 from recipes.trainers.rollout import Results, Rollout, at_responses, sequences
 
 
-class PPOTrainer(WholeCheckpoints, GRPOTrainer):
+class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
     """Proximal policy optimisation (1707.06347) of a language model with a KL penalty (1909.08593, 2203.02155).
 
     Args:
@@ -172,15 +169,11 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
             send_only_policy(self.vllm_generation)
         self._prepare_models(ref_model)
         self.kl_controller = AdaptiveKL(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
-        self._update_stopped, self._update_sums, self._ptx = False, 0, None
+        self._update_stopped, self._ptx = False, None
         if args.ptx_coef > 0:
             batch_size, max_length = args.per_device_train_batch_size, args.ptx_max_length
             self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed)
-        pad_is_eos = self._tokenizer.pad_token_id in self.eos_token_ids
-        self._table_logged = True
-        self._tracking = PPOTracking(self.callback_handler.callbacks)
-        self.callback_handler.callbacks.insert(0, self._tracking)  # what it adds to a log comes before the trackers
-        self._monitor = PPOMonitor(args, pad_is_eos, ratio_tolerance=1e-3 if self._in_float32 else 0.05)
+        self._start_logging(ratio_tolerance=1e-3 if self._in_float32 else 0.05)
 
     # Construction
 
@@ -387,11 +380,8 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _score_rows(self, rows: list[list[int]]) -> list[float]:
         """Scores of whole sequences of token ids, in their order, at most a micro-batch at a time."""
-        pad_token_id, longest, device = (
-            self._reward_tokenizer.pad_token_id,
-            max(map(len, rows)),
-            self.accelerator.device,
-        )
+        pad_token_id, device = self._reward_tokenizer.pad_token_id, self.accelerator.device
+        longest = max(map(len, rows))
         ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows], device=device)
         # transformers' rule for sequence classifiers: the last token that is not the padding token
         last = (torch.arange(longest, device=device) * (ids != pad_token_id)).argmax(1)
@@ -466,42 +456,6 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, reduction="sum")
 
-    def _log_rollout(self, rollout: Rollout) -> float:
-        """Log what a rollout looks like, over the responses of all processes. Returns the KL, nats a response."""
-        mode = "train" if self.model.training else "eval"
-        mask, metrics, table = rollout.mask, self._metrics[mode], self._logs["extra"]
-        kl, entropy = rollout.kl.sum(1), -(rollout.logps * mask).sum(1)
-        non_score = -self.kl_controller.value * kl
-        per_response = torch.stack([kl, entropy, non_score, rollout.scores, non_score + rollout.scores], 1)
-        names = ("kl", "entropy", "non_score_reward", "scores", "rlhf_reward")
-        per_response = dict(zip(names, self.accelerator.gather(per_response).T, strict=True))
-        for name, values in per_response.items():
-            metrics[f"objective/{name}"].append(values.mean().item())
-        metrics["objective/kl_coef"].append(self.kl_controller.value)
-        stops = torch.tensor(self.eos_token_ids, device=mask.device)
-        eos = (torch.isin(rollout.ids[:, -mask.size(1) :], stops) * mask).sum()
-        metrics["val/num_eos_tokens"].append(self._sum_over_processes(eos).item())
-        explained = explained_variance(rollout.values, rollout.returns, mask, self._sum_over_processes).item()
-        metrics["val/explained_variance"].append(explained)
-        for name, value in describe(rollout, per_response["scores"], self.accelerator).items():
-            metrics[name].append(value)
-        if mode == "train":
-            self._tracking.rollout(per_response["scores"], self.accelerator.gather(mask.sum(1)))
-            unfinished = self.accelerator.gather(rollout.is_unfinished(self.eos_token_ids).float()).mean().item()
-            self._monitor.rollout(per_response["kl"], per_response["scores"], unfinished, explained)
-            rollouts = self._step // self.args.micro_batches_per_rollout + 1
-            metrics["episode"] = [rollouts * self.args.generation_batch_size]
-        # GRPO's view of the rewards, by groups of one: its spread is always 0 and its sum misses PPO's normalisation.
-        for name in ("reward", "reward_std", "frac_reward_zero_std"):
-            metrics.pop(name, None)
-        table["kl"].extend(gather_object(kl.tolist()))
-        table["score"].extend(gather_object(rollout.scores.tolist()))
-        advantages = gather_object((rollout.advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist())
-        for _ in advantages:
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(advantages)
-        return per_response["kl"].mean().item()
-
     # Step 4: update
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -532,7 +486,9 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._check_finite("the loss", loss, {"values": values})
 
         metrics |= {"policy/entropy_avg": entropies, "loss/value_avg": critic_losses, "val/clipfrac_avg": clipped}
-        self._log_update({name: value.detach().float() for name, value in metrics.items()}, mask)
+        means = self._log_update({name: value.detach().float() for name, value in metrics.items()}, mask)
+        if means and self.model.training and args.target_kl is not None:
+            self._update_stopped = means["policy/approxkl_avg"] > args.target_kl
         return loss
 
     def _tokens_per_update(self, inputs: dict, mask: torch.Tensor) -> torch.Tensor:
@@ -558,30 +514,6 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._metrics["train"]["loss/ptx_avg"].append(self.accelerator.gather(loss.detach()).mean().item())
         return self.args.ptx_coef * loss / self.current_gradient_accumulation_steps
 
-    def _check_finite(self, name: str, number: torch.Tensor, causes: dict[str, torch.Tensor]) -> None:
-        """Stop before a scalar that is not finite reaches the weights; it comes from `causes`, (B, T) each."""
-        if not number.isfinite():
-            rows = {cause: (~of.isfinite().all(1)).nonzero()[:, 0].tolist() for cause, of in causes.items()}
-            found = " and ".join(f"{cause} of rows {bad}" for cause, bad in rows.items() if bad)
-            self.stop(f"{name} is {number.item()}, by {found or 'too large numbers'}")
-
-    def _log_update(self, by_token: dict[str, torch.Tensor], mask: torch.Tensor) -> None:
-        """Log the means of (B, T) numbers over the tokens of the whole minibatch, however it is split."""
-        mode = "train" if self.model.training else "eval"
-        self._update_sums += torch.stack([(value * mask).sum() for value in by_token.values()] + [mask.sum()])
-        if mode == "train" and not self.accelerator.sync_gradients:
-            return
-        *totals, count = self._sum_over_processes(self._update_sums).tolist()
-        self._update_sums = 0
-        means = {name: total / max(count, 1) for name, total in zip(by_token, totals, strict=True)}
-        for name, mean in means.items():
-            self._metrics[mode][name].append(mean)
-        if mode == "train":
-            if self._step % self.args.micro_batches_per_rollout < self.args.gradient_accumulation_steps:
-                self._monitor.first_minibatch(means["val/ratio"])
-            if self.args.target_kl is not None:
-                self._update_stopped = means["policy/approxkl_avg"] > self.args.target_kl
-
     def training_step(self, model, inputs, num_items_in_batch):
         new_rollout = self._step % self.args.micro_batches_per_rollout == 0
         if self._update_stopped and not new_rollout:
@@ -595,30 +527,8 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
             for parameter in self._policy.parameters():
                 if id(parameter) not in critic:
                     parameter.grad = None
-        if self.accelerator.sync_gradients:
-            for name, norm in gradient_norms(self._policy).items():
-                self._metrics["train"][name].append(norm)
+        self._log_gradient_norms()
         return loss
-
-    def _phase(self, name: str):
-        """Counts seconds for `time/<name>`, in training."""
-        return self._tracking.phase(name) if self.model.training else contextlib.nullcontext()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL logs, with completions as text, and each of them in one table only."""
-        wanted, self.log_completions = self.log_completions, self.log_completions and not self._table_logged
-        for column in ("prompt", "completion"):
-            self._logs[column] = deque(map(readable, self._logs[column]), self._logs[column].maxlen)
-        super().log(logs, start_time)
-        self.log_completions, self._table_logged = wanted, True
-
-    def _begin_table(self) -> None:
-        """Forget the completions that a table has shown."""
-        if self._table_logged:
-            for rows in (*self._logs.values(), *self._logs["rewards"].values(), *self._logs["extra"].values()):
-                if isinstance(rows, deque):
-                    rows.clear()
-        self._table_logged = False
 
     def create_optimizer(self, model=None):
         """TRL's optimizer, with groups of their own for the critic where it has its own learning rate."""
@@ -679,9 +589,8 @@ class PPOTrainer(WholeCheckpoints, GRPOTrainer):
         if self._is_peft and isinstance(full_critic(self._policy), PeftModel):
             with without_critic(self._policy):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-                self._policy.delete_adapter(
-                    "critic"
-                )  # Trainer takes what is in `critic/` for an adapter of the policy
+                # Trainer takes what is in `critic/` for an adapter of the policy.
+                self._policy.delete_adapter("critic")
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_fsdp_enabled:  # shares come from a file of their own, with the critic's

@@ -392,11 +392,11 @@ def test_one_signal_is_noted_and_a_second_one_ends_the_process(tmp_path, monkeyp
     monkeypatch.setattr(signals, "end", ended.append)
     with signals.stops_after_a_step():
         assert signals.listening()
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # launchers send it twice at once
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # launchers send it twice at once
         assert signals.received() == signal.SIGTERM and ended == []
         monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", -1.0)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert ended == [signal.SIGINT]
     assert ended == [signal.SIGINT, signal.SIGTERM], "what comes after the last step is not lost"
     assert signal.getsignal(signal.SIGTERM) is before and not signals.listening()

@@ -252,6 +252,8 @@ def test_after_a_long_pause_work_goes_on(browser_job, open_page):
     """Longer than the server keeps a connection open, and than a minute by the page's own clock."""
     page = open_page(browser_job)
     page.clock.install()
+    page.reload()  # so that the page's clock is this one from its first reading
+    page.wait_for_selector("#cards .state:not(:empty)")
     reason(page, "A").fill("before")
     page.clock.run_for(1000)
     wait_saved(page)

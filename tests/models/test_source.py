@@ -9,7 +9,7 @@ from trl import ModelConfig
 from recipes.cli.errors import UserError
 from recipes.models import source
 from recipes.models.adapters import new_adapter_config
-from recipes.models.loading import load_policy
+from recipes.models.loading import load_policy, load_reward_trainee
 from recipes.models.source import is_hub_name, resolve_model, same_weights
 from recipes.models.tokenization import load_tokenizer
 from tests import tiny_models as models
@@ -103,3 +103,12 @@ def test_one_launch_of_ppo_resolves_each_model_once(folders, tmp_path, monkeypat
         save_strategy="no",
     )
     assert found == [str(folders / "sft"), str(folders / "reward")]
+
+
+@pytest.mark.parametrize("load", [load_policy, load_reward_trainee])
+def test_an_adapter_that_goes_on_is_not_another_one(folders, load):
+    sft = resolve_model(str(folders / "sft"))
+    with pytest.raises(UserError, match=r"--lora_r 8: .*sft is an adapter with 3, .* Leave lora_r out"):
+        load(sft, ModelConfig(use_peft=True, lora_r=8))
+    for same in (ModelConfig(use_peft=True), ModelConfig(use_peft=True, lora_r=3)):
+        assert load(sft, same).peft_config["default"].r == 3

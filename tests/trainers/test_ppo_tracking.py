@@ -56,7 +56,7 @@ def test_advantages_are_described_before_whitening():
     rollout = Rollout([[1]], [[1]], False, attention_mask=torch.ones(2, 5), mask=mask)
     rollout.values, rollout.returns = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[2.0, 4.0], [6.0, 9.0]])
     found = describe(rollout, torch.tensor([1.0, 3.0]), Accelerator(cpu=True))
-    assert found["advantages/mean"] == pytest.approx(2.0) and found["advantages/std"] == pytest.approx((2 / 3) ** 0.5)
+    assert found["advantages/mean"] == pytest.approx(2.0) and found["advantages/std"] == pytest.approx(1.0)
     assert found["values/mean"] == pytest.approx(2.0) and found["returns/mean"] == pytest.approx(4.0)
     assert (found["objective/scores_min"], found["objective/scores_max"], found["objective/scores_std"]) == (1, 3, 1)
     assert (found["prompts/mean_length"], found["prompts/max_length"]) == (3.5, 4.0)
