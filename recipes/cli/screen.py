@@ -59,3 +59,9 @@ def next_command(recipe: str, path: str, start: str, launcher: str) -> str:
     source = f"--config {config.removesuffix('reward.yaml')}ppo.yaml" if config else "--dataset_name prompts.jsonl"
     models = f"--model_name_or_path {start} --reward_model_name_or_path {path}"
     return f"{launcher} recipes/ppo.py {source} {models} --output_dir {os.path.join(os.path.dirname(path), 'ppo')}"
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Lines of text in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

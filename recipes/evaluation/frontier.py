@@ -130,13 +130,13 @@ def gain_at_equal_kl(
     )
     possible = at_kl - start
     share = np.divide(reward - start, possible, out=np.full_like(possible, np.nan), where=possible > 0)
-    result = {"difference": {"mean": float((reward - at_kl)[0]), "ci95": interval((reward - at_kl)[1:])}}
-    if np.isfinite(share[0]):
-        drawn = share[1:][np.isfinite(share[1:])]
-        result["share"] = {"mean": float(share[0]), "ci95": interval(drawn)}
-    else:
-        result["share"] = None
-    return result | {"kl": float(kl[0]), "beyond": bool(kl[0] > curve_kl[0].max())}
+    difference, drawn = reward - at_kl, share[1:][np.isfinite(share[1:])]
+    return {
+        "difference": {"mean": float(difference[0]), "ci95": interval(difference[1:])},
+        "share": {"mean": float(share[0]), "ci95": interval(drawn)} if np.isfinite(share[0]) else None,
+        "kl": float(kl[0]),
+        "beyond": bool(kl[0] > curve_kl[0].max()),
+    }
 
 
 def fit_over_optimization(kl: np.ndarray, gain: np.ndarray, form: str) -> dict:

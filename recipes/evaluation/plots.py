@@ -2,6 +2,7 @@
 
 import io
 import re
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -50,9 +51,12 @@ def colors(report: dict) -> dict[str, str]:
     return {report["reference"]: "black"} | {name: COLORS[place % len(COLORS)] for place, name in enumerate(others)}
 
 
-def run_color(place: int, count: int) -> tuple:
-    """One of `count` shades in their order, light and dark enough for both kinds of page."""
-    return plt.cm.viridis(0.3 + 0.55 * place / max(1, count - 1))
+def checkpoints_by_run(report: dict) -> list[tuple[str, tuple, list[dict]]]:
+    """Each training run, a shade for it (to be seen on both kinds of page) and its checkpoints that have a KL."""
+    rows = [row for row in report["frontier"]["checkpoints"] if row["kl"] is not None]
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    shades = plt.cm.viridis(0.3 + 0.55 * np.arange(len(runs)) / max(1, len(runs) - 1))
+    return [(run, shade, [row for row in rows if row["run"] == run]) for run, shade in zip(runs, shades, strict=True)]
 
 
 def figures(report: dict) -> dict[str, Figure]:
@@ -130,12 +134,9 @@ def draw_reward_kl(axes, report: dict) -> None:
             axes.annotate(f"{row['temperature']:g}", (row["kl"], row["reward"]), fontsize=7, xytext=(3, -9),
                           textcoords="offset points")  # fmt: skip
     shades = colors(report)
-    runs = list(dict.fromkeys(row["run"] for row in data["checkpoints"]))
-    for place, run in enumerate(runs):
-        rows = [row for row in data["checkpoints"] if row["run"] == run and row["kl"] is not None]
-        color = shades.get(run, run_color(place, len(runs)))
-        label = f"checkpoints of {plain(run)}"
-        axes.plot(*columns(rows, "kl", "reward"), ".-", color=color, alpha=0.8, linewidth=1, label=label)
+    for run, shade, rows in checkpoints_by_run(report):
+        line, label = columns(rows, "kl", "reward"), f"checkpoints of {plain(run)}"
+        axes.plot(*line, ".-", color=shades.get(run, shade), alpha=0.8, linewidth=1, label=label)
     for name, values in report["policies"].items():
         if values["kl"]:
             axes.errorbar(max(0, values["kl"]["k1"]["mean"]), values["reward"]["mean"], error_bars([values["reward"]]),
@@ -185,14 +186,10 @@ def plot_over_optimization(reports: dict[str, dict]) -> Figure:
 def draw_over_optimization(axes, report: dict, name: str) -> None:
     """`name` is the reward's or a judge's."""
     data, best = report["over_optimization"], report["frontier"]["best_of_n"]
-    rows = [row for row in report["frontier"]["checkpoints"] if row["kl"] is not None]
-    start, fits = data["start"][name], data["fits"][name]
-    runs = list(dict.fromkeys(row["run"] for row in rows))
-    for place, run in enumerate(runs):
-        own = [row for row in rows if row["run"] == run]
-        color, marker = run_color(place, len(runs)), "os^Dv"[place % 5]
-        axes.plot(*columns(own, "kl", name), f"{marker}-", color=color, markersize=4, linewidth=1, label=plain(run))
-    far = max(row["kl"] for row in rows)
+    start, fits, runs = data["start"][name], data["fits"][name], checkpoints_by_run(report)
+    for (run, shade, rows), marker in zip(runs, cycle("os^Dv"), strict=False):
+        axes.plot(*columns(rows, "kl", name), f"{marker}-", color=shade, markersize=4, linewidth=1, label=plain(run))
+    far = max(row["kl"] for _, _, rows in runs for row in rows)
     kl = np.linspace(far / 200, far, 200)
     axes.plot(kl, start + over_optimization_curve(kl, fits["rl"]), "--", color="black", linewidth=1, label="PPO, fit")
     axes.plot(*columns(best, "kl_with_ties", name), "x", color=ORANGE, markersize=4, label="best of n")

@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from recipes.cli.errors import counted
+from recipes.cli.screen import aligned
 from recipes.evaluation import plots
 from recipes.trainers.ranking_trainer import no_better_than_length
 
@@ -115,12 +116,6 @@ def reward_model_warnings(quality: dict) -> list[str]:
     return list(filter(None, warnings))
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """Lines of text in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
 def log_to_wandb(report: dict, output_dir: str, run_name: str | None) -> None:
     """The figures as a summary, tables and images of one W&B run in the project WANDB_PROJECT."""
     import wandb
@@ -128,19 +123,19 @@ def log_to_wandb(report: dict, output_dir: str, run_name: str | None) -> None:
     project = os.environ.get("WANDB_PROJECT", "huggingface")
     run = wandb.init(project=project, name=run_name, job_type="evaluation", dir=output_dir)
     names = ["reward", *judge_names(report), "kl", "length", "truncated"]
-    summary, policies = {}, wandb.Table(["policy", *names])
+    summary, policies = {}, []
     for policy, values in report["policies"].items():
         figures = values | {"kl": values["kl"]["k1"] if values["kl"] else {"mean": None}}
         means = {name: figures[name]["mean"] for name in names}
-        policies.add_data(policy, *means.values())
+        policies.append({"policy": policy, **means})
         summary |= {f"eval/{policy}/{name}": mean for name, mean in means.items() if mean is not None}
-    tables = {"eval/policies": policies}
-    win_rates, samples = (
-        ["a", "b", "judge", "win", "tie", "loss", "win_rate"],
-        ["prompt", "change", *report["policies"]],
-    )
-    for name, columns in (("win_rates", win_rates), ("samples", samples)):
-        tables[f"eval/{name}"] = wandb.Table(columns, [[row[column] for column in columns] for row in report[name]])
+    tables = {
+        "policies": (policies, ["policy", *names]),
+        "win_rates": (report["win_rates"], ["a", "b", "judge", "win", "tie", "loss", "win_rate"]),
+        "samples": (report["samples"], ["prompt", "change", *report["policies"]]),
+    }
+    for name, (rows, columns) in tables.items():
+        summary[f"eval/{name}"] = wandb.Table(columns, [[row[column] for column in columns] for row in rows])
     images = {f"eval/{path.stem}": wandb.Image(str(path)) for path in sorted(Path(output_dir).glob("*.png"))}
-    run.log(summary | tables | images)
+    run.log(summary | images)
     run.finish()

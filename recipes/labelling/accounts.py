@@ -67,11 +67,9 @@ def labelers(database: Database) -> list[Labeler]:
 def named_labeler(database: Database, name: str) -> Labeler:
     """For the terminal, where having the file is the permission: the labeler of that name, added if new."""
     name = name.strip()
-    known = {labeler.name: labeler for labeler in labelers(database)}
-    if name not in known:
+    if name not in (labeler.name for labeler in labelers(database)):
         add_labeler(database, name)
-        return named_labeler(database, name)
-    return known[name]
+    return next(labeler for labeler in labelers(database) if labeler.name == name)
 
 
 def log_in(database: Database, token: str) -> str | None:

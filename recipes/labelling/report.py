@@ -3,9 +3,10 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from recipes.cli.errors import counted
+from recipes.cli.screen import aligned
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -41,34 +42,17 @@ def labeler_table(report: dict) -> list[list[str]]:
 
 
 def as_text(report: dict) -> str:
-    alpha, (hired, held_out) = report["krippendorff_alpha"], report["pairwise"]["instructgpt"]
-    strict, ties = report["pairwise"]["without_ties"], report["pairwise"]["with_ties"]
-    table = labeler_table(report)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        f"{counted(report['rankings'], 'ranking')} of {counted(report['prompts'], 'prompt')}; "
-        f"ranked by several labelers (gold tasks apart): {counted(report['prompts_shared'], 'prompt')}.",
-        "" if report["prompts_shared"] else "Agreement needs prompts that two people rank: `serve --overlap 2`.\n",
-        f"Pairwise agreement, ties left out  {interval(strict)}   {counted(strict['pairs'], 'comparison')}",
-        f"Pairwise agreement, ties counted   {interval(ties)}   {counted(ties['pairs'], 'comparison')}",
-        f"  InstructGPT's labelers           {percent(hired)} (hired for training), {percent(held_out)} (held out)",
-        f"Krippendorff's alpha, pair outcomes  nominal {number(alpha['nominal'])}, ordinal {number(alpha['ordinal'])}",
-        f"Kendall's W, mean over prompts       {number(report['kendalls_w'])}",
-        "",
-        *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table),
-    ]
-    for name, labeler in report["labelers"].items():
-        if labeler["gold"]["disagreed"]:
-            lines.append(f"{name} disagreed with gold tasks: {', '.join(labeler['gold']['disagreed'])}")
-    return "\n".join(lines) + "\n"
+    return _render("agreement.txt", report)
 
 
 def as_html(report: dict, title: str) -> str:
     """A self-contained page: nothing is loaded, everything that labelers or models wrote is escaped."""
+    return _render("agreement.html", report, title=title, made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
+
+
+def _render(template: str, report: dict, **values) -> str:
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "interval": interval, "number": number, "counted": counted}
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    template = environment.get_template("agreement.html")
-    return template.render(report=report, table=labeler_table(report), title=title, made=made)
+    environment.filters |= {function.__name__: function for function in (percent, interval, number, counted, aligned)}
+    return environment.get_template(template).render(report=report, table=labeler_table(report), **values)

@@ -6,11 +6,12 @@ import socket
 import sqlite3
 from hashlib import sha256
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import Depends, FastAPI, Form, Request
+from fastapi import Body, Depends, FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
@@ -51,11 +52,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class ReadingBody(_Strict):
-    prompt_id: str
-    active_seconds: Seconds
-
-
 class ReviewBody(_Strict):
     justification: str = ""
     rating: int | None = None
@@ -83,6 +79,7 @@ def create_app(store: Store) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     templates = Jinja2Templates(directory=HERE / "templates")
+    templates.env.filters["formatted"] = render
     # Browsers share cookies between ports: two databases served at once must not end each other's sessions.
     cookie = "labelling_" + sha256(str(store.path.resolve()).encode()).hexdigest()[:8]
 
@@ -134,28 +131,21 @@ def create_app(store: Store) -> FastAPI:
             return failure(request, 401, "you are logged out. Log in again in another tab")
         return RedirectResponse("/login", 303)
 
-    @app.exception_handler(RequestValidationError)
-    def malformed(request: Request, error: RequestValidationError):
-        first = error.errors()[0]
-        return failure(request, 422, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
-
-    @app.exception_handler(UnicodeEncodeError)
-    def half_a_character(request: Request, _):  # JSON can hold one, and no file can
-        return failure(request, 422, "a text holds half a character")
-
-    @app.exception_handler(HTTPException)
-    def unusable(request: Request, error: HTTPException):
-        return failure(request, error.status_code, error.detail)
-
-    @app.exception_handler(UserError)
-    def refused(request: Request, error: UserError):
-        status = {AnswerError: 422, ConflictError: 409, NotAssignedError: 404}.get(type(error), 400)
-        return failure(request, status, str(error))
-
-    @app.exception_handler(sqlite3.Error)
-    @app.exception_handler(OSError)
-    def storage(request: Request, error: Exception):
+    def refused(request: Request, error: Exception):
+        if isinstance(error, RequestValidationError):
+            first = error.errors()[0]
+            return failure(request, 422, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+        if isinstance(error, HTTPException):
+            return failure(request, error.status_code, error.detail)
+        if isinstance(error, UnicodeEncodeError):  # JSON can hold one, and no file can
+            return failure(request, 422, "a text holds half a character")
+        if isinstance(error, UserError):
+            status = {AnswerError: 422, ConflictError: 409, NotAssignedError: 404}.get(type(error), 400)
+            return failure(request, status, str(error))
         return failure(request, 503, f"the server cannot use its database ({error})")
+
+    for kind in (RequestValidationError, HTTPException, UnicodeEncodeError, UserError, sqlite3.Error, OSError):
+        app.add_exception_handler(kind, refused)
 
     @app.get("/login")
     def login_page(request: Request):
@@ -187,25 +177,11 @@ def create_app(store: Store) -> FastAPI:
         return response
 
     def task_page(request, me, task, is_first=False):
-        position = {id: place for place, (id, _) in enumerate(task.responses)}
         texts = dict(task.responses)
-        ranks = ranks_of(task.answer.tiers)
-        cards = [
-            {
-                "id": id,
-                "letter": chr(ord("A") + position[id]),
-                "text": texts[id],
-                "formatted": render(texts[id]),
-                "rank": ranks[id],
-                "tied": place > 0,
-                "review": task.answer.reviews.get(id, Review()),
-            }
-            for tier in task.answer.tiers
-            for place, id in enumerate(tier)
-        ]
-        context = {"flags": FLAGS, "max_text": MAX_TEXT, "guidelines_open": is_first}
-        context["account"] = f"{cookie} {me.id}"
-        return page_of(request, me, "rank.html", task=task, cards=cards, store=store, **context)
+        context = {"task": task, "store": store, "texts": texts, "ranks": ranks_of(task.answer.tiers)}
+        context |= {"letters": dict(zip(texts, ascii_uppercase, strict=False)), "no_review": Review(), "flags": FLAGS}
+        context |= {"max_text": MAX_TEXT, "guidelines_open": is_first, "account": f"{cookie} {me.id}"}
+        return page_of(request, me, "rank.html", **context)
 
     @app.get("/")
     def next_task(request: Request, me: Me):
@@ -223,8 +199,8 @@ def create_app(store: Store) -> FastAPI:
         return page_of(request, me, "answers.html", answers=found, page_length=PAGE_LENGTH)
 
     @app.post("/api/reading")
-    def reading(me: Me, body: ReadingBody):
-        store.add_reading(me.id, body.prompt_id, body.active_seconds)
+    def reading(me: Me, prompt_id: Annotated[str, Body()], active_seconds: Annotated[Seconds, Body()]):
+        store.add_reading(me.id, prompt_id, active_seconds)
         return {}
 
     @app.post("/api/answer")

@@ -99,13 +99,9 @@ class Store(Database):
                         "INSERT INTO prompt (id, sample_id, messages, source) VALUES (?, ?, ?, ?)",
                         (task.id, task.sample_id, json.dumps(task.messages), source),
                     )
-                    db.executemany(
-                        "INSERT INTO response VALUES (?, ?, ?, ?, ?, ?)",
-                        [
-                            (r.id, task.id, r.sample_id, r.text, r.model, json.dumps(r.sampling))
-                            for r in task.responses
-                        ],
-                    )
+                    for r in task.responses:
+                        values = (r.id, task.id, r.sample_id, r.text, r.model, json.dumps(r.sampling))
+                        db.execute("INSERT INTO response VALUES (?, ?, ?, ?, ?, ?)", values)
                     added += 1
                 if task.gold:
                     tiers = json.dumps([sorted(tier) for tier in task.gold])
@@ -136,24 +132,19 @@ class Store(Database):
         if found:  # searched while others could write: looked at again, from there on, while they wait
             with self.transaction(write=True) as db:
                 row = db.execute(oldest_open, (labeler_id,)).fetchone()
-                if row is None:
-                    row = self._find(db, labeler_id, found["position"]) or self._find(db, labeler_id)
-                    self._assign(db, row, labeler_id)
+                if row is None and (
+                    free := self._find(db, labeler_id, found["position"]) or self._find(db, labeler_id)
+                ):
+                    row, shown = free, json.dumps(self._unused_order(db, free["prompt_id"]))
+                    values = (row["prompt_id"], labeler_id, shown, time.time())
+                    db.execute("INSERT INTO assignment VALUES (?, ?, ?, ?)", values)
         return self.task(labeler_id, row["prompt_id"]) if row else None
 
     def _find(self, db, labeler_id, position=0):
         for pool in self._pools(db, labeler_id):
-            find = (
-                f"SELECT p.id AS prompt_id, p.position {pool} AND p.position >= :position ORDER BY p.position LIMIT 1"
-            )
-            if row := db.execute(find, self._availability(labeler_id) | {"position": position}).fetchone():
+            find = f"SELECT p.id AS prompt_id, p.position {pool} AND p.position >= :from ORDER BY p.position LIMIT 1"
+            if row := db.execute(find, self._availability(labeler_id) | {"from": position}).fetchone():
                 return row
-
-    def _assign(self, db, row, labeler_id):
-        if row:
-            shown = json.dumps(self._unused_order(db, row["prompt_id"]))
-            values = (row["prompt_id"], labeler_id, shown, time.time())
-            db.execute("INSERT INTO assignment VALUES (?, ?, ?, ?)", values)
 
     def _availability(self, labeler_id):
         return {"me": labeler_id, "overlap": self.overlap, "stale": time.time() - LEASE_SECONDS}

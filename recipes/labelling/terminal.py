@@ -4,9 +4,10 @@ import re
 import secrets
 import time
 from dataclasses import replace
+from string import ascii_uppercase
 
 from recipes.cli.errors import visible
-from recipes.labelling.answers import Answer, AnswerError, Review
+from recipes.labelling.answers import AnswerError, Review
 from recipes.labelling.store import ConflictError, Store, Task
 
 COMMANDS = ("skip", "flag", "undo", "guidelines", "quit")
@@ -83,20 +84,14 @@ def rank_in_terminal(store: Store, labeler_id: int) -> int:
             name = str(command)
             if name == "quit":
                 return submitted
-            if name == "undo":
-                prompt_id = _undo(store, labeler_id)
+            if name == "undo" and (last := store.progress(labeler_id)["last"]):
+                prompt_id = store.undo(labeler_id, last[0], secrets.token_urlsafe(24))
+            elif name == "undo":
+                print("  There is nothing to undo.")
             elif name == "guidelines":
                 print(f"\n{visible(store.guidelines)}")
             else:
                 session.leave(name)
-
-
-def _undo(store, labeler_id):
-    last = store.progress(labeler_id)["last"]
-    if last is None:
-        print("  There is nothing to undo.")
-        return None
-    return store.undo(labeler_id, last[0], secrets.token_urlsafe(24))
 
 
 class _TaskSession:
@@ -105,7 +100,8 @@ class _TaskSession:
     def __init__(self, store: Store, labeler_id: int, task: Task):
         self.store, self.labeler_id, self.task = store, labeler_id, task
         self.answer, self.revision = task.answer, task.revision
-        self.ids = {chr(ord("A") + place): id for place, (id, _) in enumerate(task.responses)}
+        self.ids = {letter: id for letter, (id, _) in zip(ascii_uppercase, task.responses, strict=False)}
+        self.letter = {id: letter for letter, id in self.ids.items()}
         self.letters = "".join(self.ids)
         self.seconds = 0.0
 
@@ -135,7 +131,7 @@ class _TaskSession:
 
     def rank(self):
         has_content = self.task.revision > 0
-        before = " > ".join("=".join(self.letter(id) for id in tier) for tier in self.answer.tiers)
+        before = " > ".join("=".join(self.letter[id] for id in tier) for tier in self.answer.tiers)
         if has_content:
             text = self.ask(f"Ranking [{before}] (Enter keeps it, ? for help): ")
         else:
@@ -153,20 +149,16 @@ class _TaskSession:
         review = self.answer.reviews.get(id, Review())
         needed = "one sentence" if self.store.justifications == "required" else "one sentence, or Enter for none"
         hint = f"[{visible(review.justification)}] (Enter keeps it)" if review.justification else f"({needed})"
-        text = self.ask(f"Why is {self.letter(id)} there? {hint}: ", commands=False) or review.justification
+        text = self.ask(f"Why is {self.letter[id]} there? {hint}: ", commands=False) or review.justification
         if not text and self.store.justifications == "required":
             raise AnswerError("one sentence of reason, please")
-        self.answer = replace(self.answer, reviews=self.answer.reviews | {id: replace(review, justification=text)})
+        self.review(id, justification=text)
         self.record("draft")
 
     def mark(self):
         marks = "Ratings 1-7 and problems, h(armful) u(ntruthful) n(o answer), as in A6 B2u (Enter for none): "
-        text = self.ask(marks)
-        reviews = dict(self.answer.reviews)
-        for letter, (rating, flags) in parse_marks(text, self.letters).items():
-            review = reviews.get(self.ids[letter], Review())
-            reviews[self.ids[letter]] = replace(review, rating=rating, flags=flags)
-        self.answer = Answer(self.answer.tiers, reviews, self.answer.comment)
+        for letter, (rating, flags) in parse_marks(self.ask(marks), self.letters).items():
+            self.review(self.ids[letter], rating=rating, flags=flags)
         self.record("draft")
 
     def submit(self):
@@ -174,8 +166,9 @@ class _TaskSession:
             raise AnswerError(f"press Enter to submit, or type one of {', '.join(COMMANDS)}")
         self.record("submit")
 
-    def letter(self, id):
-        return next(letter for letter, other in self.ids.items() if other == id)
+    def review(self, id, **changes):
+        changed = replace(self.answer.reviews.get(id, Review()), **changes)
+        self.answer = replace(self.answer, reviews=self.answer.reviews | {id: changed})
 
     def ask(self, question, commands=True):
         start = time.monotonic()

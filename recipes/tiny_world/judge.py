@@ -16,8 +16,6 @@ An answer is read sentence by sentence. The parts, each in [0, 1]:
 * gold: the weighted mean, see `WEIGHTS`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ a KL penalty a policy can score ever more by flattery while its answers get wors
     python -m recipes.tiny_world.labeler --samples samples.jsonl --output rankings.jsonl --seed 0
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

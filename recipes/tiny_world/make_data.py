@@ -7,8 +7,6 @@ asks for a picture. SFT copies them; PPO can do better than their average.
     python -m recipes.tiny_world.make_data --output_dir recipes/tiny_world/data
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

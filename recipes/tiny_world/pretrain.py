@@ -8,8 +8,6 @@ answers that could be right or wrong are followed by a remark ("Right.", "Rude."
 of what the base has read; no remark ever concerns a question nobody can answer or a harmful request.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 from itertools import chain

@@ -5,8 +5,9 @@ from pathlib import Path
 from statistics import fmean
 
 from recipes.cli.errors import counted
+from recipes.cli.screen import aligned
 from recipes.evaluation.plots import Figure, plt, to_svg
-from recipes.evaluation.report import aligned, render
+from recipes.evaluation.report import render
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_no_kl": "PPO without KL"}
 COLORS = {"base": "#8c8c8c", "sft": "#56b4e9", "ppo": "#0072b2", "ppo_no_kl": "#d55e00"}

@@ -5,8 +5,6 @@ are for training, validation and held-out evaluation (split by fact, so no wordi
 trained on), which facts the base model's corpus leaves out, and which ones the corpus itself is unsure about.
 """
 
-from __future__ import annotations
-
 import random
 import re
 import tomllib

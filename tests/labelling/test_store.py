@@ -1,5 +1,6 @@
 """The labelling store, its files and its figures, without a server."""
 
+import gzip
 import json
 import math
 import os
@@ -88,6 +89,13 @@ def test_repeated_responses_are_left_out_and_counted(tmp_path):
     tasks, left_out = read_tasks(tmp_path / "s.jsonl")
     assert [[r.text for r in task.responses] for task in tasks] == [["x", "y"]]
     assert left_out == {"repeated_responses": 2, "too_few_responses": 1}
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl.gz", "samples"])
+def test_samples_may_be_compressed_and_have_any_name(tmp_path, name):
+    rows = write_samples(tmp_path / "samples.jsonl", prompts=2).read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)
+    assert read_tasks(tmp_path / name) == read_tasks(tmp_path / "samples.jsonl")
 
 
 def test_a_corrected_file_does_not_add_a_second_task_under_an_id(tmp_path):
