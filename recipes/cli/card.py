@@ -20,7 +20,7 @@ METHODS = {
     "ppo": "[PPO](https://arxiv.org/abs/1707.06347) with the reward `score - kl_coef * KL(policy || start)` "
     "([InstructGPT](https://arxiv.org/abs/2203.02155)).",
 }
-# What is shown of the log, where it is there: accuracy stands beside that of preferring the longer response.
+# Logged metrics that the card shows; accuracy is next to that of preferring the longer response.
 SHOWN = {
     "sft": ("loss", "mean_token_accuracy", "eval_loss", "eval_mean_token_accuracy"),
     "reward": ("loss", "accuracy", "longer_wins", "eval_loss", "eval_accuracy", "eval_longer_wins"),
