@@ -89,7 +89,7 @@ def read_request(launch_arguments: list[str]) -> Request:
 
 
 def check_devices() -> None:
-    """Refuse a GPU configuration without a GPU, and more processes than GPUs, before torch or TRL stumble over it.
+    """Refuse a GPU configuration without a GPU, and more processes than GPUs, before torch or TRL fail on it.
 
     Raises:
         UserError: no GPU for a configuration that wants one, or fewer than the processes started on this machine.

@@ -44,7 +44,7 @@ LOCK = ".lock"
 
 
 class RunFolder:
-    """The output folder of one run, from the first look at it to the last file.
+    """The output folder of one run, from the first check to the last file.
 
     Making one claims the folder: nothing is written over, a second run on it is refused, and
     `--resume_from_checkpoint` becomes the path of a whole checkpoint, or `None`:
@@ -73,7 +73,7 @@ class RunFolder:
         self.training_args.resume_from_checkpoint = self._agree(self._claim)
 
     def _agree(self, look: Callable[[], Any]) -> Any:
-        """What `look` gives or raises in the first process, in all of them."""
+        """Call `look` in the first process; return what it returned, or raise what it raised, in every process."""
         outcome: list[Any] = [None]
         if self.training_args.distributed_state.is_main_process:
             try:

@@ -22,7 +22,7 @@ from trl import ModelConfig, get_peft_config
 from recipes.cli.errors import UserError, first_line
 from recipes.models.heads import ScoreHead, base_of, without_critic
 
-# Initialisations that take a part out of the base's weights, which the other roles stand on.
+# Initialisations that take a part out of the base's weights, which the other roles share.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 

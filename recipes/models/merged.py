@@ -1,4 +1,4 @@
-"""The policy's weights with its adapter merged in, as new tensors: the base that other roles stand on never changes.
+"""The policy's weights with its adapter merged in, as new tensors: the base that other roles share never changes.
 
 PEFT's `merge_adapter` changes the base in place. In bf16 half of its numbers differ after 200 rounds of merging and
 unmerging, and a 4-bit base is quantised anew each time.

@@ -41,7 +41,7 @@ def test_flags_win_over_the_yaml_and_both_over_defaults(tmp_path):
         ("name: a", ("--usepeft", "true"), r"Command line: .*usepeft; did you mean use_peft\?"),
         ("name: a", ("--step", "3"), r"Command line: .*step; did you mean steps\?"),
         ("name: a", ("surprise",), "Command line: .*surprise"),
-        ("name: a\nname: b", (), "config.yaml: name stands there twice"),
+        ("name: a\nname: b", (), "config.yaml: name is given twice"),
         ("name: a\nsteps: 2.5", (), "config.yaml: steps takes a whole number, not 2.5"),
         ("name: a\nrate: [1, 2]", (), "config.yaml: rate takes a number"),
         ("name: a\nsteps: true", (), "config.yaml: steps takes a whole number"),
