@@ -5,12 +5,14 @@ This module may import `recipes.data` and `recipes.cli`: it needs no model, at m
 """
 
 import os
-import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
+from recipes.cli.errors import counted
+from recipes.cli.screen import say
 from recipes.data.control_tokens import control_tokens
 from recipes.data.formatter import Formatter, as_rows
 from recipes.data.loading import Rows, list_splits, load_rows
@@ -169,6 +171,10 @@ def load_formatted(
     own = {"tokenizer": tokenizer, "special_tokens": control_tokens(tokenizer)} if tokenizer else {}
     options = {**format_args.options(), **own, **options}
     options["streaming"] = streaming = script_args.dataset_streaming
+    # Here transformers cannot tell a template's control tokens from those that stand in a message.
+    drop_special = options.get("assistant_only_loss", False) and format_args.on_special == "flag"
+    if drop_special:
+        options["on_special"] = "drop"
     if options.get("num_proc"):  # each process of a launch formats all rows
         options["num_proc"] //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     sources = {"train": parse_sources(format_args.datasets or ())}
@@ -199,9 +205,15 @@ def load_formatted(
         datasets["train"], held_out = split_by_group(datasets["train"], format_args.test_split_size, seed)
         if held_out is not None:
             datasets["eval"] = held_out
-    if os.environ.get("RANK", "0") == "0":
-        if not streaming:
-            print(*datasets.reports.values(), sep="\n", file=sys.stderr)
-        if evaluate and "eval" not in datasets:
-            print("There is only one prompt: it is trained on, and nothing is held out to evaluate.", file=sys.stderr)
+    if not streaming:
+        say("\n".join(map(str, datasets.reports.values())))
+    if evaluate and "eval" not in datasets:
+        say("There is only one prompt: it is trained on, and nothing is held out to evaluate.")
+    skipped = sum((report.counts["skipped"] for report in datasets.reports.values()), Counter())
+    dropped = sum(count for what, count in skipped.items() if what.startswith("special token"))
+    if drop_special and (dropped or streaming):  # of a stream the number is not known yet
+        say(
+            f"{counted(dropped, 'row') if dropped else 'Rows'} with the text of a control token left out "
+            "(--on_special drop): with --assistant_only_loss true it would pass for the end of a turn."
+        )
     return datasets

@@ -28,9 +28,10 @@ from recipes.cli.arguments import import_function
 from recipes.cli.errors import UserError, counted
 from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, refuse_stream, run, settle_evaluation
+from recipes.cli.screen import say
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.compatibility import check_ppo_models
-from recipes.models.loading import load_ppo_models, read_reward_statistics, report_half_precision
+from recipes.models.loading import load_ppo_models, load_score_statistics, report_half_precision
 from recipes.models.source import ModelSource, resolve_model
 from recipes.models.tokenization import load_tokenizer
 from recipes.trainers.ppo_config import PPOConfig
@@ -85,21 +86,6 @@ def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -
         )
 
 
-def load_score_statistics(training_args: PPOConfig, reward: ModelSource, normalize: bool) -> None:
-    """Settle mean and spread of scores: as given, else as stored with the reward model, else 0 and 1; and say so."""
-    given = {"mean": training_args.score_mean, "std": training_args.score_std}
-    stored = read_reward_statistics(reward.path) if normalize and None in given.values() else None
-    otherwise = f"{reward.path} has no reward_statistics.json" if normalize else "--normalize_scores false"
-    values, origins = dict(stored or {"mean": 0.0, "std": 1.0}), {}
-    for name, value in given.items():
-        origins[name] = "given" if value is not None else f"of {reward.path}" if stored else otherwise
-        values[name] = values[name] if value is None else value
-    training_args.score_mean, training_args.score_std = values["mean"], values["std"]
-    if training_args.distributed_state.is_main_process:
-        mean, std = (f"{values[name]:.4g} ({origin})" for name, origin in origins.items())
-        print(f"Scores: minus {mean}, divided by {std}.", file=sys.stderr)
-
-
 def load_ptx(script_args: PPOScriptArguments, format_args: FormattingArguments, tokenizer, max_length, positions):
     """The demonstrations for PPO-ptx: a source and split of their own, and the user's rules for rows of no use."""
     source = ScriptArguments(script_args.ptx_dataset_name, dataset_train_split=script_args.ptx_dataset_split)
@@ -136,8 +122,8 @@ def main(
     settle_evaluation(training_args, datasets)
     prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
     training_args.check_prompts(prompts)
-    if (left := prompts % rollout) and training_args.process_index == 0:
-        print(f"Each epoch leaves out {left} of {counted(prompts, 'prompt')}, other ones each time.", file=sys.stderr)
+    if left := prompts % rollout:
+        say(f"Each epoch leaves out {left} of {counted(prompts, 'prompt')}, other ones each time.")
     if script_args.ptx_dataset_name is not None:
         ptx = load_ptx(script_args, format_args, tokenizer, training_args.ptx_max_length, policy.positions)
         datasets.reports["ptx"], datasets["ptx"] = ptx.reports["train"], ptx["train"]

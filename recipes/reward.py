@@ -28,7 +28,7 @@ from trl import ModelConfig, RewardConfig, ScriptArguments
 from recipes.cli.errors import UserError
 from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, check_steps, refuse_stream, run, settle_evaluation
-from recipes.formatting import FormattingArguments, load_formatted
+from recipes.formatting import FormattedDatasets, FormattingArguments, load_formatted
 from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model, check_reward_base
 from recipes.models.loading import (
@@ -93,6 +93,16 @@ def reference_rows(script_args, trainer: RankingRewardTrainer) -> tuple[list[lis
     return rows, source or script_args.dataset_name
 
 
+def keep_majorities(datasets: FormattedDatasets) -> None:
+    """Leave one ranking a prompt, and no prompt of which all responses are then equal."""
+    for name in [*datasets]:
+        datasets[name] = majority_rankings(datasets[name]).filter(lambda row: len(set(row["ranks"])) > 1)
+        if not len(datasets[name]):
+            del datasets[name]
+    if "train" not in datasets:
+        raise UserError("--aggregation majority leaves only ties to train on: keep all rankings.")
+
+
 def main(
     script_args: RewardScriptArguments,
     training_args: RewardConfig,
@@ -120,12 +130,7 @@ def main(
         positions=start.positions,
     )
     if script_args.aggregation == "majority":
-        merged = {name: majority_rankings(dataset) for name, dataset in datasets.items()}
-        ordered = {name: dataset.filter(lambda row: len(set(row["ranks"])) > 1) for name, dataset in merged.items()}
-        if not len(ordered["train"]):
-            raise UserError("--aggregation majority leaves only ties to train on: keep all rankings.")
-        datasets.clear()
-        datasets |= {name: dataset for name, dataset in ordered.items() if len(dataset)}
+        keep_majorities(datasets)
     settle_evaluation(training_args, datasets)
 
     set_seed(training_args.seed)

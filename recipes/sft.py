@@ -17,16 +17,12 @@ if __name__ == "__main__":
 
     begin(__file__)
 
-from collections.abc import Mapping
-from dataclasses import replace
-
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from recipes.cli.errors import counted
 from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, check_steps, run, settle_evaluation
-from recipes.formatting import FormattingArguments, Report, load_formatted
+from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model
 from recipes.models.loading import disable_router_logits, load_policy, report_half_precision
@@ -40,18 +36,6 @@ ARGUMENTS = (ScriptArguments, SFTConfig, ModelConfig, FormattingArguments)
 def cuts_the_end(args: SFTConfig) -> bool:
     """Whether TRL cuts rows at their end, so that a prompt that fills `max_length` leaves nothing to train."""
     return args.packing_strategy == "bfd" if args.packing else args.truncation_mode == "keep_start"
-
-
-def report_dropped(reports: Mapping[str, Report], streaming: bool) -> None:
-    """Say how many rows were left out for a control token in their text; of a stream it is not known yet."""
-    counts = [report.counts["skipped"] for report in reports.values()]
-    dropped = sum(count for part in counts for what, count in part.items() if what.startswith("special token"))
-    if dropped or streaming:
-        print(
-            f"{'Rows' if streaming else counted(dropped, 'row')} with the text of a control token left out "
-            "(--on_special drop): with --assistant_only_loss true it would pass for the end of a turn.",
-            file=sys.stderr,
-        )
 
 
 def main(
@@ -73,12 +57,10 @@ def main(
         if model_args.use_peft:
             training_args.chat_template_path = None  # TRL would give the base below the adapter another vocabulary
 
-    # Here transformers cannot tell a template's control tokens from those that stand in a message.
-    drop_special = training_args.assistant_only_loss and format_args.on_special == "flag"
     datasets = load_formatted(
         "sft",
         script_args,
-        replace(format_args, on_special="drop") if drop_special else format_args,
+        format_args,
         tokenizer,
         evaluate=training_args.eval_strategy != "no",
         prompt_completion=training_args.completion_only_loss is not False,
@@ -89,8 +71,6 @@ def main(
         **{"cut_at" if cuts_the_end(training_args) else "max_length": training_args.max_length},
     )
     settle_evaluation(training_args, datasets)
-    if drop_special and training_args.process_index == 0:
-        report_dropped(datasets.reports, script_args.dataset_streaming)
 
     set_seed(training_args.seed)
     model = load_policy(base, model_args)

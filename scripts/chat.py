@@ -35,7 +35,7 @@ ARGUMENTS = (SamplingArguments, PolicyArguments, ChatArguments)
 
 
 class SafeStreamer(TextStreamer):
-    """Prints text as it comes, without the control characters by which a model could drive the terminal."""
+    """Prints text as it comes, without control characters, which could control the terminal."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
         shown = "".join(char for char in text if char.isprintable() or char in "\n\t")

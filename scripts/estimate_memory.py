@@ -150,11 +150,6 @@ def device_memory(args: EstimateArguments, on_cpu: bool) -> float:
     raise UserError("There is no GPU here: give the memory of the one you mean, as --gpu_memory_gb 24.")
 
 
-def outside(total: float, setting: Setting) -> float:
-    """Bytes that tensors do not account for."""
-    return PYTHON if setting.on_cpu else CUDA_CONTEXT + FRAGMENTATION * total
-
-
 def cheaper(setting: Setting) -> dict[str, Setting]:
     """Flags that take less memory, and the setting they give. All but the last three leave the update as it is."""
     options = {}
@@ -209,8 +204,11 @@ def main():
     reserved = {}
     if step == "ppo" and training_args.use_vllm and training_args.vllm_mode == "colocate":
         reserved["vLLM"] = training_args.vllm_gpu_memory_utilization * memory
-    total = found.total + sum(reserved.values())
-    reserved["Python" if device.use_cpu else "CUDA context and gaps (assumed)"] = outside(total, setting)
+    if device.use_cpu:
+        reserved["Python"] = PYTHON
+    else:
+        gaps = FRAGMENTATION * (found.total + sum(reserved.values()))
+        reserved["CUDA context and gaps (assumed)"] = CUDA_CONTEXT + gaps
     show(setting, model_args.model_name_or_path, found, reserved)
     needed = found.total + sum(reserved.values())
     fits = needed <= memory

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = {"tokenizer": None}
         if args.tokenizer:
-            # These bring torch, seconds that nobody else should wait for.
+            # These import torch, which takes seconds.
             from recipes.models.source import resolve_model
             from recipes.models.tokenization import load_tokenizer
 

@@ -63,12 +63,12 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error; plain YAML takes the last one."""
+    """YAML in which a key that is given twice is an error; plain YAML takes the last one."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise UserError(f"--config {node.start_mark.name}: {twice[0]} stands there twice.")
+            raise UserError(f"--config {node.start_mark.name}: {twice[0]} is given twice.")
         return super().construct_mapping(node, deep)
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from recipes.cli.errors import counted
 from recipes.cli.launch import launcher
 from recipes.cli.record import SECRETS, used_in_words
+from recipes.cli.screen import RESULTS
 
 METHODS = {
     "sft": "Supervised fine-tuning on demonstrations, with the loss on the response only (TRL's SFTTrainer).",
@@ -19,12 +20,6 @@ METHODS = {
     "([InstructGPT](https://arxiv.org/abs/2203.02155)).",
     "ppo": "[PPO](https://arxiv.org/abs/1707.06347) with the reward `score - kl_coef * KL(policy || start)` "
     "([InstructGPT](https://arxiv.org/abs/2203.02155)).",
-}
-# What is shown of the log, where it is there: accuracy stands beside that of preferring the longer response.
-SHOWN = {
-    "sft": ("loss", "mean_token_accuracy", "eval_loss", "eval_mean_token_accuracy"),
-    "reward": ("loss", "accuracy", "longer_wins", "eval_loss", "eval_accuracy", "eval_longer_wins"),
-    "ppo": ("objective/scores", "objective/kl", "objective/entropy", "completions/mean_length"),
 }
 GENERATE = """\
 from {library} import {auto_class}
@@ -97,7 +92,7 @@ def is_hub_dataset(source: str) -> bool:
 
 def first_and_last(recipe: str, log_history: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
     found = []
-    for name in SHOWN[recipe]:
+    for name in RESULTS[recipe]:
         values = [row[name] for row in log_history if row.get(name) is not None]
         found += [(name, values[0], values[-1])] if values else []
     return found

@@ -2,7 +2,7 @@
 
 import unicodedata
 
-# Zero-width joiners: Persian, Indic scripts and emoji need them, and they steer nothing.
+# Zero-width joiners: Persian, Indic scripts and emoji need them, and they cannot control a terminal.
 _PRINTED = ("\n", "\t", "\u200c", "\u200d")
 
 
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def visible(text: str) -> str:
-    """Text that cannot steer a terminal: control characters, and those that turn text around, are shown as escapes."""
+    """Text that is safe to print: control characters, and those that change the direction of text, become escapes."""
 
     def shown(char: str) -> str:
         if char.isprintable() or char in _PRINTED or unicodedata.category(char) == "Zs":
@@ -25,7 +25,7 @@ def visible(text: str) -> str:
 
 
 class RunEnded(Exception):
-    """A run that ends in good order before its last line: the sentence to print, and the exit code."""
+    """Ends a run early without an error: the sentence to print, and the exit code."""
 
     def __init__(self, text: str, code: int = 0):
         super().__init__(text, code)

@@ -6,7 +6,6 @@ process's parent; what runs is what `torch.distributed` says.
 """
 
 import os
-import sys
 from dataclasses import dataclass
 
 import psutil
@@ -21,7 +20,8 @@ from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.import_utils import is_vllm_available
 
-from recipes.cli.errors import UserError, first_line
+from recipes.cli.errors import UserError, counted, first_line
+from recipes.cli.screen import say
 
 COMMANDS = (["accelerate", "launch"], ["accelerate-launch"], ["-m", "accelerate.commands.launch"])
 SHARDED = ("FSDP", "DEEPSPEED")
@@ -42,7 +42,7 @@ class Request:
 
 
 def count(processes: int) -> str:
-    return "1 process" if processes == 1 else f"{processes} processes"
+    return counted(processes, "process", "processes")
 
 
 def world_size() -> int:
@@ -89,7 +89,7 @@ def read_request(launch_arguments: list[str]) -> Request:
 
 
 def check_devices() -> None:
-    """Refuse a GPU configuration without a GPU, and more processes than GPUs, before torch or TRL stumble over it.
+    """Refuse a GPU configuration without a GPU, and more processes than GPUs, before torch or TRL fail on it.
 
     Raises:
         UserError: no GPU for a configuration that wants one, or fewer than the processes started on this machine.
@@ -103,7 +103,7 @@ def check_devices() -> None:
         )
     if 0 < gpus < local and not (request and request.use_cpu):
         raise UserError(
-            f"{count(local)} on {gpus} GPU{'s' * (gpus > 1)}: lower --num_processes of accelerate launch to {gpus}."
+            f"{count(local)} on {counted(gpus, 'GPU')}: lower --num_processes of accelerate launch to {gpus}."
         )
 
 
@@ -151,9 +151,8 @@ def check_launch(training_args: TrainingArguments) -> None:
     asked = request or f"{count(world_size())} without accelerate launch"
     if problem is not None:
         raise UserError(f"Launched: {asked}. Running: {running}. {problem}")
-    if state.is_main_process:
-        what = type(training_args).__name__.removesuffix("Config")
-        print(f"{what} into {training_args.output_dir}. Launched: {asked}. Running: {running}.", file=sys.stderr)
+    what = type(training_args).__name__.removesuffix("Config")
+    say(f"{what} into {training_args.output_dir}. Launched: {asked}. Running: {running}.")
 
 
 def find_problem(request: Request | None, num_processes: int, training_args: TrainingArguments) -> str | None:

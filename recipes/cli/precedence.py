@@ -4,12 +4,11 @@ A flag of the command line comes before the YAML, also where the YAML has anothe
 the place of a YAML's `total_episodes`, and a line says so. Two of them in one place are refused.
 """
 
-import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from recipes.cli.errors import UserError
+from recipes.cli.screen import say
 
 # What is decided, and the names of which one counts.
 SAME = {
@@ -29,6 +28,10 @@ UNUSED = {
     "eval_steps": ("eval_strategy", ("no", "epoch"), "steps"),
     "logging_steps": ("logging_strategy", ("no", "epoch"), "steps"),
     "warmup_steps": ("lr_scheduler_type", ("constant",), "constant_with_warmup"),
+    "adaptive_kl_horizon": ("adaptive_kl_target", (None,), "a KL in nats"),
+    "ptx_max_length": ("ptx_dataset_name", (None,), "demonstrations"),
+    "ptx_dataset_split": ("ptx_dataset_name", (None,), "demonstrations"),
+    "max_error_rate": ("on_error", ("raise",), "skip"),
     **{name: ("use_peft", (False,), "true") for name in LORA},
 }
 
@@ -64,8 +67,7 @@ def without_overridden(config: Mapping[str, Any], given: Mapping[str, str]) -> d
         for name in keys:
             if flags and name not in flags:
                 del kept[name]
-                if os.environ.get("RANK", "0") == "0":
-                    print(f"--{flags[0]} takes the place of {name}: {config[name]} in the YAML.", file=sys.stderr)
+                say(f"--{flags[0]} takes the place of {name}: {config[name]} in the YAML.")
     return kept
 
 

@@ -38,13 +38,13 @@ from recipes.cli.record import (
     wants_more,
     write_record,
 )
-from recipes.cli.screen import result_line
+from recipes.cli.screen import result_line, say
 
 LOCK = ".lock"
 
 
 class RunFolder:
-    """The output folder of one run, from the first look at it to the last file.
+    """The output folder of one run, from the first check to the last file.
 
     Making one claims the folder: nothing is written over, a second run on it is refused, and
     `--resume_from_checkpoint` becomes the path of a whole checkpoint, or `None`:
@@ -73,7 +73,7 @@ class RunFolder:
         self.training_args.resume_from_checkpoint = self._agree(self._claim)
 
     def _agree(self, look: Callable[[], Any]) -> Any:
-        """What `look` gives or raises in the first process, in all of them."""
+        """Call `look` in the first process; return what it returned, or raise what it raised, in every process."""
         outcome: list[Any] = [None]
         if self.training_args.distributed_state.is_main_process:
             try:
@@ -93,7 +93,7 @@ class RunFolder:
         recover(self.path)
         checkpoint, notes = self._choose()
         for note in notes:
-            print(note, file=sys.stderr)
+            say(note)
         return checkpoint
 
     def _choose(self) -> tuple[str | None, list[str]]:
@@ -224,7 +224,7 @@ class RunFolder:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
         if trainer.accelerator.is_main_process:
             start, history = self.record["arguments"]["model_name_or_path"], trainer.state.log_history
-            say(result_line(self.record["recipe"], self.path, start, history, launcher()) + "\n")
+            say(result_line(self.record["recipe"], self.path, start, history, launcher()))
             lock.release(os.path.join(self.path, LOCK))
         trainer.accelerator.wait_for_everyone()
         trainer.end()
@@ -296,17 +296,16 @@ def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
         main(*(parse(argument_types) if argument_types else ()))
     except RunEnded as end:
         code = end.code
-        if os.environ.get("RANK", "0") == "0":
-            say(f"{end.text}\n")
+        say(end.text)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # mostly the first process fails in the same way, says so, and this one is ended meanwhile
-        fail(f"error: {error}\n")
+        fail(f"error: {error}")
     except Exception:
         if not torch.distributed.is_initialized():
             lock.release_all()
             raise
-        fail(traceback.format_exc())
+        fail(traceback.format_exc().rstrip())
     lock.release_all()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -329,16 +328,11 @@ def holds_anything(folder: str) -> bool:
     return False
 
 
-def say(text: str) -> None:
-    """Print to stderr on a line of its own, also where a progress bar stands."""
-    tqdm.write(text, file=sys.stderr, end="")
-    sys.stderr.flush()
-
-
 def fail(text: str) -> NoReturn:
     """Print `text` and end with exit code 1, in a process group without the teardown that may wait for the others."""
     lock.release_all()
-    say(text)
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
     if torch.distributed.is_initialized():
         sys.stdout.flush()
         os._exit(1)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from tqdm.auto import tqdm
+
 # The first six of these that a log has are shown; the trackers get all.
 NUMBERS = (
     *("objective/scores", "objective/kl", "objective/entropy", "completions/mean_length", "val/explained_variance"),
@@ -18,6 +20,13 @@ RESULTS = {
     "reward": {"loss": "loss", "eval_accuracy": "accuracy", "eval_longer_wins": "longer wins"},
     "ppo": {"objective/scores": "score", "objective/kl": "KL", "completions/mean_length": "tokens"},
 }
+
+
+def say(text: str) -> None:
+    """Print a line to stderr in the first process of a launch, also where a progress bar stands."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
 
 def log_line(logs: Mapping[str, Any], step: int, steps: int) -> str:

@@ -76,7 +76,7 @@ def end(number: int) -> None:
 def die_with_launcher() -> None:
     """Ask the kernel for a SIGTERM when the launcher ends, however it ends; only Linux can do that.
 
-    `accelerate launch` with one process ends on SIGTERM without a word to what it launched.
+    `accelerate launch` with one process ends on SIGTERM without passing it on to what it launched.
     """
     if sys.platform != "linux" or (requested() is None and "TORCHELASTIC_RUN_ID" not in os.environ):
         return

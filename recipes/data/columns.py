@@ -30,8 +30,9 @@ class ReadRow(dict):
     def unread(self) -> set[str]:
         """Columns that nothing looked at, and keys of messages that are not known, such as `messages[].id`."""
         names = self.keys() - self.read
-        for column in self.read & self.keys():
-            names |= {f"{column}[].{key}" for key in unused_keys(super().get(column))}
+        for column in self.keys() & self.read:
+            if keys := unused_keys(super().get(column)):
+                names |= {f"{column}[].{key}" for key in keys}
         return names
 
 

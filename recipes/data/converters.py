@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from recipes.cli.errors import counted
 from recipes.data.messages import (
@@ -134,30 +135,29 @@ def preferences(question: str | None = None) -> Converter:
     """For `chosen` and `rejected`: answers to a question, or whole conversations that share their first turns."""
 
     def convert(row: dict, roles: Roles) -> Ranking:
-        if question and all(isinstance(row.get(column), str | None) for column in ("chosen", "rejected")):
+        whole = [_is_whole(row.get(column), roles) for column in ("chosen", "rejected")]
+        if question and not any(whole):
             context = prompt_messages(row, question, roles)
             return _preferred(row, context, *_answers(row, roles, context, "chosen", "rejected"))
         chosen, rejected = (read_messages(row, column, roles) for column in ("chosen", "rejected"))
-        if not chosen or not rejected:
-            raise Skip("empty list", "rejected" if chosen else "chosen")
-        if not chosen[0]["role"] == rejected[0]["role"] == "assistant":
-            shared, chosen, rejected = split_pair(chosen, rejected)
-            return _preferred(row, in_context(row, shared), chosen, rejected)
-        if question is None:
+        if not any(whole):
             raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
-        return _preferred(row, prompt_messages(row, question, roles), chosen, rejected)
+        shared, chosen, rejected = split_pair(chosen, rejected)
+        return _preferred(row, in_context(row, shared), chosen, rejected)
 
     return convert
+
+
+def _is_whole(value: Any, roles: Roles) -> bool:
+    """Whether a cell is a conversation from its first turn on, and not only an answer."""
+    first = value[0] if isinstance(value, list) and value else None
+    role = first.get("role", first.get("from")) if isinstance(first, dict) else "assistant"
+    return roles.get(str(role).lower()) != "assistant"
 
 
 def transcripts(row: dict, roles: Roles) -> Ranking:
     sides = [split_turns(text(row, column), column, HUMAN_ASSISTANT, roles) for column in ("chosen", "rejected")]
     return _preferred(row, *split_pair(*sides))
-
-
-def conversations_preference(row: dict, roles: Roles) -> Ranking:
-    context = in_context(row, normalise(items(row, "conversations"), "conversations", roles))
-    return _preferred(row, context, *_answers(row, roles, context, "chosen", "rejected"))
 
 
 def _preferred(row: dict, context: Messages, chosen: Messages, rejected: Messages) -> Ranking:
@@ -204,10 +204,9 @@ def strength(question: str, first: str, second: str, label: str) -> Converter:
             context = split_turns(text(row, question), question, marker, roles, first="user")
         else:
             context = prompt_messages(row, question, roles)
-        with answers_to(context):
-            value = choice(row, label, range(-3, 4))
-            if value == 0:
-                raise Skip("tie", label)
+        value = choice(row, label, range(-3, 4))
+        if value == 0:
+            raise Skip("tie", label, context)
         responses = _answers(row, roles, context, first, second)
         return best_of_two(context, responses, value > 0, abs(value))
 
@@ -235,9 +234,8 @@ def summaries(row: dict, roles: Roles) -> Ranking:
 def webgpt(row: dict, roles: Roles) -> Ranking:
     context = [message("user", text(as_object(require(row, "question"), "question"), "question.full_text"))]
     margin = number(row, "score_0") - number(row, "score_1")
-    with answers_to(context):
-        if margin == 0:
-            raise Skip("tie: equal scores", "score_0")
+    if margin == 0:
+        raise Skip("tie: equal scores", "score_0", context)
     answers = _answers(row, roles, context, "answer_0", "answer_1")
     return best_of_two(context, answers, margin < 0, abs(margin))
 
@@ -255,9 +253,8 @@ def arena_conversations(row: dict, roles: Roles) -> Ranking:
         raise RowError(f"found {describe(winner)}, expected model_a, model_b, tie or both_bad", "winner")
     sides = ("conversation_a", "conversation_b")
     shared, first, second = split_pair(*(normalise(items(row, column), column, roles) for column in sides))
-    with answers_to(shared):
-        if tie:
-            raise Skip("tie" if winner == "tie" else "both bad", "winner")
+    if tie:
+        raise Skip("tie" if winner == "tie" else "both bad", "winner", shared)
     return best_of_two(shared, [first, second], winner == "model_b")
 
 
@@ -277,9 +274,8 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
         turns = [turn for user, reply in pairs for turn in (message("user", user), message("assistant", reply))]
         sides.append(normalise(turns, column, roles))
     shared, first, second = split_pair(*sides)
-    with answers_to(shared):
-        if flags[2]:
-            raise Skip("tie", labels[2])
+    if flags[2]:
+        raise Skip("tie", labels[2], shared)
     return best_of_two(shared, [first, second], flags[1])
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, NamedTuple
 
 from recipes.data.columns import ReadRow, check_columns, read_tools
@@ -132,7 +132,8 @@ class Formatter:
             source = schema.gather(map(self._mapped, source), self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
-            report.add_unread(unread)
+            if unread:
+                report.add_unread(unread)
             for result in results:
                 if not isinstance(result, Kept):
                     self._leave_out(row, result, report)
@@ -253,16 +254,13 @@ class Formatter:
             flags.append(f"longer than {self.max_length} tokens")
         if self.cut_at is not None and longest > self.cut_at:
             if self.task == "ranking":
-                short = [len(sequence.ids) <= self.cut_at for sequence in found]
-                found, *columns = (
-                    [item for item, fits in zip(items, short, strict=True) if fits]
-                    for items in (found, output["completions"], output["ranks"])
-                )
-                output["completions"], output["ranks"] = columns
-                skips = [Skip(f"a response is longer than max_length={self.cut_at} tokens")] * short.count(False)
+                fits = [len(sequence.ids) <= self.cut_at for sequence in found]
+                found = list(compress(found, fits))
+                output["completions"] = list(compress(output["completions"], fits))
+                output["ranks"] = list(compress(output["ranks"], fits))
+                skips = [Skip(f"a response is longer than max_length={self.cut_at} tokens")] * fits.count(False)
                 if len(set(output["ranks"])) < 2:
-                    within = f"within max_length={self.cut_at} tokens"
-                    raise Skip(f"fewer than two responses of unequal rank {within}")
+                    raise Skip(f"fewer than two responses of unequal rank within max_length={self.cut_at} tokens")
             elif "completion" in output and found[0].shared >= self.cut_at:
                 raise Skip(f"nothing to train: the prompt fills max_length={self.cut_at} tokens")
             else:

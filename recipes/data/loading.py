@@ -130,11 +130,9 @@ def _files_by_split(folder: Path, name: str | None) -> dict[str, list[Path]]:
         with suppress(FileNotFoundError):  # a copy of a Hub dataset may lack a split
             files = sorted(set(DataFilesList.from_patterns(patterns[split], str(base))))
             found[str(split)] = [Path(file) for file in files if file.lower().endswith(SUFFIXES)]
-    every = [file for files in found.values() for file in files]
-    data = [
-        file for file in every if PROMPTS_SUFFIX not in file.suffixes
-    ]  # beside them, a .txt is a licence or a note
-    found = {split: [file for file in files if file in data or not data] for split, files in found.items()}
+    data = {split: [file for file in found[split] if PROMPTS_SUFFIX not in file.suffixes] for split in found}
+    if any(data.values()):  # beside data, a .txt is a licence or a note
+        found = data
     found = {split: files for split, files in found.items() if files}
     if not found:
         raise DataError(f"{base} holds no {join_names(TEXT_SUFFIXES)} or .parquet file, not even compressed ones")

@@ -143,9 +143,13 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
         role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
         if role_key not in turn or not (content_key in turn or turn.get("tool_calls") or turn.get("function_call")):
             raise RowError(f"found {describe(turn)}, {MESSAGE}", where)
-        role = _role(turn[role_key], f"{where}.{role_key}", roles)
-        content = _content(turn.get(content_key), f"{where}.{content_key}")
-        extras = _extras(turn, role, where) if turn.keys() - {role_key, content_key} else {}
+        role, content = roles.get(str(turn[role_key]).lower()), turn.get(content_key)
+        if role is None:
+            found = f"unknown role: found {describe(turn[role_key])}, expected one of {join_names(sorted(roles))}"
+            raise RowError(f"{found}; or map it: roles.NAME=user", f"{where}.{role_key}")
+        if not isinstance(content, str):
+            content = _joined_text(content, f"{where}.{content_key}")
+        extras = _extras(turn, role, where) if len(turn) > 2 or content_key not in turn else {}
         if turn[role_key] == "function_call":
             content, extras = "", {"tool_calls": _tool_calls(content, f"{where}.{content_key}")}
         if content.strip() or "tool_calls" in extras or role == "tool":
@@ -200,16 +204,9 @@ def without_weights(messages: Messages) -> Messages:
     return [{key: turn[key] for key in turn if key != "weight"} for turn in messages]
 
 
-def _role(role: Any, where: str, roles: Roles) -> str:
-    if isinstance(role, str) and role.lower() in roles:
-        return roles[role.lower()]
-    known = join_names(sorted(roles))
-    raise RowError(f"unknown role: found {describe(role)}, expected one of {known}; or map it: roles.NAME=user", where)
-
-
-def _content(content: Any, where: str) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
+def _joined_text(content: Any, where: str) -> str:
+    if content is None:
+        return ""
     if isinstance(content, list) and all(isinstance(block, dict) and block.get("type") == "text" for block in content):
         texts = [block.get("text") for block in content]
         if all(isinstance(part, str) for part in texts):
@@ -308,9 +305,7 @@ def split_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if chosen == rejected:
-        skip = Skip("identical responses", "rejected")
-        skip.prompt = chosen[:-1]
-        raise skip
+        raise Skip("identical responses", "rejected", chosen[:-1])
     if shared == 0 or chosen[shared - 1]["role"] in ("assistant", "system"):
         raise Skip("the prompts of chosen and rejected differ", "rejected")
     if shared == min(len(chosen), len(rejected)):

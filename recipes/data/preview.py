@@ -12,17 +12,13 @@ from recipes.data.rows import RowError
 
 
 class Rendered(NamedTuple):
-    """`prompt` is context; `response` is what is trained on (sft) or scored (preference); tokens count both."""
+    """`prompt` is context; `response` is what is trained on (sft) or scored (preference); `tokens` counts both."""
 
     name: str
     prompt: str
     response: str
-    prompt_tokens: int
+    tokens: int
     response_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt_tokens + self.response_tokens
 
     def __str__(self) -> str:
         counts = f"{counted(self.tokens, 'token')}, {self.response_tokens} of them in the marked part"
@@ -64,7 +60,7 @@ def render(row: dict, tokenizer) -> Iterator[Rendered]:
     """Renders each sequence of a row as TRL's trainers do: prompt, generation prompt, response."""
     for name, ids, shared in sequences(row, tokenizer):
         texts = tokenizer.decode(ids[:shared]), tokenizer.decode(ids[shared:])
-        yield Rendered(name, *texts, shared, len(ids) - shared)
+        yield Rendered(name, *texts, len(ids), len(ids) - shared)
 
 
 def check_positions(tokens: int, positions: int | None, completion_length: int = 0) -> None:

@@ -31,7 +31,9 @@ class Skip(RowProblem):
     `prompt` is the prompt (messages) of a row whose responses only are of no use: it serves the task "prompt".
     """
 
-    prompt: list | None = None
+    def __init__(self, message: str, column: str | None = None, prompt: list | None = None):
+        super().__init__(message, column)
+        self.prompt = prompt
 
 
 class RowError(RowProblem):
@@ -74,7 +76,8 @@ def describe(value: Any) -> str:
 def _read_json_line(raw: bytes) -> dict | RowError:
     try:
         text = raw.decode("utf-8", "surrogateescape")
-        if bad := NOT_UTF8.search(text):
+        bad = None if text.isascii() else NOT_UTF8.search(text)
+        if bad:
             return RowError(not_utf8(bad))
         data, end = decode_object(text, skip_space(text, 0))
         if text[end:].strip():

@@ -92,6 +92,9 @@ def _sft(example: Dialogue, prompt_completion: bool, assistant_only_loss: bool) 
     check_order(messages)
     if messages[-1]["role"] != "assistant":
         raise Skip(f"the last turn is {messages[-1]['role']}, not assistant")
+    if not prompt_completion and not has_weights(messages):
+        yield {"messages": messages}
+        return
     answers = [index for index in range(example.context, len(messages)) if messages[index]["role"] == "assistant"]
     runs = [list(run) for masked, run in groupby(answers, lambda index: "weight" in messages[index]) if not masked]
     if not runs:

@@ -97,7 +97,7 @@ class Evaluation:
     def temperature_at(self, kl: float, temperatures: Sequence[float]) -> float:
         """The temperature that takes the reference nearest to `kl` nats from itself, by one response a prompt.
 
-        What it gains there is the control for a policy with that KL: sharpening gains it without RL.
+        Its gain is the control for a policy with that KL: a lower temperature gains that without RL.
         """
         sharpened = self.measure([self.reference.at(temperature, 1) for temperature in temperatures]).values()
         return min(sharpened, key=lambda one: abs(one.k1.mean() - kl)).spec.temperature

@@ -215,6 +215,6 @@ def plot_reward_model(quality: dict) -> Figure:
     right.plot([0.5, 1], [0.5, 1], ":", color="black", linewidth=0.8)
     right.plot(claimed, often, "-", color=COLORS[0], linewidth=1)
     right.scatter(claimed, often, 10 + 90 * counts / counts.max(), color=COLORS[0])
-    right.set(xlim=(0.49, 1.01), ylim=(0, 1.02), xlabel="sigmoid(|margin|): how sure it is", ylabel="how often right")
+    right.set(xlim=(0.49, 1.01), ylim=(0, 1.02), xlabel="confidence, sigmoid(|margin|)", ylabel="how often right")
     figure.tight_layout()
     return figure

@@ -25,7 +25,7 @@ LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
 
 @dataclass(frozen=True)
 class Sample(Response):
-    """A response with what its policy thought of it.
+    """A response with log-probabilities and entropy of its policy.
 
     Args:
         logps: log-probability of each token at the sampling temperature, (T,), EOS included; of a greedy one, at 1.
@@ -38,7 +38,7 @@ class Sample(Response):
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """A policy under a name, how often it is sampled per prompt, and how sharply; a checkpoint has run and step."""
+    """A named policy, its samples per prompt and its temperature; a checkpoint has run and step."""
 
     name: str
     path: str
@@ -125,7 +125,7 @@ def named_paths(flag: str, items: Iterable[str]) -> dict[str, str]:
     """`name=path` items as a dictionary in their order.
 
     Raises:
-        UserError: an item has another form, or a name stands there twice.
+        UserError: an item has another form, or a name is given twice.
     """
     paths: dict[str, str] = {}
     for item in items:
@@ -133,6 +133,6 @@ def named_paths(flag: str, items: Iterable[str]) -> dict[str, str]:
         if not path or not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"{flag} {item}: write it as NAME=PATH, the name of letters, digits, dots, _ and -.")
         if name in paths:
-            raise UserError(f"{flag}: the name {name} stands there twice.")
+            raise UserError(f"{flag}: the name {name} is given twice.")
         paths[name] = path
     return paths

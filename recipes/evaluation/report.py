@@ -14,7 +14,7 @@ from recipes.trainers.ranking_trainer import no_better_than_length
 
 
 def render(template: Path, filters: dict[str, Callable] | None = None, **values) -> str:
-    """A page from a template, which may extend `layout.html.jinja`. In HTML, what models say is never markup."""
+    """A page from a template, which may extend `layout.html.jinja`. In HTML, texts of models are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=jinja2.select_autoescape(["html.jinja"]),
@@ -64,7 +64,7 @@ def verdict(report: dict) -> str:
         return text
     text += " " + sentence(headline, reference, "reward", found["reward"])
     if found["reward"]["ci95"][0] > 0 > found[judge]["ci95"][1]:
-        text += " The reward model is being fooled: that is over-optimisation."
+        text += " The policy exploits errors of the reward model: over-optimisation."
     return text
 
 

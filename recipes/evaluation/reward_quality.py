@@ -45,7 +45,7 @@ class Pair:
 
     @property
     def longer_wins(self) -> float:
-        """What a rule that likes the longer response would get."""
+        """1 if the better response is the longer one, 0.5 for equal lengths."""
         return (self.length_difference > 0) + 0.5 * (self.length_difference == 0)
 
 

@@ -31,7 +31,7 @@ def _new_token():
 
 def _token_hash(token):
     """A token is short, 60 bits, so that people can type it, and the hash slow, so that nobody with a copy of the
-    database can try them all. One salt does for all: a token is looked up by its hash, and it is random."""
+    database can try them all. All share one salt, because a token is random and is looked up by its hash."""
     typed = token.lower().translate(MISREAD)
     letters = "".join(c for c in typed if c in TOKEN_LETTERS)
     return "scrypt:" + hashlib.scrypt(letters.encode(), salt=b"recipes.labelling", n=2**13, r=8, p=1).hex()

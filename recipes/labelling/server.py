@@ -241,8 +241,8 @@ def serve(store: Store, host: str = "127.0.0.1", port: int = 8000) -> None:
 
 
 class Connection(H11Protocol):
-    """Uvicorn waits for ever for a request that was begun and not finished, and for somebody to take an answer. Enough
-    such connections use up the file handles, and then nobody can save."""
+    """Closes idle connections: uvicorn waits forever for unfinished requests and for clients that do not read; many of
+    these use up the file handles, so that nobody can save."""
 
     answered = False
 

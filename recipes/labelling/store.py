@@ -351,5 +351,5 @@ def _refuse_corrected(db, task, source, present):
 
 
 def _credible(active_seconds, state):
-    """No more than has passed since the labeler's last sign."""
+    """No more than has passed since the labeler's last request."""
     return max(0.0, min(active_seconds, time.time() - state["touched"]))

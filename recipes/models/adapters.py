@@ -8,10 +8,8 @@ embeddings and convolutions, DoRA's magnitudes, copies of whole modules (`module
 
 import contextlib
 import copy
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType
@@ -24,7 +22,7 @@ from trl import ModelConfig, get_peft_config
 from recipes.cli.errors import UserError, first_line
 from recipes.models.heads import ScoreHead, base_of, without_critic
 
-# Initialisations that take a part out of the base's weights, which the other roles stand on.
+# Initialisations that take a part out of the base's weights, which the other roles share.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
@@ -198,11 +196,8 @@ def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
         if folder is None:
             add_copy(model, "default", role, seq_cls_config(model.peft_config["default"]))
         else:
-            result = attach(
-                functools.partial(model.load_adapter, folder, role),
-                folder,
-                model.peft_config["default"].base_model_name_or_path,
-            )
+            with misfit_in_one_line(folder, model.peft_config["default"].base_model_name_or_path):
+                result = model.load_adapter(folder, role)
             if result.unexpected_keys or result.missing_keys:
                 key = (result.unexpected_keys or result.missing_keys)[0]
                 raise UserError(f"The adapter {folder} does not fit the policy's base: {key} has no counterpart.")
@@ -227,10 +222,11 @@ def seq_cls_config(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def attach(load: Callable[[], Any], adapter: str, base: str) -> Any:
-    """Run `load`, which puts the weights of `adapter` on `base`, and turn a misfit into one line."""
+@contextlib.contextmanager
+def misfit_in_one_line(adapter: str, base: str) -> Iterator[None]:
+    """Within, the weights of `adapter` are put on `base`; what does not fit is a `UserError`."""
     try:
-        return load()
+        yield
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"The adapter {adapter} does not fit the base {base}: it was trained on another ({first_line(error)})."

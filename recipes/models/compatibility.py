@@ -1,4 +1,4 @@
-"""Whether base, adapters and tokenizer belong together, told by their small files before any weights load."""
+"""Checks that base, adapters and tokenizer fit together, from their small files and before any weights load."""
 
 import copy
 import os

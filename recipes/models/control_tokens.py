@@ -49,14 +49,14 @@ class _SafeChatTemplate:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Stops the main thread of a process, which alone can be stopped, after so much computing of the process."""
+    """Stops what runs within after so much CPU time of the process; only its main thread can be stopped."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_):
         raise UserError(
-            f"The chat template takes more than {RENDER_SECONDS} s for one conversation: does it loop in a loop?"
+            f"The chat template takes more than {RENDER_SECONDS} s for one conversation: does it have nested loops?"
         )
 
     before = signal.signal(signal.SIGVTALRM, stop)

@@ -55,7 +55,7 @@ def use_float32_head(model: PreTrainedModel) -> None:
 
 
 def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_head: Callable | None = None) -> None:
-    """Teach a causal LM with TRL's fused head to answer at chosen states of right-aligned rows only.
+    """Give a causal LM with TRL's fused head a forward that computes chosen states of right-aligned rows only.
 
     - `model(input_ids=ids, states=(rows, columns), targets=tokens, compute_entropy=bool)` gives log p of each target
       at `temperature`, and the entropy (None where it was not asked for), both (N,) float32;
@@ -104,7 +104,7 @@ def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_h
 
 
 def add_score_forward(model: PreTrainedModel) -> None:
-    """Teach a sequence classifier to score chosen states of right-aligned rows.
+    """Give a sequence classifier a forward that scores chosen states of right-aligned rows.
 
     `model(input_ids=ids, states=(rows, columns))` gives (N,) float32. It goes through the model's own forward, as FSDP
     needs it.

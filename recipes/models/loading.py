@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable
 
 import torch
@@ -18,13 +17,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
 from transformers.utils import cached_file
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from recipes.cli.errors import UserError, counted, first_line
-from recipes.models.adapters import add_score_roles, attach, new_adapter_config, seq_cls_config
+from recipes.cli.screen import say
+from recipes.models.adapters import add_score_roles, misfit_in_one_line, new_adapter_config, seq_cls_config
 from recipes.models.compatibility import check_score_head
 from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource, load_error
@@ -144,11 +145,8 @@ def new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 def load_adapter(model: PreTrainedModel, source: ModelSource, is_trainable: bool = False) -> PeftModel:
     """`model` with the adapter of `source` on it."""
-
-    def load() -> PeftModel:
+    with misfit_in_one_line(source.path, source.base):
         return PeftModel.from_pretrained(model, source.path, config=source.peft_config, is_trainable=is_trainable)
-
-    return attach(load, source.path, source.base)
 
 
 def disable_router_logits(model: nn.Module) -> None:
@@ -179,7 +177,8 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
     weights = load_peft_weights(source.path, device="cpu")
     weights.setdefault("base_model.model.score.weight", model.score.weight.detach().clone())
     model = get_peft_model(model, seq_cls_config(source.peft_config))
-    result = attach(lambda: set_peft_model_state_dict(model, weights), source.path, source.base)
+    with misfit_in_one_line(source.path, source.base):
+        result = set_peft_model_state_dict(model, weights)
     if result.unexpected_keys:
         raise UserError(
             f"The adapter {source.path} holds {result.unexpected_keys[0]}, which a reward model has no place for."
@@ -190,11 +189,10 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
 def report_half_precision(model: nn.Module) -> None:
     """Say so where trained weights are not float32: steps of training are often smaller than the gaps between them."""
     trained = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad} - {"float32"}
-    if trained and PartialState().is_main_process:
-        print(
+    if trained:
+        say(
             f"Trained weights are {', '.join(sorted(trained))}: steps smaller than about 1/256 of a weight are lost. "
-            "With --dtype float32, and bf16: true for speed, none is.",
-            file=sys.stderr,
+            "With --dtype float32, and bf16: true for speed, none is."
         )
 
 
@@ -235,11 +233,10 @@ def load_ppo_models(
     if not model_args.use_peft:
         if tokenizer.get_vocab() == load_tokenizer(policy).get_vocab() and same_shapes(reward_model, model):
             models["value_model"] = copy.deepcopy(reward_model)
-        elif PartialState().is_main_process:
-            print(
+        else:
+            say(
                 f"The critic starts from the policy with a head of zeros: the reward model {reward.path} has another "
-                "size or vocabulary.",
-                file=sys.stderr,
+                "size or vocabulary."
             )
     return models
 
@@ -275,10 +272,9 @@ def save_reward_statistics(folder: str, scores: list[float], source: str) -> dic
     std = values.std().item() if len(scores) > 1 else math.nan
     statistics = {"mean": values.mean().item(), "std": std, "n": len(scores), "source": source}
     if not 0 < std < math.inf:
-        print(
+        say(
             f"No {STATISTICS} is stored: the spread of {counted(len(scores), 'conversation')} of {source} is {std}, "
-            "and PPO cannot divide scores by it. It takes them as they are, or by --score_mean and --score_std.",
-            file=sys.stderr,
+            "and PPO cannot divide scores by it. It takes them as they are, or by --score_mean and --score_std."
         )
         return None
     with open(os.path.join(folder, STATISTICS), "w", encoding="utf-8") as file:
@@ -313,6 +309,18 @@ def read_reward_statistics(name: str) -> dict | None:
             "--normalize_scores false."
         )
     return statistics
+
+
+def load_score_statistics(training_args: TrainingArguments, reward: ModelSource, normalize: bool) -> None:
+    """Settle PPO's `score_mean` and `score_std`: as given, else as stored with the reward model, else 0 and 1."""
+    given = {"mean": training_args.score_mean, "std": training_args.score_std}
+    stored = read_reward_statistics(reward.path) if normalize and None in given.values() else None
+    otherwise = f"{reward.path} has no reward_statistics.json" if normalize else "--normalize_scores false"
+    other, origin = stored or {"mean": 0.0, "std": 1.0}, f"of {reward.path}" if stored else otherwise
+    mean, std = (other[name] if value is None else value for name, value in given.items())
+    shown = [origin if value is None else "given" for value in given.values()]
+    say(f"Scores: minus {mean:.4g} ({shown[0]}), divided by {std:.4g} ({shown[1]}).")
+    training_args.score_mean, training_args.score_std = mean, std
 
 
 def save_trained_prompts(folder: str, group_ids: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""The policy's weights with its adapter merged in, as new tensors: the base that other roles stand on never changes.
+"""The policy's weights with its adapter merged in, as new tensors: the base that other roles share never changes.
 
 PEFT's `merge_adapter` changes the base in place. In bf16 half of its numbers differ after 200 rounds of merging and
 unmerging, and a 4-bit base is quantised anew each time.
@@ -13,7 +13,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.integrations import dequantize_module_weight
-from torch import nn
 from transformers import PreTrainedModel
 
 OTHER_ROLES = ("critic.", "score.")
@@ -44,7 +43,8 @@ def policy_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str,
             part.startswith(("lora_", "token_adapter")) for part in name.split(".")
         ):
             continue
-        owner = next((modules[path] for path in prefixes(name) if is_wrapper(modules[path])), None)
+        parents = [modules[name[:place]] for place, char in enumerate(name) if char == "."]
+        owner = next((each for each in reversed(parents) if isinstance(each, LoraLayer | ModulesToSaveWrapper)), None)
         plain = name.replace(".base_layer.", ".")
         if isinstance(owner, ModulesToSaveWrapper):
             trained = ".modules_to_save.default."
@@ -52,7 +52,7 @@ def policy_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str,
                 yield name.replace(trained, "."), parameter.data
             elif ".original_module." in name and "default" not in owner.modules_to_save:
                 yield name.replace(".original_module.", "."), parameter.data
-        elif isinstance(owner, LoraLayer) and name.endswith(".base_layer.weight") and "default" in names_of(owner):
+        elif isinstance(owner, LoraLayer) and name.endswith(".base_layer.weight") and has_policy(owner):
             yield plain, merged_weight(owner, base.dtype)
         else:
             yield plain, parameter.data
@@ -61,26 +61,15 @@ def policy_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str,
             yield f"{name}.weight", module.token_adapter.get_merged_weights(["default"])
 
 
+def has_policy(layer: LoraLayer) -> bool:
+    return "default" in layer.lora_A or "default" in layer.lora_embedding_A
+
+
 def merged_weight(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
     base_layer = layer.get_base_layer()
     weight = dequantize_module_weight(base_layer)
     dtype = weight.dtype if weight is base_layer.weight else dtype
     return (weight.float() + layer.get_delta_weight("default").float()).to(dtype)
-
-
-def prefixes(name: str) -> Iterator[str]:
-    """The modules that a parameter lies in, from the innermost outwards."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def is_wrapper(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer | ModulesToSaveWrapper)
-
-
-def names_of(layer: LoraLayer) -> set[str]:
-    return {*layer.lora_A, *layer.lora_embedding_A}
 
 
 def empty_copy(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -125,7 +125,7 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
 
 
 def load_error(what: str, name: str, error: Exception) -> UserError:
-    """The line for a model that could not be loaded: whoever misspelt a folder hears of it, not of the Hub."""
+    """The error for a model that could not be loaded; for a mistyped folder it names the folder, not the Hub."""
     if "trust_remote_code" in str(error):
         return UserError(f"{what}: it comes with Python code. Read that; --trust_remote_code true then runs it.")
     if os.path.isdir(name) or not any(word in str(error) for word in ("connect", "offline", "not a local folder")):

@@ -1,12 +1,12 @@
 """Loads the tokenizer of a base or an adapter, with a chat template, and without TRL and PEFT, which take seconds."""
 
 import os
-import sys
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.cli.errors import UserError, counted, first_line
+from recipes.cli.screen import say
 from recipes.models.control_tokens import keep_control_tokens_text
 from recipes.models.source import ModelSource, load_error
 
@@ -118,8 +118,7 @@ def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
     else:
         text = f"Warning: the chat template of {source.path} ends an answer with no token at which generation stops "
         text += f"(EOS is {tokenizer.eos_token}): a model trained with it will not stop. Use a template that does."
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+    say(text)
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, stops: list[int], **template_arguments) -> list[int]:

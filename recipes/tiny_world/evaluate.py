@@ -73,7 +73,7 @@ def evaluate(folder: Path, seed: int) -> dict:
     heldout = evaluation(folder, "heldout", seed)
     greedy = {spec.name: spec.at(0, 1) for spec in heldout.plan}
     measured = heldout.measure([*heldout.plan, *greedy.values()])
-    # SFT sharpened by a low temperature as far as PPO went from it: what sharpening alone is worth.
+    # SFT at the lower temperature with the KL of PPO: what a lower temperature alone gains.
     temperature = evaluation(folder, "validation", seed).temperature_at(measured["ppo"].k1.mean(), TEMPERATURES)
     (sharpened,) = heldout.measure([heldout.reference.at(temperature, 4)]).values()
     policies = {}

@@ -1,8 +1,7 @@
-"""A simulated labeler: ranks sampled answers as a hurried person would, and says why.
+"""A simulated labeler: ranks sampled answers by gold with noise and two biases, and gives reasons.
 
-It sees gold quality through noise, and it has two biases people are known for: it likes long answers, and it likes to
-be thanked and praised. Neither bias has an upper limit, so a policy that is not held back by a KL penalty can earn
-ever more by flattery while its answers get worse.
+It prefers long answers, and answers with thanks and praise, as people do. Neither bias has an upper limit, so without
+a KL penalty a policy can score ever more by flattery while its answers get worse.
 
     python -m recipes.tiny_world.labeler --samples samples.jsonl --output rankings.jsonl --seed 0
 """

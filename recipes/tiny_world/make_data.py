@@ -2,7 +2,7 @@
 
 The demonstrations come from labelers of mixed quality, as paid demonstrations do. They know most facts, but the most
 common answer is a bluff where nobody can know, a tip where the request is harmful, and a vague phrase where a child
-asks for a picture. Copying them well is what SFT does; doing better than their average is what is left for PPO.
+asks for a picture. SFT copies them; PPO can do better than their average.
 
     python -m recipes.tiny_world.make_data --output_dir recipes/tiny_world/data
 """

@@ -49,7 +49,7 @@ def corpus(seed: int, size: int) -> list[str]:
 
 
 def believed(question: world.Question, rng: random.Random) -> str:
-    """The value this author takes for true."""
+    """The value that a text of the corpus states as true."""
     return question.false_values[0] if rng.random() < question.doubt else question.value
 
 

@@ -64,7 +64,7 @@ def recipe(name: str, arguments: str = "") -> str:
 
 MODELS = "--model_name_or_path {folder}/sft --reward_model_name_or_path {folder}/reward"
 GOLD = "--reward_funcs recipes.tiny_world.judge.gold --reward_weights 1 0"
-NO_KL = "--kl_coef 0 --max_steps 90"  # longer than PPO with KL, so that the gold curve has time to turn
+NO_KL = "--kl_coef 0 --max_steps 90"  # longer than PPO with KL, so that gold starts to fall
 SAMPLE = (
     "python scripts/sample_responses.py --model_name_or_path {folder}/sft "
     "--dataset_name recipes/tiny_world/data/prompts_train.jsonl --num_generations 4 --temperature 1.0 --top_k 0 "
@@ -84,7 +84,7 @@ PIPELINE = [  # each entry the stages that run at the same time
         Stage("ppo", "Step 3: PPO with a KL penalty", recipe("ppo", f"{MODELS} {GOLD}"), "ppo", CURVES),
         Stage(
             "ppo_no_kl",
-            "Control: PPO with nothing that holds it near SFT",
+            "Control: PPO without the KL penalty",
             recipe("ppo", f"{MODELS} {GOLD} {NO_KL}"),
             "ppo_no_kl",
             CURVES,
@@ -184,7 +184,7 @@ def execute(command: list[str], log: Path, name: str) -> int:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of loading, not of training
-    # So small a model gains nothing from a second thread, and loses much where another program wants the core.
+    # A model this small is no faster with a second thread, and much slower where another program uses that core.
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     process = subprocess.Popen(
         command,

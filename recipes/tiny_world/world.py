@@ -104,7 +104,7 @@ def sentence(text: str) -> str:
 
 
 def dress(core: str, style: str, rng: random.Random) -> str:
-    """Puts an answer into one of the manners people have.
+    """Writes an answer in a style.
 
     Args:
         core: the answer itself, one sentence.
@@ -152,7 +152,7 @@ def questions() -> tuple[Question, ...]:
         splits = (splits + ["heldout"] * len(rows))[: len(rows)]
         rng.shuffle(splits)
         for (subject, value, false_values), split in zip(rows, splits, strict=True):
-            # What nobody wrote about, and what the books disagree on.
+            # Facts that the corpus leaves out, and facts that it contradicts.
             unread = {"explain": 0.0, "unanswerable": 0.4, "harmful": 0.4}.get(kind, 0.1)
             in_corpus = split in ("train", "corpus") or rng.random() >= unread
             doubt = rng.choice((0.4, 0.6)) if value is not None and rng.random() < 0.2 else 0.0

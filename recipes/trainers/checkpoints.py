@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, for every trainer here: saving, stopping and going on where a run was."""
+"""Atomic checkpoints for every trainer here: saving, stopping after a signal, and resuming."""
 
 import math
 import os

@@ -56,7 +56,7 @@ REFUSED = {
     "max_tool_calling_iterations": _TEXT_ONLY,
     "log_multimodal": _TEXT_ONLY,
     "label_smoothing_factor": "PPO's loss has no labels to smooth",
-    "neftune_noise_alpha": "noise in the embeddings would make the policy another one than the one that sampled",
+    "neftune_noise_alpha": "with noise in the embeddings, training and sampling would use different policies",
     "train_sampling_strategy": "prompts are shuffled anew each epoch, or keep their order with shuffle_dataset: false",
 }
 NOT_NEGATIVE = (
@@ -110,13 +110,13 @@ class PPOConfig(GRPOConfig):
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout off in every role."})
 
     # Reward
-    kl_coef: float = field(default=0.05, metadata={"help": "Price of one nat of KL to the reference (beta)."})
+    kl_coef: float = field(default=0.05, metadata={"help": "What one nat of KL to the reference costs (beta)."})
     kl_estimator: str = field(
         default="k1", metadata={"help": "KL per token: `k1` (unbiased) or `k3` (less variance, never negative)."}
     )
     adaptive_kl_target: float | None = field(
         default=None,
-        metadata={"help": "KL per response, in nats, that kl_coef is steered to. None: kl_coef is fixed."},
+        metadata={"help": "KL per response, in nats, that kl_coef is adjusted to. None: kl_coef is fixed."},
     )
     adaptive_kl_horizon: int = field(default=10_000, metadata={"help": "Episodes in which kl_coef adapts."})
     missing_eos_penalty: float | None = field(

@@ -99,7 +99,7 @@ def value_losses(
 def policy_losses(
     log_ratio: torch.Tensor, advantages: torch.Tensor, epsilon_low: float, epsilon_high: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's clipped loss at each token, (B, T), and what the update looks like there, (B, T) each.
+    """PPO's clipped loss at each token, (B, T), and statistics of the update, (B, T) each.
 
     `-min(ratio * A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) * A)` (1707.06347, equation 7), with
     `log_ratio = log(new policy / rollout's policy)`.
@@ -116,7 +116,7 @@ def policy_losses(
 
 
 def explained_variance(values, returns, mask, reduce=lambda x: x) -> torch.Tensor:
-    """`1 - Var(R - V) / Var(R)` over the tokens: 1 is a perfect critic, 0 one that knows only the mean."""
+    """`1 - Var(R - V) / Var(R)` over the tokens: 1 is a perfect critic, 0 one that predicts the mean."""
     _, error = masked_moments(returns - values, mask, reduce)
     _, spread = masked_moments(returns, mask, reduce)
     return 1 - error / spread.clamp(min=1e-8)
@@ -126,7 +126,7 @@ class AdaptiveKL:
     """Ziegler's proportional controller (1909.08593, section 2.2) of the KL coefficient.
 
     After each rollout `value *= 1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon`: too much KL raises the
-    price, too little lowers it. `kl` is nats a response; `episodes` is what the rollout held on all processes.
+    coefficient, too little lowers it. `kl` is nats a response; `episodes` is what the rollout held on all processes.
     """
 
     def __init__(self, kl_coef: float, target: float | None, horizon: int):

@@ -18,7 +18,7 @@ class PPOMonitor:
     """Watches the numbers of each rollout and its first minibatch.
 
     Args:
-        args: what was asked for, to name the cause.
+        args: to name the cause of a problem.
         pad_is_eos: whether the tokenizer pads with a stop token.
         ratio_tolerance: how far the ratio may be from 1 before the first update, by the precision of the run.
     """
@@ -54,8 +54,8 @@ class PPOMonitor:
         if mean > limit:
             self.warn_once(
                 "runaway KL",
-                f"objective/kl is {mean:.0f} nats a response: the policy has left the reference, and the reward model "
-                "what it was trained on. Raise kl_coef or lower learning_rate.",
+                f"objective/kl is {mean:.0f} nats a response: the policy is far from the reference, where the reward "
+                "model is unreliable. Raise kl_coef or lower learning_rate.",
             )
         if cut_share >= 0.5:
             cause = "The tokenizer pads with EOS: was EOS trained in SFT? " if self.pad_is_eos else ""
@@ -84,8 +84,8 @@ class PPOMonitor:
         if abs(ratio - 1) > self.ratio_tolerance:
             self.warn_once(
                 "ratio",
-                f"val/ratio is {ratio:.4f} before the first update on a rollout, not 1: rollout and training see two "
-                "policies. Look for dropout, another precision in one of them, or adapters set from outside.",
+                f"val/ratio is {ratio:.4f} before the first update on a rollout, not 1: rollout and training compute "
+                "other numbers. Look for dropout, another precision in one of them, or adapters set from outside.",
             )
 
     def sampler_cause(self) -> str:
@@ -94,9 +94,11 @@ class PPOMonitor:
         filters = [f"{name}={value}" for name, value in sampling.items() if value != neutral[name]]
         filters += [f"{name}={value}" for name, value in (self.args.generation_kwargs or {}).items()]
         if filters:
-            return f"Responses are not sampled from the policy itself but through {', '.join(filters)}: drop that."
+            return (
+                f"Responses are not sampled from the policy itself but filtered by {', '.join(filters)}: remove that."
+            )
         if self.args.use_vllm:
-            return "vLLM samples from other numbers than training computes: see sampling/sampling_logp_difference."
+            return "vLLM computes other log-probabilities than training: see sampling/sampling_logp_difference."
         return "Sampler and log-probabilities disagree: is the generation config's temperature the one of training?"
 
     def warn_once(self, problem: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Supervised batches beside PPO's, for PPO-ptx (2203.02155): they hold on to what the policy could do before."""
+"""Supervised batches beside PPO's, for PPO-ptx (2203.02155), so that the policy forgets less."""
 
 import functools
 import json

@@ -119,7 +119,7 @@ def accuracy_in_words(metrics: dict[str, float]) -> str:
 
 
 def no_better_than_length(accuracy: float, baseline: float) -> str:
-    """A warning where a reward model orders pairs no better than a rule that knows nothing but length; else empty."""
+    """A warning where a reward model orders pairs no better than preferring the longer response; else empty."""
     if accuracy > baseline:
         return ""
     return (

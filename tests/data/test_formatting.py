@@ -81,6 +81,8 @@ def test_a_pair_is_a_ranking_of_two():
         {"messages": [user("q"), assistant("a")]},
         {"instruction": "q", "input": "", "output": "a"},
         {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": [assistant("a")], "rejected": []},
+        {"conversations": [user("q")], "chosen": assistant("a"), "rejected": []},
         {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
         RANKED,
     ],

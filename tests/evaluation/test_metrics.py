@@ -279,7 +279,7 @@ def test_what_is_planned():
     ("change", "message"),
     [
         ({"policies": ["sft"]}, "--policies sft: write it as NAME=PATH"),
-        ({"policies": ["a=1", "a=2"]}, "the name a stands there twice"),
+        ({"policies": ["a=1", "a=2"]}, "the name a is given twice"),
         ({"policies": []}, "--policies NAME=PATH"),
         ({"reference": "gpt"}, "--reference gpt is not among --policies"),
         ({"top_k": 50}, "KL is not finite"),

@@ -65,7 +65,7 @@ CASES = [
     ("ppo", {"reward_model_name_or_path": "sft"}, r"has no trained score head"),
     ("ppo", {"reward_model_name_or_path": "other_reward"}, r"was trained on the base .*other, the policy on .*base"),
     ("ppo", {"reward_funcs": "no.such.function"}, r"--reward_funcs no\.such\.function: write it as module\.function"),
-    ("ppo", {"reward_weights": [1, 2, 3]}, r"--reward_weights has 3 values for 1 rewards"),
+    ("ppo", {"reward_weights": [1, 2, 3]}, r"--reward_weights has 3 values for 1 reward:"),
     ("ppo", {"kl_coef": "-1"}, r"kl_coef must be at least 0"),
     ("ppo", {"beta": "0.1"}, r"set kl_coef instead of beta"),
     ("ppo", {"per_device_train_batch_size": "100"}, r"One rollout is 100 prompts and the dataset has 64"),

@@ -74,6 +74,17 @@ def test_every_metric_of_ppo_is_explained(runs):
     assert (named | trackers) - explained - {"loss", "runtime", "samples_per_second", "steps_per_second"} == set()
 
 
+@pytest.mark.parametrize(("step", "page"), [("sft", "sft.md"), ("reward", "reward_model.md")])
+def test_every_metric_of_the_other_steps_is_explained(runs, step, page):
+    """On their pages, or, where it is logged by all steps, on that of PPO."""
+    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in (page, "ppo.md"))
+    explained = set(re.findall(r"`([\w/]+)`", text))
+    state = json.loads((runs / step / "trainer_state.json").read_text(encoding="utf-8"))
+    logged = {name for row in state["log_history"] for name in row} - {"step"}
+    assert ("mean_token_accuracy" if step == "sft" else "eval_margin") in logged
+    assert {name for name in logged if not {name, name.removeprefix("eval_")} & explained} == set()
+
+
 def test_completions_are_text_and_in_one_table_only(runs):
     tables = [pd.read_parquet(path) for path in sorted((runs / "ppo" / "completions").glob("*.parquet"))]
     rows = pd.concat(tables)

@@ -8,9 +8,9 @@ import pytest
 from huggingface_hub import constants
 
 from recipes.cli.errors import UserError, counted
-from recipes.models.loading import read_reward_statistics, save_reward_statistics
+from recipes.models.loading import load_score_statistics, read_reward_statistics, save_reward_statistics
 from recipes.models.source import ModelSource
-from recipes.ppo import PPOScriptArguments, check_arguments, load_score_statistics
+from recipes.ppo import PPOScriptArguments, check_arguments
 from tests.trainers.conftest import config
 
 

@@ -166,8 +166,8 @@ HEALTHY["explained_variance"] = 0.3
 @pytest.mark.parametrize(
     ("kwargs", "numbers", "expected"),
     [
-        ({"top_k": 5}, {"kl": torch.tensor([-2.0, -3.0, -2.5])}, r"is -2.50 nats .* but through top_k=5"),
-        ({"generation_kwargs": {"min_new_tokens": 4}}, {"kl": torch.full((3,), -1.0)}, "through min_new_tokens=4"),
+        ({"top_k": 5}, {"kl": torch.tensor([-2.0, -3.0, -2.5])}, r"is -2.50 nats .* but filtered by top_k=5"),
+        ({"generation_kwargs": {"min_new_tokens": 4}}, {"kl": torch.full((3,), -1.0)}, "filtered by min_new_tokens=4"),
         ({}, {"kl": torch.full((3,), -1.0)}, "generation config's temperature"),
         ({}, {"kl": torch.tensor([60.0, 70.0, 80.0])}, r"is 70 nats .* Raise kl_coef"),
         ({"adaptive_kl_target": 2.0}, {"kl": torch.tensor([10.0, 11.0, 12.0])}, r"is 11 nats"),

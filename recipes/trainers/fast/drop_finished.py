@@ -136,7 +136,7 @@ def draw(weights: torch.Tensor) -> torch.Tensor:
     """One sample a row, (B, 1), in proportion to `weights` (B, V), which are overwritten; never one of weight 0.
 
     On a CPU the running sum is inverted, with a single random number above 0 instead of V. On a GPU, which sums in
-    parallel, a running sum may go back by a rounding error: there the largest `weight / Exp(1)` wins.
+    parallel, a running sum may fall by a rounding error: there the token of the largest `weight / Exp(1)` is drawn.
     """
     if weights.device.type != "cpu":
         return weights.div_(torch.empty_like(weights).exponential_()).argmax(1, keepdim=True)

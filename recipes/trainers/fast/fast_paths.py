@@ -1,6 +1,6 @@
 """The fast paths that a run can have: each is called from `PPOTrainer` in one line and leaves its numbers as they are.
 
-To read the algorithm, take every method here for what its docstring says it stands for.
+To learn the algorithm, skip this module: each docstring says what a method replaces.
 """
 
 import contextlib

@@ -77,8 +77,8 @@ def softmax_parts(
 def has_frozen_linear_head(model: PreTrainedModel) -> bool:
     """Whether the logits are `hidden @ W.T` with a W that is not trained: no bias, scale, soft cap or adapter.
 
-    Tried out on two tokens, so that no list of architectures has to be kept, and on hidden states large enough for a
-    soft cap to bend their logits.
+    Tested on two tokens, so that no list of architectures is needed, with hidden states so large that a soft cap
+    changes their logits.
     """
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)

@@ -9,14 +9,14 @@ from torch import nn
 
 from recipes.trainers.rollout import Results
 
-UNLIMITED = 1e12  # a price of one more bucket that no padding outweighs
+UNLIMITED = 1e12  # an overhead of one more bucket that no padding outweighs
 
 
 def bucket_overhead(model: nn.Module) -> float:
     """What one more bucket costs in a pass over `model` on a CPU, as a number of tokens.
 
-    Layers are started again, and products of few rows are slow: about 250, 60 and 40 tokens with Llamas 32, 256 and
-    512 wide, forward alone or with backward.
+    Each bucket is another pass over all layers, and products of few rows are slow: about 250, 60 and 40 tokens with
+    Llamas 32, 256 and 512 wide, forward alone or with backward.
     """
     return 30 + 7000 / model.get_input_embeddings().weight.size(-1)
 
