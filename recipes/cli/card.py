@@ -92,7 +92,8 @@ def is_hub_dataset(source: str) -> bool:
 
 def first_and_last(recipe: str, log_history: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
     found = []
-    for name in RESULTS[recipe]:
+    of_training = ("accuracy", "longer_wins") if recipe == "reward" else ()  # all there is without an evaluation
+    for name in (*RESULTS[recipe], *of_training):
         values = [row[name] for row in log_history if row.get(name) is not None]
         found += [(name, values[0], values[-1])] if values else []
     return found
