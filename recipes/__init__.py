@@ -4,7 +4,7 @@ The rooms stand on floors; imports go down only, and each room's `__init__.py` s
 
     tiny_world
     sft.py  reward.py  ppo.py  evaluation  labelling
-    trainers                   formatting.py, the face of data
+    trainers                   formatting.py (the interface of data)
     models
     data
     cli

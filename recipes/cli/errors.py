@@ -1,4 +1,4 @@
-"""How a command ends other than by doing its work: bad input, a wrong launch, a signal, nothing left to do."""
+"""Errors of one line: exceptions for bad input and for a run that ends early, and how their text is written."""
 
 import unicodedata
 

@@ -1,4 +1,4 @@
-"""Files that are whole under their name, also when the process is killed or the power fails while they are written."""
+"""Atomic writes: a file appears under its name only when it is complete, also if the process is killed meanwhile."""
 
 import os
 import shutil

@@ -22,7 +22,7 @@ LORA = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
     *("lora_modules_to_save", "use_rslora", "use_dora"),
 )
-# An argument, the other beside whose values it does not count, and a value of the other with which it does.
+# argument: (the argument that decides whether it is used, values that leave it unused, a value that uses it)
 UNUSED = {
     "save_steps": ("save_strategy", ("no", "epoch", "best"), "steps"),
     "eval_steps": ("eval_strategy", ("no", "epoch"), "steps"),

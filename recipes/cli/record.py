@@ -130,7 +130,7 @@ def read_record(path: str) -> dict[str, Any] | None:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a run was started with and a later start asks for otherwise, one phrase each."""
+    """The arguments in which a later start differs from the run's first, one phrase each."""
     found = []
     if before["recipe"] != now["recipe"]:
         found.append(f"it was a run of recipes/{before['recipe']}.py")

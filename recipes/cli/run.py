@@ -319,7 +319,7 @@ def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
 
 
 def holds_anything(folder: str) -> bool:
-    """Whether a folder holds more than what a run leaves that was stopped before it began."""
+    """Whether a folder holds more than a run leaves that was stopped before its first step."""
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
         empty = os.path.isdir(path) and not os.listdir(path)

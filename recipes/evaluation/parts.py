@@ -1,4 +1,4 @@
-"""Intermediate results on disk, so that a stopped evaluation goes on, and a longer one reuses what is there."""
+"""Cache of intermediate results, so that a stopped evaluation goes on and a longer one reuses what is there."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are whole, and that replace nothing."""
+"""Atomic creation of files: each appears under its name only when it is complete, and replaces nothing."""
 
 import os
 import secrets

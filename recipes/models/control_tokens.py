@@ -1,4 +1,4 @@
-"""Keeps control tokens in messages text, and chat templates within a time; `recipes.data.control_tokens` lists them.
+"""Renders messages so that control tokens in them stay text, and within a time limit.
 
 A message that says `<|im_end|>` would end its own turn: tokenizers look for their control tokens in the whole rendered
 chat and do not know who wrote them. transformers can tell the template's own from those in messages

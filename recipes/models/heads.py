@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-# Rows and columns, (N,) each, of chosen places in a batch of right-aligned rows.
+# Index pairs: rows and columns, (N,) each, of hidden states in a batch whose padding comes last.
 States = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -148,7 +148,7 @@ def full_critic(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
 
 @contextlib.contextmanager
 def without_critic(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel | PeftModel | None]:
-    """Take a critic that is a model of its own out of the policy, where PEFT would find its layers; give it."""
+    """Take a critic that is a model of its own out of the policy, where PEFT would find its layers; yield it."""
     critic = base_of(model)._modules.pop("critic", None)
     try:
         yield critic

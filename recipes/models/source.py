@@ -1,4 +1,4 @@
-"""Where a model comes from, read once from its small files and handed down to all who load a part of it.
+"""A model's path, base, adapter and head, read once from its configuration files for all that load a part of it.
 
 It does without PEFT until an adapter's own parts are asked for: that import takes seconds, and a tokenizer needs none.
 """

@@ -195,8 +195,6 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        if self.fp16 and self.target_kl is not None:
-            raise ValueError("target_kl leaves out updates, and fp16 cannot scale a loss that is not there: use bf16.")
         # Policy and critic are two forwards before one backward, which DDP's search for unused parameters and its
         # buffer broadcast both break.
         if self.ddp_find_unused_parameters is None:

@@ -69,7 +69,7 @@ def readable(message_list: list[dict] | str) -> str:
 
 
 class PPOTracking(TrainerCallback):
-    """Measures phases, and adds what differs between two equal runs to what the trackers get, not to the run's state.
+    """Gives the trackers times and memory, which differ between equal runs and so stay out of `trainer_state.json`.
 
     `time/sample`, `time/score` and `time/update` are seconds a rollout, `time/tokens_per_second` counts response
     tokens of all processes, `memory/peak_gib` is of this process: of the GPU, without one of the main memory.

@@ -330,7 +330,7 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
     # Step 2: score
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        """TRL's question for the policy's log-probabilities of a new rollout: (B, T), and two values PPO does not use.
+        """Called by TRL for the policy's log-probabilities of a new rollout: (B, T), and two values PPO does not use.
 
         Sampling has computed them already where its numbers are those of training.
         """

@@ -215,7 +215,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
             self._sums[mode][name] += total
 
     def final_evaluation(self) -> dict[str, float] | None:
-        """Metrics of the model as training left it: of its last evaluation where that was of the same step."""
+        """Metrics of the final model: the last evaluation's, if it was at the final step, else those of a new one."""
         if self.eval_dataset is None:
             return None
         best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None

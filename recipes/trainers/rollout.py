@@ -63,8 +63,8 @@ def sequences(batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, attention_mask, batch["completion_mask"].float()
 
 
-# Right-aligned rows need no attention mask in a causal model and no positions of their own: padding follows what any
-# real token sees.
+# Rows whose padding comes last need no attention mask in a causal model and no positions of their own: no real token
+# attends to what comes after it.
 
 
 def right_align(ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
