@@ -1,8 +1,7 @@
 """The table of dataset schemas: the columns by which each one is recognised, and the function that reads its rows.
 
 To add a schema, add an entry to `SCHEMAS` at the end of this file, its function to `recipes.data.converters`, a
-fixture to tests/data/fixtures and a section to docs/datasets.md, which shows a complete example under "A schema of your
-own".
+fixture to tests/data/fixtures and a section to docs/datasets.md, which has a complete example: "A schema of your own".
 """
 
 from collections.abc import Callable, Iterable, Mapping
