@@ -112,9 +112,10 @@ def main(
     reward: ModelSource | None = None
     if script_args.reward_model_name_or_path:
         reward = resolve_model(script_args.reward_model_name_or_path, trust_remote_code=trusted)
-        load_score_statistics(training_args, reward, script_args.normalize_scores)
     tokenizer = load_tokenizer(policy)
     check_ppo_models(policy, reward, tokenizer, script_args.separate_reward_model, model_args.use_peft)
+    if reward is not None:
+        load_score_statistics(training_args, reward, script_args.normalize_scores)
 
     evaluate = training_args.eval_strategy != "no"
     room = {"positions": policy.positions, "completion_length": training_args.max_completion_length}

@@ -31,7 +31,14 @@ class ChatArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the models."})
 
 
-ARGUMENTS = (SamplingArguments, PolicyArguments, ChatArguments)
+@dataclass
+class ChatSampling(SamplingArguments):
+    """How answers are sampled, one to each message."""
+
+    num_generations: int = field(default=1, init=False)  # no flag
+
+
+ARGUMENTS = (ChatSampling, PolicyArguments, ChatArguments)
 
 
 class SafeStreamer(TextStreamer):

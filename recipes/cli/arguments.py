@@ -83,6 +83,8 @@ def read_config(config: str, parser: RecipeParser) -> dict[str, Any]:
         raise UserError(f"--config {config} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {config}: expected lines of the form argument: value.")
+    if not isinstance(values.get("env") or {}, dict):
+        raise UserError(f"--config {config}: env takes lines of the form VARIABLE: value, not {values['env']}.")
     actions = {action.dest: action for action in parser._actions}
     for name, value in values.items():
         if name not in actions and name != "env":

@@ -58,16 +58,15 @@ def without_overridden(config: Mapping[str, Any], given: Mapping[str, str]) -> d
     kept = dict(config)
     for what, names in SAME.items():
         flags = [name for name in names if name in given and is_set(name, given[name])]
-        keys = [name for name in names if is_set(name, config.get(name))]
+        keys = [name for name in names if name not in given and is_set(name, config.get(name))]
         if len(flags) > 1:
             options = [f"--{name}" for name in flags]
             raise UserError(f"Command line: {' and '.join(options)} both set {what}: remove {' or '.join(options)}.")
         if not flags and len(keys) > 1:
             raise UserError(f"YAML: {' and '.join(keys)} both set {what}: remove {' or '.join(keys)}.")
-        for name in keys:
-            if flags and name not in flags:
-                del kept[name]
-                say(f"--{flags[0]} takes the place of {name}: {config[name]} in the YAML.")
+        for name in keys if flags else ():
+            del kept[name]
+            say(f"--{flags[0]} takes the place of {name}: {config[name]} in the YAML.")
     return kept
 
 

@@ -149,15 +149,24 @@ def preferences(question: str | None = None) -> Converter:
 
 
 def _is_whole(value: Any, roles: Roles) -> bool:
-    """Whether a cell is a conversation from its first turn on, and not only an answer."""
-    first = value[0] if isinstance(value, list) and value else None
-    role = first.get("role", first.get("from")) if isinstance(first, dict) else "assistant"
-    return roles.get(str(role).lower()) != "assistant"
+    """Whether a cell is a conversation from its first turn on, and not only an answer; a blank system turn is none."""
+    for turn in value if isinstance(value, list) else ():
+        if not isinstance(turn, dict):
+            return False
+        role = roles.get(str(turn.get("role", turn.get("from"))).lower())
+        if role != "system" or str(turn.get("content", turn.get("value")) or "").strip():
+            return role != "assistant"
+    return False
 
 
 def transcripts(row: dict, roles: Roles) -> Ranking:
     sides = [split_turns(text(row, column), column, HUMAN_ASSISTANT, roles) for column in ("chosen", "rejected")]
     return _preferred(row, *split_pair(*sides))
+
+
+def conversations_preference(row: dict, roles: Roles) -> Ranking:
+    context = in_context(row, normalise(items(row, "conversations"), "conversations", roles))
+    return _preferred(row, context, *_answers(row, roles, context, "chosen", "rejected"))
 
 
 def _preferred(row: dict, context: Messages, chosen: Messages, rejected: Messages) -> Ranking:

@@ -115,7 +115,7 @@ SCHEMAS: dict[str, Schema] = {
     "preference": Schema(RANKED, ("prompt", "chosen", "rejected"), convert.preferences("prompt"), 10),
     "question_preference": Schema(RANKED, ("question", "chosen", "rejected"), convert.preferences("question"), 10),
     "conversations_preference": Schema(
-        RANKED, ("conversations", "chosen", "rejected"), convert.preferences("conversations"), 10
+        RANKED, ("conversations", "chosen", "rejected"), convert.conversations_preference, 10
     ),
     # two responses and a label
     "helpsteer2": Schema(RANKED, HELPSTEER2, convert.strength(*HELPSTEER2), 20),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.cli.errors import UserError
-from recipes.data.messages import ROLES, Messages, number, objects, prompt_messages, require
+from recipes.data.messages import Messages, number, objects, require
 from recipes.data.rows import RowError, RowProblem, describe
 from recipes.data.text_files import read_text_file
 from recipes.labelling.answers import tiers_of
@@ -69,8 +69,8 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
 
 
 def _task(row: dict, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
-    messages = prompt_messages(row, "prompt", ROLES)
-    given = objects(row, "responses")
+    messages = _messages(row)
+    given = [] if row.get("responses") == [] else objects(row, "responses")
     distinct: dict[str, tuple[int, str, dict]] = {}
     for index, (place, response) in enumerate(given):
         text = _string(require(response, f"{place}.text"), f"{place}.text")
@@ -88,7 +88,7 @@ def _task(row: dict, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
                 id=id,
                 sample_id=str(response.get(f"{place}.id", index)),
                 text=text,
-                model=None if model is None else _string(model, "model"),
+                model=None if model is None else _string(model, f"{place}.model"),
                 sampling=response.get(f"{place}.sampling", row.get("sampling")),
             )
         )
@@ -97,6 +97,16 @@ def _task(row: dict, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
     tiers = tiers_of(ranks) if gold else None
     task = SampledPrompt(prompt_id, str(row.get("id", default_id)), messages, responses, tiers)
     return task, len(given) - len(distinct)
+
+
+def _messages(row: dict) -> Messages:
+    """The prompt as it stands: people rank what was sampled for it, and its id is a hash of its messages."""
+    prompt = require(row, "prompt")
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    keys = ("role", "content")
+    turns = objects(row, "prompt")
+    return [{key: _string(require(turn, f"{at}.{key}"), f"{at}.{key}") for key in keys} for at, turn in turns]
 
 
 def _string(value: Any, column: str) -> str:

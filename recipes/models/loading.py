@@ -119,7 +119,9 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
 def refuse_other_adapter(source: ModelSource, model_args: ModelConfig) -> None:
     """Refuse `lora_*` arguments that differ from the adapter that goes on: they make new adapters only."""
     names = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-    for name in names if source.base is not None and model_args.use_peft else ():
+    if source.base is None or not model_args.use_peft or not isinstance(source.peft_config, LoraConfig):
+        return
+    for name in names:
         given, own = getattr(model_args, name), getattr(source.peft_config, name.replace("lora_r", "r"))
         if given not in (own, getattr(ModelConfig, name)):
             raise UserError(

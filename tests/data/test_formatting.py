@@ -30,6 +30,7 @@ def formatted(rows, task, **options):
     return format_dataset(rows, task, **options)[0].to_list()
 
 
+SILENT = {"role": "system", "content": " "}
 DIALOGUE = [user("q"), assistant("a"), user("q2"), assistant(" a2\n")]
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
 TOOL_TALK = [user("q"), CALL, {"role": "tool", "content": "3", "name": "f"}, assistant("4")]
@@ -83,6 +84,8 @@ def test_a_pair_is_a_ranking_of_two():
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": [assistant("a")], "rejected": []},
         {"conversations": [user("q")], "chosen": assistant("a"), "rejected": []},
+        {"conversations": json.dumps([user("q")]), "chosen": assistant("a"), "rejected": assistant("b")},
+        {"prompt": "q", "chosen": [SILENT, assistant("a")], "rejected": [SILENT, assistant("b")]},
         {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
         RANKED,
     ],

@@ -98,6 +98,23 @@ def test_samples_may_be_compressed_and_have_any_name(tmp_path, name):
     assert read_tasks(tmp_path / name) == read_tasks(tmp_path / "samples.jsonl")
 
 
+def test_a_prompt_is_stored_as_it_was_sampled(tmp_path):
+    """Its id is a hash of it: another reading of the same file would refuse to go on with a job."""
+    turns = [{"role": "developer", "content": ""}, {"role": "user", "content": "q"}]
+    prompts = [" Two spaces \n", [turn | {"name": "x"} for turn in turns]]
+    answers = [{"text": "a"}, {"text": "b"}]
+    rows = [{"prompt": prompt, "system": "ignored", "responses": answers} for prompt in prompts]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "q", "responses": []}]))
+    tasks, left_out = read_tasks(path)
+    wanted = [
+        [{"role": "user", "content": prompts[0]}],
+        [{"role": m["role"], "content": m["content"]} for m in prompts[1]],
+    ]
+    assert [task.messages for task in tasks] == wanted and left_out["too_few_responses"] == 1
+    assert tasks[0].id == "308477272e33e35a0888", "the id that jobs of earlier versions have"
+
+
 def test_a_corrected_file_does_not_add_a_second_task_under_an_id(tmp_path):
     def serve(*rows):
         samples = tmp_path / "samples.jsonl"
@@ -212,14 +229,14 @@ def test_numbers_on_the_command_line_have_bounds(tmp_path, flag, number):
         ('{"responses": []}', "line 2: prompt: missing"),
         ('{"prompt": "q"}', "line 2: responses: missing"),
         ('{"prompt": [], "responses": []}', "line 2: prompt: empty list"),
-        ('{"prompt": [{"role": "user"}], "responses": []}', "line 2: prompt[0]: found an object with role"),
+        ('{"prompt": [{"role": "user"}], "responses": []}', "line 2: prompt[0].content: missing"),
         ('{"prompt": "q", "responses": ["a", "b"]}', "line 2: responses[0]: found the text 'a', expected an object"),
         ('{"prompt": "q", "responses": [{"text": 1}]}', "line 2: responses[0].text: found 1"),
         (
             '{"prompt": "q", "responses": [{"text": "\\ud800"}, {"text": "b"}]}',
             "line 2: responses: the text",
         ),
-        ('{"prompt": "q", "model": {}, "responses": [{"text": "a"}]}', "line 2: model: found an object"),
+        ('{"prompt": "q", "model": {}, "responses": [{"text": "a"}]}', "line 2: responses[0].model: found an object"),
         (
             json.dumps({"prompt": "q", "responses": [{"text": str(n)} for n in range(27)]}),
             "line 2: responses: found",

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from peft import IA3Config
 from trl import ModelConfig
 
 from recipes.cli.errors import UserError
 from recipes.models import source
 from recipes.models.adapters import new_adapter_config
-from recipes.models.loading import load_policy, load_reward_trainee
+from recipes.models.loading import load_policy, load_reward_trainee, refuse_other_adapter
 from recipes.models.source import is_hub_name, resolve_model, same_weights
 from recipes.models.tokenization import load_tokenizer
 from tests import tiny_models as models
@@ -110,5 +112,7 @@ def test_an_adapter_that_goes_on_is_not_another_one(folders, load):
     sft = resolve_model(str(folders / "sft"))
     with pytest.raises(UserError, match=r"--lora_r 8: .*sft is an adapter with 3, .* Leave lora_r out"):
         load(sft, ModelConfig(use_peft=True, lora_r=8))
+    other_kind = SimpleNamespace(base="base", peft_config=IA3Config())
+    refuse_other_adapter(other_kind, ModelConfig(use_peft=True))  # which has no rank
     for same in (ModelConfig(use_peft=True), ModelConfig(use_peft=True, lora_r=3)):
         assert load(sft, same).peft_config["default"].r == 3
