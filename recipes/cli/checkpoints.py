@@ -13,7 +13,6 @@ import shutil
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from recipes.cli.errors import counted
 from recipes.cli.files import sync, write_text
 
 MANIFEST = "checkpoint.json"
@@ -44,7 +43,7 @@ def problem(folder: str) -> str | None:
         if not os.path.isfile(path):
             wrong.append(f"{name} is missing")
         elif os.path.getsize(path) != size:
-            wrong.append(f"{name} has {os.path.getsize(path)} of {counted(size, 'byte')}")
+            wrong.append(f"{name} has {os.path.getsize(path)} of {size} bytes")
     if wrong:
         return ", ".join(wrong[:SHOWN]) + (f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else "")
     return None if resumable else "it holds the model only (save_only_model), nothing to go on from"

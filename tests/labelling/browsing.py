@@ -48,7 +48,7 @@ def wait_saved(page):
     page.locator("#status", has_text="Saved at").wait_for()
 
 
-def wait_until(condition, seconds=10):
+def wait_until(condition, seconds=30):
     """For what no element of the page shows, such as a row in the database."""
     deadline = time.monotonic() + seconds
     while not condition():

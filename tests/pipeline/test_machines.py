@@ -98,10 +98,10 @@ def test_a_slurm_job_is_one_run_on_all_machines(tmp_path, job):
 def test_a_job_that_slurm_moves_goes_on_and_ends_as_one_that_was_not_moved(data, tmp_path, job):
     """Slurm tells every process of a job to stop, then starts its script anew, also before anything was written."""
     job |= {"SLURM_SUBMIT_DIR": str(ROOT), "ACCELERATE_CONFIG": "accelerate_configs/multi_cpu.yaml"}
-    steps = {"max_steps": 200, "save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 4}
+    steps = {"max_steps": 60, "save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 4}
 
     def script(name: str) -> list:
-        arguments = recipe_line("sft", **(sft_arguments(data, tmp_path / name) | steps))
+        arguments = recipe_line("sft", **sft_arguments(data, tmp_path / name, **steps))
         return ["bash", SLURM / "recipe.sbatch", "recipes/sft.py", *arguments]
 
     run_command(script("whole"), timeout=400, env=job)
