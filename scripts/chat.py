@@ -41,6 +41,9 @@ class ChatSampling(SamplingArguments):
 ARGUMENTS = (ChatSampling, PolicyArguments, ChatArguments)
 
 
+COMMANDS = "Type a message. /reset starts a new conversation, /quit ends."
+
+
 class SafeStreamer(TextStreamer):
     """Prints text as it comes, without control characters, which could control the terminal."""
 
@@ -51,6 +54,7 @@ class SafeStreamer(TextStreamer):
 
 def turns():
     """The user's messages; `None` for a new conversation."""
+    print(COMMANDS, file=sys.stderr)
     while True:
         try:
             text = input("you: " if sys.stdin.isatty() else "").strip()
@@ -58,8 +62,12 @@ def turns():
             return
         if text == "/quit":
             return
-        if text:
-            yield None if text == "/reset" else text
+        if text == "/reset":
+            yield None
+        elif text.startswith("/"):
+            print(COMMANDS, file=sys.stderr)
+        elif text:
+            yield text
 
 
 def main(sampling: SamplingArguments, policy: PolicyArguments, chat_args: ChatArguments):

@@ -60,14 +60,18 @@ def result_line(recipe: str, path: str, start: str, log_history: list[dict[str, 
 
 def next_command(recipe: str, path: str, start: str, launcher: str) -> str:
     if recipe == "sft":
-        sample = "python scripts/sample_responses.py --model_name_or_path {} --dataset_name prompts.jsonl --output {}"
-        return sample.format(path, "samples.jsonl")
+        samples = os.path.join(os.path.dirname(path), "samples.jsonl")
+        sample = "python scripts/sample_responses.py --model_name_or_path {} --dataset_name PROMPTS --output {}"
+        return sample.format(path, samples)
     if recipe == "ppo":
         return f"python scripts/chat.py --model_name_or_path {path} --compare {start}"
     config = next((word for word in sys.argv if word.endswith("reward.yaml")), None)
-    source = f"--config {config.removesuffix('reward.yaml')}ppo.yaml" if config else "--dataset_name prompts.jsonl"
-    models = f"--model_name_or_path {start} --reward_model_name_or_path {path}"
-    return f"{launcher} recipes/ppo.py {source} {models} --output_dir {os.path.join(os.path.dirname(path), 'ppo')}"
+    words = [launcher, "recipes/ppo.py"]
+    words += [f"--config {config.removesuffix('reward.yaml')}ppo.yaml"] if config else []
+    # Whoever brought rankings of their own has prompts of their own.
+    words += ["--dataset_name PROMPTS"] if not config or "--dataset_name" in sys.argv else []
+    words += [f"--model_name_or_path {start} --reward_model_name_or_path {path}"]
+    return " ".join([*words, f"--output_dir {os.path.join(os.path.dirname(path), 'ppo')}"])
 
 
 def aligned(rows: list[list[str]]) -> str:

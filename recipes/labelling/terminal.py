@@ -68,7 +68,8 @@ def rank_in_terminal(store: Store, labeler_id: int) -> int:
         prompt_id = None
         if task is None:
             print("\nNothing is left to rank. Thank you! The next step:")
-            print(f"python scripts/rank_responses.py export --database {store.path} --output rankings.jsonl")
+            rankings = store.path.with_name("rankings.jsonl")
+            print(f"python scripts/rank_responses.py export --database {store.path} --output {rankings}")
             return submitted
         session = _TaskSession(store, labeler_id, task)
         try:

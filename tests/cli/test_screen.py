@@ -35,7 +35,11 @@ def test_the_last_line_has_the_result_and_the_next_command(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipes/reward.py", "--config", "configs/a/reward.yaml"])
     line = result_line("reward", "runs/rm", "runs/sft", [], "accelerate launch -q")
     assert "accelerate launch -q recipes/ppo.py --config configs/a/ppo.yaml --model_name_or_path runs/sft" in line
-    assert line.endswith("--reward_model_name_or_path runs/rm --output_dir runs/ppo")
+    assert line.endswith("--reward_model_name_or_path runs/rm --output_dir runs/ppo") and "PROMPTS" not in line
+    sys.argv += ["--dataset_name", "mine/rankings.jsonl"]
+    line = result_line("reward", "mine/rm", "mine/sft", [], "python")
+    assert "configs/a/ppo.yaml --dataset_name PROMPTS --model_name_or_path mine/sft" in line
+    assert "--dataset_name PROMPTS --output mine/samples.jsonl" in result_line("sft", "mine/sft", "base", [], "python")
 
 
 class Model(torch.nn.Module):

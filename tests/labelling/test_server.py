@@ -157,7 +157,7 @@ def test_what_is_said_about_tokens_and_the_next_step(tmp_path):
         client = Client(running.url, token)
         client.answer(client.task())
         done = client.http.get("/").text
-        assert "All done" in done and f"export --database {tmp_path / 'labels.db'} --output rankings.jsonl" in done
+        assert "All done" in done and f"--output {tmp_path / 'rankings.jsonl'}" in done
     with server(tmp_path / "labels.db") as running:
         assert token not in running.log
         assert f"add-labeler NAME --new_token --database {tmp_path / 'labels.db'}" in running.log

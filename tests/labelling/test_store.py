@@ -677,7 +677,7 @@ def test_ranking_in_a_terminal_from_draft_to_export(tmp_path):
     assert "not UTF-8" in printed
     assert "use each of A, B, C once" in printed and "kept as a draft" in printed
     printed = session("", "", "second", "third", "A6 Bu", "", "skip")
-    assert f"export --database {database} --output rankings.jsonl" in printed, "what comes next"
+    assert f"export --database {database} --output {tmp_path / 'rankings.jsonl'}" in printed, "what comes next"
     assert "Ranking [C > A=B]" in printed and "[first reason]" in printed and "Saved." in printed
     assert "Nothing is left to rank" in printed and "1 ranking submitted" in printed
     (row,) = export_rows(Store(database))
