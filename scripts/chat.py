@@ -35,7 +35,7 @@ class ChatArguments:
 class ChatSampling(SamplingArguments):
     """How answers are sampled, one to each message."""
 
-    num_generations: int = field(default=1, init=False)  # no flag
+    num_generations: int = field(default=1, metadata={"help": "A message gets one answer, whatever this is."})
 
 
 ARGUMENTS = (ChatSampling, PolicyArguments, ChatArguments)
