@@ -14,6 +14,7 @@ const KEEPALIVE_BYTES = 60000; // browsers let 64 kB outlive a closed page, and 
 
 const task = document.getElementById("task");
 const storedAs = `outbox ${task.dataset.account}`;
+const revisionAs = `revision ${task.dataset.account} ${task.dataset.prompt}`;
 const outbox = readOutbox();
 let revision = Number(task.dataset.revision);
 let dirty = false; // changed since the last snapshot
@@ -57,6 +58,25 @@ function storeOutbox() {
 }
 
 const fitsKeepalive = (text) => new TextEncoder().encode(text).length <= KEEPALIVE_BYTES;
+
+function setRevision(number) {
+  revision = number;
+  try {
+    sessionStorage.setItem(revisionAs, number);
+  } catch { /* as above */ }
+}
+
+// Whether the server had stored more for this tab than it rendered: the page before may have saved, and heard of it,
+// while this one was on its way.
+function isOutdated() {
+  try {
+    const known = Number(sessionStorage.getItem(revisionAs));
+    sessionStorage.removeItem(revisionAs); // asked once, so that no page loads for ever
+    return known > revision;
+  } catch {
+    return false;
+  }
+}
 
 // Whether leaving the page now may lose something.
 export function isUnsaved() {
@@ -140,7 +160,7 @@ async function emptyOutbox() {
     outbox.shift();
     if (ok) {
       stored.add(body.key);
-      if (isHere) revision = Math.max(revision, reply.revision);
+      if (isHere) setRevision(Math.max(revision, reply.revision));
       stopped ||= isHere && body.action !== "draft";
     } else {
       outbox.length = 0; // what follows builds on it
@@ -174,8 +194,10 @@ async function post(path, content) {
 
 // Sends what the page before could not wait for. Nothing can be changed meanwhile, as it may change what is shown.
 export async function sendWhatWasLeft() {
-  if (!outbox.length) return;
+  const isOld = isOutdated();
+  if (!outbox.length && !isOld) return;
   task.inert = true;
+  if (!outbox.length) return location.replace(location.pathname);
   const rendered = revision;
   await send();
   if (revision > rendered) return location.replace(location.pathname);
