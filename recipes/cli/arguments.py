@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import yaml
-from trl import TrlParser
+from trl import ModelConfig, TrlParser
 
 from recipes.cli.errors import UserError
 from recipes.cli.help import unknown
@@ -59,6 +59,9 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
     if rest:
         raise parser.unknown(rest[0].removeprefix("--"), "Command line")
     check_used({name: value for group in parsed for name, value in vars(group).items()}, given, config)
+    for group in parsed:
+        if isinstance(group, ModelConfig):
+            group.given = {*given, *config}  # no field, so it is not recorded: a value may be given and be the default
     return tuple(parsed)
 
 

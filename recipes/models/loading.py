@@ -123,7 +123,8 @@ def refuse_other_adapter(source: ModelSource, model_args: ModelConfig) -> None:
         return
     for name in names:
         given, own = getattr(model_args, name), getattr(source.peft_config, name.replace("lora_r", "r"))
-        if given not in (own, getattr(ModelConfig, name)):
+        asked = name in getattr(model_args, "given", ()) or given != getattr(ModelConfig, name)
+        if asked and given != own:
             raise UserError(
                 f"--{name} {given}: {source.path} is an adapter with {own}, and goes on as it is. Leave {name} out, "
                 "or start from the base for another adapter."

@@ -8,6 +8,7 @@ import pytest
 from peft import IA3Config
 from trl import ModelConfig
 
+from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
 from recipes.models import source
 from recipes.models.adapters import new_adapter_config
@@ -15,7 +16,7 @@ from recipes.models.loading import load_policy, load_reward_trainee, refuse_othe
 from recipes.models.source import is_hub_name, resolve_model, same_weights
 from recipes.models.tokenization import load_tokenizer
 from tests import tiny_models as models
-from tests.conftest import run_recipe, write_jsonl
+from tests.conftest import flags, run_recipe, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,10 @@ def test_an_adapter_that_goes_on_is_not_another_one(folders, load):
     sft = resolve_model(str(folders / "sft"))
     with pytest.raises(UserError, match=r"--lora_r 8: .*sft is an adapter with 3, .* Leave lora_r out"):
         load(sft, ModelConfig(use_peft=True, lora_r=8))
+    for default in ({"lora_r": 16}, {"lora_dropout": 0.05}):  # ModelConfig's, given
+        (args,) = parse((ModelConfig,), flags(model_name_or_path=folders / "sft", use_peft="true", **default))
+        with pytest.raises(UserError, match="is an adapter with"):
+            load(sft, args)
     other_kind = SimpleNamespace(base="base", peft_config=IA3Config())
     refuse_other_adapter(other_kind, ModelConfig(use_peft=True))  # which has no rank
     for same in (ModelConfig(use_peft=True), ModelConfig(use_peft=True, lora_r=3)):
