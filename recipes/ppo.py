@@ -9,8 +9,8 @@ and critic, one adapter each. Every flag of TRL's `ScriptArguments`, `GRPOConfig
 `PPOConfig` adds PPO's own; docs/ppo.md explains them and the metrics.
 
 At launch: `begin` answers `--help` and mistyped flags before slow imports; `run`, at the end of this file, reads the
-arguments and calls `main`; `main` loads data and models and calls `PPOTrainer.train`, whose rollouts are the four
-steps of recipes/trainers/ppo_trainer.py.
+arguments and calls `main`; `main` claims the output folder and loads data and models; `folder.train` trains with
+`PPOTrainer`, whose rollouts are the four steps of recipes/trainers/ppo_trainer.py.
 """
 
 import os
