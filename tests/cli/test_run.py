@@ -3,10 +3,10 @@
 import dataclasses
 import errno
 import json
-import multiprocessing
 import os
 import signal
-import time
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -320,30 +320,29 @@ def test_files_move_each_as_a_whole_and_the_last_after_all_others(tmp_path, monk
     assert not source.exists()
 
 
-def hold(path, held, let_go) -> None:
-    lock.hold(path, "the folder")
-    if os.fork() == 0:  # a worker that outlives its parent
-        time.sleep(30)
-        os._exit(0)
-    held.set()
-    let_go.wait(30)
+HOLD = """
+import os, sys, time
+from recipes.cli import lock
+lock.hold(sys.argv[1], "the folder")
+if os.fork() > 0:  # the child is a worker that outlives its parent
+    print("held", flush=True)
+time.sleep(30)
+"""
 
 
 def test_a_lock_is_gone_with_its_process(tmp_path):
-    path, context = str(tmp_path / "new" / ".lock"), multiprocessing.get_context("spawn")
-    held, let_go = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(path, held, let_go))
-    process.start()
-    assert held.wait(60)
-    for _ in range(2):
-        with pytest.raises(UserError, match=f"the folder is in use by process {process.pid} on .*: wait for it"):
-            lock.hold(path, "the folder")
-    process.kill()
-    process.join(30)
-    lock.hold(path, "the folder")
-    lock.hold(path, "the folder")  # one process holds it once
-    lock.release(path)
-    assert not os.path.exists(path)
+    path = str(tmp_path / "new" / ".lock")
+    with subprocess.Popen([sys.executable, "-c", HOLD, path], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"the folder is in use by process {process.pid} on .*: wait for it"):
+                lock.hold(path, "the folder")
+        process.kill()
+        process.wait(30)
+        lock.hold(path, "the folder")
+        lock.hold(path, "the folder")  # one process holds it once
+        lock.release(path)
+        assert not os.path.exists(path)
 
 
 @dataclass
