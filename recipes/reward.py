@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig, ScriptArguments
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, trl_in_one_line
 from recipes.cli.launch import check_launch
-from recipes.cli.run import RunFolder, check_steps, refuse_stream, run, settle_evaluation
+from recipes.cli.run import RunFolder, check_steps, refuse_ignored, refuse_stream, run, settle_evaluation
 from recipes.formatting import FormattedDatasets, FormattingArguments, load_formatted
 from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model, check_reward_base
@@ -38,7 +38,7 @@ from recipes.models.loading import (
     save_trained_prompts,
 )
 from recipes.models.source import resolve_model
-from recipes.models.tokenization import load_tokenizer
+from recipes.models.tokenization import load_tokenizer, set_chat_template
 from recipes.trainers.ranking_trainer import (
     RankingRewardTrainer,
     accuracy_in_words,
@@ -111,6 +111,7 @@ def main(
 ) -> RankingRewardTrainer:
     """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
+    refuse_ignored(training_args)
     refuse_stream(script_args)
     folder = RunFolder("reward", script_args, training_args, model_args, format_args)
 
@@ -118,6 +119,11 @@ def main(
     check_reward_base(start)
     tokenizer = load_tokenizer(start)
     check_model(start, tokenizer)
+    template = training_args.chat_template_path
+    if template is not None:
+        set_chat_template(tokenizer, start, template, may_add_tokens=not model_args.use_peft)
+        if model_args.use_peft or os.path.isfile(template):
+            training_args.chat_template_path = None  # TRL would give the base below the adapter another vocabulary
     datasets = load_formatted(
         "ranking",
         script_args,
@@ -135,7 +141,7 @@ def main(
 
     set_seed(training_args.seed)
     model = load_reward_trainee(start, model_args)
-    with float32_adapters(model):
+    with float32_adapters(model), trl_in_one_line():
         trainer = RankingRewardTrainer(
             model=model,
             args=training_args,
@@ -143,14 +149,14 @@ def main(
             eval_dataset=datasets.get("eval"),
             processing_class=tokenizer,
         )
+    training_args.chat_template_path = template
     report_half_precision(model)
     check_steps(trainer)
     folder.train(trainer, datasets.reports)
+    folder.save_model(trainer)  # before anything else can fail
     evaluation = trainer.final_evaluation()
     if evaluation is not None:
         trainer.save_metrics("eval", evaluation)
-
-    folder.save_model(trainer)  # before anything else can fail
     rows, source = reference_rows(script_args, trainer)
     scores = trainer.score(rows)
     example = datasets.get("eval", datasets["train"])[0]

@@ -20,8 +20,9 @@ if __name__ == "__main__":
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
+from recipes.cli.errors import trl_in_one_line
 from recipes.cli.launch import check_launch
-from recipes.cli.run import RunFolder, check_steps, run, settle_evaluation
+from recipes.cli.run import RunFolder, check_steps, refuse_ignored, run, settle_evaluation
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model
@@ -46,6 +47,7 @@ def main(
 ) -> WholeSFTTrainer:
     """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
+    refuse_ignored(training_args)
     folder = RunFolder("sft", script_args, training_args, model_args, format_args)
 
     base = resolve_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
@@ -54,7 +56,7 @@ def main(
     template = training_args.chat_template_path
     if template is not None:
         set_chat_template(tokenizer, base, template, may_add_tokens=not model_args.use_peft)
-        if model_args.use_peft:
+        if model_args.use_peft or os.path.isfile(template):
             training_args.chat_template_path = None  # TRL would give the base below the adapter another vocabulary
 
     datasets = load_formatted(
@@ -74,7 +76,7 @@ def main(
 
     set_seed(training_args.seed)
     model = load_policy(base, model_args)
-    with float32_adapters(model):
+    with float32_adapters(model), trl_in_one_line():
         trainer = WholeSFTTrainer(
             model=model,
             args=training_args,

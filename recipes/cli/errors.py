@@ -1,6 +1,10 @@
 """Errors of one line: exceptions for bad input and for a run that ends early, and how their text is written."""
 
+import contextlib
+import os
+import traceback
 import unicodedata
+from collections.abc import Iterator
 
 # Zero-width joiners: Persian, Indic scripts and emoji need them, and they cannot control a terminal.
 _PRINTED = ("\n", "\t", "\u200c", "\u200d")
@@ -11,6 +15,17 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return visible(super().__str__())  # it may quote a dataset
+
+
+@contextlib.contextmanager
+def trl_in_one_line() -> Iterator[None]:
+    """Within, what TRL says of arguments that do not go together is a `UserError`."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if f"{os.sep}trl{os.sep}" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def visible(text: str) -> str:

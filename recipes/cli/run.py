@@ -1,6 +1,7 @@
 """What every recipe does around its training: claim the output folder, train, record, finish, fail with one line."""
 
 import atexit
+import dataclasses
 import math
 import os
 import shutil
@@ -234,6 +235,23 @@ def refuse_stream(script_args: Any) -> None:
     """Refuse `--dataset_streaming true` in a recipe that needs all rows before the first step."""
     if script_args.dataset_streaming:
         raise UserError("--dataset_streaming true: only recipes/sft.py trains on a stream. Set it to false.")
+
+
+# Arguments of TRL and Trainer that would go unused or do harm here, and why; PPOConfig refuses more by itself.
+IGNORED = {
+    "model_init_kwargs": "models are loaded as --dtype, --attn_implementation and --model_revision say",
+    "dataset_text_field": "--dataset_mapping says which column holds what",
+    "bf16_full_eval": "it would round the trained weights after training; evaluation has the precision of training",
+    "fp16_full_eval": "it would round the trained weights after training; evaluation has the precision of training",
+}
+
+
+def refuse_ignored(training_args: TrainingArguments) -> None:
+    """Refuse arguments that SFT and reward training cannot follow, where they are not the default."""
+    for each in dataclasses.fields(training_args):
+        value = getattr(training_args, each.name)
+        if each.name in IGNORED and value != each.default:
+            raise UserError(f"--{each.name} {value} is not used: {IGNORED[each.name]}. Leave it out.")
 
 
 def settle_evaluation(training_args: TrainingArguments, datasets: Mapping[str, Any]) -> None:
