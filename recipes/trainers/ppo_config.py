@@ -26,6 +26,7 @@ _OTHER_LOSS = "it belongs to another loss than PPO's clipped one"
 _TEXT_ONLY = "PPO here answers text prompts, without tools and images"
 _LOADED_BEFORE = "PPOTrainer takes models that are loaded already; the recipe takes ModelConfig's arguments"
 _REFERENCE = "PPO's reference stays the policy as it was at the start"
+_FULL_EVAL = "it would round the trained weights; evaluation has the precision of training"
 _ENTROPY = "only a constant entropy_coef is there"
 REFUSED = {
     "beta": "PPO has its KL in the reward: set kl_coef instead of beta",
@@ -57,6 +58,8 @@ REFUSED = {
     "log_multimodal": _TEXT_ONLY,
     "label_smoothing_factor": "PPO's loss has no labels to smooth",
     "neftune_noise_alpha": "with noise in the embeddings, training and sampling would use different policies",
+    "bf16_full_eval": _FULL_EVAL,
+    "fp16_full_eval": _FULL_EVAL,
     "train_sampling_strategy": "prompts are shuffled anew each epoch, or keep their order with shuffle_dataset: false",
 }
 NOT_NEGATIVE = (
@@ -203,6 +206,9 @@ class PPOConfig(GRPOConfig):
             self.ddp_broadcast_buffers = False
         if self.num_generations == 1:
             self.num_generations = _OneResponse(1)
+        # Trainer's default, the loss, is near 0 for the policy and says how wrong the critic is.
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "objective/rlhf_reward"
         super().__post_init__()
         if self.local_rollout_forward_batch_size is None:
             self.local_rollout_forward_batch_size = self.per_device_train_batch_size
