@@ -20,9 +20,9 @@ if __name__ == "__main__":
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from recipes.cli.errors import trl_in_one_line
+from recipes.cli.errors import refusals_in_one_line
 from recipes.cli.launch import check_launch
-from recipes.cli.run import RunFolder, check_steps, refuse_ignored, run, settle_evaluation
+from recipes.cli.run import RunFolder, check_steps, run, settle_evaluation
 from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model
@@ -47,7 +47,6 @@ def main(
 ) -> WholeSFTTrainer:
     """Train, save to `training_args.output_dir`, and return the trainer."""
     check_launch(training_args)
-    refuse_ignored(training_args)
     folder = RunFolder("sft", script_args, training_args, model_args, format_args)
 
     base = resolve_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
@@ -76,7 +75,7 @@ def main(
 
     set_seed(training_args.seed)
     model = load_policy(base, model_args)
-    with float32_adapters(model), trl_in_one_line():
+    with float32_adapters(model), refusals_in_one_line():
         trainer = WholeSFTTrainer(
             model=model,
             args=training_args,

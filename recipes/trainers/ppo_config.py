@@ -26,7 +26,6 @@ _OTHER_LOSS = "it belongs to another loss than PPO's clipped one"
 _TEXT_ONLY = "PPO here answers text prompts, without tools and images"
 _LOADED_BEFORE = "PPOTrainer takes models that are loaded already; the recipe takes ModelConfig's arguments"
 _REFERENCE = "PPO's reference stays the policy as it was at the start"
-_FULL_EVAL = "it would round the trained weights; evaluation has the precision of training"
 _ENTROPY = "only a constant entropy_coef is there"
 REFUSED = {
     "beta": "PPO has its KL in the reward: set kl_coef instead of beta",
@@ -58,8 +57,6 @@ REFUSED = {
     "log_multimodal": _TEXT_ONLY,
     "label_smoothing_factor": "PPO's loss has no labels to smooth",
     "neftune_noise_alpha": "with noise in the embeddings, training and sampling would use different policies",
-    "bf16_full_eval": _FULL_EVAL,
-    "fp16_full_eval": _FULL_EVAL,
     "train_sampling_strategy": "prompts are shuffled anew each epoch, or keep their order with shuffle_dataset: false",
 }
 NOT_NEGATIVE = (

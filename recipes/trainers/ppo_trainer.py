@@ -28,7 +28,7 @@ from trl.data_utils import is_conversational
 from trl.models.utils import prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head
 
-from recipes.cli.errors import UserError, first_line, trl_in_one_line
+from recipes.cli.errors import UserError, first_line, refusals_in_one_line
 from recipes.models.adapters import (
     AdapterEMA,
     adapter_parameters,
@@ -154,7 +154,7 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
         reward_tokenizer = reward_processing_class or processing_class
         reward_funcs = self._add_rewards(reward_model, reward_tokenizer, processing_class, reward_funcs)
 
-        with float32_adapters(model), trl_in_one_line():
+        with float32_adapters(model), refusals_in_one_line():
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs,

@@ -90,15 +90,14 @@ def test_the_last_evaluation_is_not_done_twice(data, runs, tmp_path, monkeypatch
     assert results["eval_accuracy"] == trainer.evaluate()["eval_accuracy"]
 
 
-def test_a_reward_model_is_saved_before_its_last_evaluation(data, runs, tmp_path, monkeypatch):
-    """Which may run out of memory: with the default of a checkpoint every 500 steps all would be lost."""
+def test_a_trained_reward_model_is_saved_before_it_is_evaluated(data, runs, tmp_path, monkeypatch):
     from recipes.trainers.ranking_trainer import RankingRewardTrainer
 
-    def fail(self):
-        raise MemoryError
+    def fails(self):
+        raise MemoryError("no room for the evaluation")
 
-    monkeypatch.setattr(RankingRewardTrainer, "final_evaluation", fail)
-    own = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    monkeypatch.setattr(RankingRewardTrainer, "final_evaluation", fails)
+    own = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
     with pytest.raises(MemoryError):
         run_recipe("reward", **reward_arguments(data, runs / "sft", tmp_path / "reward", **own))
     assert (tmp_path / "reward" / "adapter_model.safetensors").exists()
