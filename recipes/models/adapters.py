@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from trl import ModelConfig, get_peft_config
@@ -227,6 +228,8 @@ def misfit_in_one_line(adapter: str, base: str) -> Iterator[None]:
     """Within, the weights of `adapter` are put on `base`; what does not fit is a `UserError`."""
     try:
         yield
+    except SafetensorError as error:
+        raise UserError(f"The weights of the adapter {adapter} cannot be read: {first_line(error)}.") from error
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"The adapter {adapter} does not fit the base {base}: it was trained on another ({first_line(error)})."

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -24,6 +25,7 @@ from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from recipes.cli.errors import UserError, counted, first_line
+from recipes.cli.files import write_text
 from recipes.cli.screen import say
 from recipes.models.adapters import add_score_roles, misfit_in_one_line, new_adapter_config, seq_cls_config
 from recipes.models.compatibility import check_score_head
@@ -49,7 +51,7 @@ def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, *
             trust_remote_code=source.trust_remote_code,
             **kwargs,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise load_error(f"The model {source.weights} could not be loaded", source.weights, error) from error
     return never_pack(model)
 
@@ -280,8 +282,7 @@ def save_reward_statistics(folder: str, scores: list[float], source: str) -> dic
             "and PPO cannot divide scores by it. It takes them as they are, or by --score_mean and --score_std."
         )
         return None
-    with open(os.path.join(folder, STATISTICS), "w", encoding="utf-8") as file:
-        json.dump(statistics, file, indent=2)
+    write_text(os.path.join(folder, STATISTICS), json.dumps(statistics, indent=2))
     return statistics
 
 
@@ -328,8 +329,7 @@ def load_score_statistics(training_args: TrainingArguments, reward: ModelSource,
 
 def save_trained_prompts(folder: str, group_ids: Iterable[str]) -> None:
     """Store with a reward model which prompts it was trained on, as `recipes.data.tasks.group_id` of each."""
-    with open(os.path.join(folder, TRAINED_PROMPTS), "w", encoding="utf-8") as file:
-        file.writelines(f"{group}\n" for group in sorted(set(group_ids)))
+    write_text(os.path.join(folder, TRAINED_PROMPTS), "".join(f"{group}\n" for group in sorted(set(group_ids))))
 
 
 def read_trained_prompts(reward_path: str) -> set[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
@@ -92,7 +93,10 @@ class ModelSource:
             return any(name.endswith("ForSequenceClassification") for name in self.config.architectures or [])
         from peft.utils import load_peft_weights
 
-        return any(".score." in f".{name}" for name in load_peft_weights(self.path, device="cpu"))
+        try:
+            return any(".score." in f".{name}" for name in load_peft_weights(self.path, device="cpu"))
+        except (SafetensorError, ValueError) as error:
+            raise load_error(f"The weights of the adapter {self.path} cannot be read", self.path, error) from error
 
 
 def resolve_model(name: str | None, revision: str = "main", trust_remote_code: bool = False) -> ModelSource:

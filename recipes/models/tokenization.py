@@ -1,6 +1,7 @@
 """Loads the tokenizer of a base or an adapter, with a chat template, and without TRL and PEFT, which take seconds."""
 
 import os
+from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -69,17 +70,16 @@ def set_chat_template(
     Raises:
         UserError: there is no template, or it needs tokens that the model does not have and may not get.
     """
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            tokenizer.chat_template = file.read()
-    else:
-        try:
-            other = AutoTokenizer.from_pretrained(path)
+    other = None
+    try:
+        if os.path.isfile(path):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        else:
+            other = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
             tokenizer.chat_template = other.get_chat_template()
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--chat_template_path {path}: no template could be read ({first_line(error)})."
-            ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--chat_template_path {path}: no template could be read ({first_line(error)}).") from error
+    if other is not None:
         vocabulary = tokenizer.get_vocab()
         new = [token for token in other.added_tokens_decoder.values() if token.content not in vocabulary]
         if new and not may_add_tokens:

@@ -1,6 +1,7 @@
 """Around the training: output folders, checkpoints that are whole, the record of a run, and how a run ends."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -76,9 +77,19 @@ def test_an_output_folder_that_holds_something_is_kept(training_args, resume, tm
         resume("true")
     with pytest.raises(UserError, match="there is no checkpoint in .*out"):
         resume("auto")
-    with pytest.raises(UserError, match="elsewhere.* is a checkpoint of another run"):
+    with pytest.raises(UserError, match="--resume_from_checkpoint elsewhere: there is no such folder"):
         resume("elsewhere")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_checkpoint_that_is_none_is_named(training_args, resume, tmp_path):
+    """The output folder itself, and a folder that is not there, were called a checkpoint of another run."""
+    begin(training_args)
+    save(tmp_path / "out", 9)
+    with pytest.raises(UserError, match="out is the output folder, .*--resume_from_checkpoint true takes the newest"):
+        resume(str(tmp_path / "out"))
+    with pytest.raises(UserError, match="--resume_from_checkpoint .*oot/checkpoint-9: there is no such folder"):
+        resume(str(tmp_path / "oot" / "checkpoint-9"))
 
 
 def test_an_output_folder_that_is_a_file_is_kept(resume, tmp_path):
@@ -208,6 +219,21 @@ def test_another_model_under_the_same_name_is_noticed(training_args, tmp_path):
     now = record.describe("ppo", (training_args(), Models(str(model))))
     assert record.changes(before, now) == [f"the model in --model_name_or_path {model} is another one now"]
     assert record.changes(before, record.describe("sft", (training_args(), Models(str(link)))))[0].startswith("it was")
+
+
+def test_a_template_file_that_was_edited_is_noticed(tmp_path):
+    @dataclass
+    class Arguments:
+        chat_template_path: str
+
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    arguments = (Arguments(str(template)), TrainingArguments(str(tmp_path), use_cpu=True))
+    before = record.describe("sft", arguments)
+    assert record.changes(before, record.describe("sft", arguments)) == []
+    template.write_text("{{ messages[0] }}")
+    (change,) = record.changes(before, record.describe("sft", arguments))
+    assert change == f"the template in --chat_template_path {template} is another one now"
 
 
 def test_other_rows_and_another_launch_are_noticed(training_args):
@@ -366,6 +392,15 @@ def test_what_the_user_can_mend_is_one_line_and_a_bug_is_not(capsys):
     def bug():
         raise KeyError("x")
 
+    def full_disk():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+
+    def missing_package():
+        raise ImportError("You need to\n\ninstall `galore_torch`")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
     def stopped():
         raise RunEnded("Stopped.", 143)
 
@@ -377,6 +412,16 @@ def test_what_the_user_can_mend_is_one_line_and_a_bug_is_not(capsys):
     assert capsys.readouterr().err == "error: the file is empty.\n"
     with pytest.raises(KeyError):
         run(bug)
+    for main, line in (
+        (full_disk, "error: runs/x: No space left on device."),
+        (missing_package, "error: You need to install `galore_torch`"),
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            run(main)
+        assert capsys.readouterr().err == f"{line}\n"
+    with pytest.raises(SystemExit, match="130"):
+        run(interrupted)
+    assert capsys.readouterr().err == ""
     with pytest.raises(SystemExit, match="143"):
         run(stopped)
     assert capsys.readouterr().err == "Stopped.\n"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 
@@ -45,6 +46,22 @@ def test_the_last_line_has_the_result_and_the_next_command(monkeypatch):
     line = result_line("reward", "mine/rm", "mine/sft", [], "python")
     assert "configs/a/ppo.yaml --dataset_name PROMPTS --model_name_or_path mine/sft" in line
     assert "--dataset_name PROMPTS --output mine/samples.jsonl" in result_line("sft", "mine/sft", "base", [], "python")
+
+
+def test_the_next_command_can_be_pasted_with_any_names(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes/reward.py", "--config=my configs/reward.yaml", "--dataset_name=x"])
+    words = shlex.split(result_line("reward", "my runs/rm/", "my runs/sft", [], "python").partition("Next: ")[2])
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    assert given == {
+        "--config": "my configs/ppo.yaml",
+        "--dataset_name": "PROMPTS",
+        "--model_name_or_path": "my runs/sft",
+        "--reward_model_name_or_path": "my runs/rm/",
+        "--output_dir": "my runs/ppo",
+    }
+    for recipe in ("sft", "ppo"):
+        words = shlex.split(result_line(recipe, "my runs/it", "a base", [], "python").partition("Next: ")[2])
+        assert words[3] == "my runs/it" and words[-1] in ("my runs/samples.jsonl", "a base")
 
 
 class Model(torch.nn.Module):
