@@ -15,7 +15,7 @@ from recipes.cli.errors import counted
 from recipes.cli.screen import say
 from recipes.data.control_tokens import control_tokens
 from recipes.data.formatter import Formatter, as_rows
-from recipes.data.loading import Rows, has_test_split, list_splits, load_rows
+from recipes.data.loading import Rows, list_splits, load_rows
 from recipes.data.mapping import parse_mapping
 from recipes.data.mixtures import Source, combine, parse_sources
 from recipes.data.report import Report
@@ -152,6 +152,18 @@ class FormattedDatasets(dict):
     def __init__(self):
         super().__init__()
         self.reports: dict[str, Report] = {}
+
+
+def has_test_split(source, split: str, name: str | None = None) -> bool:
+    """Whether a source has the split to evaluate on, which may be a slice such as `train[0:100]`.
+
+    A line on stderr says where it has not, unless the split is the default "test".
+    """
+    splits = list_splits(source, name)
+    found = split.partition("[")[0] in splits
+    if not found and split != "test":
+        say(f"{source} has no split {split!r} (--dataset_test_split): rows to evaluate on are from its other splits.")
+    return found
 
 
 def load_formatted(

@@ -90,23 +90,6 @@ def list_splits(source, name: str | None = None) -> list[str]:
     return list(splits)
 
 
-def has_test_split(source, split: str, name: str | None = None) -> bool:
-    """Whether a source has the split to evaluate on, which may be a slice such as `train[0:100]`.
-
-    Raises:
-        DataError: it has not, and the user chose it, since it is not the default "test".
-    """
-    splits = list_splits(source, name)
-    if split.partition("[")[0] in splits:
-        return True
-    if split != "test":
-        raise DataError(
-            f"{source} has no split {split!r} to evaluate on; it has {join_names(splits)}. With --dataset_test_split "
-            "test, a share of the prompts is held out where there is no split of that name"
-        )
-    return False
-
-
 def _local_splits(source: str, name: str | None, data_files=None) -> dict[str, Callable[[], Iterable[Row]]] | None:
     """For each split of a file or folder, the function that reads its rows; None for a name on the Hub."""
     path = Path(source).expanduser()

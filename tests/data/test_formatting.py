@@ -327,15 +327,16 @@ def test_recipes_get_train_and_eval_splits(tmp_path, capsys):
     assert list(load_formatted("prompt", Script(tmp_path), FormattingArguments())) == ["train"]
 
 
-def test_a_test_split_that_was_chosen_is_not_replaced_by_another(tmp_path):
+def test_a_test_split_that_was_chosen_is_not_replaced_in_silence(tmp_path, capsys):
     for split in ("train", "validation"):
         write_jsonl(tmp_path / f"{split}.jsonl", [{"prompt": f"{split} {number}"} for number in range(9)])
     script = Script(tmp_path)
     script.dataset_test_split = "validation[0:4]"
     assert len(load_formatted("prompt", script, FormattingArguments(), evaluate=True)["eval"]) == 4
     script.dataset_test_split = "held_out"
-    with pytest.raises(DataError, match="no split 'held_out' to evaluate on; it has train, validation"):
-        load_formatted("prompt", script, FormattingArguments(), evaluate=True)
+    assert "no split 'held_out'" not in capsys.readouterr().err
+    load_formatted("prompt", script, FormattingArguments(), evaluate=True)
+    assert "has no split 'held_out' (--dataset_test_split): rows to evaluate on are from" in capsys.readouterr().err
     assert list(load_formatted("prompt", script, FormattingArguments())) == ["train"]
 
 
