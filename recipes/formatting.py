@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 BATCH = 1000  # rows that are written at a time
 
 __all__ = [
-    "DataError", "FormattedDatasets", "Formatter", "FormattingArguments", "Report", "check_leakage", "detect",
-    "format_dataset", "list_splits", "load_formatted", "load_rows", "split_by_group",
+    "DataError", "FormattedDatasets", "Formatter", "FormattingArguments", "Report", "RowArguments", "check_leakage",
+    "detect", "format_dataset", "has_test_split", "list_splits", "load_formatted", "load_rows", "split_by_group",
 ]  # fmt: skip
 
 
@@ -92,8 +92,8 @@ def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int, tool
 
 
 @dataclass
-class FormattingArguments:
-    """How the dataset of a recipe is read, beside TRL's ScriptArguments; docs/datasets.md explains more."""
+class RowArguments:
+    """How the rows of a dataset are read; docs/datasets.md explains more."""
 
     dataset_schema: str = field(
         default="auto", metadata={"help": "Name of the schema (docs/datasets.md lists them), or auto to detect it."}
@@ -103,13 +103,6 @@ class FormattingArguments:
         metadata={
             "help": "Which column holds what, as key=value items or one JSON object, e.g. prompt=question.text "
             "chosen=best rejected=worst; dots reach into objects, and roles.NAME=user adds a role."
-        },
-    )
-    datasets: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "A mixture instead of dataset_name: SOURCE or SOURCE=FRACTION, its share of the mixture; in YAML "
-            "also mappings with path and perhaps name, split, data_files, schema, mapping and fraction."
         },
     )
     on_error: Literal["raise", "skip"] = field(
@@ -124,6 +117,24 @@ class FormattingArguments:
     dedup: Literal["flag", "drop"] = field(
         default="flag", metadata={"help": "Report repeated rows, or leave them out."}
     )
+
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments of `format_dataset`."""
+        given = {name: getattr(self, name) for name in ("on_error", "max_error_rate", "on_special", "dedup")}
+        return {"schema": self.dataset_schema, "mapping": parse_mapping(self.dataset_mapping), **given}
+
+
+@dataclass
+class FormattingArguments(RowArguments):
+    """How the dataset of a recipe is read, beside TRL's ScriptArguments."""
+
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture instead of dataset_name: SOURCE or SOURCE=FRACTION, its share of the mixture; in YAML "
+            "also mappings with path and perhaps name, split, data_files, schema, mapping and fraction."
+        },
+    )
     keep_columns: list[str] | None = field(
         default=None, metadata={"help": "For PPO, columns that its Python reward functions get as keyword arguments."}
     )
@@ -132,10 +143,7 @@ class FormattingArguments:
     )
 
     def options(self) -> dict[str, Any]:
-        """As keyword arguments of `format_dataset`."""
-        names = ("on_error", "max_error_rate", "on_special", "dedup")
-        given = {name: getattr(self, name) for name in names} | {"keep_columns": self.keep_columns or ()}
-        return {"schema": self.dataset_schema, "mapping": parse_mapping(self.dataset_mapping)} | given
+        return super().options() | {"keep_columns": self.keep_columns or ()}
 
 
 class FormattedDatasets(dict):
@@ -144,6 +152,18 @@ class FormattedDatasets(dict):
     def __init__(self):
         super().__init__()
         self.reports: dict[str, Report] = {}
+
+
+def has_test_split(source, split: str, name: str | None = None) -> bool:
+    """Whether a source has the split to evaluate on, which may be a slice such as `train[0:100]`.
+
+    A line on stderr says where it has not, unless the split is the default "test".
+    """
+    splits = list_splits(source, name)
+    found = split.partition("[")[0] in splits
+    if not found and split != "test":
+        say(f"{source} has no split {split!r} (--dataset_test_split): rows to evaluate on are from its other splits.")
+    return found
 
 
 def load_formatted(
@@ -183,8 +203,13 @@ def load_formatted(
             raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")
         train = Source(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
         sources = {"train": [train]}
-        if evaluate and script_args.dataset_test_split in list_splits(train.path, train.name):
+        if evaluate and has_test_split(train.path, script_args.dataset_test_split, train.name):
             sources["eval"] = [replace(train, split=script_args.dataset_test_split)]
+    elif (script_args.dataset_config, script_args.dataset_train_split) != (None, "train"):
+        raise DataError(
+            "datasets: a source of a mixture has its own name and split: leave out dataset_config and "
+            "dataset_train_split"
+        )
     has_test = "eval" in sources
     if evaluate and streaming and not has_test:
         raise DataError("a stream cannot be split: evaluate on a source with a test split, or do not stream")

@@ -7,6 +7,10 @@
 The reward is `RM - kl_coef * KL(policy || SFT)`. With LoRA, one copy of the base plays policy, reference, reward model
 and critic, one adapter each. Every flag of TRL's `ScriptArguments`, `GRPOConfig` and `ModelConfig` works, and
 `PPOConfig` adds PPO's own; docs/ppo.md explains them and the metrics.
+
+At launch: `begin` answers `--help` and mistyped flags before slow imports; `run`, at the end of this file, reads the
+arguments and calls `main`; `main` claims the output folder and loads data and models; `folder.train` trains with
+`PPOTrainer`, whose rollouts are the four steps of recipes/trainers/ppo_trainer.py.
 """
 
 import os

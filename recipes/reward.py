@@ -20,12 +20,12 @@ if __name__ == "__main__":
 
     begin(__file__)
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig, ScriptArguments
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, refusals_in_one_line
 from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, check_steps, refuse_stream, run, settle_evaluation
 from recipes.formatting import FormattedDatasets, FormattingArguments, load_formatted
@@ -38,7 +38,7 @@ from recipes.models.loading import (
     save_trained_prompts,
 )
 from recipes.models.source import resolve_model
-from recipes.models.tokenization import load_tokenizer
+from recipes.models.tokenization import load_tokenizer, set_chat_template
 from recipes.trainers.ranking_trainer import (
     RankingRewardTrainer,
     accuracy_in_words,
@@ -73,24 +73,21 @@ MOST_REFERENCES = 4096  # conversations scored after training; Ziegler et al. (1
 ARGUMENTS = (RewardScriptArguments, RewardConfig, ModelConfig, FormattingArguments)
 
 
-def reference_rows(script_args, trainer: RankingRewardTrainer) -> tuple[list[list[int]], str]:
-    """Token ids of the conversations whose scores PPO normalises by, and where they are from.
+def load_references(script_args, format_args, tokenizer, max_length: int | None) -> list[list[int]]:
+    """Token ids of the demonstrations whose scores PPO normalises by, read before training; [] without any.
 
-    They are at most `MOST_REFERENCES`: all responses that were trained, or demonstrations of which none is longer than
-    `max_length`, where no score was ever trained.
+    None is longer than `max_length`, where no score is ever trained.
     """
-    source, tokenizer = script_args.reference_dataset_name, trainer.processing_class
+    source = script_args.reference_dataset_name
     if source is None:
-        rows = [ids for ranking in trainer.train_dataset["response_ids"] for ids in ranking]
-    else:
-        demonstrations = load_formatted("sft", ScriptArguments(dataset_name=source), FormattingArguments(), tokenizer)
-        rows = tokenizer.apply_chat_template(list(demonstrations["train"]["messages"]), return_dict=False)
-        rows = [ids for ids in rows if trainer.args.max_length is None or len(ids) <= trainer.args.max_length]
-        if not rows:
-            raise UserError(f"--reference_dataset_name {source}: no row has max_length tokens or fewer.")
-    if len(rows) > MOST_REFERENCES:
-        rows = random.Random(trainer.args.seed).sample(rows, MOST_REFERENCES)
-    return rows, source or script_args.dataset_name
+        return []
+    rules = replace(format_args, dataset_schema="auto", dataset_mapping=None, datasets=None)
+    demonstrations = load_formatted("sft", ScriptArguments(dataset_name=source), rules, tokenizer)
+    rows = tokenizer.apply_chat_template(list(demonstrations["train"]["messages"]), return_dict=False)
+    rows = [ids for ids in rows if max_length is None or len(ids) <= max_length]
+    if not rows:
+        raise UserError(f"--reference_dataset_name {source}: no row has max_length tokens or fewer.")
+    return rows
 
 
 def keep_majorities(datasets: FormattedDatasets) -> None:
@@ -118,6 +115,11 @@ def main(
     check_reward_base(start)
     tokenizer = load_tokenizer(start)
     check_model(start, tokenizer)
+    template = training_args.chat_template_path
+    if template is not None:
+        set_chat_template(tokenizer, start, template, may_add_tokens=not model_args.use_peft)
+        if model_args.use_peft or os.path.isfile(template):
+            training_args.chat_template_path = None  # TRL would give the base below the adapter another vocabulary
     datasets = load_formatted(
         "ranking",
         script_args,
@@ -132,10 +134,11 @@ def main(
     if script_args.aggregation == "majority":
         keep_majorities(datasets)
     settle_evaluation(training_args, datasets)
+    references = load_references(script_args, format_args, tokenizer, training_args.max_length)
 
     set_seed(training_args.seed)
     model = load_reward_trainee(start, model_args)
-    with float32_adapters(model):
+    with float32_adapters(model), refusals_in_one_line():
         trainer = RankingRewardTrainer(
             model=model,
             args=training_args,
@@ -143,19 +146,23 @@ def main(
             eval_dataset=datasets.get("eval"),
             processing_class=tokenizer,
         )
+    training_args.chat_template_path = template
     report_half_precision(model)
     check_steps(trainer)
     folder.train(trainer, datasets.reports)
+    folder.save_model(trainer)  # before anything else can fail
     evaluation = trainer.final_evaluation()
     if evaluation is not None:
         trainer.save_metrics("eval", evaluation)
 
-    folder.save_model(trainer)  # before anything else can fail
-    rows, source = reference_rows(script_args, trainer)
+    rows = references or [ids for ranking in trainer.train_dataset["response_ids"] for ids in ranking]
+    if len(rows) > MOST_REFERENCES:
+        rows = random.Random(training_args.seed).sample(rows, MOST_REFERENCES)
     scores = trainer.score(rows)
     example = datasets.get("eval", datasets["train"])[0]
     example_scores = trainer.score(conversations(example, tokenizer))
     if trainer.accelerator.is_main_process:
+        source = script_args.reference_dataset_name or script_args.dataset_name
         save_reward_statistics(training_args.output_dir, scores, source)
         save_trained_prompts(training_args.output_dir, datasets["train"]["group_id"])
     title = "A held-out prompt" if "eval" in datasets else "A prompt of the training data"

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
+from recipes.cli.errors import refusals_in_one_line
 from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, check_steps, run, settle_evaluation
 from recipes.formatting import FormattingArguments, load_formatted
@@ -54,7 +55,7 @@ def main(
     template = training_args.chat_template_path
     if template is not None:
         set_chat_template(tokenizer, base, template, may_add_tokens=not model_args.use_peft)
-        if model_args.use_peft:
+        if model_args.use_peft or os.path.isfile(template):
             training_args.chat_template_path = None  # TRL would give the base below the adapter another vocabulary
 
     datasets = load_formatted(
@@ -74,7 +75,7 @@ def main(
 
     set_seed(training_args.seed)
     model = load_policy(base, model_args)
-    with float32_adapters(model):
+    with float32_adapters(model), refusals_in_one_line():
         trainer = WholeSFTTrainer(
             model=model,
             args=training_args,

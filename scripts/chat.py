@@ -20,8 +20,17 @@ from dataclasses import dataclass, field, replace
 
 from transformers import TextStreamer
 
+from recipes.cli.errors import UserError
 from recipes.cli.run import run
-from recipes.models.sampling import PolicyArguments, SamplingArguments, derived_seed, generate, load_generator
+from recipes.models.sampling import (
+    PolicyArguments,
+    Prompt,
+    SamplingArguments,
+    check_lengths,
+    derived_seed,
+    generate,
+    load_generator,
+)
 
 
 @dataclass
@@ -83,6 +92,12 @@ def main(sampling: SamplingArguments, policy: PolicyArguments, chat_args: ChatAr
             continue
         for name, (model, tokenizer) in policies.items():
             conversations[name].append({"role": "user", "content": text})
+            try:
+                check_lengths(model, tokenizer, [Prompt("", conversations[name], name)], sampling)
+            except UserError as error:
+                print(f"{error} /reset starts a new conversation.", file=sys.stderr)
+                conversations[name].pop()
+                continue
             print(f"{name}: ", end="", flush=True)
             streamer = SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
             seed = derived_seed(sampling.seed, number)

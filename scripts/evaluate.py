@@ -39,7 +39,7 @@ from recipes.evaluation.report import log_to_wandb, table, write_report
 from recipes.evaluation.reward_quality import reward_model_quality
 from recipes.evaluation.rewards import RewardModel, read_pairs
 from recipes.evaluation.summary import summarise
-from recipes.formatting import Formatter, FormattingArguments, list_splits, load_rows
+from recipes.formatting import Formatter, RowArguments, has_test_split, load_rows
 from recipes.models.sampling import LoadingArguments, Prompt, PromptsArguments
 
 
@@ -73,14 +73,14 @@ class JudgeArguments:
             raise UserError(f"--ranking_task {self.ranking_task} exists: choose another file.")
 
 
-ARGUMENTS = (EvaluationPrompts, EvaluationArguments, LoadingArguments, FormattingArguments, JudgeArguments)
+ARGUMENTS = (EvaluationPrompts, EvaluationArguments, LoadingArguments, RowArguments, JudgeArguments)
 
 
-def read_prompts(data_args: EvaluationPrompts, format_args: FormattingArguments, limit: int | None) -> list[Prompt]:
+def read_prompts(data_args: EvaluationPrompts, format_args: RowArguments, limit: int | None) -> list[Prompt]:
     """The prompts of the dataset's test split, or of its train split where it has no other."""
     source, config = data_args.dataset_name, data_args.dataset_config
-    splits = (data_args.dataset_test_split, data_args.dataset_train_split)
-    split = splits[splits[0] not in list_splits(source, config)]
+    tested = has_test_split(source, data_args.dataset_test_split, config)
+    split = data_args.dataset_test_split if tested else data_args.dataset_train_split
     rows = load_rows(source, split, config)
     report = Report(rows.source, "prompt")
     # A repeated prompt is no further one: intervals, which draw prompts, would be too narrow.

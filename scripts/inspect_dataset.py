@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
@@ -34,22 +33,22 @@ from recipes.data.control_tokens import control_tokens
 from recipes.data.preview import render
 from recipes.data.report import Report
 from recipes.data.schemas import TASKS
-from recipes.formatting import Formatter, FormattingArguments, load_rows
+from recipes.formatting import Formatter, RowArguments, load_rows
 
 SHOWN = 3
 
 
-def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingArguments]:
-    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, RowArguments]:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", help="file (.jsonl, .json, .csv, .parquet), folder or Hub name")
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--split", default="train", help="default: train; rows 10 to 19 of it are train[10:20]")
     parser.add_argument("--dataset_config", help="configuration of a Hub dataset")
-    shared = [each for each in fields(FormattingArguments) if each.name not in ("datasets", "test_split_size")]
-    for each in shared:
+    for each in fields(RowArguments):
         kind = {"choices": get_args(each.type)} if get_origin(each.type) is Literal else {"type": type(each.default)}
-        kind = {"nargs": "+"} if each.default is None else kind
+        kind = {"nargs": "+", "action": "extend"} if each.default is None else kind
         parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
+    parser.add_argument("--keep_columns", nargs="+", action="extend", default=[], help="columns to keep, for PPO")
     parser.add_argument("--num_proc", type=int, default=1, help="processes that format")
     parser.add_argument("--tokenizer", metavar="MODEL", help="render and measure rows as for this model")
     kind = {"nargs": "?", "const": "true", "default": "false", "choices": ["true", "false"]}
@@ -60,7 +59,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingAr
     args = parser.parse_args(argv)
     if args.max_length is not None and not args.tokenizer:
         parser.error("--max_length counts tokens: it needs --tokenizer")
-    if {"file", "line"} & set(args.keep_columns or ()):
+    if {"file", "line"} & set(args.keep_columns):
         parser.error("--keep_columns: file and line tell where a row is from; rename these columns")
     written = [path for path in (args.output, args.report) if path]
     for path in written:
@@ -70,12 +69,13 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FormattingAr
             parser.error(f"{path} exists, and nothing is ever written over: remove it or choose another file")
     if len({path.resolve() for path in written}) < len(written):
         parser.error(f"--output and --report are the same file, {args.output}")
-    return args, FormattingArguments(**{each.name: getattr(args, each.name) for each in shared})
+    return args, RowArguments(**{each.name: getattr(args, each.name) for each in fields(RowArguments)})
 
 
-def formatted(args: argparse.Namespace, format_args: FormattingArguments, report: Report, **model) -> Iterator[dict]:
-    options = {**format_args.options(), "prompt_completion": args.task == "sft"}  # as recipes/sft.py
-    formatter = Formatter(args.task, max_length=args.max_length, **model, **options)
+def formatted(args: argparse.Namespace, format_args: RowArguments, report: Report, **model) -> Iterator[dict]:
+    options = {**format_args.options(), "keep_columns": args.keep_columns, "max_length": args.max_length}
+    options["prompt_completion"] = args.task == "sft"  # as recipes/sft.py
+    formatter = Formatter(args.task, **model, **options)
     rows = load_rows(args.source, args.split, args.dataset_config)
     for row, output in formatter(rows, report, args.num_proc):
         output.pop("group_id", None)
@@ -87,20 +87,19 @@ def formatted(args: argparse.Namespace, format_args: FormattingArguments, report
 def write(path: Path | None, rows: Iterator[dict]) -> list[dict]:
     """Writes the rows to a file, which appears only once it is complete, and returns the first ones."""
     first = []
-    folder = path.parent if path else None
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, delete=False) as file:
-        try:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{path}.partial" if path else os.devnull)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
             for row in rows:
                 first += [row] if len(first) < SHOWN else []
-                if path:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.close()
-            if path:
-                os.replace(file.name, path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if path:
+            partial.replace(path)
+    finally:
+        if path:
+            partial.unlink(missing_ok=True)
     return first
 
 

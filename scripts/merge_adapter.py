@@ -19,11 +19,13 @@ import shutil
 from dataclasses import dataclass, field
 
 import torch
-import yaml
 from trl import ModelConfig
 
-from recipes.cli.errors import UserError
-from recipes.cli.run import run
+from recipes.cli.checkpoints import tidy, unfinished
+from recipes.cli.errors import UserError, first_line
+from recipes.cli.files import is_write_error, move_contents
+from recipes.cli.record import RESULT, read_record
+from recipes.cli.run import holds_anything, run
 from recipes.models.loading import TRAINED_PROMPTS, load_policy, load_reward_model, not_finite, statistics_file
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
@@ -49,11 +51,7 @@ ARGUMENTS = (MergeArguments,)
 
 def trained_on_quantized_base(adapter: str) -> bool:
     """What the record of the run says; `False` where the adapter has none."""
-    path = os.path.join(adapter, "train_config.yaml")
-    if not os.path.exists(path):
-        return False
-    with open(path, encoding="utf-8") as file:
-        arguments = yaml.safe_load(file)["arguments"]
+    arguments = (read_record(os.path.join(adapter, RESULT)) or {"arguments": {}})["arguments"]
     return bool(arguments.get("load_in_4bit") or arguments.get("load_in_8bit"))
 
 
@@ -68,7 +66,7 @@ def merge(args: MergeArguments) -> None:
     source = resolve_model(adapter, trust_remote_code=args.trust_remote_code)
     if source.base is None:
         raise UserError(f"{adapter} is not an adapter (it has no adapter_config.json): there is nothing to merge.")
-    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+    if os.path.isfile(folder) or holds_anything(folder):
         raise UserError(f"The output folder {folder} is in use, and nothing is ever written over: choose another.")
     quantized = getattr(source.config, "quantization_config", None) is not None
     if not args.allow_quantized_merge:
@@ -93,11 +91,22 @@ def merge(args: MergeArguments) -> None:
         model.to(source.config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype))
     if name := not_finite(model):
         raise UserError(f"{adapter} on {source.base} has weights that are not finite, in {name}: nothing was saved.")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for file in (statistics_file(adapter), os.path.join(adapter, TRAINED_PROMPTS)):
-        if file is not None and os.path.exists(file):
-            shutil.copy(file, folder)
+    aside = unfinished(folder, "merged")
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed merge left
+    try:
+        os.makedirs(aside)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        for file in (statistics_file(adapter), os.path.join(adapter, TRAINED_PROMPTS)):
+            if file is not None and os.path.exists(file):
+                shutil.copy(file, aside)
+        move_contents(aside, folder, last="config.json")
+        tidy(folder)
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        shutil.rmtree(unfinished(folder), ignore_errors=True)
+        raise UserError(f"The merged model cannot be written to {folder}: {first_line(error)}.") from error
     print(f"Merged {adapter} into {source.base}: {folder}")
 
 

@@ -68,8 +68,9 @@ def parse_args(argv):
     terminal = command(run_terminal, "terminal", "rank in this shell")
     terminal.add_argument("--labeler", default=user_name(), help="whose rankings these are; default %(default)s")
     for ranking in (serve, terminal):
-        ranking.add_argument("--samples", nargs="+", default=[], type=Path, help="files of sampled responses to add")
-        ranking.add_argument("--gold", nargs="+", default=[], type=Path, help="rankings to add as gold tasks")
+        several = {"nargs": "+", "action": "extend", "default": [], "type": Path}
+        ranking.add_argument("--samples", help="files of sampled responses to add", **several)
+        ranking.add_argument("--gold", help="rankings to add as gold tasks", **several)
         ranking.add_argument("--guidelines", default=GUIDELINES, type=Path, help="text that labelers see first")
         ranking.add_argument("--justifications", default="required", choices=JUSTIFICATIONS, help="default required")
         ranking.add_argument("--overlap", type=at_least(1), default=1, help="labelers per prompt; default %(default)s")

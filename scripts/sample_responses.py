@@ -24,7 +24,7 @@ from recipes.cli.launch import world_size
 from recipes.cli.run import run
 from recipes.data.control_tokens import control_tokens
 from recipes.data.report import Report
-from recipes.formatting import Formatter, FormattingArguments, load_rows
+from recipes.formatting import Formatter, RowArguments, load_rows
 from recipes.models.sampling import (
     PolicyArguments,
     Prompt,
@@ -41,10 +41,10 @@ class OutputArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
 
-ARGUMENTS = (PromptsArguments, SamplingArguments, PolicyArguments, FormattingArguments, OutputArguments)
+ARGUMENTS = (PromptsArguments, SamplingArguments, PolicyArguments, RowArguments, OutputArguments)
 
 
-def read_prompts(data_args: PromptsArguments, format_args: FormattingArguments, tokenizer, **room) -> list[Prompt]:
+def read_prompts(data_args: PromptsArguments, format_args: RowArguments, tokenizer, **room) -> list[Prompt]:
     """The prompts of a dataset that fit into the model's `room`; a row's own `id` is kept if it is unique."""
     rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, data_args.dataset_config)
     report = Report(rows.source, "prompt")
@@ -53,8 +53,11 @@ def read_prompts(data_args: PromptsArguments, format_args: FormattingArguments, 
     ids = {(row.file, row.line): row.data["id"] for row in rows if isinstance(row.data, dict) and "id" in row.data}
     prompts: dict[str, Prompt] = {}
     for row, output in formatter(rows, report):
-        name = str(ids.get((row.file, row.line), f"p{row.line}"))
-        name = name if name not in prompts else f"{name}-line{row.line}"
+        name = wish = str(ids.get((row.file, row.line), f"p{row.line}"))
+        number = 1
+        while name in prompts:  # a repeated id, or the same line of another file of a folder
+            number += 1
+            name = f"{wish}-{number}"
         prompts[name] = Prompt(name, output["prompt"], f"{row.file}:{row.line}")
     print(report)
     return list(prompts.values())
@@ -64,7 +67,7 @@ def main(
     data_args: PromptsArguments,
     sampling: SamplingArguments,
     policy: PolicyArguments,
-    format_args: FormattingArguments,
+    format_args: RowArguments,
     output_args: OutputArguments,
 ):
     if world_size() > 1:
@@ -73,7 +76,8 @@ def main(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = {"positions": positions, "completion_length": sampling.max_completion_length}
     prompts = read_prompts(data_args, format_args, tokenizer, **room)
-    sample_to_file(model, tokenizer, prompts, sampling, policy.model_name_or_path, output_args.output)
+    output, loading = output_args.output, policy.loading()
+    sample_to_file(model, tokenizer, prompts, sampling, policy.model_name_or_path, output, loading)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def module(monkeypatch):
     return load
 
 
+@pytest.mark.slow
 def test_ppo_against_the_floor():
     """It runs our side of the PPO benchmark; a share of the floor is above 0 and below 1."""
     result = benchmark("floor.py", "--setting", "smoke")
@@ -61,6 +62,7 @@ def test_the_questions_to_a_gpu_are_answered_by_a_cpu(tmp_path):
     assert found["estimated_gib"] > 0
 
 
+@pytest.mark.slow
 def test_ppo_against_trl(tmp_path):
     """Both sides train on the same responses (the command stops if not), and the file keeps every turn."""
     if not (BENCHMARKS / ".venv").exists():
@@ -78,6 +80,7 @@ def test_ppo_against_trl(tmp_path):
     assert result["ratio_cpu"] == pytest.approx(sum(peer["cpu"].values()) / sum(ours["cpu"].values()), rel=0.02)
 
 
+@pytest.mark.slow
 def test_sft_against_trl():
     """Both scripts train on the same number of tokens (the command stops if not)."""
     result = benchmark("sft_vs_trl.py", "--size", "tiny", "--rows", 32)
@@ -85,6 +88,7 @@ def test_sft_against_trl():
     assert set(result["phases"]) == {"prepare", "train", "save"}
 
 
+@pytest.mark.slow
 def test_rankings_against_pairs():
     result = benchmark("reward_vs_trl.py", "--responses", 3, "--prompts", 4)
     assert KEYS <= result.keys()

@@ -17,7 +17,7 @@ from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.metrics import mean_interval, ratio_interval
 from recipes.evaluation.reward_quality import Pair, reward_model_quality
 from recipes.evaluation.rewards import RewardModel, read_pairs
-from recipes.formatting import FormattingArguments, load_rows
+from recipes.formatting import RowArguments, load_rows
 from recipes.models.sampling import SamplingArguments, generate, load_generator
 
 CHUNK = 256  # tokens of ordinary text in a row
@@ -57,7 +57,7 @@ def accuracy(folder: Path, dtype: str) -> dict:
     results, pairs = {}, {}
     for name, parts in unseen.items():
         files = [str(folder / "data" / f"{part}_pairs.jsonl") for part in parts]
-        pairs[name] = load_reward(folder / name, dtype).pairs(read_pairs(files, FormattingArguments()))
+        pairs[name] = load_reward(folder / name, dtype).pairs(read_pairs(files, RowArguments()))
         results[name] = reward_model_quality(pairs[name]) | {"unseen": parts}
     results["ours_minus_trl"] = difference(pairs["reward"], pairs["trl_reward"])
     return results

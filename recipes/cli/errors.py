@@ -1,6 +1,8 @@
 """Errors of one line: exceptions for bad input and for a run that ends early, and how their text is written."""
 
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Zero-width joiners: Persian, Indic scripts and emoji need them, and they cannot control a terminal.
 _PRINTED = ("\n", "\t", "\u200c", "\u200d")
@@ -30,6 +32,15 @@ class RunEnded(Exception):
     def __init__(self, text: str, code: int = 0):
         super().__init__(text, code)
         self.text, self.code = text, code
+
+
+@contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """What a library says of an argument that it does not take, or of a package that it misses, is the user's line."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -79,7 +79,7 @@ def check(words: list[str], known: dict[str, Flag], own: dict[str, Flag]) -> Non
         for name in values if isinstance(values, dict) else ():
             if name not in known and name != "env":
                 raise unknown(str(name), known, f"--config {config}")
-            given.append(name)
+            given += [] if values[name] is None else [name]
     given = [name.replace("-", "_") for name in given]
     missing = [f"--{name}" for name, flag in own.items() if flag.required and name not in given]
     if missing:
@@ -93,7 +93,10 @@ def unknown(name: str, options: Collection[str], where: str) -> UserError:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """`ArgumentParser` whose errors are one line, with the nearest flag to a mistyped one."""
+    """`ArgumentParser` without abbreviations, whose errors are one line with the nearest flag to a mistyped one."""
+
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: --"):

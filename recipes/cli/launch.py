@@ -6,6 +6,7 @@ process's parent; what runs is what `torch.distributed` says.
 """
 
 import os
+import shlex
 from dataclasses import dataclass
 
 import psutil
@@ -23,7 +24,10 @@ from trl.import_utils import is_vllm_available
 from recipes.cli.errors import UserError, counted, first_line
 from recipes.cli.screen import say
 
-COMMANDS = (["accelerate", "launch"], ["accelerate-launch"], ["-m", "accelerate.commands.launch"])
+COMMANDS = (
+    *(["accelerate", "launch"], ["accelerate-launch"], ["-m", "accelerate.commands.launch"]),
+    *(["-m", "accelerate.commands.accelerate_cli", "launch"], ["accelerate_cli.py", "launch"]),
+)
 SHARDED = ("FSDP", "DEEPSPEED")
 
 
@@ -59,7 +63,7 @@ def requested() -> Request | None:
         return None
     names = [os.path.basename(word) for word in words]
     for command in COMMANDS:
-        for start in range(3):
+        for start in range(8):  # after options of Python, such as -X importtime -W ignore
             if names[start : start + len(command)] == command:
                 return read_request(words[start + len(command) :])
     return None
@@ -68,7 +72,7 @@ def requested() -> Request | None:
 def launcher() -> str:
     """How this process was started, as the beginning of another command."""
     request = requested()
-    config = f" --config_file {request.config_file}" if request and request.config_file else ""
+    config = f" --config_file {shlex.quote(request.config_file)}" if request and request.config_file else ""
     return f"accelerate launch -q{config}" if request else "python"
 
 

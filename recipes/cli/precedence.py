@@ -4,7 +4,11 @@ A flag of the command line comes before the YAML, also where the YAML has anothe
 the place of a YAML's `total_episodes`, and a line says so. Two of them in one place are refused.
 """
 
+import math
+import re
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from recipes.cli.errors import UserError
@@ -26,6 +30,7 @@ LORA = (
 UNUSED = {
     "save_steps": ("save_strategy", ("no", "epoch", "best"), "steps"),
     "eval_steps": ("eval_strategy", ("no", "epoch"), "steps"),
+    "do_eval": ("eval_strategy", ("no",), "epoch"),
     "logging_steps": ("logging_strategy", ("no", "epoch"), "steps"),
     "warmup_steps": ("lr_scheduler_type", ("constant",), "constant_with_warmup"),
     "adaptive_kl_horizon": ("adaptive_kl_target", (None,), "a KL in nats"),
@@ -33,6 +38,31 @@ UNUSED = {
     "ptx_dataset_split": ("ptx_dataset_name", (None,), "demonstrations"),
     "max_error_rate": ("on_error", ("raise",), "skip"),
     **{name: ("use_peft", (False,), "true") for name in LORA},
+}
+
+
+# arguments of TRL that no recipe has a use for, and what does it here
+REFUSED = {
+    "model_init_kwargs": "--dtype, --attn_implementation and others of ModelConfig say how to load the model",
+    "dataset_text_field": "rows become messages: name their columns with --dataset_mapping",
+    "dataset_kwargs": "every row is prepared here",
+    "ignore_bias_buffers": "no buffer is left out",
+    "bf16_full_eval": "evaluation has the precision of training; after it, this rounds the weights that are saved",
+    "fp16_full_eval": "evaluation has the precision of training; after it, this rounds the weights that are saved",
+    "do_train": "a recipe trains",
+    "do_predict": "scripts/sample_responses.py answers prompts",
+}
+PATHS = re.compile(r".*_path|.*_dir|.*dataset_name|output|compare")  # arguments whose value cannot be an empty text
+AT_LEAST_0, AT_LEAST_1, SHARE = (0, math.inf, "0 or more"), (1, math.inf, "1 or more"), (0, 1, "0 to 1")
+# argument: the least and the greatest value that means something, in words
+RANGES = {
+    "max_steps": (1, math.inf, "1 or more, or -1 for a run of --num_train_epochs"),
+    "num_train_epochs": (sys.float_info.min, math.inf, "more than 0"),
+    **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "adam_epsilon"), AT_LEAST_0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "max_length"), AT_LEAST_1),
+    **dict.fromkeys(("gradient_accumulation_steps", "lora_r", "lora_alpha"), AT_LEAST_1),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "max_error_rate"), SHARE),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1, "0 to 4294967295")),
 }
 
 
@@ -74,6 +104,23 @@ def is_set(name: str, value: Any) -> bool:
     return value is not None and not (name == "max_steps" and str(value) == "-1")
 
 
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Check numbers that libraries take for another wish, or refuse after everything has loaded.
+
+    Args:
+        values: what was given, as text or as number.
+
+    Raises:
+        UserError: a number that no run can have.
+    """
+    for name in RANGES.keys() & values.keys():
+        least, most, wanted = RANGES[name]
+        with suppress(TypeError, ValueError):  # no number, which argparse says
+            number = float(values[name])
+            if not (least <= number <= most and math.isfinite(number)) and (name, number) != ("max_steps", -1):
+                raise UserError(f"--{name} {values[name]}: expected {wanted}.")
+
+
 def check_used(values: Mapping[str, Any], given: Mapping[str, str], config: Mapping[str, Any]) -> None:
     """Check that what was given counts.
 
@@ -82,8 +129,13 @@ def check_used(values: Mapping[str, Any], given: Mapping[str, str], config: Mapp
         given: the flags; they come before `config`, the values of the YAML.
 
     Raises:
-        UserError: an argument would go unused beside another that was given with it.
+        UserError: an argument would go unused, by itself or beside another that was given with it; an empty path.
     """
+    for name in {**config, **given}:
+        if name in REFUSED and values.get(name) not in (None, name == "do_train"):
+            raise UserError(f"--{name} is not used: {REFUSED[name]}.")
+        if values.get(name) == "" and PATHS.fullmatch(name):
+            raise UserError(f"--{name} is empty: is it a variable that is not set?")
     for name, (other, without, wanted) in UNUSED.items():
         value = getattr(values.get(other), "value", values.get(other))
         switched_off = name not in given and other in given  # by a flag, and the YAML's value with it

@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -38,6 +39,7 @@ MODEL_FILES = re.compile(
     r".*\.safetensors|.*\.safetensors\.index\.json|(adapter_|tokenizer_)?config\.json|tokenizer\.json"
     r"|chat_template\.jinja|reward_statistics\.json"
 )
+TEMPLATE = "chat_template_path"  # a folder or a file
 SAMPLE = 65_536  # bytes of each end of a file that take part in its digest
 
 
@@ -56,7 +58,8 @@ def describe(recipe: str, arguments: tuple) -> dict[str, Any]:
     folders = {
         name: value
         for name, value in values.items()
-        if isinstance(value, str) and os.path.isdir(value) and not FREE.fullmatch(name)
+        if isinstance(value, str) and not FREE.fullmatch(name)
+        if os.path.isdir(value) or (name == TEMPLATE and os.path.isfile(value))
     }
     return {
         "recipe": recipe,
@@ -141,7 +144,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name, value in now["models"].items():
         was = before.get("models", {}).get(name, value)
         if was != value and same(before["arguments"].get(name), now["arguments"][name]):
-            found.append(f"the model in --{name} {now['arguments'][name]} is another one now")
+            what = "template" if name == TEMPLATE else "model"
+            found.append(f"the {what} in --{name} {now['arguments'][name]} is another one now")
     for name, value in now["setup"].items():
         was = before.get("setup", {}).get(name, value)
         if was != value:
@@ -201,8 +205,11 @@ def plain(value):
 
 
 def digest(folder: str) -> str:
-    """A short digest of a model's files: name, size and both ends of each, so that large weights cost nothing."""
+    """A short digest of a file, or of a model's files: name, size and both ends of each, since weights are large."""
     total = hashlib.sha256()
+    if os.path.isfile(folder):
+        total.update(Path(folder).read_bytes())
+        return total.hexdigest()[:16]
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
         if MODEL_FILES.fullmatch(name) and os.path.isfile(path):

@@ -1,8 +1,10 @@
 """What every recipe does around its training: claim the output folder, train, record, finish, fail with one line."""
 
 import atexit
+import errno
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -12,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast_object_list
+from httpx import HTTPError
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -41,6 +44,7 @@ from recipes.cli.record import (
 from recipes.cli.screen import result_line, say
 
 LOCK = ".lock"
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class RunFolder:
@@ -111,8 +115,15 @@ class RunFolder:
                 )
             return None, []
         newest = wish in ("true", "yes", "1", "auto")
+        if not newest and is_same_folder(given, self.path):
+            raise UserError(
+                f"--resume_from_checkpoint {given} is the output folder, not one checkpoint: "
+                "--resume_from_checkpoint true takes the newest in it."
+            )
         origin = self.path if newest else os.path.dirname(os.path.abspath(given))
-        here = newest or (entries and os.path.samefile(origin, self.path))
+        here = newest or (entries and is_same_folder(origin, self.path))
+        if entries and not here and not os.path.isdir(given):
+            raise UserError(f"--resume_from_checkpoint {given}: there is no such folder.")
         if entries and not here:
             raise UserError(
                 f"The output folder {self.path} is not empty, and {given} is a checkpoint of another run: "
@@ -221,7 +232,13 @@ class RunFolder:
 
         self.save_model(trainer, write_records)
         if trainer.args.push_to_hub:
-            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+            try:
+                trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+            except (OSError, HTTPError) as error:
+                raise UserError(
+                    f"The model is in {self.path}, and could not be pushed to the Hub: {first_line(error)}. "
+                    f"Push it later: hf upload {trainer.hub_model_id or 'OWNER/NAME'} {shlex.quote(self.path)}"
+                ) from error
         if trainer.accelerator.is_main_process:
             start, history = self.record["arguments"]["model_name_or_path"], trainer.state.log_history
             say(result_line(self.record["recipe"], self.path, start, history, launcher()))
@@ -297,11 +314,17 @@ def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
     except RunEnded as end:
         code = end.code
         say(end.text)
+    except KeyboardInterrupt:
+        code = 130
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # mostly the first process fails in the same way, says so, and this one is ended meanwhile
         fail(f"error: {error}")
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            fail(f"error: {error.filename or 'A file'}: {error.strerror}.")
+        if isinstance(error, ImportError) and not str(error.name).startswith("recipes"):  # that an argument asks for
+            fail(f"error: {' '.join(str(error).split())}")
         if not torch.distributed.is_initialized():
             lock.release_all()
             raise
@@ -316,6 +339,10 @@ def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def is_same_folder(one: str, other: str) -> bool:
+    return os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other)
 
 
 def holds_anything(folder: str) -> bool:

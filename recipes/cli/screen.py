@@ -1,6 +1,7 @@
 """What a run shows: one bar, one line a log step with the numbers that matter, its result and what comes next."""
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from statistics import fmean
@@ -59,19 +60,22 @@ def result_line(recipe: str, path: str, start: str, log_history: list[dict[str, 
 
 
 def next_command(recipe: str, path: str, start: str, launcher: str) -> str:
+    beside = os.path.dirname(os.path.normpath(path))
+    samples, ppo = (shlex.quote(os.path.join(beside, name)) for name in ("samples.jsonl", "ppo"))
+    path, start = shlex.quote(path), shlex.quote(start)
     if recipe == "sft":
-        samples = os.path.join(os.path.dirname(path), "samples.jsonl")
         sample = "python scripts/sample_responses.py --model_name_or_path {} --dataset_name PROMPTS --output {}"
         return sample.format(path, samples)
     if recipe == "ppo":
         return f"python scripts/chat.py --model_name_or_path {path} --compare {start}"
-    config = next((word for word in sys.argv if word.endswith("reward.yaml")), None)
+    given = [part for word in sys.argv for part in word.split("=", 1)]
+    config = next((word for word in given if os.path.basename(word) == "reward.yaml"), "")
     words = [launcher, "recipes/ppo.py"]
-    words += [f"--config {config.removesuffix('reward.yaml')}ppo.yaml"] if config else []
+    words += [f"--config {shlex.quote(os.path.join(os.path.dirname(config), 'ppo.yaml'))}"] if config else []
     # Whoever brought rankings of their own has prompts of their own.
-    words += ["--dataset_name PROMPTS"] if not config or "--dataset_name" in sys.argv else []
+    words += ["--dataset_name PROMPTS"] if not config or "--dataset_name" in given else []
     words += [f"--model_name_or_path {start} --reward_model_name_or_path {path}"]
-    return " ".join([*words, f"--output_dir {os.path.join(os.path.dirname(path), 'ppo')}"])
+    return " ".join([*words, f"--output_dir {ppo}"])
 
 
 def aligned(rows: list[list[str]]) -> str:

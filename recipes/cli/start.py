@@ -5,13 +5,16 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
+from pathlib import Path
 
 from recipes.cli.errors import UserError
 from recipes.cli.help import ROOT, check, read_flags, show
 
 # What libraries say in every run and nobody here can act on.
-NOISE = r"`(is_)?gradient_checkpointing` is deprecated"
-NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops",)  # that a faster 4-bit kernel could be downloaded
+NOISE = r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated"
+# That a faster 4-bit kernel could be downloaded; in every layer and step, that 8 bits are computed from float16.
+NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 
 
 def begin(command: str, *more: str) -> None:
@@ -21,6 +24,7 @@ def begin(command: str, *more: str) -> None:
         command: file of a recipe or script; with a tuple `ARGUMENTS` of dataclasses, its flags are those.
         more: other such files whose flags it takes too, and whose help lists them.
     """
+    sys.argv[1:] = map(expand_home, sys.argv[1:])
     words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
     first = os.environ.get("RANK", "0") == "0"
     try:
@@ -30,6 +34,7 @@ def begin(command: str, *more: str) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    set_environment(words)
     if "--log_level debug" not in " ".join(words):
         quiet()
 
@@ -47,6 +52,22 @@ def answer(command: str, more: tuple[str, ...], words: list[str], first: bool) -
         sys.exit(0)
     if first:  # of several processes, the others are ended with it
         check(words, known, own)
+
+
+def expand_home(word: str) -> str:
+    """`--output_dir=~/runs` with the home folder, which the shell puts in only where a word begins with it."""
+    flag, equals, value = word.partition("=")
+    return f"{flag}={os.path.expanduser(value)}" if value.startswith("~") else word
+
+
+def set_environment(words: list[str]) -> None:
+    """Set the variables in `env` of the YAML now: libraries read many of them when they are imported."""
+    for config in [following for word, following in zip(words, words[1:], strict=False) if word == "--config"]:
+        import yaml
+
+        with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # `parse` says what is wrong
+            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+            os.environ |= {name: str(value) for name, value in (values.get("env") or {}).items()}
 
 
 def activation() -> str:

@@ -14,11 +14,11 @@ from typing import Any
 from recipes.cli.errors import counted
 from recipes.data.messages import (
     HUMAN_ASSISTANT,
+    NOTHING,
     Messages,
     Roles,
     as_object,
     choice,
-    in_context,
     items,
     message,
     normalise,
@@ -34,12 +34,7 @@ from recipes.data.messages import (
 )
 from recipes.data.rows import RowError, Skip, describe, join_names
 
-SCORES = (
-    ("score_chosen", "score_rejected"),
-    ("chosen-rating", "rejected-rating"),
-    ("chosen_rating", "rejected_rating"),
-    ("chosen_score", "rejected_score"),
-)
+_SCORE = re.compile(r"\w*(score|rating|reward)s?[-_]chosen|chosen[-_]\w*(score|rating|reward)s?")
 
 
 @dataclass
@@ -89,7 +84,7 @@ def dialogue(column: str) -> Converter:
     """For a list of messages."""
 
     def convert(row: dict, roles: Roles) -> Dialogue:
-        return Dialogue(in_context(row, normalise(items(row, column), column, roles)))
+        return Dialogue(normalise(items(row, column), column, roles))
 
     return convert
 
@@ -98,7 +93,7 @@ def conversation_pairs(row: dict, roles: Roles) -> Dialogue:
     turns = []
     for place, pair in objects(row, "conversation"):
         turns += [message("user", text(pair, f"{place}.input")), message("assistant", text(pair, f"{place}.output"))]
-    return Dialogue(in_context(row, turns))
+    return Dialogue(turns)
 
 
 def prompt_completion(row: dict, roles: Roles) -> Dialogue:
@@ -106,17 +101,15 @@ def prompt_completion(row: dict, roles: Roles) -> Dialogue:
     return Dialogue(context + read_messages(row, "completion", roles), len(context))
 
 
-def prompt(row: dict, roles: Roles) -> Dialogue:
-    return Dialogue(prompt_messages(row, "prompt", roles))
+def prompt(column: str) -> Converter:
+    return lambda row, roles: Dialogue(prompt_messages(row, column, roles))
 
 
 def instructions(question: str, answer: str) -> Converter:
-    """For a question and an answer; `input` or `context` follows the question after a blank line."""
+    """For a question and an answer."""
 
     def convert(row: dict, roles: Roles) -> Dialogue:
-        parts = (text(row, question), optional_text(row, "input"), optional_text(row, "context"))
-        turns = [message("user", "\n\n".join(filter(None, parts))), message("assistant", text(row, answer))]
-        return Dialogue(in_context(row, turns))
+        return Dialogue([*prompt_messages(row, question, roles), *read_messages(row, answer, roles)])
 
     return convert
 
@@ -127,8 +120,8 @@ def guanaco(row: dict, roles: Roles) -> Dialogue:
 
 def joined(row: dict, roles: Roles) -> Dialogue | Ranking:
     """Rows as `recipes.data.oasst` and `recipes.data.label_studio` make them."""
-    kinds = {"responses": ranking, "completion": prompt_completion, "messages": dialogue("messages"), "prompt": prompt}
-    return next(kinds[column] for column in kinds if column in row)(row, roles)
+    kinds = {"responses": ranking, "completion": prompt_completion, "messages": dialogue("messages")}
+    return next((kinds[column] for column in kinds if column in row), prompt("prompt"))(row, roles)
 
 
 def preferences(question: str | None = None) -> Converter:
@@ -142,10 +135,33 @@ def preferences(question: str | None = None) -> Converter:
         chosen, rejected = (read_messages(row, column, roles) for column in ("chosen", "rejected"))
         if not any(whole):
             raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
-        shared, chosen, rejected = split_pair(chosen, rejected)
-        return _preferred(row, in_context(row, shared), chosen, rejected)
+        talk, (shared, chosen, rejected) = chosen, split_pair(chosen, rejected)
+        return _preferred(row, _with_system(row, question or "prompt", talk, roles) + shared, chosen, rejected)
 
     return convert
+
+
+def _with_system(row: dict, column: str, talk: Messages, roles: Roles) -> Messages:
+    """The system message of a prompt that stands beside a whole conversation which has none; else an empty list.
+
+    Raises:
+        RowError: it is not the prompt of that conversation.
+    """
+    if row.get(column) in NOTHING:
+        return []
+    turns = prompt_messages(row, column, roles)
+    system = [turn for turn in turns[:1] if turn["role"] == "system"]
+    said = [turn["content"].strip() for turn in talk]
+    first = next((turn["content"].strip() for turn in talk if turn["role"] == "user"), "")
+    for turn in turns[len(system) :]:
+        if turn["content"].strip() not in said and first not in turn["content"]:  # the prompt may be rendered already
+            advice = "a --dataset_mapping without it ignores it"
+            raise RowError(f"another prompt than that of the conversations in chosen and rejected; {advice}", column)
+    if not system or talk[:1] == system:
+        return []
+    if talk[0]["role"] == "system":
+        raise Skip("another system message than that of the conversations in chosen and rejected", column)
+    return system
 
 
 def _is_whole(value: Any, roles: Roles) -> bool:
@@ -165,8 +181,17 @@ def transcripts(row: dict, roles: Roles) -> Ranking:
 
 
 def conversations_preference(row: dict, roles: Roles) -> Ranking:
-    context = in_context(row, normalise(items(row, "conversations"), "conversations", roles))
+    context = normalise(items(row, "conversations"), "conversations", roles)
     return _preferred(row, context, *_answers(row, roles, context, "chosen", "rejected"))
+
+
+def openai_preference(row: dict, roles: Roles) -> Ranking:
+    """OpenAI's fine-tuning file for preferences, whose `input` holds the messages and perhaps tools."""
+    asked = as_object(require(row, "input"), "input")
+    context = normalise(items(asked, "input.messages"), "input.messages", roles)
+    if asked.get("input.tools") not in NOTHING:
+        raise Skip("tool calls are supported for task 'sft' only", "input.tools")
+    return _preferred(row, context, *_answers(row, roles, context, "preferred_output", "non_preferred_output"))
 
 
 def _preferred(row: dict, context: Messages, chosen: Messages, rejected: Messages) -> Ranking:
@@ -175,17 +200,22 @@ def _preferred(row: dict, context: Messages, chosen: Messages, rejected: Message
 
 
 def _margin(row: dict) -> float | None:
-    if row.get("margin") not in (None, ""):
-        return number(row, "margin")
-    for better, worse in SCORES:
-        if row.get(better) not in (None, "") and row.get(worse) not in (None, ""):
-            margin = number(row, better) - number(row, worse)
-            if margin < 0:
-                raise RowError(f"{row[better]} is lower than {worse} {row[worse]}, yet chosen is the better", better)
-            if margin == 0:
-                raise Skip("tie: equal scores", better)
-            return margin
-    return None
+    found = None
+    for better in filter(_SCORE.fullmatch, row):
+        worse = better.replace("chosen", "rejected")
+        if not all(isinstance(row.get(column), int | float | str) and row[column] != "" for column in (better, worse)):
+            continue  # there is none, or an object of several
+        margin = number(row, better) - number(row, worse)
+        if margin < 0:
+            raise RowError(f"{row[better]} is lower than {worse} {row[worse]}, yet chosen is the better", better)
+        if margin == 0:
+            raise Skip("tie: equal scores", better)
+        found = margin
+    if row.get("margin") in (None, ""):
+        return found
+    if (margin := number(row, "margin")) < 0:
+        raise RowError(f"{row['margin']} says that rejected is the better", "margin")
+    return margin
 
 
 def best_of_two(prompt: Messages, responses: list[Messages], best: int, margin: float | None = None) -> Ranking:

@@ -8,15 +8,15 @@ from functools import partial
 from itertools import compress, islice
 from typing import Any, NamedTuple
 
-from recipes.data.columns import ReadRow, check_columns, read_tools
+from recipes.data.columns import MEANINGFUL, ReadRow, check_columns, read_tools
 from recipes.data.control_tokens import search_pattern
 from recipes.data.converters import Dialogue, Ranking
 from recipes.data.digests import Digests
 from recipes.data.loading import Rows, as_rows
 from recipes.data.mapping import ColumnMapping
-from recipes.data.messages import has_weights
+from recipes.data.messages import REASONING, has_weights, in_context
 from recipes.data.parallel import map_in_order
-from recipes.data.preview import check_positions, sequences
+from recipes.data.preview import check_positions, left_out, sequences
 from recipes.data.report import Report
 from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
@@ -109,6 +109,8 @@ class Formatter:
         if self.schema != "auto" and self.task not in SCHEMAS[self.schema].tasks:
             serves = join_names(SCHEMAS[self.schema].tasks)
             raise DataError(f"schema {self.schema!r} serves {serves}, not task {self.task!r}")
+        if not 0 <= self.max_error_rate <= 1:
+            raise DataError(f"max_error_rate {self.max_error_rate} is a share of the rows: expected 0 to 1")
         if self.keep_columns and self.task != "prompt":
             raise DataError(f"keep_columns is for prompts and their reward functions, not for task {self.task!r}")
         for name in self.keep_columns or ():
@@ -116,6 +118,7 @@ class Formatter:
                 raise DataError(f"keep_columns: {name!r} has a meaning of its own for TRL; rename that column")
         self._mapping = ColumnMapping(self.mapping, keep_others=self.schema != "auto")
         self._control_tokens = search_pattern(self.special_tokens)
+        self._left_out = {} if self.tokenizer is None else left_out(self.tokenizer)
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
         """Yields each output row together with the row of the source that it comes from, without its data.
@@ -206,15 +209,27 @@ class Formatter:
             results.append(problem)
         return row._replace(data=None), results, unread
 
-    def _example(self, schema: Schema, row: dict) -> Dialogue | Ranking:
+    def _example(self, schema: Schema, row: ReadRow) -> Dialogue | Ranking:
         check_columns(row, self.task, schema.columns)
+        skipped = None
         try:
             example = schema.convert(row, self._mapping.roles)
         except Skip as skip:
             if self.task != "prompt" or skip.prompt is None:
                 raise
-            example = Dialogue(skip.prompt)
+            example, skipped = Dialogue(skip.prompt), skip
+        messages = example.prompt if isinstance(example, Ranking) else example.messages
+        whole = in_context(row, messages, schema.columns)
+        if isinstance(example, Ranking):
+            example.prompt = whole
+        else:
+            example.messages = whole
+            example.context += len(whole) - len(messages) if example.context else 0
         example.tools = read_tools(row)
+        idle = (self._mapping.columns.keys() & row.unread()) - MEANINGFUL
+        if idle and not skipped and not schema.gather:
+            name = min(idle)
+            raise RowError(f"mapped as {name}, which the schema has no use for", name)
         return example
 
     def _kept_columns(self, data: dict) -> dict:
@@ -248,7 +263,12 @@ class Formatter:
             RowError: the chat template refuses the row, or the model has no room for it.
             Skip: nothing of it can be trained.
         """
+        self._check_left_out(output, flags)
         found = list(sequences(output, self.tokenizer))
+        if self.task == "sft" and found[0].shared == len(found[0].ids):
+            raise RowError("the chat template leaves nothing of the answer")
+        if len(found) > 1 and all(sequence.ids == found[0].ids for sequence in found):
+            raise Skip("the chat template makes all responses equal")
         longest, skips = max(len(sequence.ids) for sequence in found), []
         if self.max_length is not None and longest > self.max_length:
             flags.append(f"longer than {self.max_length} tokens")
@@ -270,6 +290,19 @@ class Formatter:
         for length in lengths:
             check_positions(length, self.positions, self.completion_length)
         return skips, sum(lengths)
+
+    def _check_left_out(self, output: dict, flags: list[str]) -> None:
+        """Check that the chat template renders all of a row; reasoning that it leaves out is a flag."""
+        if not self._left_out:
+            return
+        turns = list(row_messages(output))
+        used = {*output, *(turn["role"] for turn in turns), *(key for turn in turns for key in turn)}
+        used |= {"reasoning_content"} if used & {*REASONING} else set()
+        for part in self._left_out.keys() & used:
+            what = f"the chat template leaves out {self._left_out[part]}"
+            if part != "reasoning_content":
+                raise RowError(f"{what}, and this row has some: train with a template that renders them")
+            flags.append(what)
 
     def _special_token(self, output: dict) -> str | None:
         found = None

@@ -6,7 +6,7 @@ written answer). A task may have several annotations: each becomes a row.
 
 from collections.abc import Iterable, Iterator
 
-from recipes.data.messages import MEDIA, as_object, decode_json, flag, items, objects, refuse, require
+from recipes.data.messages import CONTEXT, MEDIA, as_object, decode_json, flag, items, objects, refuse, require
 from recipes.data.rows import Row, RowError, RowProblem, Skip, describe, join_names
 
 PROMPTS = ("prompt", "instruction", "question", "query", "text")
@@ -37,10 +37,12 @@ def _annotations(row: dict, task: str) -> Iterator[dict | RowProblem]:
         advice = "name it: --dataset_mapping data=data annotations=annotations prompt=data.NAME"
         raise RowError(f"found no prompt among {join_names(data)}; {advice}", "data")
     prompt = {"prompt": row["prompt"] if mapped else data[named]}
+    prompt |= {name: cells[name] for cells in (data, row) for name in CONTEXT if name in cells}
     if task == "prompt":
         yield prompt
         return
-    data = {name: data[name] for name in data if name != named and not (mapped and data[name] == row["prompt"])}
+    used = {*CONTEXT, named, *(name for name in data if mapped and data[name] == row["prompt"])}
+    data = {name: data[name] for name in data if name not in used}
     wanted = ("textarea",) if task == "sft" else ("pairwise", "ranker")
     for place, found in objects(row, "annotations") if "annotations" in row else [("", data)]:
         try:

@@ -1,5 +1,6 @@
 """Finds the files of a source and reads their rows, all but text files by `datasets`."""
 
+import glob
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -15,6 +16,7 @@ from recipes.data.text_files import COMPRESSED, PROMPTS_SUFFIX, TEXT_SUFFIXES, r
 
 TEXTS = (*TEXT_SUFFIXES, PROMPTS_SUFFIX)
 SUFFIXES = (*TEXTS, ".parquet", *(text + packed for text in TEXTS for packed in COMPRESSED))
+TOOLS = ("tools", "tool_calls", "functions", "function_call")
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")  # `name` or `owner/name`
 _SPLIT = re.compile(r"([\w.\-]+)(?:\[(\d*):(\d*)\])?")
 
@@ -120,15 +122,16 @@ def _files_by_split(folder: Path, name: str | None) -> dict[str, list[Path]]:
 
     config = _configuration(folder, name)
     base = folder / (name or "") if config is None else folder / config.get("data_dir", "")
+    place = glob.escape(str(base))  # brackets in its name are no pattern
     try:
         listed = (config or {}).get("data_files")
-        patterns = sanitize_patterns(listed) if listed else get_data_patterns(str(base))
+        patterns = sanitize_patterns(listed) if listed else get_data_patterns(place)
     except EmptyDatasetError:
         patterns = {}
     found: dict[str, list[Path]] = {}
     for split in patterns:
         with suppress(FileNotFoundError):  # a copy of a Hub dataset may lack a split
-            files = sorted(set(DataFilesList.from_patterns(patterns[split], str(base))))
+            files = sorted(set(DataFilesList.from_patterns(patterns[split], place)))
             found[str(split)] = [Path(file) for file in files if file.lower().endswith(SUFFIXES)]
     data = {split: [file for file in found[split] if PROMPTS_SUFFIX not in file.suffixes] for split in found}
     if any(data.values()):  # beside data, a .txt is a licence or a note
@@ -190,7 +193,7 @@ def _rows_of(paths: list[Path]) -> Iterator[Row]:
             continue
         import datasets
 
-        options = {"data_files": {"train": str(path)}, "split": "train", "streaming": True}
+        options = {"data_files": {"train": glob.escape(str(path))}, "split": "train", "streaming": True}
         load = partial(datasets.load_dataset, "parquet", **options)
         yield from _numbered(str(path), _or_data_error(str(path), load))
 
@@ -218,10 +221,10 @@ def _numbered(file: str, dataset: Iterable[dict]) -> Iterator[Row]:
 
 
 def _without_filled_nulls(value: Any, in_tools: bool = False) -> Any:
-    """Arrow gives every tool call the keys of all others, with nulls, and chat templates would render them."""
+    """Arrow gives every tool the keys of all others, with nulls, and chat templates would render them."""
     if isinstance(value, list):
         return [_without_filled_nulls(item, in_tools) for item in value]
     if isinstance(value, dict):
         kept = {key: item for key, item in value.items() if item is not None or not in_tools}
-        return {key: _without_filled_nulls(kept[key], in_tools or key in ("tools", "tool_calls")) for key in kept}
+        return {key: _without_filled_nulls(kept[key], in_tools or key in TOOLS) for key in kept}
     return value

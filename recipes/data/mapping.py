@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from recipes.data.messages import ROLES, is_turns
-from recipes.data.rows import DataError, RowError, describe, join_names
+from recipes.data.rows import DECODER, DataError, RowError, describe, join_names
 
 
 def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, Any] | None:
@@ -19,14 +19,21 @@ def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, Any] | N
     joined = items if isinstance(items, str) else " ".join(items)
     if joined.lstrip().startswith("{"):
         try:
-            return parse_mapping(json.loads(joined))
+            return parse_mapping(DECODER.decode(joined))
         except json.JSONDecodeError as error:
             raise DataError(f"--dataset_mapping is not valid JSON: {error}") from None
-    items = items.split() if isinstance(items, str) else items
-    for item in items:
+        except RowError as error:
+            raise DataError(f"--dataset_mapping: {error.message}") from None
+    result: dict[str, Any] = {}
+    items = [items] if isinstance(items, str) else items
+    for item in (part for each in items for part in (each.split() if each.count("=") > 1 else [each])):
         if not re.fullmatch(r"[^=]+=[^=]+", item):
             raise DataError(f"--dataset_mapping: {item!r} is not KEY=COLUMN, e.g. prompt=question.text")
-    return dict(item.split("=") for item in items)
+        name, column = item.split("=")
+        if name in result:
+            raise DataError(f"--dataset_mapping: {name} is given twice, as {result[name]} and {column}")
+        result[name] = column
+    return result
 
 
 class ColumnMapping:
@@ -77,10 +84,14 @@ class ColumnMapping:
         return result
 
     def unmapped(self, row: dict) -> set[str]:
-        """The columns of a row that `apply` leaves out."""
+        """The columns of a row that `apply` leaves out, and of an object that it reaches into the other keys."""
         if not self.columns or self.keep_others:
             return set()
-        return row.keys() - {part for path in self.columns.values() for part in (path, path.split(".")[0])}
+        paths = {*self.columns.values()}
+        objects = {path.split(".")[0] for path in paths if path not in row}
+        inner = {f"{name}.{key}" for name in objects if isinstance(row.get(name), dict) for key in row[name]}
+        used = {part for path in paths for part in (path, ".".join(path.split(".")[:2]))}
+        return (row.keys() - objects | inner) - used
 
     def source_column(self, column: str | None) -> str | None:
         """The name in the source of a column, or of a place in it such as `answers[0].rank`."""
@@ -93,8 +104,9 @@ WORDS = {  # parts of the names that people give to columns
     "prompt": ("prompt", "question", "query", "instruction", "request", "ask", "problem", "user", "input", "context"),
     "completion": ("completion", "answer", "response", "output", "reply", "solution", "target", "assistant"),
     "chosen": ("chosen", "prefer", "best", "better", "good", "accept", "positive", "win"),
-    "rejected": ("reject", "worst", "worse", "bad", "negative", "los"),
+    "rejected": ("reject", "dispref", "unpref", "nonpref", "non_pref", "worst", "worse", "bad", "negative", "los"),
 }
+ORDER = ("prompt", "completion", "rejected", "chosen")  # in which they are guessed: "non_preferred" holds "prefer"
 
 
 def suggest_mapping(rows: list[dict], task: str) -> str:
@@ -110,7 +122,7 @@ def suggest_mapping(rows: list[dict], task: str) -> str:
     else:
         parts = PARTS.get(task, ("prompt", "chosen", "rejected"))
         guess = {}
-        for part in parts:
+        for part in sorted(parts, key=ORDER.index):
             named = (name for word in WORDS[part] for name in left if word in name.rsplit(".", 1)[-1].lower())
             guess[part] = next(named, "")
             left = [name for name in left if name != guess[part]]

@@ -36,6 +36,11 @@ USED = {"role", "content", "from", "value", "function_call", *EXTRAS, *LEARNED, 
 SPEAKER = {"role", "from"}
 MESSAGE = "expected a message {role, content} or {from, value}"
 
+CONTEXT = (
+    "system",
+    "system_prompt",
+    "history",
+)  # columns of what stands before a conversation, whatever its schema is
 NOTHING = (None, "", "null", [], "[]", {}, "{}")
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -49,9 +54,11 @@ def require(row: dict, column: str) -> Any:
 
 
 def text(row: dict, column: str) -> str:
-    """A required text without outer whitespace; an empty one skips the row."""
+    """A required text without outer whitespace; an empty one skips the row, and messages written as JSON are none."""
     require(row, column)
     value = optional_text(row, column)
+    if json_messages(value) is not None:
+        raise RowError("found messages written as JSON text, expected the list itself (json.loads gives it)", column)
     if not value:
         raise Skip("empty text", column)
     return value
@@ -143,14 +150,15 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
         role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
         if role_key not in turn or not (content_key in turn or turn.get("tool_calls") or turn.get("function_call")):
             raise RowError(f"found {describe(turn)}, {MESSAGE}", where)
-        role, content = roles.get(str(turn[role_key]).lower()), turn.get(content_key)
+        name, content = str(turn[role_key]).lower(), turn.get(content_key)
+        role = roles.get(name)
         if role is None:
             found = f"unknown role: found {describe(turn[role_key])}, expected one of {join_names(sorted(roles))}"
             raise RowError(f"{found}; or map it: roles.NAME=user", f"{where}.{role_key}")
         if not isinstance(content, str):
             content = _joined_text(content, f"{where}.{content_key}")
         extras = _extras(turn, role, where) if len(turn) > 2 or content_key not in turn else {}
-        if turn[role_key] == "function_call":
+        if name == "function_call":
             content, extras = "", {"tool_calls": _tool_calls(content, f"{where}.{content_key}")}
         if content.strip() or "tool_calls" in extras or role == "tool":
             result.append({"role": role, "content": content, **extras})
@@ -207,11 +215,16 @@ def without_weights(messages: Messages) -> Messages:
 def _joined_text(content: Any, where: str) -> str:
     if content is None:
         return ""
-    if isinstance(content, list) and all(isinstance(block, dict) and block.get("type") == "text" for block in content):
-        texts = [block.get("text") for block in content]
-        if all(isinstance(part, str) for part in texts):
-            return "".join(texts)
-    raise RowError(f"found {describe(content)}, expected text or a list of text blocks", where)
+    texts = []
+    for block in content if isinstance(content, list) else [content]:
+        block = block if isinstance(block, dict) else {}
+        media = [key for key in sorted(MEDIA & block.keys()) if block[key] not in NOTHING]
+        if block.get("type") != "text" or media or not isinstance(block.get("text"), str):
+            what = f"a block of type {block['type']!r}" if "type" in block else describe(content)
+            what += f" with {media[0]}" if media else ""
+            raise RowError(f"found {what}, expected text or a list of text blocks", where)
+        texts.append(block["text"])
+    return "".join(texts)
 
 
 def _tool_calls(content: str | dict, where: str) -> list[dict]:
@@ -261,31 +274,54 @@ def read_messages(row: dict, column: str, roles: Roles, text_role: str = "assist
     return [message(text_role, text(row, column))]
 
 
+def json_messages(value: Any) -> list | dict | None:
+    """The messages, or the message, that a text holds as JSON; `None` where it is another text."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return None
+    with suppress(ValueError, RecursionError):
+        found = json.loads(value)
+        turns = found if isinstance(found, list) else [found]
+        if is_turns(turns) and all(str(turn.get("role", turn.get("from"))).lower() in ROLES for turn in turns):
+            return found
+    return None
+
+
 def prompt_messages(row: dict, column: str, roles: Roles) -> Messages:
-    """The messages of a prompt column, after the row's optional `system` and `history`.
+    """The messages of a prompt column.
 
     A text is one user message, unless it is a transcript "\\n\\nHuman: …\\n\\nAssistant:" that ends before the answer.
+    After an instruction or a question, `input` or `context` follows after a blank line.
     """
     value = row.get(column)
+    if isinstance(value, str) and column in ("instruction", "question"):
+        parts = (text(row, column), optional_text(row, "input"), optional_text(row, "context"))
+        return [message("user", "\n\n".join(filter(None, parts)))]
     if isinstance(value, str) and value.startswith("\n\nHuman:") and value.rstrip().endswith("\n\nAssistant:"):
         transcript = value.rstrip().removesuffix("Assistant:")
-        return in_context(row, split_turns(transcript, column, HUMAN_ASSISTANT, roles))
-    return in_context(row, read_messages(row, column, roles, "user"))
+        return split_turns(transcript, column, HUMAN_ASSISTANT, roles)
+    return read_messages(row, column, roles, "user")
 
 
-def in_context(row: dict, messages: Messages) -> Messages:
-    """Messages after the row's optional `system` (or `system_prompt`) and `history` of [user, assistant] texts."""
-    system = optional_text(row, "system") or optional_text(row, "system_prompt")
+def in_context(row: dict, messages: Messages, own: Collection[str] = ()) -> Messages:
+    """Messages after the row's optional `system` (or `system_prompt`) and `history` of [user, assistant] texts.
+
+    `own` columns are those that the schema reads itself.
+    """
+    head = messages[:1] if messages and messages[0]["role"] == "system" else []
+    for column in CONTEXT[:2]:
+        system = "" if column in own else optional_text(row, column)
+        if system and head and head[0]["content"].strip() != system:
+            raise Skip("the row has another system message too", column)
+        if system and not head:
+            head, messages = [message("system", system)], [message("system", system), *messages]
     history = []
-    for index, pair in enumerate([] if row.get("history") in NOTHING else items(row, "history")):
+    for index, pair in enumerate([] if "history" in own or row.get("history") in NOTHING else items(row, "history")):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError(f"found {describe(pair)}, expected [user text, assistant text]", f"history[{index}]")
         for side, role in enumerate(("user", "assistant")):
             where = f"history[{index}][{side}]"
             history.append(message(role, text({where: pair[side]}, where)))
-    if system and not (messages and messages[0]["role"] == "system"):
-        history.insert(0, message("system", system))
-    return history + messages
+    return head + history + messages[len(head) :]
 
 
 def split_turns(value: str, column: str, marker: re.Pattern, roles: Roles, first: str | None = None) -> Messages:

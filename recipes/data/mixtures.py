@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from recipes.data.rows import DataError, join_names
+from recipes.data.rows import DataError, describe, join_names
 
 
 @dataclass
@@ -25,13 +26,19 @@ class Source:
     @classmethod
     def parse(cls, item: str | Mapping) -> "Source":
         """From `PATH`, `PATH=FRACTION` or a mapping of the fields."""
+        if isinstance(item, str) and not Path(item).expanduser().exists():  # else "=" belongs to its name
+            path, _, fraction = item.rpartition("=")
+            item = {"path": path, "fraction": fraction} if path else item
         if isinstance(item, str):
-            path, _, fraction = item.partition("=")
-            item = {"path": path, "fraction": fraction or None}
-        if "path" not in item or item.keys() - cls.__dataclass_fields__.keys():
+            item = {"path": item}
+        if not isinstance(item, Mapping) or "path" not in item or item.keys() - cls.__dataclass_fields__.keys():
             fields = join_names(cls.__dataclass_fields__)
-            raise DataError(f"datasets: a source has path and perhaps more of {fields}; found {join_names(item)}")
+            found = join_names(item) if isinstance(item, Mapping) else describe(item)
+            raise DataError(f"datasets: a source has path and perhaps more of {fields}; found {found}")
         source = cls(**item)
+        for name in ("path", "name", "split", "schema"):
+            if not isinstance(value := getattr(source, name), str | None):
+                raise DataError(f"datasets: {name} of {source.path} is {describe(value)}, not a text")
         try:
             source.fraction = None if source.fraction is None else float(source.fraction)
         except (TypeError, ValueError):

@@ -3,12 +3,16 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from jinja2 import TemplateError
 
 from recipes.cli.errors import counted
 from recipes.data.rows import RowError
+
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # of templates
+PROBE = "probe0"  # a text that no template holds
 
 
 class Rendered(NamedTuple):
@@ -56,6 +60,28 @@ def sequences(row: dict, tokenizer) -> Iterator[Sequence]:
         yield Sequence(name, whole, len(os.path.commonprefix([start, whole])))
 
 
+def left_out(tokenizer) -> dict[str, str]:
+    """What a chat template leaves out without an error, and its name: many know no tools, some no system message."""
+    user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+    call = {"type": "function", "function": {"name": PROBE, "arguments": {}}}
+    calling, result = {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "7"}
+    tool = {"type": "function", "function": {"name": PROBE, "description": "", "parameters": {"type": "object"}}}
+    probes: dict[str, tuple[str, list, list | None]] = {
+        "system": ("system messages", [{"role": "system", "content": PROBE}, user, answer], None),
+        "tool": ("tool results", [user, calling, {**result, "content": f"{PROBE}:"}, answer], None),
+        "tool_calls": ("tool calls", [user, calling], None),
+        "tools": ("the list of tools", [user, answer], [tool]),
+        "reasoning_content": ("reasoning", [user, {**answer, "reasoning_content": PROBE}], None),
+    }
+    found = {}
+    for part, (name, messages, tools) in probes.items():
+        wanted = f"{PROBE}:" if part == "tool" else PROBE
+        with suppress(*REFUSALS):  # then it refuses the rows too
+            if wanted not in tokenizer.apply_chat_template(messages, tools=tools, tokenize=False):
+                found[part] = name
+    return found
+
+
 def render(row: dict, tokenizer) -> Iterator[Rendered]:
     """Renders each sequence of a row as TRL's trainers do: prompt, generation prompt, response."""
     for name, ids, shared in sequences(row, tokenizer):
@@ -78,6 +104,6 @@ def check_positions(tokens: int, positions: int | None, completion_length: int =
 def _ids(tokenizer, messages: list[dict], tools: list | None, **options) -> list[int]:
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, **options)["input_ids"]
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except REFUSALS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RowError(f"the chat template does not take this conversation: {reason}") from error

@@ -114,6 +114,12 @@ SCHEMAS: dict[str, Schema] = {
     "preference_transcripts": Schema(RANKED, ("chosen", "rejected"), convert.transcripts, 9),
     "preference": Schema(RANKED, ("prompt", "chosen", "rejected"), convert.preferences("prompt"), 10),
     "question_preference": Schema(RANKED, ("question", "chosen", "rejected"), convert.preferences("question"), 10),
+    "instruction_preference": Schema(
+        RANKED, ("instruction", "chosen", "rejected"), convert.preferences("instruction"), 10
+    ),
+    "openai_preference": Schema(
+        RANKED, ("input", "preferred_output", "non_preferred_output"), convert.openai_preference, 10
+    ),
     "conversations_preference": Schema(
         RANKED, ("conversations", "chosen", "rejected"), convert.conversations_preference, 10
     ),
@@ -160,9 +166,7 @@ SCHEMAS: dict[str, Schema] = {
     "conversation_pairs": Schema(DIALOGUE, ("conversation",), convert.conversation_pairs, 52),
     # a question and its answer
     "prompt_completion": Schema(DIALOGUE, ("prompt", "completion"), convert.prompt_completion, 53),
-    "open_orca": Schema(
-        DIALOGUE, ("system_prompt", "question", "response"), convert.instructions("question", "response"), 54
-    ),
+    "open_orca": Schema(DIALOGUE, ("question", "response"), convert.instructions("question", "response"), 54),
     "instruction_output": Schema(
         DIALOGUE, ("instruction", "output"), convert.instructions("instruction", "output"), 55
     ),
@@ -171,7 +175,8 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "question_answer": Schema(DIALOGUE, ("question", "answer"), convert.instructions("question", "answer"), 56),
     # prompts
-    "prompt": Schema(("prompt",), ("prompt",), convert.prompt, 57),
+    "prompt": Schema(("prompt",), ("prompt",), convert.prompt("prompt"), 57),
+    "instruction": Schema(("prompt",), ("instruction",), convert.prompt("instruction"), 58),
     # only if named: most columns called `text` hold plain text without roles
     "guanaco": Schema(DIALOGUE, ("text",), convert.guanaco, None),
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from recipes.cli.errors import counted
+from recipes.data.messages import json_messages
 from recipes.data.rows import (
     DECODER,
     NOT_UTF8,
@@ -45,6 +46,9 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, *([zstd.ZstdError] if zstd else []))
 CHUNK = 2**16  # characters of a JSON list that are read at a time; more where an element is larger
 LIMIT = 2**26  # bytes of a line, characters of a cell of CSV or of an element of a JSON list; memory has to hold them
+# How files of other kinds begin, which may have been given the wrong suffix.
+NO_TEXT = {b"\x1f\x8b": "a .gz file", b"\xfd7zXZ": "a .xz file", b"\x28\xb5\x2f\xfd": "a .zst file"}
+NO_TEXT |= {b"PAR1": "a .parquet file", b"PK\x03\x04": "a .zip file or a workbook"}
 TOO_LONG = f"longer than {LIMIT >> 20} MiB, which no row may be"
 # Messages in a cell of CSV: as JSON, or with single quotes in Python's notation, as pandas writes them.
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|tool_calls)["']\s*:""")
@@ -76,6 +80,11 @@ def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
     head = stream.read(64)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{file}: this is UTF-16; convert it, e.g. iconv -f UTF-16 -t UTF-8 {path.name}")
+    for mark, what in NO_TEXT.items():
+        if head.startswith(mark):
+            raise DataError(f"{file}: this is {what}, whatever its name says")
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{file}: this is the address of a file in Git LFS; fetch the file itself, e.g. git lfs pull")
     start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
     stream.seek(start)
     if suffix == ".csv":
@@ -84,11 +93,17 @@ def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
         yield from (row._replace(data=_prompt(row.data)) for row in _read_lines(file, stream))
     elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _read_json_list(file, stream)
-    elif suffix == ".json" and not stream.readline(LIMIT).rstrip().endswith(b"}"):
+    elif suffix == ".json" and not _first_line(stream).endswith(b"}"):
         yield Row(file, 1, RowError("one JSON object over many lines; expected a list [...] or an object per line"))
     else:
         stream.seek(start)
         yield from _read_lines(file, stream)
+
+
+def _first_line(stream: BinaryIO) -> bytes:
+    """The first line that is not blank; an empty file has as many objects as one that begins with "}"."""
+    lines = iter(lambda: stream.readline(LIMIT), b"")
+    return next((line.strip() for line in lines if line.strip()), b"}")
 
 
 def _read_lines(file: str, stream: BinaryIO) -> Iterator[Row]:
@@ -234,7 +249,7 @@ def _csv_row(header: list[str], cells: list[str]) -> dict | RowError:
     for column, cell in row.items():
         if bad := NOT_UTF8.search(cell):
             return RowError(not_utf8(bad), column)
-        if _MESSAGES.match(cell):
+        if json_messages(cell) is not None or _MESSAGES.match(cell):
             try:
                 row[column] = DECODER.decode(cell)
                 check_surrogates(row[column], column)

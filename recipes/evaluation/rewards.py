@@ -13,7 +13,7 @@ from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.parts import identity
 from recipes.evaluation.policies import Conversation, Sample, with_prompts
 from recipes.evaluation.reward_quality import Pair
-from recipes.formatting import Formatter, FormattingArguments, load_rows
+from recipes.formatting import Formatter, RowArguments, load_rows
 from recipes.models.loading import (
     load_reward_model,
     read_reward_statistics,
@@ -92,7 +92,7 @@ class RewardModel:
         return [row["place"] for row in rows if row["group_id"] in known]
 
 
-def read_pairs(sources: list[str], format_args: FormattingArguments) -> list[dict]:
+def read_pairs(sources: list[str], format_args: RowArguments) -> list[dict]:
     """The pairs of preference datasets, with `source`, `annotator` and `place`, the file and line.
 
     `source` is a row's own column of that name, else the name of the dataset.

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -24,9 +25,10 @@ from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from recipes.cli.errors import UserError, counted, first_line
+from recipes.cli.files import write_text
 from recipes.cli.screen import say
 from recipes.models.adapters import add_score_roles, misfit_in_one_line, new_adapter_config, seq_cls_config
-from recipes.models.compatibility import check_score_head
+from recipes.models.compatibility import check_score_head, refuse_other_adapter
 from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource, load_error
 from recipes.models.tokenization import load_tokenizer
@@ -49,7 +51,7 @@ def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, *
             trust_remote_code=source.trust_remote_code,
             **kwargs,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise load_error(f"The model {source.weights} could not be loaded", source.weights, error) from error
     return never_pack(model)
 
@@ -103,42 +105,30 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
     An adapter keeps its own rank and target modules.
 
     Raises:
-        UserError: a `lora_*` argument asks for another adapter than that of `source`, or 4 bits without `use_peft`.
+        UserError: a `lora_*` argument asks for another adapter than that of `source`, `source` is a reward model, or 4
+            bits without `use_peft`.
     """
     refuse_other_adapter(source, model_args)
+    if source.has_score_head:
+        raise UserError(f"{source.path} is a reward model, which gives scores: a policy starts from a base or SFT.")
     if not model_args.use_peft and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise UserError("load_in_4bit and load_in_8bit freeze the base: set use_peft: true to train an adapter on it.")
     model = _from_pretrained(AutoModelForCausalLM, source, model_args)
     disable_router_logits(model)
     if source.base is None:
-        return new_adapter(model, new_adapter_config(model_args)) if model_args.use_peft else model
+        return new_adapter(model, new_adapter_config(model_args), source) if model_args.use_peft else model
     model = load_adapter(model, source, is_trainable=model_args.use_peft)
     return model if model_args.use_peft else model.merge_and_unload()
 
 
-def refuse_other_adapter(source: ModelSource, model_args: ModelConfig) -> None:
-    """Refuse `lora_*` arguments that differ from the adapter that goes on: they make new adapters only."""
-    names = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-    if source.base is None or not model_args.use_peft or not isinstance(source.peft_config, LoraConfig):
-        return
-    for name in names:
-        given, own = getattr(model_args, name), getattr(source.peft_config, name.replace("lora_r", "r"))
-        asked = name in getattr(model_args, "given", ()) or given != getattr(ModelConfig, name)
-        if asked and given != own:
-            raise UserError(
-                f"--{name} {given}: {source.path} is an adapter with {own}, and goes on as it is. Leave {name} out, "
-                "or start from the base for another adapter."
-            )
-
-
-def new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """`model` with a fresh adapter.
+def new_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelSource) -> PeftModel:
+    """`model`, of the weights of `source`, with a fresh adapter, which keeps their revision.
 
     Raises:
         UserError: PEFT does not know where to put it.
     """
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, revision=source.revision)
     except ValueError as error:
         raise UserError(
             f"No adapter could be put on {type(model).__name__}: {first_line(error)}. Name layers of it, or take all "
@@ -176,7 +166,7 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
     if source.base is None:
         if not model_args.use_peft:
             return model
-        return new_adapter(model, seq_cls_config(new_adapter_config(model_args)))
+        return new_adapter(model, seq_cls_config(new_adapter_config(model_args)), source)
     weights = load_peft_weights(source.path, device="cpu")
     weights.setdefault("base_model.model.score.weight", model.score.weight.detach().clone())
     model = get_peft_model(model, seq_cls_config(source.peft_config))
@@ -280,8 +270,7 @@ def save_reward_statistics(folder: str, scores: list[float], source: str) -> dic
             "and PPO cannot divide scores by it. It takes them as they are, or by --score_mean and --score_std."
         )
         return None
-    with open(os.path.join(folder, STATISTICS), "w", encoding="utf-8") as file:
-        json.dump(statistics, file, indent=2)
+    write_text(os.path.join(folder, STATISTICS), json.dumps(statistics, indent=2))
     return statistics
 
 
@@ -328,8 +317,7 @@ def load_score_statistics(training_args: TrainingArguments, reward: ModelSource,
 
 def save_trained_prompts(folder: str, group_ids: Iterable[str]) -> None:
     """Store with a reward model which prompts it was trained on, as `recipes.data.tasks.group_id` of each."""
-    with open(os.path.join(folder, TRAINED_PROMPTS), "w", encoding="utf-8") as file:
-        file.writelines(f"{group}\n" for group in sorted(set(group_ids)))
+    write_text(os.path.join(folder, TRAINED_PROMPTS), "".join(f"{group}\n" for group in sorted(set(group_ids))))
 
 
 def read_trained_prompts(reward_path: str) -> set[str]:

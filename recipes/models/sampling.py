@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from trl import ModelConfig
 from recipes.cli import lock
 from recipes.cli.errors import UserError, counted
 from recipes.cli.files import sync
+from recipes.cli.record import digest
 from recipes.data.preview import check_positions, sequences
 from recipes.data.rows import RowError
 from recipes.models.loading import load_policy
@@ -47,7 +50,7 @@ class SamplingArguments:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: expected 1 or more.")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError("--temperature and --top_k must be 0 or more, --top_p above 0 and at most 1.")
         if self.temperature == 0 and self.num_generations > 1:
             raise UserError("--temperature 0 always gives the same response: set --num_generations 1 or sample.")
@@ -77,6 +80,11 @@ class PolicyArguments(LoadingArguments):
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Base, adapter folder or full model."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+
+    def loading(self) -> dict[str, Any]:
+        """How the model is loaded, and a digest of the weights of a local one."""
+        found = {name: value for name, value in vars(self).items() if name != "model_name_or_path"}
+        return found | ({"weights": digest(self.model_name_or_path)} if os.path.isdir(self.model_name_or_path) else {})
 
 
 @dataclass
@@ -191,11 +199,15 @@ def sample_to_file(
     sampling: SamplingArguments,
     model_name: str,
     output: str,
+    loading: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Append one JSON line per prompt to `output`; a run that was stopped goes on where it was.
 
     Batches and seeds depend on nothing but the arguments, so a file made in several runs equals one made in one. The
     longest prompts come first: a batch that does not fit into memory fails at once.
+
+    Args:
+        loading: how the model was loaded and what its weights are, which is kept with the sampling arguments.
 
     Raises:
         UserError: `output` was made from other prompts, with another model or other arguments, is in use, or cannot be
@@ -203,16 +215,17 @@ def sample_to_file(
     """
     plan = sorted(prompts, key=lambda prompt: (-prompt_length(prompt.messages), prompt.id))
     check_lengths(model, tokenizer, plan, sampling)
-    common = {"model": model_name, "sampling": asdict(sampling)}
+    common = {"model": model_name, "sampling": {**asdict(sampling), **loading}}
+    lock_file = f"{os.path.realpath(output)}.lock"  # the same by whatever link
     try:
         read_done(output, plan, common)  # before anything is written, a lock included
-        lock.hold(f"{output}.lock", output)
+        lock.hold(lock_file, output)
         done, complete = read_done(output, plan, common)
         append_samples(model, tokenizer, plan, done, complete, sampling, common, output)
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}. Once it can be written, the same line goes on.") from error
     finally:
-        lock.release(f"{output}.lock")
+        lock.release(lock_file)
 
 
 def append_samples(model, tokenizer, plan, done, complete, sampling, common, output) -> None:
@@ -253,13 +266,15 @@ def sample_distinct(model, tokenizer, batch: list[Prompt], sampling: SamplingArg
         rows = [row for row, group in enumerate(groups) for _ in range(sampling.num_generations - len(group))]
         if not rows:
             break
-        seed = derived_seed(sampling.seed, start, attempt)
-        responses = generate(model, tokenizer, [batch[row].messages for row in rows], sampling, seed)
-        for row, response in zip(rows, responses, strict=True):
-            if response.text in (other.text for other in groups[row]):
-                dropped += 1
-            else:
-                groups[row].append(response)
+        for first in range(0, len(rows), sampling.generation_batch_size):
+            some = rows[first : first + sampling.generation_batch_size]
+            seed = derived_seed(sampling.seed, start, attempt, *([first] if first else []))
+            responses = generate(model, tokenizer, [batch[row].messages for row in some], sampling, seed)
+            for row, response in zip(some, responses, strict=True):
+                if response.text in (other.text for other in groups[row]):
+                    dropped += 1
+                else:
+                    groups[row].append(response)
     return groups, dropped
 
 
@@ -293,13 +308,15 @@ def read_done(output: str, plan: list[Prompt], common: dict) -> tuple[int, int]:
     for number, line in enumerate(lines):
         try:
             row = json.loads(line)
-            same = {name: row[name] for name in ("model", "sampling")} == common
+            was, now = ({"model": each["model"], **each["sampling"]} for each in (row, common))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{output}:{number + 1}: not a line of samples: choose another --output.") from error
-        if not same:
+        if changed := [
+            f"{key} was {was.get(key)}, now {now.get(key)}" for key in {**was, **now} if was.get(key) != now.get(key)
+        ]:
             raise UserError(
-                f"{output} was sampled from {row['model']} with {row['sampling']}: choose another --output, or the "
-                "same model and arguments to complete it."
+                f"{output} was sampled otherwise ({'; '.join(changed)}): choose another --output, or the same model "
+                "and arguments to complete it."
             )
         if number >= len(plan) or (row["id"], row["prompt"]) != (plan[number].id, plan[number].messages):
             raise UserError(f"{output} was sampled from other prompts: choose another --output.")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
@@ -43,6 +44,10 @@ class ModelSource:
     def weights(self) -> str:
         """Folder or Hub name of the model that the weights of all layers come from."""
         return self.base or self.path
+
+    @property
+    def weights_in_words(self) -> str:
+        return self.weights if self.revision == "main" else f"{self.weights} (revision {self.revision})"
 
     @property
     def without_adapter(self) -> ModelSource:
@@ -80,10 +85,10 @@ class ModelSource:
 
     @property
     def peft_config(self) -> PeftConfig:
-        """The configuration of an adapter, a new object each time."""
+        """The configuration of an adapter, a new object each time; it names the revision of the base too."""
         from peft import PeftConfig
 
-        return PeftConfig.from_peft_type(**self.adapter)
+        return PeftConfig.from_peft_type(**self.adapter | {"revision": self.revision})
 
     @cached_property
     def has_score_head(self) -> bool:
@@ -92,14 +97,18 @@ class ModelSource:
             return any(name.endswith("ForSequenceClassification") for name in self.config.architectures or [])
         from peft.utils import load_peft_weights
 
-        return any(".score." in f".{name}" for name in load_peft_weights(self.path, device="cpu"))
+        try:
+            return any(".score." in f".{name}" for name in load_peft_weights(self.path, device="cpu"))
+        except (SafetensorError, ValueError) as error:
+            raise load_error(f"The weights of the adapter {self.path} cannot be read", self.path, error) from error
 
 
 def resolve_model(name: str | None, revision: str = "main", trust_remote_code: bool = False) -> ModelSource:
     """Find out what a `model_name_or_path` is, without loading weights.
 
     Raises:
-        UserError: there is no such folder, an adapter's configuration cannot be read, or its base folder is gone.
+        UserError: there is no such folder, an adapter's configuration cannot be read, its base folder is gone, or it
+            was trained on another revision of its base than `revision`.
     """
     if not name:
         raise UserError("Command line: --model_name_or_path is required.")
@@ -121,7 +130,12 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
             f"{name} is an adapter on the base {base}, and there is no such folder here: "
             f"run from where that path is valid, or correct base_model_name_or_path in its adapter_config.json."
         )
-    return ModelSource(name, base, revision, trust_remote_code, adapter)
+    trained_on = adapter.get("revision") or revision
+    if revision not in ("main", trained_on):
+        raise UserError(
+            f"--model_revision {revision}: {name} is an adapter on the revision {trained_on} of {base}: leave it out."
+        )
+    return ModelSource(name, base, trained_on, trust_remote_code, adapter)
 
 
 def load_error(what: str, name: str, error: Exception) -> UserError:
@@ -149,6 +163,8 @@ def is_hub_name(name: str) -> bool:
 
 
 def same_weights(a: ModelSource, b: ModelSource) -> bool:
-    """Whether two sources have the same weights below their adapters: equal Hub names, or the same local folder."""
+    """Whether two sources have the same weights below their adapters: one folder, or one Hub name and revision."""
     one, other = a.weights, b.weights
-    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
+    if os.path.isdir(one) and os.path.isdir(other):
+        return os.path.samefile(one, other)
+    return (one, a.revision) == (other, b.revision)

@@ -1,6 +1,7 @@
 """Loads the tokenizer of a base or an adapter, with a chat template, and without TRL and PEFT, which take seconds."""
 
 import os
+from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -38,7 +39,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         name = source.base
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=source.revision, trust_remote_code=source.trust_remote_code
+            name,
+            revision=source.revision if name == source.weights else "main",  # of an adapter's own repository
+            trust_remote_code=source.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise load_error(f"No tokenizer could be loaded from {name}", name, error) from error
@@ -69,17 +72,16 @@ def set_chat_template(
     Raises:
         UserError: there is no template, or it needs tokens that the model does not have and may not get.
     """
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            tokenizer.chat_template = file.read()
-    else:
-        try:
-            other = AutoTokenizer.from_pretrained(path)
+    other = None
+    try:
+        if os.path.isfile(path):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        else:
+            other = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
             tokenizer.chat_template = other.get_chat_template()
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--chat_template_path {path}: no template could be read ({first_line(error)})."
-            ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--chat_template_path {path}: no template could be read ({first_line(error)}).") from error
+    if other is not None:
         vocabulary = tokenizer.get_vocab()
         new = [token for token in other.added_tokens_decoder.values() if token.content not in vocabulary]
         if new and not may_add_tokens:
@@ -119,6 +121,16 @@ def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
         text = f"Warning: the chat template of {source.path} ends an answer with no token at which generation stops "
         text += f"(EOS is {tokenizer.eos_token}): a model trained with it will not stop. Use a template that does."
     say(text)
+
+
+def render_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two chat templates make the same tokens of a question and an answer; also where one cannot."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    try:
+        ids = [tokenizer.apply_chat_template(turns, return_dict=False) for tokenizer in (one, other)]
+    except (TemplateError, TypeError, ValueError):
+        return True
+    return ids[0] == ids[1]
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, stops: list[int], **template_arguments) -> list[int]:

@@ -1,12 +1,16 @@
 """Arguments from YAML and flags: what wins, and one line for what cannot be meant."""
 
+import importlib
+import os
+import sys
 from dataclasses import dataclass, field
 
 import pytest
 from transformers import TrainingArguments
 
-from recipes.cli import arguments
+from recipes.cli import arguments, start
 from recipes.cli.errors import UserError
+from recipes.data.mapping import parse_mapping
 
 
 @dataclass
@@ -46,6 +50,13 @@ def test_flags_win_over_the_yaml_and_both_over_defaults(tmp_path):
         ("name: a\nrate: [1, 2]", (), "config.yaml: rate takes a number"),
         ("name: a\nsteps: true", (), "config.yaml: steps takes a whole number"),
         ("name: a\nsteps: many", (), "steps.*many"),
+        ("name: a\nsteps: .inf", (), "config.yaml: steps takes a whole number"),
+        ("name: a\nsteps: 2024-01-01", (), "config.yaml: steps takes a whole number"),
+        ("name: 2024", (), "config.yaml: name takes a text, and 2024 is none as YAML reads it: put it in quotes"),
+        ("name: 2024-01-01", (), "config.yaml: name takes a text"),
+        ("name: 12:30", (), "config.yaml: name takes a text, and 750 is none"),
+        ("name: no", (), "config.yaml: name takes a text, and False is none"),
+        ("name: 2024-13-45", (), "config.yaml is not valid YAML"),
         ("name: a", ("--rate", "fast"), "rate.*fast"),
         ("name: a\n  steps: [", (), "config.yaml is not valid YAML"),
         ("just words", (), "config.yaml: expected lines of the form"),
@@ -58,6 +69,72 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, text, flags, expected):
     with pytest.raises(UserError, match=expected) as error:
         parse(tmp_path, text, *flags)
     assert "\n" not in str(error.value)
+
+
+def test_a_text_where_a_list_is_wanted_is_a_list_of_one(tmp_path):
+    """It was a list of its letters."""
+    assert parse(tmp_path, "name: a\nmodules: all-linear").modules == ["all-linear"]
+    mapping = "prompt=a completion=b"
+    assert parse_mapping(parse(tmp_path, f"name: a\nmodules: {mapping}").modules) == {"prompt": "a", "completion": "b"}
+
+
+def test_the_home_folder_is_known_in_the_yaml_and_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(tmp_path, "name: ~/runs").name == f"{tmp_path}/runs"
+    assert start.expand_home("--output_dir=~/runs") == f"--output_dir={tmp_path}/runs"
+    assert start.expand_home("sft=~/runs") == f"sft={tmp_path}/runs"
+    assert start.expand_home("~x = ~") == "~x = ~"
+
+
+def test_a_config_that_is_not_utf8_is_one_line(tmp_path):
+    (tmp_path / "config.yaml").write_bytes("name: Bücher".encode("latin-1"))
+    with pytest.raises(UserError, match="config.yaml is not valid YAML: .*utf-8"):
+        arguments.parse((Arguments,), ["--config", str(tmp_path / "config.yaml")])
+
+
+def test_variables_of_the_yaml_are_set_before_libraries_are_imported(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("env: {HF_HUB_OFFLINE: 1, MY_MODE: fast}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("MY_MODE", "")
+    start.set_environment(["--config", str(tmp_path / "config.yaml"), "--name", "a"])
+    assert (os.environ["HF_HUB_OFFLINE"], os.environ["MY_MODE"]) == ("1", "fast")
+    for text in ("", "env: [1]", "just words", "a: ["):
+        (tmp_path / "config.yaml").write_text(text)
+        start.set_environment(["--config", str(tmp_path / "config.yaml")])  # `parse` says what is wrong
+
+
+def test_a_flag_that_is_given_twice(tmp_path, monkeypatch, capsys):
+    """Of lists argparse would keep the last part."""
+    words = ["script", "--name", "a", "--steps", "1", "--steps=2"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert arguments.parse((Arguments,))[0].steps == 2
+    assert capsys.readouterr().err == "--steps is given twice: the last one counts.\n"
+    monkeypatch.setattr(sys, "argv", [*words, "--modules", "q", "--modules", "v"])
+    with pytest.raises(UserError, match="--modules is given twice: give it once, with all its values"):
+        arguments.parse((Arguments,))
+
+
+def test_an_args_file_beside_the_script_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "sft.py")])
+    (tmp_path / "sft.args").write_text("--steps 7")
+    assert arguments.parse((Arguments,), ["--name", "a"])[0].steps == 10
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("def correct(:", "--judge broken.correct: broken cannot be imported: SyntaxError: .*line 1"),
+        ("1 / 0", "broken cannot be imported: ZeroDivisionError"),
+        ("correct = 3", "--judge broken.correct is no function, but 3"),
+        ("", "--judge broken.correct: write it as module.function"),
+    ],
+)
+def test_a_function_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, text, message):
+    (tmp_path / "broken.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    with pytest.raises(UserError, match=message):
+        arguments.import_function("broken.correct", "--judge")
 
 
 def test_a_missing_config_file_is_named():
@@ -160,9 +237,53 @@ def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
         ("max_error_rate: 0.2", (), "max_error_rate 0.2 is not used while on_error is raise"),
         (f"{BEST}\nsave_strategy: epoch", (), "requires the save and eval strategy to match"),
         ("load_in_4bit: true", ("--load_in_8bit", "true"), "8 bit and 4 bit"),
+        ("", ("--ignore_bias_buffers", "true"), "--ignore_bias_buffers is not used"),
+        ("do_train: false", (), "--do_train is not used: a recipe trains"),
+        ("do_eval: true", (), "do_eval True is not used while eval_strategy is no"),
+        ("", ("--lr_scheduler_kwargs", "{bad}"), "lr_scheduler_kwargs {bad} is not valid JSON"),
+        ("", ("--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
+        ("", ("--dataset_name", ""), "--dataset_name is empty: is it a variable that is not set"),
+        ("reward_model_name_or_path: ''", (), "--reward_model_name_or_path is empty"),
     ],
 )
 def test_what_would_go_unused_is_refused(tmp_path, text, flags, message):
     with pytest.raises(UserError, match=message) as error:
         recipe_arguments(tmp_path, text, *flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "max_steps 0",
+        "max_steps -5",
+        "num_train_epochs 0",
+        "num_train_epochs nan",
+        "learning_rate -1e-5",
+        "learning_rate nan",
+        "learning_rate inf",
+        "per_device_train_batch_size 0",
+        "gradient_accumulation_steps 0",
+        "weight_decay -1",
+        "seed -1",
+        "lora_r 0",
+        "lora_dropout 1.5",
+    ],
+)
+def test_numbers_that_no_run_can_have_are_refused_before_anything_loads(tmp_path, wrong):
+    """`--max_steps 0` trained all epochs; the others ended in tracebacks after the models had loaded."""
+    name, value = wrong.split()
+    with pytest.raises(UserError, match=f"--{name} .*: expected ") as error:
+        recipe_arguments(tmp_path, "use_peft: true", f"--{name}={value}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("step", ["sft", "reward"])
+@pytest.mark.parametrize("name", ["model_init_kwargs", "dataset_text_field", "dataset_kwargs"])
+def test_arguments_of_trl_without_effect_here_are_refused(tmp_path, step, name):
+    recipe = importlib.import_module(f"recipes.{step}")
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    (group,) = (each for each in arguments.parse(recipe.ARGUMENTS, words) if isinstance(each, TrainingArguments))
+    if hasattr(group, name):  # RewardConfig has one of them
+        with pytest.raises(UserError, match=f"--{name} is not used: "):
+            arguments.parse(recipe.ARGUMENTS, [*words, f"--{name}", '{"a": 1}'])

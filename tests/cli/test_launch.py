@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from recipes.cli import launch as launch_module
 from recipes.cli.errors import UserError
 from recipes.cli.launch import check_devices, check_services, find_problem, read_request
 from tests.conftest import ROOT, run_command
@@ -43,6 +44,23 @@ def launch(tmp_path):
         return run_command(command, timeout=180, ok=ok, cwd=tmp_path).stdout
 
     return launch
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python /venv/bin/accelerate launch",
+        "/venv/bin/accelerate-launch",
+        "python -m accelerate.commands.launch",
+        "python -m accelerate.commands.accelerate_cli launch",
+        "python -X importtime -W ignore -u /venv/bin/accelerate launch",
+    ],
+)
+def test_every_spelling_of_accelerate_launch_is_read(monkeypatch, command):
+    words = [*command.split(), "--cpu", "--num_processes", "2", "recipes/sft.py", "--output_dir", "x"]
+    monkeypatch.setattr(launch_module.psutil, "Process", lambda _: SimpleNamespace(cmdline=lambda: words))
+    request = launch_module.requested()
+    assert request is not None and (request.num_processes, request.use_cpu) == (2, True)
 
 
 @pytest.mark.slow

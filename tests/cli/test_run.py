@@ -1,11 +1,12 @@
 """Around the training: output folders, checkpoints that are whole, the record of a run, and how a run ends."""
 
 import dataclasses
+import errno
 import json
-import multiprocessing
 import os
 import signal
-import time
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -76,9 +77,19 @@ def test_an_output_folder_that_holds_something_is_kept(training_args, resume, tm
         resume("true")
     with pytest.raises(UserError, match="there is no checkpoint in .*out"):
         resume("auto")
-    with pytest.raises(UserError, match="elsewhere.* is a checkpoint of another run"):
+    with pytest.raises(UserError, match="--resume_from_checkpoint elsewhere: there is no such folder"):
         resume("elsewhere")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_checkpoint_that_is_none_is_named(training_args, resume, tmp_path):
+    """The output folder itself, and a folder that is not there, were called a checkpoint of another run."""
+    begin(training_args)
+    save(tmp_path / "out", 9)
+    with pytest.raises(UserError, match="out is the output folder, .*--resume_from_checkpoint true takes the newest"):
+        resume(str(tmp_path / "out"))
+    with pytest.raises(UserError, match="--resume_from_checkpoint .*oot/checkpoint-9: there is no such folder"):
+        resume(str(tmp_path / "oot" / "checkpoint-9"))
 
 
 def test_an_output_folder_that_is_a_file_is_kept(resume, tmp_path):
@@ -210,6 +221,21 @@ def test_another_model_under_the_same_name_is_noticed(training_args, tmp_path):
     assert record.changes(before, record.describe("sft", (training_args(), Models(str(link)))))[0].startswith("it was")
 
 
+def test_a_template_file_that_was_edited_is_noticed(tmp_path):
+    @dataclass
+    class Arguments:
+        chat_template_path: str
+
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    arguments = (Arguments(str(template)), TrainingArguments(str(tmp_path), use_cpu=True))
+    before = record.describe("sft", arguments)
+    assert record.changes(before, record.describe("sft", arguments)) == []
+    template.write_text("{{ messages[0] }}")
+    (change,) = record.changes(before, record.describe("sft", arguments))
+    assert change == f"the template in --chat_template_path {template} is another one now"
+
+
 def test_other_rows_and_another_launch_are_noticed(training_args):
     def described(fingerprint, **setup):
         found = record.describe("sft", (training_args(),))
@@ -294,30 +320,29 @@ def test_files_move_each_as_a_whole_and_the_last_after_all_others(tmp_path, monk
     assert not source.exists()
 
 
-def hold(path, held, let_go) -> None:
-    lock.hold(path, "the folder")
-    if os.fork() == 0:  # a worker that outlives its parent
-        time.sleep(30)
-        os._exit(0)
-    held.set()
-    let_go.wait(30)
+HOLD = """
+import os, sys, time
+from recipes.cli import lock
+lock.hold(sys.argv[1], "the folder")
+if os.fork() > 0:  # the child is a worker that outlives its parent
+    print("held", flush=True)
+time.sleep(30)
+"""
 
 
 def test_a_lock_is_gone_with_its_process(tmp_path):
-    path, context = str(tmp_path / "new" / ".lock"), multiprocessing.get_context("spawn")
-    held, let_go = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(path, held, let_go))
-    process.start()
-    assert held.wait(60)
-    for _ in range(2):
-        with pytest.raises(UserError, match=f"the folder is in use by process {process.pid} on .*: wait for it"):
-            lock.hold(path, "the folder")
-    process.kill()
-    process.join(30)
-    lock.hold(path, "the folder")
-    lock.hold(path, "the folder")  # one process holds it once
-    lock.release(path)
-    assert not os.path.exists(path)
+    path = str(tmp_path / "new" / ".lock")
+    with subprocess.Popen([sys.executable, "-c", HOLD, path], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"the folder is in use by process {process.pid} on .*: wait for it"):
+                lock.hold(path, "the folder")
+        process.kill()
+        process.wait(30)
+        lock.hold(path, "the folder")
+        lock.hold(path, "the folder")  # one process holds it once
+        lock.release(path)
+        assert not os.path.exists(path)
 
 
 @dataclass
@@ -367,6 +392,15 @@ def test_what_the_user_can_mend_is_one_line_and_a_bug_is_not(capsys):
     def bug():
         raise KeyError("x")
 
+    def full_disk():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+
+    def missing_package():
+        raise ImportError("You need to\n\ninstall `galore_torch`")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
     def stopped():
         raise RunEnded("Stopped.", 143)
 
@@ -378,6 +412,16 @@ def test_what_the_user_can_mend_is_one_line_and_a_bug_is_not(capsys):
     assert capsys.readouterr().err == "error: the file is empty.\n"
     with pytest.raises(KeyError):
         run(bug)
+    for main, line in (
+        (full_disk, "error: runs/x: No space left on device."),
+        (missing_package, "error: You need to install `galore_torch`"),
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            run(main)
+        assert capsys.readouterr().err == f"{line}\n"
+    with pytest.raises(SystemExit, match="130"):
+        run(interrupted)
+    assert capsys.readouterr().err == ""
     with pytest.raises(SystemExit, match="143"):
         run(stopped)
     assert capsys.readouterr().err == "Stopped.\n"

@@ -1,6 +1,10 @@
 """What a run shows on the way and at its end."""
 
+import logging
+import os
+import shlex
 import sys
+import warnings
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ from transformers import Trainer, TrainingArguments
 from recipes.cli.errors import counted
 from recipes.cli.progress import LogLines, show_lines
 from recipes.cli.screen import headline, log_line, result_line
+from recipes.cli.start import NOISY_LOGGERS, quiet
+from tests.tiny_models import causal_lm
 
 
 def test_a_log_is_a_line_of_six_numbers():
@@ -42,6 +48,22 @@ def test_the_last_line_has_the_result_and_the_next_command(monkeypatch):
     assert "--dataset_name PROMPTS --output mine/samples.jsonl" in result_line("sft", "mine/sft", "base", [], "python")
 
 
+def test_the_next_command_can_be_pasted_with_any_names(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes/reward.py", "--config=my configs/reward.yaml", "--dataset_name=x"])
+    words = shlex.split(result_line("reward", "my runs/rm/", "my runs/sft", [], "python").partition("Next: ")[2])
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    assert given == {
+        "--config": "my configs/ppo.yaml",
+        "--dataset_name": "PROMPTS",
+        "--model_name_or_path": "my runs/sft",
+        "--reward_model_name_or_path": "my runs/rm/",
+        "--output_dir": "my runs/ppo",
+    }
+    for recipe in ("sft", "ppo"):
+        words = shlex.split(result_line(recipe, "my runs/it", "a base", [], "python").partition("Next: ")[2])
+        assert words[3] == "my runs/it" and words[-1] in ("my runs/samples.jsonl", "a base")
+
+
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -68,3 +90,17 @@ def test_lines_take_the_place_of_dictionaries(tmp_path, capsys, options):
 def test_a_number_has_the_noun_that_fits_it():
     assert [counted(number, "row") for number in (0, 1, 2, 1200)] == ["0 rows", "1 row", "2 rows", "1,200 rows"]
     assert counted(2, "summary", "summaries") == "2 summaries" and counted(1, "summary", "summaries") == "1 summary"
+
+
+def test_what_nobody_can_act_on_is_not_said(monkeypatch):
+    """Activation checkpointing is on by default on a GPU, and each rollout turns it off and on."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    model = causal_lm()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quiet()
+        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_disable()
+        assert not model.is_gradient_checkpointing
+    assert not said
+    assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in NOISY_LOGGERS)

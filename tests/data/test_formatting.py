@@ -327,6 +327,32 @@ def test_recipes_get_train_and_eval_splits(tmp_path, capsys):
     assert list(load_formatted("prompt", Script(tmp_path), FormattingArguments())) == ["train"]
 
 
+def test_a_test_split_that_was_chosen_is_not_replaced_in_silence(tmp_path, capsys):
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"prompt": f"{split} {number}"} for number in range(9)])
+    script = Script(tmp_path)
+    script.dataset_test_split = "validation[0:4]"
+    assert len(load_formatted("prompt", script, FormattingArguments(), evaluate=True)["eval"]) == 4
+    script.dataset_test_split = "held_out"
+    assert "no split 'held_out'" not in capsys.readouterr().err
+    load_formatted("prompt", script, FormattingArguments(), evaluate=True)
+    assert "has no split 'held_out' (--dataset_test_split): rows to evaluate on are from" in capsys.readouterr().err
+    assert list(load_formatted("prompt", script, FormattingArguments())) == ["train"]
+
+
+def test_a_split_beside_a_mixture_is_refused(tmp_path):
+    script = Script(None)
+    script.dataset_train_split = "validation"
+    with pytest.raises(DataError, match="a source of a mixture has its own name and split"):
+        load_formatted("prompt", script, FormattingArguments(datasets=[prompts(tmp_path, "a", 2)]))
+
+
+@pytest.mark.parametrize("rate", [-0.1, 5, float("nan")])
+def test_the_rate_of_errors_is_a_share(rate):
+    with pytest.raises(DataError, match="max_error_rate .* is a share of the rows: expected 0 to 1"):
+        format_dataset([{"prompt": "q"}], "prompt", on_error="skip", max_error_rate=rate)
+
+
 def prompts(tmp_path, name, count, **more):
     return str(write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}", **more} for i in range(count)]))
 
@@ -340,6 +366,8 @@ def test_mixtures_take_shares_without_repeating_rows(tmp_path, capsys):
     assert len(mixed(tmp_path, a, b)["train"]) == 100
     train = mixed(tmp_path, f"{a}=1", {"path": b, "fraction": 3})["train"]
     assert [row["prompt"][0]["content"][0] for row in train] == ["a"] * 10 + ["b"] * 30
+    odd = prompts(tmp_path, "v=2", 5)
+    assert len(mixed(tmp_path, odd, a)["train"]) == 15 and len(mixed(tmp_path, f"{odd}=1", f"{a}=1")["train"]) == 10
     datasets = mixed(tmp_path, f"{a}=0.5", f"{b}=0.5", evaluate=True)
     assert len(datasets["train"]) + len(datasets["eval"]) == 20
     assert list(datasets.reports) == ["train 1", "train 2"]
@@ -365,6 +393,8 @@ def test_mixed_sources_have_their_own_schema_and_mapping(tmp_path):
         ([{"path": "a.jsonl", "fraction": -1}], "the fraction of a.jsonl is -1.0; expected more than 0"),
         ([{"path": "a.jsonl", "weight": 1}], "found path, weight"),
         ([{"name": "a.jsonl"}], "a source has path"),
+        ([5], "a source has path and perhaps more .*found 5"),
+        ([{"path": "a.jsonl", "split": 1}], "split of a.jsonl is 1 .int., not a text"),
         (["missing.jsonl"], "missing.jsonl: no such file or folder"),
     ],
 )

@@ -7,6 +7,7 @@ from trl import ScriptArguments, SFTConfig, SFTTrainer
 
 from recipes.data.splits import split_by_group
 from recipes.formatting import DataError, FormattingArguments, format_dataset, load_formatted
+from recipes.models.tokenization import PLAIN_CHAT_TEMPLATE
 from scripts import inspect_dataset
 from tests import tiny_models as models
 from tests.conftest import write_jsonl
@@ -43,6 +44,60 @@ def test_a_row_that_the_template_refuses_is_named(tokenizer, task):
     dataset, report = format_dataset(rows, task, tokenizer=tokenizer, on_error="skip")
     assert len(dataset) == report.rows_out == 19
     assert [entry["line"] for entry in report.skipped] == [7]
+
+
+SAYS_ALL = (
+    "{% if tools %}{{ tools | tojson }} {% endif %}{% for m in messages %}{{ '<' + m.role + '> ' }}"
+    "{% if m.reasoning_content %}{{ m.reasoning_content + ' ' }}{% endif %}{{ m.content + ' ' }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }} {% endif %}{{ '<eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
+USER, ANSWER = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+
+
+@pytest.mark.parametrize(
+    "turns, tools, template, left_out",
+    [
+        ([{"role": "system", "content": "w3"}, USER, ANSWER], None, "m.role != 'system'", "system messages"),
+        ([USER, {"role": "assistant", "tool_calls": [CALL]}], None, "", "tool calls"),
+        ([USER, ANSWER], [CALL], "", "the list of tools"),
+        (
+            [USER, {**ANSWER, "tool_calls": [CALL]}, {"role": "tool", "content": "w3"}, ANSWER],
+            None,
+            "m.role != 'tool'",
+            "tool results",
+        ),
+    ],
+)
+def test_what_a_template_leaves_out_without_an_error_is_said(tokenizer, turns, tools, template, left_out):
+    """Our own plain template left out the calls: rows of them trained empty answers."""
+    row = {"messages": turns, **({"tools": tools} if tools else {})}
+    rows = [{"messages": [USER, ANSWER]}, row]
+    tokenizer.chat_template = SAYS_ALL
+    assert len(format_dataset(rows, "sft", tokenizer=tokenizer)[0]) == 2
+    if template:
+        tokenizer.chat_template = SAYS_ALL.replace("in messages %}", f"in messages if {template} %}}")
+    else:
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    with pytest.raises(DataError, match=f"rows:2: the chat template leaves out {left_out}, and this row has some"):
+        format_dataset(rows, "sft", tokenizer=tokenizer)
+
+
+def test_reasoning_that_a_template_leaves_out_is_flagged(tokenizer):
+    rows = [{"messages": [USER, {**ANSWER, "thinking": "w3"}]}]
+    _, report = format_dataset(rows, "sft", tokenizer=tokenizer)
+    assert [entry["flag"] for entry in report.flags] == ["the chat template leaves out reasoning"]
+    tokenizer.chat_template = SAYS_ALL
+    assert format_dataset(rows, "sft", tokenizer=tokenizer)[1].flags == []
+
+
+def test_answers_that_a_template_leaves_out_are_not_trained(tokenizer):
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }} {% endfor %}<assistant>"
+    with pytest.raises(DataError, match="rows:1: the chat template leaves nothing of the answer"):
+        format_dataset([demonstration(2, 2)], "sft", tokenizer=tokenizer, prompt_completion=True)
+    with pytest.raises(DataError, match=r"the chat template makes all responses equal \(1, first at rows:1"):
+        format_dataset([ranking(2, 3)], "ranking", tokenizer=tokenizer)
 
 
 def test_a_prompt_needs_room_for_its_completion(tokenizer):

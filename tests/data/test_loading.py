@@ -171,6 +171,25 @@ def test_unreadable_files_are_refused(tmp_path):
         load_rows(tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (gzip.compress(GOOD), "this is a .gz file, whatever its name says"),
+        (lzma.compress(GOOD), "this is a .xz file"),
+        (b"PAR1\x15\x00", "this is a .parquet file"),
+        (b"PK\x03\x04\x14", "this is a .zip file or a workbook"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS; .* git lfs pull"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_suffix_is_named(tmp_path, content, what):
+    """A pointer of Git LFS with the suffix .txt was three prompts."""
+    for suffix in (".jsonl", ".json", ".csv", ".txt"):
+        path = tmp_path / f"data{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"data{suffix}: .*{what}"):
+            list(load_rows(path))
+
+
 def test_media_columns_are_not_decoded_and_no_error_of_a_decoder_is_a_traceback(tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -405,6 +424,46 @@ def test_arrow_does_not_fill_tool_calls_with_nulls(tmp_path):
     for source in (load_rows(tmp_path / "tools.parquet"), Dataset(pa.Table.from_pylist(rows))):
         dataset, _ = format_dataset(source, "sft")
         assert [row["messages"] for row in dataset] == [row["messages"] for row in rows]
+
+
+def test_arrow_does_not_fill_functions_with_nulls(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"functions": [{"name": "f", "parameters": {name: {"type": "string"}}}]} for name in "ab"]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "functions.parquet")
+    assert [row.data for row in load_rows(tmp_path / "functions.parquet")] == rows
+
+
+def test_brackets_in_a_path_are_no_pattern(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "run [v1] ü?"
+    folder.mkdir()
+    pq.write_table(pa.table({"prompt": ["q"]}), folder / "train.parquet")
+    (folder / "test[0].jsonl").write_text('{"prompt": "r"}')
+    for source in (folder, folder / "train.parquet"):
+        assert [row.data for row in load_rows(source)] == [{"prompt": "q"}]
+    assert [row.data for row in load_rows(folder / "test[0].jsonl")] == [{"prompt": "r"}]
+
+
+@pytest.mark.parametrize("text, rows", [("", []), ("\n \n", []), ('\r\n\n{"prompt": "q"}\r\n', [{"prompt": "q"}])])
+def test_blank_lines_before_the_first_object_are_none(tmp_path, text, rows):
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    assert [row.data for row in load_rows(path)] == rows
+    if not rows:
+        with pytest.raises(DataError, match="no rows: the file or split is empty"):
+            format_dataset(load_rows(path), "prompt")
+
+
+def test_messages_in_csv_may_begin_with_any_key(tmp_path):
+    turns = [{"id": 1, "role": "user", "content": "q"}]
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt"], [json.dumps(turns)]])
+    dataset, _ = format_dataset(load_rows(tmp_path / "data.csv"), "prompt")
+    assert dataset.to_list() == [{"prompt": [{"role": "user", "content": "q"}]}]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 2**20])

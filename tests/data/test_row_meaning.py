@@ -1,12 +1,14 @@
 """Keys and columns that change what a row means are used, or the row is left out by name; the rest is reported."""
 
 import json
+import re
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from recipes.data.converters import Dialogue
+from recipes.data.mapping import parse_mapping
 from recipes.data.schemas import SCHEMAS, Schema
 from recipes.formatting import DataError, format_dataset
 
@@ -267,6 +269,138 @@ def test_what_is_not_used_is_in_the_report(tmp_path):
     assert format_dataset(rows, "preference", mapping=mapping)[1].unread == {"score": 1}
     options = {"mapping": {"prompt": "question.text"}, "keep_columns": ["score"]}
     assert format_dataset(rows, "prompt", **options)[1].unread == {"best": 1, "worst": 1}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": -1},
+        {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0},
+        {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b", "score_0": 1, "score_1": 0},
+        {"data": {"prompt": "q", "answer1": "a", "answer2": "b"}, "annotations": [
+            {"result": [{"type": "pairwise", "to_name": "answer1,answer2", "value": {"selected": "left"}}]}
+        ]},
+    ],
+)  # fmt: skip
+def test_a_system_column_is_used_whatever_the_schema_is(row, column):
+    place = row["data"] if "data" in row else row
+    place[column] = "Be brief."
+    dataset, report = format_dataset([row], "preference")
+    assert dataset[0]["prompt"] == [SYSTEM, user("q")] and dataset[0]["chosen"] == [assistant("a")]
+    assert format_dataset([row], "prompt")[0].to_list() == [{"prompt": [SYSTEM, user("q")]}]
+    del place[column]
+    assert format_dataset([row], "preference")[0][0]["prompt"] == [user("q")]
+
+
+def test_two_system_messages_that_differ_leave_the_row_out():
+    row = {"system": "Be brief.", "messages": [{**SYSTEM, "content": "Be long."}, user("q"), assistant("a")]}
+    for task in ("sft", "prompt"):
+        assert skipped(row, task) == ("system", "the row has another system message too")
+    row["messages"][0] = SYSTEM
+    assert format_dataset([row], "sft")[0][0]["messages"] == row["messages"]
+    row["history"] = [["q0", "a0"]]
+    turns = [SYSTEM, user("q0"), assistant("a0"), user("q"), assistant("a")]
+    assert format_dataset([row], "sft")[0][0]["messages"] == turns
+
+
+def test_a_prompt_beside_whole_conversations_is_theirs():
+    """Its system message is used; another prompt is an error, since only one of the two can be meant."""
+    row = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
+    for prompt in ("q", " q ", "<|user|>q<|assistant|>", [user("q")], None):
+        assert format_dataset([{**row, "prompt": prompt}], "preference")[0][0]["prompt"] == [user("q")]
+    dataset, _ = format_dataset([{**row, "prompt": [SYSTEM, user("q")]}], "preference")
+    assert dataset[0]["prompt"] == [SYSTEM, user("q")]
+    for prompt in ("r", [user("r")], [SYSTEM, user("r")]):
+        with pytest.raises(DataError, match="rows:1:prompt: another prompt than that of the conversations"):
+            format_dataset([{**row, "prompt": prompt}], "preference")
+    with_system = {side: [{**SYSTEM, "content": "Be long."}, *row[side]] for side in row}
+    good = {**row, "prompt": "q"}
+    assert skipped({**with_system, "prompt": [SYSTEM, user("q")]}, "preference", good)[0] == "prompt"
+
+
+@pytest.mark.parametrize(
+    "row, column",
+    [
+        ({"prompt": json.dumps([user("q")]), "chosen": "a", "rejected": "b"}, "prompt"),
+        ({"prompt": "q", "chosen": json.dumps([assistant("a")]), "rejected": "b"}, "chosen"),
+        ({"prompt": "q", "chosen": "a", "rejected": json.dumps({"from": "gpt", "value": "b"})}, "rejected"),
+        ({"prompt": "q", "responses": [{"text": json.dumps([assistant("a")]), "rank": 1}]}, "responses[0].text"),
+    ],
+)
+def test_messages_as_json_text_are_no_text(row, column):
+    with pytest.raises(DataError, match=f"rows:1:{re.escape(column)}: found messages written as JSON text"):
+        format_dataset([row], "preference")
+    text = {"prompt": 'Write [{"role": …}]', "completion": '[{"role": "admin", "content": "x"}]'}
+    assert format_dataset([text], "sft")[0][0]["messages"][1]["content"] == text["completion"]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "image"},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "input_audio", "input_audio": {"data": "x"}},
+        {"type": "video", "video": "a.mp4"},
+        {"type": "text", "text": "Look:", "image": "a.png"},
+        {"type": "refusal", "refusal": "No."},
+    ],
+)
+def test_a_block_that_is_not_text_is_named(block):
+    row = {"messages": [user([{"type": "text", "text": "What is this?"}, block]), assistant("A cat.")]}
+    with pytest.raises(DataError, match=rf"rows:2:messages\[0\].content: found a block of type '{block['type']}'"):
+        format_dataset([GOOD, row], "sft")
+
+
+@pytest.mark.parametrize(
+    "better", ["score_chosen", "chosen-rating", "chosen_reward", "rm_score_chosen", "chosen_avg_rating"]
+)
+def test_scores_that_contradict_the_order_are_errors(better):
+    worse = better.replace("chosen", "rejected")
+    with pytest.raises(DataError, match=f"rows:1:{better}: 1 is lower than {worse} 3"):
+        format_dataset([{**PAIR, better: 1, worse: 3}], "ranking")
+    assert skipped({**PAIR, better: 2, worse: 2}, "ranking", PAIR) == (better, "tie: equal scores")
+    assert len(format_dataset([{**PAIR, better: [1, 2], worse: [3, 4]}], "ranking")[0]) == 1
+    with pytest.raises(DataError, match="rows:1:margin: -2 says that rejected is the better"):
+        format_dataset([{**PAIR, "margin": -2, better: 3, worse: 1}], "ranking")
+
+
+def test_what_follows_a_question_is_part_of_it():
+    for row in ({"question": "q", "context": "c", "chosen": "a", "rejected": "b"}, {"instruction": "q", "input": "c"}):
+        assert format_dataset([row], "prompt")[0].to_list() == [{"prompt": [user("q\n\nc")]}]
+
+
+def test_a_function_call_is_one_however_its_role_is_written():
+    said = [{"from": "human", "value": "q"}, {"from": "Function_Call", "value": '{"name": "f", "arguments": {}}'}]
+    (row,) = format_dataset([{"conversations": said}], "sft")[0]
+    assert row["messages"][1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+
+
+def test_a_mapped_column_that_nothing_reads_is_an_error():
+    rows = [{"q": "q", "a": "a", "persona": "Be brief."}]
+    mapping = {"prompt": "q", "completion": "a", "system": "persona"}
+    assert format_dataset(rows, "sft", mapping=mapping)[0][0]["messages"][0] == SYSTEM
+    mapping["sytem"] = mapping.pop("system")
+    with pytest.raises(DataError, match="rows:1:persona: mapped as sytem, which the schema has no use for"):
+        format_dataset(rows, "sft", mapping=mapping)
+    mapping["label"] = mapping.pop("sytem")  # it changes demonstrations, so a mapping for both steps may have it
+    assert len(format_dataset(rows, "prompt", mapping=mapping)[0]) == 1
+
+
+def test_the_rest_of_an_object_that_a_mapping_reaches_into_is_reported():
+    rows = [{"in": {"q": "q", "tools": [1], "deep": {"a": "a", "b": "b"}}}]
+    _, report = format_dataset(rows, "sft", mapping={"prompt": "in.q", "completion": "in.deep.a"})
+    assert report.unread == {"in.tools": 1}
+
+
+@pytest.mark.parametrize("items", [["prompt=a", "prompt=b"], "prompt=a prompt=b", ['{"prompt": "a", "prompt": "b"}']])
+def test_a_mapping_names_each_column_once(items):
+    with pytest.raises(DataError, match="prompt.*twice"):
+        parse_mapping(items)
 
 
 TURNS = [user("q"), assistant("a")]

@@ -280,6 +280,11 @@ def test_near_misses_are_named():
         ("prompt", {"meta": {"ask": "q"}, "n": 3}, "prompt=meta.ask"),
         ("sft", {"my question": "q", "x=y": "a"}, """'{"prompt": "my question", "completion": "x=y"}'"""),
         ("preference", {"question": "q", "best": "a"}, "prompt=question chosen=best rejected=COLUMN"),
+        (
+            "preference",
+            {"ask": "q", "unpreferred": "b", "preferred": "a"},
+            "prompt=ask chosen=preferred rejected=unpreferred",
+        ),
     ],
 )
 def test_wrong_columns_print_the_whole_mapping(task, row, line):

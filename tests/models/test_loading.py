@@ -57,3 +57,15 @@ def test_an_adapter_on_layers_that_are_not_there_is_one_line(tmp_path):
     base = resolve_model(models.save_base(tmp_path / "base"))
     with pytest.raises(UserError, match="No adapter could be put on Llama.*--lora_target_modules all-linear"):
         load_policy(base, ModelConfig(use_peft=True, lora_target_modules=["c_attn"], dtype="float32"))
+
+
+@pytest.mark.parametrize("which", ["base", "adapter"])
+def test_weights_that_cannot_be_read_are_one_line(tmp_path, which):
+    """As those of a clone without Git LFS, or of a copy that was cut off."""
+    base = models.save_base(tmp_path / "base")
+    models.save_adapter(tmp_path / "adapter", base)
+    (weights,) = (tmp_path / which).glob("*.safetensors")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=f"{which}.* (could not be loaded|cannot be read)") as error:
+        load_policy(resolve_model(str(tmp_path / "adapter")), ModelConfig(use_peft=True, dtype="float32"))
+    assert "\n" not in str(error.value) and "another" not in str(error.value)

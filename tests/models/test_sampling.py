@@ -12,7 +12,17 @@ from trl import ModelConfig
 
 from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
-from recipes.models.sampling import Prompt, SamplingArguments, load_generator, sample, sample_to_file
+from recipes.formatting import RowArguments
+from recipes.models import sampling
+from recipes.models.sampling import (
+    Prompt,
+    PromptsArguments,
+    SamplingArguments,
+    generate,
+    load_generator,
+    sample,
+    sample_to_file,
+)
 from scripts import sample_responses
 from tests import tiny_models as models
 from tests.conftest import ROOT, flags, write_jsonl
@@ -118,6 +128,19 @@ def test_what_a_sure_model_repeats_is_dropped_and_counted(generator, prompts, tm
     assert f"{30 - sum(kept)} could not be replaced" in capsys.readouterr().out
 
 
+def test_no_batch_is_larger_than_was_asked_for(generator, prompts, tmp_path, monkeypatch):
+    """Also where a prompt gets more responses than that."""
+    sizes = []
+
+    def counted(model, tokenizer, conversations, *args):
+        sizes.append(len(conversations))
+        return generate(model, tokenizer, conversations, *args)
+
+    monkeypatch.setattr(sampling, "generate", counted)
+    write(generator, prompts, tmp_path / "samples.jsonl", replace(SAMPLING, generation_batch_size=2))
+    assert max(sizes) == 2 and all(len(row["responses"]) == 3 for row in read(tmp_path / "samples.jsonl"))
+
+
 def test_a_file_of_something_else_is_refused_and_kept(generator, prompts, tmp_path):
     output = tmp_path / "samples.jsonl"
     before = write(generator, prompts, output)
@@ -205,6 +228,8 @@ def test_a_prompt_that_does_not_fit_is_named(generator, prompts, tmp_path):
     [
         {"num_generations": 0},
         {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
         {"top_p": 0.0},
         {"temperature": 0.0},
         {"max_completion_length": 0},
@@ -254,6 +279,28 @@ def test_command_line(folders, tmp_path):
     assert samples[0]["model"] == folders["adapter"]
     assert all(len(row["responses"]) == 2 for row in samples)
     before = output.read_bytes()
-    with pytest.raises(UserError, match="choose another --output"):
-        sample_responses.main(*parse(sample_responses.ARGUMENTS, [*line, "--temperature", "0.7"]))
+    for flag, value, was in (("temperature", "0.7", "1.0"), ("dtype", "bfloat16", "float32")):
+        with pytest.raises(UserError, match=f"{flag} was {was}, now {value}.*choose another --output"):
+            sample_responses.main(*parse(sample_responses.ARGUMENTS, [*line, f"--{flag}", value]))
+    adapter = tmp_path / "adapter"  # trained anew under the same name
+    shutil.copytree(folders["adapter"], adapter)
+    line[line.index(folders["adapter"])] = str(adapter)
+    line[line.index(str(output))] = str(tmp_path / "other.jsonl")
+    sample_responses.main(*parse(sample_responses.ARGUMENTS, line))
+    models.save_adapter(adapter, folders["base"], std=0.4)
+    with pytest.raises(UserError, match="weights was .*, now .*choose another --output"):
+        sample_responses.main(*parse(sample_responses.ARGUMENTS, line))
     assert output.read_bytes() == before
+
+
+def test_no_prompt_of_a_folder_of_files_is_lost(tmp_path):
+    """The third file's first line had the id of the second's."""
+    for number in range(4):
+        write_jsonl(
+            tmp_path / f"train-{number}.jsonl", [{"prompt": f"w{number}"}, {"id": "same", "prompt": f"v{number}"}]
+        )
+    prompts = sample_responses.read_prompts(PromptsArguments(str(tmp_path)), RowArguments(), models.word_tokenizer())
+    assert sorted(prompt.messages[0]["content"] for prompt in prompts) == sorted(
+        f"{c}{n}" for c in "wv" for n in range(4)
+    )
+    assert len({prompt.id for prompt in prompts}) == 8

@@ -26,6 +26,13 @@ def files(tmp_path_factory) -> dict[str, str]:
     models.save_adapter(folder / "other_reward", other, "SEQ_CLS")
     prompts = [{"prompt": prompt} for prompt in models.prompts(64)]
     write_jsonl(folder / "prompts.jsonl", prompts)
+    more = models.word_tokenizer()
+    more.add_tokens("<more>")
+    more.save_pretrained(folder / "more")
+    rankings = [
+        {"prompt": f"w{n}", "responses": [{"text": f"w{n} w{m}", "rank": m} for m in (1, 2)]} for n in range(8)
+    ]
+    write_jsonl(folder / "rankings.jsonl", rankings)
     write_jsonl(folder / "wrong.jsonl", [{"question": "w1", "reply": "w2"}])
     return {path.name: str(path) for path in folder.iterdir()}
 
@@ -61,7 +68,21 @@ CASES = [
     ("sft", {"model_name_or_path": "nowhere/at/all"}, r"nowhere/at/all"),
     ("sft", {"learning_rat": "1"}, r"no argument learning_rat; did you mean learning_rate\?"),
     ("sft", {"load_in_4bit": "true", "use_peft": "false"}, r"set use_peft: true"),
+    ("sft", {"eos_token": "<|no|>"}, r"`eos_token` \('<\|no\|>'\) is not found in the vocabulary"),
+    (
+        "sft",
+        {"chat_template_path": "nowhere.jinja"},
+        r"--chat_template_path nowhere\.jinja: no template",
+    ),
+    ("sft", {"lora_target_modules": ["q_proj", "lm_head"]}, r"adapter to `lm_head` is not supported"),
+    ("reward", {"bf16_full_eval": "true"}, r"--bf16_full_eval is not used: .*rounds the weights that are saved"),
     ("reward", {"dataset_name": "wrong.jsonl", "model_name_or_path": "sft"}, r"wrong\.jsonl"),
+    ("reward", {"dataset_name": "rankings.jsonl", "reference_dataset_name": "gone.jsonl"}, r"gone\.jsonl: no such"),
+    (
+        "reward",
+        {"chat_template_path": "more", "use_peft": "true"},
+        r"--chat_template_path .*more adds 1 token that",
+    ),
     ("ppo", {"reward_model_name_or_path": "sft"}, r"has no trained score head"),
     ("ppo", {"reward_model_name_or_path": "other_reward"}, r"was trained on the base .*other, the policy on .*base"),
     ("ppo", {"reward_funcs": "no.such.function"}, r"--reward_funcs no\.such\.function: write it as module\.function"),

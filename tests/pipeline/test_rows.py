@@ -90,6 +90,19 @@ def test_the_last_evaluation_is_not_done_twice(data, runs, tmp_path, monkeypatch
     assert results["eval_accuracy"] == trainer.evaluate()["eval_accuracy"]
 
 
+def test_a_trained_reward_model_is_saved_before_it_is_evaluated(data, runs, tmp_path, monkeypatch):
+    from recipes.trainers.ranking_trainer import RankingRewardTrainer
+
+    def fails(self):
+        raise MemoryError("no room for the evaluation")
+
+    monkeypatch.setattr(RankingRewardTrainer, "final_evaluation", fails)
+    own = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+    with pytest.raises(MemoryError):
+        run_recipe("reward", **reward_arguments(data, runs / "sft", tmp_path / "reward", **own))
+    assert (tmp_path / "reward" / "adapter_model.safetensors").exists()
+
+
 def test_majority_is_made_of_the_held_out_rankings_too(data, runs, tmp_path):
     rows = []
     for number, prompt in enumerate(models.prompts(20)):

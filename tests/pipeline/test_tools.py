@@ -1,5 +1,6 @@
 """Merging adapters and talking with policies, on small random models."""
 
+import errno
 import io
 import shutil
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
+from recipes.cli.run import holds_anything
 from scripts import chat, merge_adapter
 from tests import tiny_models as models
 
@@ -83,6 +85,27 @@ def test_what_would_lose_something_is_refused(folders, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
+def test_a_merge_that_was_killed_can_be_done_again_and_a_full_disk_leaves_nothing(folders, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.word_tokenizer().__class__, "save_pretrained", full)
+        with pytest.raises(UserError, match="cannot be written to .*merged: .*No space left"):
+            merge(folders / "policy", tmp_path / "merged")
+    assert not holds_anything(tmp_path / "merged")
+    torn = tmp_path / "merged" / ".unfinished" / "merged"
+    torn.mkdir(parents=True)
+    (torn / "half.safetensors").write_text("x")
+    merge(folders / "policy", tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").exists() and not list(tmp_path.glob("merged/**/half.safetensors"))
+    (tmp_path / "broken").mkdir()
+    shutil.copytree(folders / "policy", tmp_path / "broken", dirs_exist_ok=True)
+    (tmp_path / "broken" / "train_config.yaml").write_text("arguments")
+    with pytest.raises(UserError, match="train_config.yaml cannot be read"):
+        merge(tmp_path / "broken", tmp_path / "other")
+
+
 def test_a_quantised_base_is_refused(folders, tmp_path):
     shutil.copytree(folders / "policy", tmp_path / "policy")
     shutil.copytree(folders / "base", tmp_path / "base")
@@ -105,6 +128,16 @@ def test_chat_compares_two_policies_and_forgets_on_reset(folders, monkeypatch, c
     assert len(answers) == 6
     assert answers[0:2] == answers[4:6]
     assert answers[0].removeprefix(base) != answers[1].removeprefix(policy)
+
+
+def test_chat_goes_on_after_a_message_that_cannot_be_answered(folders, monkeypatch, capsys):
+    long = " ".join(["w1"] * 5000)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{long}\nw1 w2\n"))
+    flags = ["--model_name_or_path", str(folders / "base"), "--max_completion_length", "5", "--temperature", "0"]
+    chat.main(*parse(chat.ARGUMENTS, flags))
+    out, err = capsys.readouterr()
+    assert "positions of the model" in err and "/reset starts a new conversation" in err
+    assert len([line for line in out.splitlines() if line.startswith(str(folders / "base"))]) == 1
 
 
 def test_model_text_cannot_drive_the_terminal(capsys):

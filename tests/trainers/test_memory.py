@@ -50,6 +50,7 @@ def test_weights_are_those_of_the_published_models(base):
     assert held["optimizer states"] == 4 * PARAMETERS[base]
 
 
+@pytest.mark.slow
 def test_measured_runs_take_what_was_estimated(tmp_path):
     """In a process of their own: what tests before them left behind would hide what they take."""
     names = ["reward-lora", "ppo-lora-checkpointing"]
