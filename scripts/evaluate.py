@@ -83,7 +83,8 @@ def read_prompts(data_args: EvaluationPrompts, format_args: RowArguments, limit:
     split = data_args.dataset_test_split if tested else data_args.dataset_train_split
     rows = load_rows(source, split, config)
     report = Report(rows.source, "prompt")
-    formatter = Formatter("prompt", **format_args.options())
+    # A repeated prompt is no further one: intervals, which draw prompts, would be too narrow.
+    formatter = Formatter("prompt", **format_args.options() | {"dedup": "drop"})
     prompts = [
         Prompt(f"p{row.line}", output["prompt"], f"{row.file}:{row.line}") for row, output in formatter(rows, report)
     ]
@@ -91,8 +92,14 @@ def read_prompts(data_args: EvaluationPrompts, format_args: RowArguments, limit:
     return prompts[:limit]
 
 
-def other_win_rates(evaluation: Evaluation, texts: dict[str, list[str]], judge_args: JudgeArguments) -> list[dict]:
-    """By an LLM against the reference, and by people; `texts` are the first response of each policy to each prompt."""
+def other_win_rates(
+    evaluation: Evaluation, texts: dict[str, list[str]], judge_args: JudgeArguments, rankings: dict | None
+) -> list[dict]:
+    """By an LLM against the reference, and by people; `texts` are the first response of each policy to each prompt.
+
+    Raises:
+        UserError: people ranked other responses.
+    """
     args, prompts = evaluation.args, evaluation.conversations
     rows = []
     if judge_args.llm_judge_model is not None:
@@ -102,15 +109,22 @@ def other_win_rates(evaluation: Evaluation, texts: dict[str, list[str]], judge_a
             title = f"{judge.model} on {name}"
             shares, behaviour = judge.compare(prompts, texts[name], texts[args.reference], title)
             rows.append((name, args.reference, judge.model, shares, behaviour))
-    if judge_args.rankings is not None:
-        rankings = read_people(judge_args.rankings)
+    if rankings is not None:
         for b, a in combinations(args.paths, 2):
             rows.append((a, b, "people", people_outcomes(rankings, prompts, texts[a], texts[b]), {}))
-    return [
-        {"a": a, "b": b, "judge": judge, **win_rate(shares[known]), **more}
-        for a, b, judge, shares, more in rows
-        if (known := np.isfinite(shares[:, 0])).any()
-    ]
+        if not any(np.isfinite(shares).any() for _, _, judge, shares, _ in rows if judge == "people"):
+            raise UserError(
+                f"--rankings {judge_args.rankings} ranks no first responses of two policies to these prompts: give "
+                "the export of what --ranking_task wrote in this --output_dir."
+            )
+    found = []
+    for a, b, judge, shares, more in rows:
+        known = np.isfinite(shares[:, 0])
+        if known.any():
+            found.append({"a": a, "b": b, "judge": judge, **win_rate(shares[known]), **more})
+        else:
+            print(f"{judge}: no verdict on {a} against {b}, so no win rate.")
+    return found
 
 
 def main():
@@ -121,12 +135,13 @@ def main():
     reward = RewardModel(args, model_args)
     prompts = read_prompts(data_args, format_args, args.num_prompts)
     pairs = read_pairs(judge_args.preference_datasets, format_args)
+    rankings = None if judge_args.rankings is None else read_people(judge_args.rankings)
     evaluation = Evaluation(args, model_args, prompts, reward)
     measured = evaluation.measure()
 
     report = summarise(args, measured, evaluation.conversations, reward.unit)
     texts = {name: [group[0].text for group in measured[name].samples] for name in args.paths}
-    report["win_rates"] += other_win_rates(evaluation, texts, judge_args)
+    report["win_rates"] += other_win_rates(evaluation, texts, judge_args, rankings)
     report["reward_model"] = None
     if pairs:
         report["reward_model"] = reward_model_quality(reward.pairs(pairs)) | {"trained_on": reward.trained_on(pairs)}

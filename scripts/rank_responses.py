@@ -135,7 +135,9 @@ def run_terminal(args):
 
 
 def run_add_labeler(args):
-    database = Database(args.database, create=True)
+    if not (args.new_token or args.database.exists()):
+        print(f"{args.database} is new: serve it with --samples, or check the name.")
+    database = Database(args.database, create=not args.new_token)
     print(f"Token of {args.name!r} (shown only now): {add_labeler(database, args.name, args.new_token)}")
 
 

@@ -47,6 +47,8 @@ REFUSED = {
     "dataset_text_field": "rows become messages: name their columns with --dataset_mapping",
     "dataset_kwargs": "every row is prepared here",
     "ignore_bias_buffers": "no buffer is left out",
+    "bf16_full_eval": "evaluation has the precision of training; after it, this rounds the weights that are saved",
+    "fp16_full_eval": "evaluation has the precision of training; after it, this rounds the weights that are saved",
     "do_train": "a recipe trains",
     "do_predict": "scripts/sample_responses.py answers prompts",
 }

@@ -12,8 +12,9 @@ from recipes.cli.errors import UserError
 from recipes.cli.help import ROOT, check, read_flags, show
 
 # What libraries say in every run and nobody here can act on.
-NOISE = r"`(is_)?gradient_checkpointing` is deprecated"
-NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops",)  # that a faster 4-bit kernel could be downloaded
+NOISE = r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated"
+# That a faster 4-bit kernel could be downloaded; in every layer and step, that 8 bits are computed from float16.
+NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 
 
 def begin(command: str, *more: str) -> None:

@@ -1,10 +1,18 @@
 """What is evaluated and how: the arguments of scripts/evaluate.py, and the samples they ask for."""
 
+import inspect
 from dataclasses import dataclass, field, replace
 
+from recipes.cli.arguments import import_function
 from recipes.cli.errors import UserError
 from recipes.evaluation.policies import PolicySpec, checkpoints, named_paths
 from recipes.models.sampling import SamplingArguments
+
+# Names of figures that a judge's scores stand beside in report.json, and of other judges.
+TAKEN = set(
+    "reward reward_model people n kl kl_with_ties ci95 length entropy truncated distinct_1 distinct_2 difference "
+    "share_of_gain gain_over_best_of_n beta se effective_samples temperature run step".split()
+)
 
 
 @dataclass
@@ -69,6 +77,25 @@ class EvaluationArguments(SamplingArguments):
         for flag, name in (("reference", self.reference), ("headline", self.headline)):
             if name not in self.paths:
                 raise UserError(f"--{flag} {name} is not among --policies {', '.join(names)}.")
+        if self.headline == self.reference and len(names) > 1:
+            raise UserError(f"--headline {self.headline} is what the others are compared with: name another policy.")
+        self._check_judges()
+
+    def _check_judges(self) -> None:
+        """Before anything is sampled: each can be called, and has a name of its own."""
+        names = set(TAKEN)
+        for path in self.judges:
+            name = path.rpartition(".")[2]
+            if name in names:
+                raise UserError(f"--judges {path}: the report has a figure {name} already: rename the function.")
+            names.add(name)
+            judge = import_function(path, "--judges")
+            try:
+                inspect.signature(judge).bind(prompts=[], completions=[], completion_ids=[])
+            except TypeError as error:
+                raise UserError(
+                    f"--judges {path}: {error}. Its signature has to be f(prompts, completions, **kwargs)."
+                ) from error
 
     def plan(self) -> list[PolicySpec]:
         """Everything that is sampled: the policies, the sharpened reference, the checkpoints."""

@@ -107,13 +107,17 @@ def gain_at_equal_kl(
 ) -> dict:
     """How a policy compares with a curve of reward against KL where the curve has the policy's KL.
 
+    Between its points, and from the reference to its first one, the curve is taken as straight in sqrt(KL): so it is
+    near the reference, for tilting as for a mixture of the reference with best-of-n.
+
     Args:
         policy: its KL and reward, (P,) each.
         reference: the reference's reward, (P,).
-        curve: KL and reward, (P, M) each; between its points it is taken as straight.
+        curve: KL and reward, (P, M) each.
 
     Returns:
-        "share": the policy's gain over the reference as a share of the curve's; "difference": policy minus curve;
+        "share": the policy's gain over the reference as a share of the curve's, `None` unless the curve gains in at
+        least 97.5 % of the draws, as it does not at a KL that cannot be told from 0; "difference": policy minus curve;
         each `{"mean", "ci95"}`, over the same drawn prompts; "kl"; "beyond": the curve ends before the policy's KL,
         and its last point is taken.
     """
@@ -121,19 +125,22 @@ def gain_at_equal_kl(
     weights = np.vstack([np.full((1, len(rows)), 1 / len(rows)), prompt_draws(len(rows))])
     kl, reward, start = (weights @ rows).T
     curve_kl, curve_reward = (weights @ part for part in curve)
-    order = np.argsort(curve_kl, axis=1)
+    distance, curve_distance = np.sqrt(kl.clip(min=0)), np.sqrt(curve_kl.clip(min=0))
+    order = np.argsort(curve_distance, axis=1)
     at_kl = np.array(
         [
             np.interp(x, np.concatenate([[0.0], xs[places]]), np.concatenate([[y0], ys[places]]))
-            for x, y0, xs, ys, places in zip(kl, start, curve_kl, curve_reward, order, strict=True)
+            for x, y0, xs, ys, places in zip(distance, start, curve_distance, curve_reward, order, strict=True)
         ]
     )
     possible = at_kl - start
     share = np.divide(reward - start, possible, out=np.full_like(possible, np.nan), where=possible > 0)
-    difference, drawn = reward - at_kl, share[1:][np.isfinite(share[1:])]
+    difference, known = reward - at_kl, np.isfinite(share)
+    is_known = known[0] and known[1:].mean() >= 0.975
+    drawn = interval(share[1:][known[1:]], len(rows)) if is_known else None
     return {
-        "difference": {"mean": float(difference[0]), "ci95": interval(difference[1:])},
-        "share": {"mean": float(share[0]), "ci95": interval(drawn)} if np.isfinite(share[0]) else None,
+        "difference": {"mean": float(difference[0]), "ci95": interval(difference[1:], len(rows))},
+        "share": {"mean": float(share[0]), "ci95": drawn} if is_known else None,
         "kl": float(kl[0]),
         "beyond": bool(kl[0] > curve_kl[0].max()),
     }

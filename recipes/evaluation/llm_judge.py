@@ -15,6 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from recipes.cli.errors import UserError, first_line
+from recipes.cli.files import write_text
 from recipes.evaluation.parts import fingerprint
 from recipes.evaluation.policies import Conversation
 
@@ -45,16 +46,22 @@ class Comparison(NamedTuple):
 class LLMJudge:
     """An LLM behind an OpenAI-compatible endpoint. Every pair is judged in both orders.
 
-    The key is taken from the environment variable OPENAI_API_KEY and stored nowhere. Verdicts are appended to
-    `memory` as they come, so that a run that was stopped asks, and pays, for none of them again.
+    The key is taken from the environment variable OPENAI_API_KEY and stored nowhere. Verdicts of each model are
+    appended to `memory` as they come, so that a run that was stopped asks, and pays, for none of them again.
     """
 
     def __init__(self, model: str, base_url: str, memory: Path):
         self.model, self.url, self.memory = model, base_url.rstrip("/") + "/chat/completions", memory
         self.verdicts: dict[str, str | None] = {}
         if memory.exists():
-            rows = (json.loads(line) for line in memory.read_text(encoding="utf-8").split("\n")[:-1])
-            self.verdicts = {row["key"]: row["verdict"] for row in rows}
+            *lines, rest = memory.read_text(encoding="utf-8").split("\n")
+            if rest:  # a last line that was not written to its end: the next one would be appended to it
+                write_text(str(memory), "".join(f"{line}\n" for line in lines))
+            self.verdicts = {row["key"]: row["verdict"] for row in map(json.loads, lines)}
+
+    def key(self, comparison: Comparison) -> str:
+        """What a verdict is remembered under: the model, and all that it is told."""
+        return fingerprint([self.model, comparison.request()])
 
     def compare(
         self, prompts: list[Conversation], texts_a: Sequence[str], texts_b: Sequence[str], title: str
@@ -70,7 +77,7 @@ class LLMJudge:
         self.ask([pair for pair in forward + backward if pair.first != pair.second], title)
         # Equal texts were not asked about: they tie.
         pairs = zip(forward, backward, strict=True)
-        worth = np.array([[FIRST[self.verdicts.get(fingerprint(one), "TIE")] for one in pair] for pair in pairs])
+        worth = np.array([[FIRST[self.verdicts.get(self.key(one), "TIE")] for one in pair] for pair in pairs])
         to_a = worth[:, 0] + 1 - worth[:, 1]
         shares = np.stack([to_a > 1, to_a == 1, to_a < 1], 1).astype(float)
         shares[np.isnan(to_a)] = np.nan
@@ -85,7 +92,7 @@ class LLMJudge:
 
     def ask(self, comparisons: list[Comparison], title: str) -> None:
         """Fill in the verdicts that are not known."""
-        wanted = {fingerprint(comparison): comparison for comparison in comparisons}
+        wanted = {self.key(comparison): comparison for comparison in comparisons}
         pool = ThreadPoolExecutor(WORKERS)
         futures = {pool.submit(self.answer, wanted[key]): key for key in wanted if key not in self.verdicts}
         try:

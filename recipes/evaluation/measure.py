@@ -6,7 +6,7 @@ samples, then the reward model scores them.
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 
@@ -21,7 +21,7 @@ from recipes.evaluation.parts import Parts, fingerprint, identity
 from recipes.evaluation.policies import Conversation, PolicySpec, Sample, token_log_probs, with_prompts
 from recipes.evaluation.rewards import RewardModel
 from recipes.models.heads import base_of
-from recipes.models.sampling import Prompt, Response, check_lengths, load_generator, sample
+from recipes.models.sampling import LoadingArguments, Prompt, Response, check_lengths, load_generator, sample
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 from recipes.trainers.fast.drop_finished import DropFinishedSampler
@@ -65,6 +65,7 @@ class Evaluation:
             "max_completion_length": args.max_completion_length,
             "seed": args.seed,
             "generation_batch_size": args.generation_batch_size,
+            **{field.name: getattr(model_args, field.name) for field in fields(LoadingArguments)},
         }
         self.plan = args.plan()
         self.reference = next(spec for spec in self.plan if spec.name == args.reference)

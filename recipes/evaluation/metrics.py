@@ -18,16 +18,17 @@ def prompt_draws(num_prompts: int, resamples: int = RESAMPLES, seed: int = 0) ->
     return draws / num_prompts
 
 
-def interval(draws: np.ndarray) -> list[float]:
-    """The central 95 % of bootstrap draws, (resamples,)."""
-    return [float(bound) for bound in np.percentile(draws, [2.5, 97.5])]
+def interval(draws: np.ndarray, num_prompts: int) -> list[float] | None:
+    """The central 95 % of bootstrap draws, (resamples,). `None` for one prompt, whose draws are all the same: it says
+    nothing about others."""
+    return [float(bound) for bound in np.percentile(draws, [2.5, 97.5])] if num_prompts > 1 else None
 
 
 def mean_interval(values: np.ndarray) -> dict:
     """`{"mean", "ci95"}` of values (prompts,) or (prompts, responses), in the values' unit."""
     values = np.asarray(values, dtype=np.float64)
     per_prompt = values.reshape(len(values), -1).mean(1)
-    return {"mean": float(per_prompt.mean()), "ci95": interval(prompt_draws(len(values)) @ per_prompt)}
+    return {"mean": float(per_prompt.mean()), "ci95": interval(prompt_draws(len(values)) @ per_prompt, len(values))}
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float], groups: Sequence) -> dict:
@@ -37,7 +38,7 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float], groups: Sequ
     draws = prompt_draws(len(sums[0]))
     part, whole = draws @ sums[0], draws @ sums[1]
     drawn = part[whole > 0] / whole[whole > 0]
-    return {"mean": float(sums[0].sum() / sums[1].sum()), "ci95": interval(drawn)}
+    return {"mean": float(sums[0].sum() / sums[1].sum()), "ci95": interval(drawn, len(sums[0]))}
 
 
 def kl_k1(logps: Sequence[float], ref_logps: Sequence[float]) -> float:

@@ -72,14 +72,16 @@ def figures(report: dict) -> dict[str, Figure]:
 
 
 def columns(rows: list[dict], *names: str) -> list[np.ndarray]:
-    """The values of each name, over the rows."""
-    return [np.array([row[name] for row in rows]) for name in names]
+    """The values of each name, over the rows; NaN for `None`."""
+    return [np.array([row[name] for row in rows], dtype=np.float64) for name in names]
 
 
 def error_bars(values: list[dict]) -> np.ndarray:
-    """Distances (2, n) from each mean of `{"mean", "ci95"}` to the ends of its interval, as matplotlib takes them."""
-    means, bounds = columns(values, "mean", "ci95")
-    return np.maximum(0, np.stack([means - bounds[:, 0], bounds[:, 1] - means]))
+    """Distances (2, n) from each mean of `{"mean", "ci95"}` to the ends of its interval, as matplotlib takes them; 0
+    where there is no interval."""
+    rows = [(row["mean"], *(row["ci95"] or [row["mean"]] * 2)) for row in values]
+    mean, low, high = np.array(rows).T
+    return np.maximum(0, np.stack([mean - low, high - mean]))
 
 
 def square_root_axis(axes, label: str) -> None:
@@ -193,8 +195,9 @@ def draw_over_optimization(axes, report: dict, name: str) -> None:
     kl = np.linspace(far / 200, far, 200)
     axes.plot(kl, start + over_optimization_curve(kl, fits["rl"]), "--", color="black", linewidth=1, label="PPO, fit")
     axes.plot(*columns(best, "kl_with_ties", name), "x", color=ORANGE, markersize=4, label="best of n")
-    kl = np.linspace(best[1]["kl"] / 20, best[-1]["kl"], 100)
-    axes.plot(kl, start + over_optimization_curve(kl, fits["bon"]), ":", color=ORANGE, linewidth=1)
+    if fits["bon"]:
+        kl = np.linspace(best[1]["kl"] / 20, best[-1]["kl"], 100)
+        axes.plot(kl, start + over_optimization_curve(kl, fits["bon"]), ":", color=ORANGE, linewidth=1)
     axes.axhline(start, color=GREY, linewidth=0.8)
     square_root_axis(axes, "KL, nats per response (square-root axis)")
 

@@ -30,10 +30,11 @@ def estimate(value: dict | float | None, digits: int = 2) -> str:
     """A figure with its interval, as text."""
     if value is None:
         return "–"
-    if not isinstance(value, dict):
-        return f"{value:.{digits}f}"
-    low, high = value["ci95"]
-    return f"{value['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    mean, bounds = (value["mean"], value["ci95"]) if isinstance(value, dict) else (value, None)
+    text = f"{mean:z.{digits}f}"  # z: no minus before a zero
+    if bounds is None:  # not only of single figures: one prompt has no interval
+        return text
+    return f"{text} [{bounds[0]:z.{digits}f}, {bounds[1]:z.{digits}f}]"
 
 
 def write_report(report: dict, output_dir: str) -> None:
@@ -63,18 +64,22 @@ def verdict(report: dict) -> str:
     if judge == "reward":
         return text
     text += " " + sentence(headline, reference, "reward", found["reward"])
-    if found["reward"]["ci95"][0] > 0 > found[judge]["ci95"][1]:
+    proxy, true = found["reward"]["ci95"], found[judge]["ci95"]
+    if proxy and proxy[0] > 0 > true[1]:
         text += " The policy exploits errors of the reward model: over-optimisation."
     return text
 
 
 def sentence(name: str, other: str, judge: str, difference: dict) -> str:
     """Whether `name` scores above or below `other`, by how much, and whether that could be chance."""
-    mean, (low, high) = difference["mean"], difference["ci95"]
-    way = "above" if mean > 0 else "below"
-    chance = "; the difference could be chance" if low <= 0 <= high else ""
-    by = "the reward model" if judge == "reward" else judge
-    return f"By {by}, {name} scores {abs(mean):.2f} {way} {other}{chance} (95 % interval {low:+.2f} to {high:+.2f})."
+    mean, bounds = difference["mean"], difference["ci95"]
+    is_same = abs(mean) < 1e-9  # equal scores, averaged over another number of responses
+    how = "the same as" if is_same else f"{abs(mean):.2f} {'above' if mean > 0 else 'below'}"
+    text = f"By {'the reward model' if judge == 'reward' else judge}, {name} scores {how} {other}"
+    if bounds is None:
+        return f"{text} on the only prompt, which says nothing about others."
+    chance = "; the difference could be chance" if not is_same and bounds[0] <= 0 <= bounds[1] else ""
+    return f"{text}{chance} (95 % interval {bounds[0]:+z.2f} to {bounds[1]:+z.2f})."
 
 
 def judge_names(report: dict) -> list[str]:

@@ -104,7 +104,8 @@ class Curves:
     def optimal(self) -> list[dict]:
         columns = {"beta": self.betas} | {name: values.mean(0) for name, values in self.tilted.items()}
         columns["se"] = (prompt_draws(len(self.reference.reward)) @ self.tilted["reward"]).std(0)
-        return [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
+        return rows if len(self.reference.reward) > 1 else [row | {"se": None} for row in rows]
 
     def compare(self, one: Measured) -> dict:
         """The policy beside both curves at its own KL; nothing if it has none.
@@ -142,20 +143,21 @@ def score_win_rates(args: EvaluationArguments, measured: dict[str, Measured]) ->
 def over_optimization(reference: Measured, checkpoints: list[Measured], best_of_n: list[dict]) -> dict | None:
     """Gains over the reference by the reward (the proxy) and each judge, and the curves of Gao et al. fitted to them.
 
-    One curve for all runs: in that paper the KL penalty did not move it.
+    One curve for all runs: in that paper the KL penalty did not move it. `None` for best-of-n with fewer than two n
+    above 1.
     """
     runs = [one for one in checkpoints if one.k1 is not None and one.k1.mean() > 0]
     if len(runs) < 3:
         return None
     kl = np.array([one.k1.mean() for one in runs])
-    fits = {}
+    best = [row for row in best_of_n if row["n"] > 1]
+    best_kl, fits = np.array([row["kl"] for row in best]), {}
     for name, values in reference.scores.items():
-        gains = [one.scores[name].mean() - values.mean() for one in runs]
-        best = [row for row in best_of_n if row["n"] > 1]
-        best_kl, best_gains = (np.array([row[key] for row in best]) for key in ("kl", name))
+        gains = np.array([one.scores[name].mean() - values.mean() for one in runs])
+        best_gains = np.array([row[name] - values.mean() for row in best])
         fits[name] = {
-            "rl": frontier.fit_over_optimization(kl, np.array(gains), "rl"),
-            "bon": frontier.fit_over_optimization(best_kl, best_gains - values.mean(), "bon"),
+            "rl": frontier.fit_over_optimization(kl, gains, "rl"),
+            "bon": frontier.fit_over_optimization(best_kl, best_gains, "bon") if len(best) > 1 else None,
         }
     return {"start": {name: float(values.mean()) for name, values in reference.scores.items()}, "fits": fits}
 

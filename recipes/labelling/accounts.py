@@ -51,11 +51,13 @@ def add_labeler(database: Database, name: str, new_token: bool = False) -> str:
         known = db.execute("SELECT id FROM labeler WHERE name = ?", (name,)).fetchone()
         if known and not new_token:
             raise UserError(f"labeler {name!r} exists; --new_token replaces a lost token")
-        if not known:
-            db.execute("INSERT INTO labeler (name) VALUES (?)", (name,))
-        db.execute("UPDATE labeler SET token_hash = ? WHERE name = ?", (token_hash, name))
+        if new_token and not known:
+            raise UserError(f"there is no labeler {name!r} in {database.path}; leave --new_token out to add one")
         if known:
+            db.execute("UPDATE labeler SET token_hash = ? WHERE id = ?", (token_hash, known["id"]))
             db.execute("DELETE FROM session WHERE labeler_id = ?", (known["id"],))
+        else:
+            db.execute("INSERT INTO labeler (name, token_hash) VALUES (?, ?)", (name, token_hash))
     return token
 
 

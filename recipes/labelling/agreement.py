@@ -47,6 +47,13 @@ def compare(a: Outcomes, b: Outcomes) -> Comparison:
     return Comparison(len(both), sum(x == y for x, y in both), len(strict), sum(x == y for x, y in strict))
 
 
+def compare_with_gold(gold: Outcomes, said: Outcomes) -> Comparison:
+    """Over the pairs that gold orders. A tie is wrong there: who ties everything has not passed."""
+    ordered = {pair: outcome for pair, outcome in gold.items() if outcome}
+    same = sum(said[pair] == outcome for pair, outcome in ordered.items())
+    return Comparison(len(ordered), same, len(ordered), same)
+
+
 def krippendorff_alpha(counts: np.ndarray, level: Level = "nominal") -> float | None:
     """Krippendorff's alpha: 1 is perfect agreement, 0 what chance gives. None where it is 0/0.
 
@@ -200,7 +207,7 @@ def _labelers(database, judgements, compared):
 def _labeler(given, others):
     seconds = [judgement.active_seconds for judgement in given]
     said = [outcome for judgement in given for outcome in judgement.outcomes.values()]
-    gold = [(j.sample_id, compare(outcomes(j.gold), j.outcomes)) for j in given if j.gold is not None]
+    gold = [(j, compare_with_gold(outcomes(j.gold), j.outcomes)) for j in given if j.gold is not None]
     return {
         "median_seconds": median(seconds) if given else None,
         "rankings_per_hour": len(given) * 3600 / sum(seconds) if sum(seconds) else None,
@@ -211,7 +218,7 @@ def _labeler(given, others):
         "with_others": _share(others),
         "gold": {
             "tasks": len(gold),
-            **_share(gold),
-            "disagreed": [id for id, comparison in gold if comparison.same_strict < comparison.strict],
+            **_share([(j.prompt_id, comparison) for j, comparison in gold]),
+            "disagreed": [j.sample_id for j, comparison in gold if comparison.same < comparison.pairs],
         },
     }

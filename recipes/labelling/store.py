@@ -184,14 +184,16 @@ class Store(Database):
                 raise NotAssignedError("you have no such task")
             shown = json.loads(row["shown"])
             texts = dict(db.execute("SELECT id, text FROM response WHERE prompt_id = ?", (prompt_id,)).fetchall())
-            last = db.execute(
-                "SELECT * FROM event WHERE prompt_id = ? AND labeler_id = ? ORDER BY id DESC LIMIT 1", key
-            ).fetchone()
+            events = "SELECT * FROM event WHERE prompt_id = ? AND labeler_id = ?"
+            last = db.execute(f"{events} ORDER BY id DESC LIMIT 1", key).fetchone()
             content = last
             if last is not None and last["kind"] == "undo":
-                # Back to what counts again; with nothing before it, the undone answer stays on the screen to change.
-                event_id = row["event_id"] or last["undoes"]
-                content = db.execute("SELECT * FROM event WHERE id = ?", (event_id,)).fetchone()
+                # What was changed since the undone answer stays on the screen. Else back to what counts again; with
+                # nothing before it, the undone answer stays to be changed.
+                content = db.execute(f"{events} AND kind != 'undo' ORDER BY id DESC LIMIT 1", key).fetchone()
+                if content["kind"] != "draft":
+                    event_id = row["event_id"] or last["undoes"]
+                    content = db.execute("SELECT * FROM event WHERE id = ?", (event_id,)).fetchone()
             return Task(
                 prompt_id=prompt_id,
                 messages=json.loads(row["messages"]),
@@ -199,7 +201,7 @@ class Store(Database):
                 answer=stored_answer(db, content) if content else Answer([[id] for id in shown]),
                 revision=last["id"] if last else 0,
                 standing=row["kind"],
-                has_draft=bool(last) and last["kind"] == "draft",
+                has_draft=bool(content) and content["kind"] == "draft",
                 active_seconds=row["active_seconds"],
             )
 

@@ -73,19 +73,13 @@ def rank_in_terminal(store: Store, labeler_id: int) -> int:
             return submitted
         session = _TaskSession(store, labeler_id, task)
         try:
-            session.run()
-            submitted += 1
-            print("  Saved.")
-        except (EOFError, KeyboardInterrupt):
-            print("\n  Stopped. What you had entered is kept as a draft.")
-            return submitted
-        except ConflictError as conflict:
-            print(f"  {conflict}")
-        except _Command as command:
-            name = str(command)
-            if name == "quit":
+            name = session.run()
+            if name == "submit":
+                submitted += 1
+                print("  Saved.")
+            elif name == "quit":
                 return submitted
-            if name == "undo" and (last := store.progress(labeler_id)["last"]):
+            elif name == "undo" and (last := store.progress(labeler_id)["last"]):
                 prompt_id = store.undo(labeler_id, last[0], secrets.token_urlsafe(24))
             elif name == "undo":
                 print("  There is nothing to undo.")
@@ -93,6 +87,11 @@ def rank_in_terminal(store: Store, labeler_id: int) -> int:
                 print(f"\n{visible(store.guidelines)}")
             else:
                 session.leave(name)
+        except (EOFError, KeyboardInterrupt):
+            print("\n  Stopped. What you had entered is kept as a draft.")
+            return submitted
+        except ConflictError as conflict:
+            print(f"  {conflict}")
 
 
 class _TaskSession:
@@ -106,7 +105,15 @@ class _TaskSession:
         self.letters = "".join(self.ids)
         self.seconds = 0.0
 
-    def run(self):
+    def run(self) -> str:
+        """Asks for everything and submits it; returns "submit", or the command that was typed instead of an answer."""
+        try:
+            self.ask_for_all()
+        except _Command as command:
+            return str(command)
+        return "submit"
+
+    def ask_for_all(self):
         progress = self.store.progress(self.labeler_id)
         print(f"\n{'─' * 78}\n{progress['ranked']} ranked, {progress['left']} left\n")
         for message in self.task.messages:

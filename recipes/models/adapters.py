@@ -8,10 +8,12 @@ embeddings and convolutions, DoRA's magnitudes, copies of whole modules (`module
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -24,14 +26,14 @@ from recipes.cli.errors import UserError, first_line
 from recipes.models.heads import ScoreHead, base_of, without_critic
 
 # Initialisations that take a part out of the base's weights, which the other roles share.
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_adapter_kind(model: PeftModel) -> None:
     """Refuse adapters that cannot share their base with other roles.
 
     Raises:
-        UserError: an adapter that is not LoRA, or one whose initialisation changes the base; none is the policy's.
+        UserError: an adapter that is not LoRA, or one that changes the base; none is the policy's.
     """
     if "default" not in model.peft_config:
         raise UserError(f"The policy is the adapter `default`, and there is only {', '.join(model.peft_config)}.")
@@ -43,6 +45,12 @@ def check_adapter_kind(model: PeftModel) -> None:
                 f"init_lora_weights={config.init_lora_weights} changes the base, which reference, reward model and "
                 "critic share: convert the adapter to plain LoRA (PEFT's path_initial_model_for_weight_conversion)."
             )
+        for name in ("bias", "kasa_config", "layer_replication"):
+            if getattr(config, name, None) not in (None, "none"):
+                raise UserError(
+                    f"{name} changes the base, which reference, reward model and critic share: the policy needs an "
+                    "adapter without it."
+                )
 
 
 def model_with_adapter(model: PreTrainedModel | PeftModel, keyword: str) -> PreTrainedModel:
@@ -159,6 +167,26 @@ def checkpoint_under_roles(model: PeftModel) -> None:
     base.activation_checkpointing_enable = enable_under_roles
 
 
+def check_shards(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Refuse ways to shard a model (FSDP) under which roles would be wrong without an error.
+
+    Raises:
+        UserError: names the line of the Accelerate configuration.
+    """
+    if plugin.fsdp_version != 2:  # flattened weights are no adapter's any more
+        raise UserError("PPO shards with fsdp_version: 2 only: launch with accelerate_configs/fsdp2.yaml.")
+    if plugin.activation_checkpointing:
+        raise UserError(
+            "fsdp_activation_checkpointing recomputes blocks under the adapter of another role: set it to false, and "
+            "the training argument activation_checkpointing to true."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            "fsdp_cpu_ram_efficient_loading loads weights in the first process only, and roles are made in each: set "
+            "it to false, as accelerate_configs/fsdp2.yaml does (true is Accelerate's default)."
+        )
+
+
 def keep_one_embedding_hook(base: PreTrainedModel) -> None:
     """Let transformers replace the hook on the embeddings each time checkpointing is turned on, instead of adding one.
 
@@ -211,7 +239,20 @@ def new_adapter_config(model_args: ModelConfig) -> LoraConfig | None:
     """TRL's `get_peft_config`, on all linear layers where none are given: PEFT's own default knows few families."""
     if model_args.lora_target_modules is None and model_args.lora_target_parameters is None:
         model_args = replace(model_args, lora_target_modules="all-linear")
-    return get_peft_config(model_args)
+    config = get_peft_config(model_args)
+    if config is not None:
+        config.target_modules = layer_names(config.target_modules)
+    return config
+
+
+def layer_names(value: str | list[str] | set[str] | None) -> str | set[str] | None:
+    """`target_modules` as PEFT takes it: a single name is the end of a path, as in a list of several.
+
+    ModelConfig makes a string of a list of one, and PEFT takes that for a pattern of whole paths.
+    """
+    if isinstance(value, str):
+        return {value} if re.fullmatch(r"[\w.]+", value) else value
+    return value if value is None else {*value}
 
 
 def seq_cls_config(config: LoraConfig) -> LoraConfig:
@@ -244,10 +285,12 @@ def float32_adapters(model: nn.Module) -> Iterator[None]:
     smaller than the distance between two numbers, and most weights never move.
     """
     trained = model.named_parameters() if isinstance(model, PeftModel) else ()
-    before = {name: p.data for name, p in trained if p.requires_grad and ("lora_" in name or ".score." in name)}
+    before = {name: p.data for name, p in trained if p.requires_grad}
     yield
     for name, weights in before.items():
-        model.get_parameter(name).data = weights.float()
+        # Other modules that are trained compute in the base's precision.
+        own = "lora_" in name or ".score." in name
+        model.get_parameter(name).data = weights.float() if own else weights
 
 
 class AdapterEMA(TrainerCallback):
@@ -257,14 +300,13 @@ class AdapterEMA(TrainerCallback):
     """
 
     def __init__(self, model: PeftModel, decay: float):
-        self.decay = decay
+        self.model, self.decay = model, decay
         add_copy(model, "default", "ema")
-        policy, average = adapter_parameters(model, "default"), adapter_parameters(model, "ema")
-        for parameter in average.values():
-            parameter.data = parameter.data.float()
-        self.pairs = [(average[name], parameter) for name, parameter in policy.items()]
+        for average in adapter_parameters(model, "ema").values():
+            average.data = average.data.float()
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
-        for average, parameter in self.pairs:
-            average.lerp_(parameter.float(), 1 - self.decay)
+        policy = adapter_parameters(self.model, "default")  # looked up each time: FSDP puts shares in their place
+        for name, average in adapter_parameters(self.model, "ema").items():
+            average.lerp_(policy[name].float(), 1 - self.decay)

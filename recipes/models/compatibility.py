@@ -2,21 +2,28 @@
 
 import copy
 import os
+from typing import Any
 
 import torch
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from trl import ModelConfig
 
 from recipes.cli.errors import UserError, first_line
+from recipes.models.adapters import layer_names
 from recipes.models.source import ModelSource, same_weights
-from recipes.models.tokenization import load_tokenizer
+from recipes.models.tokenization import load_tokenizer, render_alike
+
+SCORE_HEADS = {"score", "classifier"}  # PEFT adds both to `modules_to_save` of a reward adapter
 
 
 def check_model(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -52,8 +59,8 @@ def check_ppo_models(
 
     Raises:
         UserError: something does not fit its base, the reward model has no trained score head, its adapter is on
-            another base or reads other tokens than the policy writes, or full fine-tuning has no critic of the
-            policy's type.
+            another base or reads other tokens or another chat template than the policy writes, or full fine-tuning
+            has no critic of the policy's type.
     """
     check_model(policy, tokenizer)
     if not use_peft and not has_classifier(policy.config):
@@ -72,11 +79,17 @@ def check_ppo_models(
         return
     if not same_weights(reward, policy):
         raise UserError(
-            f"The reward adapter {reward.path} was trained on the base {reward.base}, the policy on {policy.weights}. "
-            f"Train it on {policy.weights}, or load it on its own base beside the policy with "
+            f"The reward adapter {reward.path} was trained on the base {reward.weights_in_words}, the policy on "
+            f"{policy.weights_in_words}. Train it on that, or load it on its own base beside the policy with "
             "--separate_reward_model true (it then scores decoded text)."
         )
-    check_same_tokens(own_tokenizer(reward), reward.path, tokenizer, policy.weights)
+    own = own_tokenizer(reward)
+    check_same_tokens(own, reward.path, tokenizer, policy.weights)
+    if own is not None and not render_alike(own, tokenizer):
+        raise UserError(
+            f"The reward adapter {reward.path} was trained with another chat template than that of {policy.path}: "
+            "train it from the SFT model, or let it read text by its own template with --separate_reward_model true."
+        )
 
 
 def check_score_head(reward: ModelSource) -> None:
@@ -129,19 +142,13 @@ def check_adapter(source: ModelSource) -> None:
         UserError: it was trained on a base of another shape.
     """
     file = os.path.join(source.path, "adapter_model.safetensors")
-    if not os.path.exists(file):
+    model = empty_base(source) if os.path.exists(file) else None
+    if model is None:
         return
-    peft_config, config = source.peft_config, copy.deepcopy(source.config)
-    auto_class = AutoModelForCausalLM
-    if peft_config.task_type == "SEQ_CLS":
-        auto_class, config.num_labels = AutoModelForSequenceClassification, 1
-        if not has_classifier(config):
-            return
     wrong = f"The adapter {source.path} does not fit the base {source.base}: it was trained on another"
     with torch.device("meta"):
-        model = auto_class.from_config(config, trust_remote_code=source.trust_remote_code)
         try:
-            model = get_peft_model(model, peft_config)
+            model = get_peft_model(model, source.peft_config)
         except ValueError as error:
             raise UserError(f"{wrong} ({first_line(error)})") from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -156,6 +163,83 @@ def check_adapter(source: ModelSource) -> None:
     unknown = [name for name in shapes if name not in expected and "lora_" in name]
     if unknown:
         raise UserError(f"{wrong} (the base has no place for {unknown[0]}).")
+
+
+def empty_base(source: ModelSource) -> PreTrainedModel | None:
+    """The base of an adapter with shapes and no data, below a scalar head where the adapter is a reward model.
+
+    `None` where transformers has no such classifier.
+    """
+    auto_class, config = AutoModelForCausalLM, copy.deepcopy(source.config)
+    if source.peft_config.task_type == "SEQ_CLS":
+        auto_class, config.num_labels = AutoModelForSequenceClassification, 1
+        if not has_classifier(config):
+            return None
+    with torch.device("meta"):
+        return auto_class.from_config(config, trust_remote_code=source.trust_remote_code)
+
+
+def refuse_other_adapter(source: ModelSource, model_args: ModelConfig) -> None:
+    """Check that `lora_*` arguments, which make new adapters, do not ask for another than the one that goes on.
+
+    Raises:
+        UserError: one differs. Names, patterns and `all-linear` are equal where they select the same layers.
+    """
+    if source.base is None or not model_args.use_peft or not isinstance(source.peft_config, LoraConfig):
+        return
+    own, given = source.peft_config, getattr(model_args, "given", ())
+    for name in ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
+        value, stored = getattr(model_args, name), getattr(own, name.replace("lora_r", "r"))
+        if (name in given or value != getattr(ModelConfig, name)) and value != stored:
+            raise another_adapter(source, name, value, stored)
+    for field in ("target_modules", "modules_to_save", "target_parameters"):
+        value, stored = getattr(model_args, f"lora_{field}"), getattr(own, field)
+        if value is not None and not selects_the_same(source, field, value):
+            raise another_adapter(source, f"lora_{field}", value, stored)
+
+
+def another_adapter(source: ModelSource, name: str, given: Any, stored: Any) -> UserError:
+    given, stored = (" ".join(sorted(x)) if isinstance(x, list | set) else x for x in (given, stored))
+    return UserError(
+        f"--{name} {given}: {source.path} is an adapter with {stored}, and goes on as it is. Leave {name} out, "
+        "or start from the base for another adapter."
+    )
+
+
+def selects_the_same(source: ModelSource, field: str, value: str | list[str]) -> bool:
+    """Whether `value` selects what the adapter of `source` trains by this field of LoraConfig.
+
+    An adapter stores the names that `all-linear` had found, so names are compared first and then the layers of the
+    base that they stand for.
+    """
+    stored = getattr(source.peft_config, field)
+    if names(value) - SCORE_HEADS == names(stored) - SCORE_HEADS:
+        return True
+    asked = source.peft_config
+    if field == "target_modules":  # the fields that narrow it down are none of ModelConfig's
+        asked.exclude_modules = asked.layers_to_transform = asked.layers_pattern = None
+    setattr(asked, field, layer_names(value) if field == "target_modules" else sorted(names(value) - SCORE_HEADS))
+    return selected(source, field, asked) == selected(source, field, source.peft_config)
+
+
+def names(value: str | list[str] | set[str] | None) -> set[str]:
+    return {value} if isinstance(value, str) else set(value or ())
+
+
+def selected(source: ModelSource, field: str, config: LoraConfig) -> set[str] | None:
+    """Full names of the parts of the base that `config` selects by a field; `None` where PEFT finds no place."""
+    config.init_lora_weights = True
+    model = empty_base(source)
+    if model is None:
+        return None
+    with torch.device("meta"):
+        try:
+            model = get_peft_model(model, config)
+        except ValueError:
+            return None
+    if field == "modules_to_save":
+        return {name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    return {*(model.targeted_module_names if field == "target_modules" else model.targeted_parameter_names)}
 
 
 def own_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:

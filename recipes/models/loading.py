@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
@@ -28,7 +28,7 @@ from recipes.cli.errors import UserError, counted, first_line
 from recipes.cli.files import write_text
 from recipes.cli.screen import say
 from recipes.models.adapters import add_score_roles, misfit_in_one_line, new_adapter_config, seq_cls_config
-from recipes.models.compatibility import check_score_head
+from recipes.models.compatibility import check_score_head, refuse_other_adapter
 from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource, load_error
 from recipes.models.tokenization import load_tokenizer
@@ -105,42 +105,30 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
     An adapter keeps its own rank and target modules.
 
     Raises:
-        UserError: a `lora_*` argument asks for another adapter than that of `source`, or 4 bits without `use_peft`.
+        UserError: a `lora_*` argument asks for another adapter than that of `source`, `source` is a reward model, or 4
+            bits without `use_peft`.
     """
     refuse_other_adapter(source, model_args)
+    if source.has_score_head:
+        raise UserError(f"{source.path} is a reward model, which gives scores: a policy starts from a base or SFT.")
     if not model_args.use_peft and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise UserError("load_in_4bit and load_in_8bit freeze the base: set use_peft: true to train an adapter on it.")
     model = _from_pretrained(AutoModelForCausalLM, source, model_args)
     disable_router_logits(model)
     if source.base is None:
-        return new_adapter(model, new_adapter_config(model_args)) if model_args.use_peft else model
+        return new_adapter(model, new_adapter_config(model_args), source) if model_args.use_peft else model
     model = load_adapter(model, source, is_trainable=model_args.use_peft)
     return model if model_args.use_peft else model.merge_and_unload()
 
 
-def refuse_other_adapter(source: ModelSource, model_args: ModelConfig) -> None:
-    """Refuse `lora_*` arguments that differ from the adapter that goes on: they make new adapters only."""
-    names = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-    if source.base is None or not model_args.use_peft or not isinstance(source.peft_config, LoraConfig):
-        return
-    for name in names:
-        given, own = getattr(model_args, name), getattr(source.peft_config, name.replace("lora_r", "r"))
-        asked = name in getattr(model_args, "given", ()) or given != getattr(ModelConfig, name)
-        if asked and given != own:
-            raise UserError(
-                f"--{name} {given}: {source.path} is an adapter with {own}, and goes on as it is. Leave {name} out, "
-                "or start from the base for another adapter."
-            )
-
-
-def new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """`model` with a fresh adapter.
+def new_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelSource) -> PeftModel:
+    """`model`, of the weights of `source`, with a fresh adapter, which keeps their revision.
 
     Raises:
         UserError: PEFT does not know where to put it.
     """
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, revision=source.revision)
     except ValueError as error:
         raise UserError(
             f"No adapter could be put on {type(model).__name__}: {first_line(error)}. Name layers of it, or take all "
@@ -178,7 +166,7 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
     if source.base is None:
         if not model_args.use_peft:
             return model
-        return new_adapter(model, seq_cls_config(new_adapter_config(model_args)))
+        return new_adapter(model, seq_cls_config(new_adapter_config(model_args)), source)
     weights = load_peft_weights(source.path, device="cpu")
     weights.setdefault("base_model.model.score.weight", model.score.weight.detach().clone())
     model = get_peft_model(model, seq_cls_config(source.peft_config))

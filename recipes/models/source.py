@@ -46,6 +46,10 @@ class ModelSource:
         return self.base or self.path
 
     @property
+    def weights_in_words(self) -> str:
+        return self.weights if self.revision == "main" else f"{self.weights} (revision {self.revision})"
+
+    @property
     def without_adapter(self) -> ModelSource:
         return replace(self, path=self.weights, base=None, adapter={})
 
@@ -81,10 +85,10 @@ class ModelSource:
 
     @property
     def peft_config(self) -> PeftConfig:
-        """The configuration of an adapter, a new object each time."""
+        """The configuration of an adapter, a new object each time; it names the revision of the base too."""
         from peft import PeftConfig
 
-        return PeftConfig.from_peft_type(**self.adapter)
+        return PeftConfig.from_peft_type(**self.adapter | {"revision": self.revision})
 
     @cached_property
     def has_score_head(self) -> bool:
@@ -103,7 +107,8 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
     """Find out what a `model_name_or_path` is, without loading weights.
 
     Raises:
-        UserError: there is no such folder, an adapter's configuration cannot be read, or its base folder is gone.
+        UserError: there is no such folder, an adapter's configuration cannot be read, its base folder is gone, or it
+            was trained on another revision of its base than `revision`.
     """
     if not name:
         raise UserError("Command line: --model_name_or_path is required.")
@@ -125,7 +130,12 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
             f"{name} is an adapter on the base {base}, and there is no such folder here: "
             f"run from where that path is valid, or correct base_model_name_or_path in its adapter_config.json."
         )
-    return ModelSource(name, base, revision, trust_remote_code, adapter)
+    trained_on = adapter.get("revision") or revision
+    if revision not in ("main", trained_on):
+        raise UserError(
+            f"--model_revision {revision}: {name} is an adapter on the revision {trained_on} of {base}: leave it out."
+        )
+    return ModelSource(name, base, trained_on, trust_remote_code, adapter)
 
 
 def load_error(what: str, name: str, error: Exception) -> UserError:
@@ -153,6 +163,8 @@ def is_hub_name(name: str) -> bool:
 
 
 def same_weights(a: ModelSource, b: ModelSource) -> bool:
-    """Whether two sources have the same weights below their adapters: equal Hub names, or the same local folder."""
+    """Whether two sources have the same weights below their adapters: one folder, or one Hub name and revision."""
     one, other = a.weights, b.weights
-    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
+    if os.path.isdir(one) and os.path.isdir(other):
+        return os.path.samefile(one, other)
+    return (one, a.revision) == (other, b.revision)

@@ -39,7 +39,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         name = source.base
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=source.revision, trust_remote_code=source.trust_remote_code
+            name,
+            revision=source.revision if name == source.weights else "main",  # of an adapter's own repository
+            trust_remote_code=source.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise load_error(f"No tokenizer could be loaded from {name}", name, error) from error
@@ -119,6 +121,16 @@ def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
         text = f"Warning: the chat template of {source.path} ends an answer with no token at which generation stops "
         text += f"(EOS is {tokenizer.eos_token}): a model trained with it will not stop. Use a template that does."
     say(text)
+
+
+def render_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two chat templates make the same tokens of a question and an answer; also where one cannot."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    try:
+        ids = [tokenizer.apply_chat_template(turns, return_dict=False) for tokenizer in (one, other)]
+    except (TemplateError, TypeError, ValueError):
+        return True
+    return ids[0] == ids[1]
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, stops: list[int], **template_arguments) -> list[int]:

@@ -30,7 +30,7 @@ def main() -> None:
     if args.output.exists():
         raise SystemExit(f"{args.output} exists: choose another --output, rankings are never overwritten")
     try:
-        lines = args.samples.read_text(encoding="utf-8").splitlines()
+        lines = args.samples.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise SystemExit(f"{args.samples}: {error.strerror}: give --samples a file of sampled answers") from None
     rankings = []

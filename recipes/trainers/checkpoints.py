@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -97,6 +98,10 @@ class WholeCheckpoints(Trainer):
         super().__init__(*args, **kwargs)
         self._resumed_state: dict[str, Any] | None = None
         self._seconds_before, self._began = 0.0, time.time()
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # Accelerate rounds all that a sharded module gives: scores, values, log-probabilities.
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
         self._run_callback = RunCallback(self)
         self.add_callback(self._run_callback)
 
@@ -127,9 +132,34 @@ class WholeCheckpoints(Trainer):
         if self._resumed_state is not None:
             self.restore_running_state(self._resumed_state)
             self._resumed_state = None
+            self._find_best()
             if self.args.should_save:  # what a kill between a save and this left
                 best = self.state.best_model_checkpoint
                 rotate(self._get_output_dir(None), self.args.save_total_limit, self._resumed_from, best)
+
+    def _find_best(self) -> None:
+        """Find the best checkpoint of a resumed run where its folder was moved: Trainer forgets it, and it is deleted.
+
+        Where it is gone, later evaluations choose anew.
+        """
+        step = self.state.best_global_step
+        if step and self.state.best_model_checkpoint is None:
+            folder = os.path.dirname(os.path.abspath(self._resumed_from))
+            best = os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+            if os.path.isdir(best):
+                self.state.best_model_checkpoint = best
+            else:
+                self.state.best_metric = self.state.best_global_step = None
+
+    def _determine_best_metric(self, metrics, trial):
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            names = ", ".join(sorted(name.removeprefix("eval_") for name in metrics))
+            raise UserError(
+                f"--metric_for_best_model {self.args.metric_for_best_model}: an evaluation has no such number. It has "
+                f"{names}."
+            ) from error
 
     # Numbers that are not finite
 

@@ -203,6 +203,9 @@ class PPOConfig(GRPOConfig):
             self.ddp_broadcast_buffers = False
         if self.num_generations == 1:
             self.num_generations = _OneResponse(1)
+        # Trainer's default, the loss, is near 0 for the policy and says how wrong the critic is.
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "objective/rlhf_reward"
         super().__post_init__()
         if self.local_rollout_forward_batch_size is None:
             self.local_rollout_forward_batch_size = self.per_device_train_batch_size

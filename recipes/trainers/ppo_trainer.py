@@ -28,13 +28,14 @@ from trl.data_utils import is_conversational
 from trl.models.utils import prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head
 
-from recipes.cli.errors import UserError, first_line
+from recipes.cli.errors import UserError, first_line, refusals_in_one_line
 from recipes.models.adapters import (
     AdapterEMA,
     adapter_parameters,
     add_copy,
     add_score_roles,
     check_adapter_kind,
+    check_shards,
     checkpoint_under_roles,
     float32_adapters,
     keep_one_embedding_hook,
@@ -55,7 +56,7 @@ from recipes.models.heads import (
     without_critic,
 )
 from recipes.models.loading import not_finite
-from recipes.models.tokenization import turn_end
+from recipes.models.tokenization import render_alike, turn_end
 from recipes.models.vllm import send_only_policy
 from recipes.trainers.checkpoints import EpochSampler, WholeCheckpoints
 from recipes.trainers.fast.fast_paths import FastPaths
@@ -86,8 +87,8 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
             [`~recipes.models.adapters.add_score_roles`]); one base then plays all roles.
         ref_model: the reference, default a frozen copy of the policy as it is now (an adapter where it has one).
         reward_model: sequence classifier with one label, beside the policy.
-        reward_processing_class: its tokenizer. With the policy's vocabulary it scores the sampled ids, else the
-            decoded text.
+        reward_processing_class: its tokenizer. With the policy's vocabulary and chat template it scores the sampled
+            ids, else the decoded text.
         value_model: sequence classifier with one label to train as the critic. Default: the adapter `critic`; without
             one, the policy with a head of zeros.
         reward_funcs: functions of TRL's signature `f(prompts, completions, completion_ids, **kwargs) -> list[float]`,
@@ -151,9 +152,12 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
         self._add_critic(value_model, args.trust_remote_code)
         self._train_only_roles()
         reward_tokenizer = reward_processing_class or processing_class
-        reward_funcs = self._add_rewards(reward_model, reward_tokenizer, processing_class, reward_funcs)
+        columns = train_dataset.column_names if isinstance(train_dataset, Dataset) else None
+        if args.remove_unused_columns:
+            columns = []
+        reward_funcs = self._add_rewards(reward_model, reward_tokenizer, processing_class, reward_funcs, columns)
 
-        with float32_adapters(model):
+        with float32_adapters(model), refusals_in_one_line():
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs,
@@ -172,7 +176,8 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
         self._update_stopped, self._ptx = False, None
         if args.ptx_coef > 0:
             batch_size, max_length = args.per_device_train_batch_size, args.ptx_max_length
-            self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed)
+            options = self.chat_template_kwargs
+            self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed, **options)
         self._start_logging(ratio_tolerance=1e-3 if self._in_float32 else 0.05)
 
     # Construction
@@ -218,17 +223,18 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
             raise UserError("ema_decay averages the policy's adapter: it needs LoRA (use_peft).")
         return AdapterEMA(self._policy, decay)
 
-    def _add_rewards(self, reward_model, reward_tokenizer, policy_tokenizer, reward_funcs) -> list[Callable]:
+    def _add_rewards(self, reward_model, reward_tokenizer, policy_tokenizer, reward_funcs, columns) -> list[Callable]:
         """What TRL calls for rewards: the reward model first, where there is one, then the functions."""
         functions = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
-        functions = [checked(function) for function in functions]
+        functions = [checked(function, columns) for function in functions]
 
         def reward_model_function(**kwargs):
             return self.score_responses(**kwargs)
 
         reward_model_function.__name__ = "reward_model"  # its name in metrics and errors
         self._reward_model, self._reward_tokenizer = reward_model, reward_tokenizer
-        self._scores_text = reward_tokenizer.get_vocab() != policy_tokenizer.get_vocab()
+        self._other_vocabulary = reward_tokenizer.get_vocab() != policy_tokenizer.get_vocab()
+        self._other_template = not render_alike(reward_tokenizer, policy_tokenizer)
         self._has_reward_model = reward_model is not None or (self._is_peft and "reward" in self._policy.peft_config)
         if reward_model is not None:
             if reward_model.config.num_labels != 1:
@@ -237,6 +243,9 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
             add_score_forward(self._reward_model)
         if self._has_reward_model:
             functions.insert(0, reward_model_function)
+        names = [function.__name__ for function in functions]
+        if same := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"Two rewards are called {same.pop()}: the log would mix their numbers. Rename one.")
         if not functions:
             raise ValueError("PPO needs a reward: reward_model, a policy with the adapter `reward`, or reward_funcs.")
         return functions
@@ -244,6 +253,8 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
     def _prepare_models(self, ref_model: PreTrainedModel | None) -> None:
         """Give every model the forward that PPO calls, and place frozen ones beside the policy."""
         args, base = self.args, self._base
+        if self.is_fsdp_enabled:
+            check_shards(self.accelerator.state.fsdp_plugin)
         quantized = getattr(base, "is_quantized", False)
         self._in_float32 = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32 and not quantized
         self._fast = FastPaths(args, self.accelerator, self._policy, self._in_float32)
@@ -355,9 +366,9 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
     def score_responses(self, prompts, completions, completion_ids, **kwargs) -> list[float]:
         """The reward model's raw score of each response, read where `RewardTrainer` trains it.
 
-        With the policy's vocabulary it reads the sampled ids, else the text.
+        With the policy's vocabulary and chat template it reads the sampled ids, else the text.
         """
-        if not self._scores_text:
+        if not (self._other_vocabulary or self._rollout.is_chat and self._other_template):
             return self.score_sampled_ids(self._rollout)
         tokenizer = self._reward_tokenizer
         whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -570,17 +581,31 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
             "rollout": self._buffered_inputs,
             "kl_coef": self.kl_controller.value,
             "update_stopped": self._update_stopped,
+            "ema": {name: share.to_local() for name, share in self._sharded_ema().items()},
         }
+
+    def _sharded_ema(self) -> dict[str, torch.Tensor]:
+        """The average of a sharded model, which Accelerate's file leaves out, because it has no gradients."""
+        return adapter_parameters(self._policy, "ema") if self.is_fsdp_enabled else {}
 
     def restore_running_state(self, state: dict) -> None:
         super().restore_running_state(state)
         self._step, self._buffered_inputs = state["step"], send_to_device(state["rollout"], self.accelerator.device)
         self.kl_controller.value, self._update_stopped = state["kl_coef"], state["update_stopped"]
+        self._restore_ema(state.get("ema", {}))
+
+    @torch.no_grad()
+    def _restore_ema(self, shares: dict[str, torch.Tensor]) -> None:
+        averages = self._sharded_ema()
+        for name, share in shares.items():
+            averages[name].to_local().copy_(share)
 
     def _load_best_model(self):
         """Policy, critic and average of the best step; Trainer would load the policy alone."""
-        if self.is_fsdp_enabled:  # its file holds them all
+        if self.is_fsdp_enabled:  # its file holds all that is trained
             super()._load_best_model()
+            best = self._running_state_file(self.state.best_model_checkpoint)
+            self._restore_ema(torch.load(best, map_location="cpu")["ema"])
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 

@@ -20,6 +20,7 @@ class PtxBatches:
         dataset: rows with `prompt` and `completion`, as messages or text; only the completion is trained. Rows of
             pretraining have `text`, all of which is trained.
         max_length: tokens of a row; longer ones are cut at the end.
+        template_arguments: of the chat template, the same as in rollouts.
 
     Raises:
         UserError: there is no row, or a row has no token to train within `max_length`.
@@ -32,8 +33,10 @@ class PtxBatches:
         batch_size: int,
         max_length: int,
         seed: int,
+        **template_arguments,
     ):
         self.tokenizer, self.batch_size, self.max_length, self.seed = tokenizer, batch_size, max_length, seed
+        self.template_arguments = template_arguments
         if not len(dataset):
             raise UserError("The ptx dataset has no rows.")
         self.rows = dataset.map(self._tokenize, with_indices=True, remove_columns=dataset.column_names)
@@ -45,7 +48,7 @@ class PtxBatches:
         elif is_conversational(row):
             tools = row.get("tools")
             options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "return_dict": False}
-            render = functools.partial(self.tokenizer.apply_chat_template, **options)
+            render = functools.partial(self.tokenizer.apply_chat_template, **options, **self.template_arguments)
             prompt = render(row["prompt"], add_generation_prompt=True)
             ids = render(row["prompt"] + row["completion"])
         else:

@@ -209,9 +209,18 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         deciles = (confidence * 2 * CALIBRATION_BINS - CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
         for decile in range(CALIBRATION_BINS):
             sums[f"overconfidence_{decile}"] = (confidence - right) * (deciles == decile)
-        sums |= {"reward": scores, "squares": scores**2, "responses": torch.ones_like(scores)}
-        totals = self.accelerator.reduce(torch.stack([value.sum() for value in sums.values()]), reduction="sum")
-        for name, total in zip(sums, totals.tolist(), strict=True):
+        of_scores = {"reward": scores, "squares": scores**2, "responses": torch.ones_like(scores)}
+        by_ranking = [
+            scores.new_zeros(int(group.max()) + 1).index_add_(0, rankings, value)
+            for rankings, values in ((group[better], sums), (group, of_scores))
+            for value in values.values()
+        ]
+        totals = torch.stack(by_ranking, 1)
+        if mode == "eval":  # rankings that fill the last batch up count once
+            totals = self.accelerator.gather_for_metrics(totals).sum(0)
+        else:
+            totals = self.accelerator.reduce(totals.sum(0), reduction="sum")
+        for name, total in zip([*sums, *of_scores], totals.tolist(), strict=True):
             self._sums[mode][name] += total
 
     def final_evaluation(self) -> dict[str, float] | None:

@@ -1,7 +1,10 @@
 """What a run shows on the way and at its end."""
 
+import logging
+import os
 import shlex
 import sys
+import warnings
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from transformers import Trainer, TrainingArguments
 from recipes.cli.errors import counted
 from recipes.cli.progress import LogLines, show_lines
 from recipes.cli.screen import headline, log_line, result_line
+from recipes.cli.start import NOISY_LOGGERS, quiet
+from tests.tiny_models import causal_lm
 
 
 def test_a_log_is_a_line_of_six_numbers():
@@ -85,3 +90,17 @@ def test_lines_take_the_place_of_dictionaries(tmp_path, capsys, options):
 def test_a_number_has_the_noun_that_fits_it():
     assert [counted(number, "row") for number in (0, 1, 2, 1200)] == ["0 rows", "1 row", "2 rows", "1,200 rows"]
     assert counted(2, "summary", "summaries") == "2 summaries" and counted(1, "summary", "summaries") == "1 summary"
+
+
+def test_what_nobody_can_act_on_is_not_said(monkeypatch):
+    """Activation checkpointing is on by default on a GPU, and each rollout turns it off and on."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    model = causal_lm()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quiet()
+        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_disable()
+        assert not model.is_gradient_checkpointing
+    assert not said
+    assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in NOISY_LOGGERS)

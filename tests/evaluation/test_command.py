@@ -151,6 +151,9 @@ def test_the_first_sentence_says_which_is_better_and_whether_that_could_be_chanc
     clear = verdict(judged(reward=(0.5, 0.7), gold=(0.1, 0.2)))
     assert clear.startswith("By gold, ppo scores 0.15 above sft (95 %") and "chance" not in clear
     assert "over-optimisation" not in clear
+    assert verdict(judged(reward=(-1e-17, -1e-17))) == (
+        "By the reward model, ppo scores the same as sft (95 % interval +0.00 to +0.00)."
+    )
     assert "over-optimisation" in verdict(judged(reward=(0.5, 0.7), gold=(-0.2, -0.1)))
     assert verdict(judged(reward=(0, 0)) | {"headline": "sft"}) == "Only sft was measured."
 
@@ -265,6 +268,10 @@ def test_log_probs_are_those_of_each_response_alone(folders, monkeypatch, temper
     assert max(sizes) <= at_once
 
 
+def brief(completions, **kwargs):
+    return [0.0 for _ in completions]
+
+
 def scalar_judge(**kwargs):
     return 1.0
 
@@ -296,6 +303,25 @@ def test_an_llm_judges_both_orders(endpoint, tmp_path):
     assert len(endpoint.server.requests) == 6 and endpoint.server.requests[0][0] == "/v1/chat/completions"
     LLMJudge("m", endpoint.url, tmp_path / "verdicts.jsonl").compare(CASES, LONG, SHORT, "judging")
     assert len(endpoint.server.requests) == 6  # remembered
+
+
+def test_verdicts_are_remembered_for_each_model(endpoint, tmp_path):
+    """A second judge got the first one's verdicts under its own name, without being asked."""
+    memory = tmp_path / "verdicts.jsonl"
+    LLMJudge("m", endpoint.url, memory).compare(CASES, LONG, SHORT, "judging")
+    endpoint.server.judge = "first"
+    shares, _ = LLMJudge("other", endpoint.url, memory).compare(CASES, LONG, SHORT, "judging")
+    assert len(endpoint.server.requests) == 12 and shares[:, 1].tolist() == [1, 1, 1, 1]
+
+
+def test_a_verdict_that_was_cut_is_asked_for_again(endpoint, tmp_path):
+    """The next one was appended to its rest, and the file could not be read from then on."""
+    memory = tmp_path / "verdicts.jsonl"
+    LLMJudge("m", endpoint.url, memory).compare(CASES, LONG, SHORT, "judging")
+    memory.write_bytes(memory.read_bytes()[:-5])
+    for _ in range(2):
+        shares, _ = LLMJudge("m", endpoint.url, memory).compare(CASES, LONG, SHORT, "judging")
+        assert shares[0].tolist() == [1, 0, 0] and len(endpoint.server.requests) == 7
 
 
 def test_a_judge_that_likes_what_comes_first_is_seen_and_decides_nothing(endpoint, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +10,17 @@ import pytest
 from recipes.cli.errors import UserError
 from recipes.evaluation import frontier, metrics, reward_quality
 from recipes.evaluation.arguments import EvaluationArguments
+from recipes.evaluation.measure import Evaluation, Measured
 from recipes.evaluation.parts import Parts
 from recipes.evaluation.people import people_outcomes, read_people, write_ranking_task
-from recipes.evaluation.policies import checkpoints
+from recipes.evaluation.policies import PolicySpec, Sample, checkpoints
+from recipes.evaluation.report import table, verdict, write_report
 from recipes.evaluation.reward_quality import Pair
+from recipes.evaluation.summary import summarise
+from recipes.formatting import FormattingArguments
 from recipes.labelling.tasks import read_tasks
+from recipes.models.sampling import LoadingArguments
+from scripts.evaluate import EvaluationPrompts, JudgeArguments, other_win_rates, read_prompts
 
 RNG = np.random.default_rng
 
@@ -42,6 +49,14 @@ def test_intervals_of_ratios_keep_groups_together():
     alone = metrics.ratio_interval(right, [1.0] * len(right), range(len(right)))
     width, narrower = (interval["ci95"][1] - interval["ci95"][0] for interval in (found, alone))
     assert width > 1.3 * narrower
+
+
+def test_one_prompt_has_no_interval():
+    """Every draw of one prompt is that prompt: an interval of width 0 would say that nothing could be chance."""
+    assert metrics.mean_interval(np.array([[1.0, 3.0]])) == {"mean": 2.0, "ci95": None}
+    assert metrics.win_rate(np.array([[1.0, 0.0, 0.0]]))["ci95"] is None
+    assert metrics.ratio_interval([1.0, 0.0], [1.0, 1.0], ["g", "g"]) == {"mean": 0.5, "ci95": None}
+    assert metrics.mean_interval(np.ones((2, 1)))["ci95"] == [1.0, 1.0], "two prompts that are alike are two"
 
 
 def test_kl_of_a_two_token_policy():
@@ -156,8 +171,30 @@ def test_share_of_the_possible_gain():
     kl, reward = policy(q)
     half = frontier.gain_at_equal_kl((kl, (reward + p) / 2), rewards.mean(1), (curve["kl"], curve["reward"]))
     assert half["share"]["mean"] == pytest.approx(0.5, abs=0.07)
+    q = p + 0.005  # nearer to the reference than the first point of the curve
+    kl = np.full(2000, q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)))
+    near = frontier.gain_at_equal_kl((kl, rewards.mean(1) + q - p), rewards.mean(1), (curve["kl"], curve["reward"]))
+    assert kl[0] < curve["kl"].mean(0).min() / 10 and near["share"]["mean"] == pytest.approx(1, abs=0.03)
     far = frontier.gain_at_equal_kl((kl + 50, reward), rewards.mean(1), (curve["kl"], curve["reward"]))
     assert far["beyond"]
+
+
+def test_there_is_no_share_of_a_gain_that_may_be_none():
+    """A policy that is the reference has a KL of rounding errors, and the largest gain at it is as small: noise of the
+    samples divided by it was a share of thousands, over the half of the draws in which it could be divided."""
+    rng = RNG(0)
+    rewards = rng.normal(0, 1, (200, 16))
+    curve = frontier.tilted(rewards, frontier.beta_grid(rewards), {"reward": rewards})
+    kl, reward = rng.normal(0, 1e-6, 200), rng.normal(0, 1, (200, 4)).mean(1)
+    found = frontier.gain_at_equal_kl((kl, reward), rewards.mean(1), (curve["kl"], curve["reward"]))
+    assert found["share"] is None and is_estimate(found["difference"])
+    found = frontier.gain_at_equal_kl((kl + 0.05, reward), rewards.mean(1), (curve["kl"], curve["reward"]))
+    assert is_estimate(found["share"])
+
+
+def is_estimate(value) -> bool:
+    low, high = value["ci95"]
+    return low <= value["mean"] <= high
 
 
 @pytest.mark.parametrize("form", ["bon", "rl"])
@@ -240,6 +277,43 @@ def test_people_judge_blind(tmp_path):
         read_people(str(rankings))
 
 
+def test_rankings_of_other_responses_are_refused_and_no_verdict_is_said(tmp_path, capsys):
+    """The win rates were left out, without a word."""
+    prompts = [conversation(f"question {number}") for number in range(2)]
+    texts = {"base": ["b0", "b1"], "sft": ["s0", "s1"], "ppo": ["p0", "p1"]}
+    evaluation = SimpleNamespace(args=SimpleNamespace(paths=texts, reference="sft"), conversations=prompts)
+    arguments = JudgeArguments(rankings="rankings.jsonl")
+    rankings = {json.dumps(prompts[0]): [{"p0": 1.0, "s0": 2.0}]}
+    (row,) = other_win_rates(evaluation, texts, arguments, rankings)
+    assert (row["a"], row["b"], row["win"], row["n"], row["ci95"]) == ("ppo", "sft", 1.0, 1, None)
+    assert capsys.readouterr().out.count("people: no verdict on") == 2
+    with pytest.raises(UserError, match=r"--rankings rankings.jsonl ranks no first responses of two policies"):
+        other_win_rates(evaluation, texts, arguments, {json.dumps(prompts[0]): [{"p0": 1.0, "other": 2.0}]})
+
+
+def test_a_prompt_that_is_repeated_counts_once(tmp_path):
+    """Four times the same prompts made the intervals half as wide as they are."""
+    rows = [{"prompt": f"question {number % 3}"} for number in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    prompts = read_prompts(EvaluationPrompts(str(tmp_path / "prompts.jsonl")), FormattingArguments(), None)
+    assert [prompt.messages for prompt in prompts] == [conversation(f"question {number}") for number in range(3)]
+
+
+def test_an_evaluation_does_not_go_on_with_a_model_loaded_otherwise(tmp_path):
+    """Samples in float32 were taken for those in 4 bits or bfloat16."""
+    args = EvaluationArguments(**ARGUMENTS, output_dir=str(tmp_path / "out"))
+    reward_model = SimpleNamespace(made_from={})
+
+    def samples(**loading):
+        evaluation = Evaluation(args, LoadingArguments(**loading).model_config(), [], reward_model)
+        return evaluation.parts.get("samples-ppo", evaluation.made_from(evaluation.plan[2]), lambda: [loading])
+
+    assert samples() == samples() == [{}]
+    for loading in ({"dtype": "bfloat16"}, {"load_in_4bit": True}):
+        with pytest.raises(UserError, match=f"samples-ppo.json was made with another {next(iter(loading))}"):
+            samples(**loading)
+
+
 def test_parts_are_reused_and_never_mixed(tmp_path):
     parts = Parts(str(tmp_path / "out"))
     assert parts.get("x", {"seed": 1}, lambda: [1]) == [1]
@@ -286,8 +360,60 @@ def test_what_is_planned():
         ({"temperatures": [0.0]}, "must be above 0"),
         ({"best_of_n": 1}, "--best_of_n 1"),
         ({"num_prompts": 0}, "--num_prompts 0"),
+        ({"headline": "sft"}, "--headline sft is what the others are compared with"),
+        ({"judges": [f"{__name__}.reward"]}, "the report has a figure reward already"),
+        ({"judges": [f"{__name__}.brief", "tests.evaluation.test_command.brief"]}, "a figure brief already"),
+        ({"judges": [f"{__name__}.missing"]}, "--judges .*missing: write it as module.function"),
+        ({"judges": [f"{__name__}.conversation"]}, "--judges .*conversation: .*Its signature has to be"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(change, message):
+    """Before anything is sampled. A judge called reward took the place of the reward model's scores, and of two judges
+    of one name the second took that of the first."""
     with pytest.raises(UserError, match=message):
         EvaluationArguments(**ARGUMENTS | change)
+
+
+def reward(completions, **kwargs):
+    return [0.0 for _ in completions]
+
+
+brief = reward
+
+
+def measured(spec: PolicySpec, rewards, kl=None) -> Measured:
+    """A policy with these rewards, (prompts, responses), of which each response has the same KL."""
+    rewards = np.array(rewards, dtype=float)
+    samples = [[Sample("w1", True, [7, 1], [-1.0, -1.0], 1.0) for _ in row] for row in rewards]
+    k = None if kl is None else np.full(rewards.shape, kl)
+    return Measured(spec, samples, k, k, {"reward": rewards, "judge": rewards})
+
+
+@pytest.mark.parametrize(
+    "prompts, equal, kl", [(1, False, 0.5), (1, True, None), (3, True, 0.5), (3, False, None), (2, False, 0.0)]
+)
+def test_a_report_of_hardly_anything(tmp_path, prompts, equal, kl):
+    """One prompt, one response, rewards that are all equal, no finite KL, best of two and no more, few checkpoints."""
+    args = EvaluationArguments(
+        policies=["sft=a", "ppo=b"], reward_model_name_or_path="r", num_generations=1, best_of_n=2, temperatures=[0.5],
+        judges=[f"{__name__}.brief"],
+    )  # fmt: skip
+    reference, policy, sharper = args.plan()
+    start = np.ones((prompts, 2)) if equal else np.arange(2.0 * prompts).reshape(prompts, 2)
+    found = {"sft": measured(reference, start, 0.0), "ppo": measured(policy, start[:, :1] + (not equal), kl)}
+    found[sharper.name] = measured(sharper, start, kl)
+    for step in (2, 4, 6):
+        name = f"ppo@step{step}"
+        found[name] = measured(PolicySpec(name, "c", 2, 1.0, "ppo", step), start, kl and kl * step)
+    report = summarise(args, found, [conversation(f"q{number}") for number in range(prompts)], "raw scores")
+    pairs = [pair(1.0, group="only one")] if prompts == 1 else [pair(1.0), pair(-1.0, 6, 3, "h")]
+    report["reward_model"] = reward_quality.reward_model_quality(pairs)
+    write_report(report, str(tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text())
+    text = verdict(report)
+    assert (tmp_path / "report.html").read_text().count("<svg") == 3 + (report["over_optimization"] is not None)
+    assert (report["policies"]["ppo"]["reward"]["ci95"] is None) == (prompts == 1)
+    assert ("on the only prompt, which says nothing about others" in text) == (prompts == 1)
+    assert ("ppo scores the same as sft" in text) == equal and "could be chance" not in text
+    assert bool(report["over_optimization"]) == bool(kl)
+    table(report)

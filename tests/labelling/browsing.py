@@ -71,7 +71,7 @@ def stored_letters(page, event):
 def assert_draft(page, order, reasons, comment):
     """What a page that was just opened shows. The order comes from the server, and so must everything else: a browser
     that fills in the fields of the page before would hide what was lost."""
-    page.wait_for_selector("#cards .state:not(:empty)")
+    page.wait_for_selector("#task:enabled")
     wait_until(lambda: letters(page) == order)
     shown = {letter: card(page, letter).locator("[name=justification]").input_value() for letter in reasons}
     assert (shown, page.input_value("#comment")) == (reasons, comment)

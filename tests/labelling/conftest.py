@@ -55,7 +55,7 @@ def open_page(browser, request):
         page.goto(running.url)
         page.fill("#token", add_labeler(running.database, f"{request.node.name} {len(contexts)}"))
         page.click("text=Log in")
-        page.wait_for_selector("#cards .state:not(:empty)")
+        page.wait_for_selector("#task:enabled")
         return page
 
     yield open_page

@@ -148,7 +148,8 @@ def test_undo_edit_skip_and_flag(browser_job, open_page):
     give_reasons(page)
     submit(page)
     page.click("text=Undo last ranking")
-    page.wait_for_selector(".state:not(:empty)")
+    page.wait_for_url("**/task/*")
+    page.wait_for_selector("#task:enabled")
     assert letters(page) == "BACD" and card(page, "D").locator("textarea").input_value() == "reason for D"
     submit(page)
     page.click("text=Your answers")
@@ -199,7 +200,7 @@ def test_a_dead_server_is_said_at_once_and_the_draft_is_saved_when_it_is_back(tm
             wait_saved(page)
             assert page.locator("#alert").inner_text() == ""
             page.reload()
-            page.wait_for_selector(".state:not(:empty)")
+            page.wait_for_selector("#task:enabled")
             assert letters(page) == "BACD"
 
 

@@ -72,7 +72,7 @@ def test_after_coming_back_the_first_edit_is_saved(browser_job, open_page, way):
             page.click("text=Your answers")
             page.wait_for_selector("main ul, main p")
             page.go_back()
-        page.wait_for_selector("#cards .state:not(:empty)")
+        page.wait_for_selector("#task:enabled")
         page.wait_for_timeout(200)  # what the page before sent while it was left has arrived
         reason(page, "B").fill(f"turn {turn}")
         wait_saved(page)
@@ -125,6 +125,117 @@ def test_what_is_missing_stays_on_the_screen_while_drafts_are_saved(browser_job,
     submit(page)
 
 
+def hold(page, path):
+    """Keeps requests to `path` waiting, as a slow network does; returns what lets them go."""
+    held = []
+    page.route(path, lambda route: held.append(route))
+
+    def let_go():
+        for route in held:
+            route.continue_()
+        page.unroute(path)
+
+    return let_go
+
+
+def press_at(page, locator, clicks=1):
+    """Presses where something is, whether it can be pressed or not."""
+    box = page.locator(locator).bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, click_count=clicks)
+
+
+def test_nothing_can_be_pressed_before_it_works(browser_job, open_page):
+    """A press or a letter that came before the page's script was lost, with no sign of it."""
+    page = open_page(browser_job)
+    prompt = page.locator("#task").get_attribute("data-prompt")
+    let_go = hold(page, "**/static/saving.js")
+    page.reload(wait_until="commit")
+    page.wait_for_selector("[data-do=skip]")
+    for control in page.locator("#task button, #task textarea, #task select, #task input").all():
+        assert control.is_disabled()
+    press_at(page, "[data-do=skip]")
+    let_go()
+    page.click("[data-do=skip]")
+    page.wait_for_selector(f"#task:enabled:not([data-prompt={prompt!r}])")
+    assert last_event(browser_job.database)["kind"] == "skip"
+
+
+def test_what_is_submitted_cannot_be_changed_or_undone_on_its_way(browser_job, open_page):
+    """A letter typed after Submit replaced the submission by a draft; Undo took back the ranking before it."""
+    page = open_page(browser_job)
+    card(page, "B").locator("[data-do=up]").click()
+    give_reasons(page)
+    submit(page)
+    before = last_event(browser_job.database)
+    prompt = page.locator("#task").get_attribute("data-prompt")
+    let_go = hold(page, "**/api/answer")
+    with page.expect_request("**/api/answer"):
+        page.fill("#comment", "a draft that is on its way")
+    card(page, "B").locator("[data-do=up]").click()
+    give_reasons(page)
+    page.click("[data-do=submit]")
+    press_at(page, "#comment")
+    page.keyboard.type("too late")
+    press_at(page, "text=Undo last ranking")
+    page.wait_for_timeout(900)  # longer than drafts wait
+    assert page.input_value("#comment") == "a draft that is on its way"
+    let_go()
+    page.wait_for_selector(f"#task:enabled:not([data-prompt={prompt!r}])")
+    event = last_event(browser_job.database)
+    assert (event["kind"], event["prompt_id"]) == ("submit", prompt) and before["prompt_id"] != prompt
+    assert page.locator("header").inner_text().count("2 ranked") == 1
+
+
+@pytest.mark.parametrize("leave", ["Undo last ranking", "Log out"])
+def test_what_was_changed_is_there_before_undo_or_log_out(browser_job, open_page, leave):
+    """Both act at once, and what was typed before was refused: the task had changed, or the session had ended."""
+    page = open_page(browser_job)
+    card(page, "B").locator("[data-do=up]").click()
+    give_reasons(page)
+    submit(page)
+    page.click("text=Your answers")
+    page.click(".answers a")
+    typed = f"typed before {leave}"
+    let_go = hold(page, "**/api/answer")
+    with page.expect_request("**/api/answer"):
+        reason(page, "D").fill(typed)
+        page.click(f"text={leave}")
+    page.wait_for_timeout(300)
+    let_go()
+    if leave == "Log out":
+        page.wait_for_selector("#token")
+    else:
+        page.wait_for_selector("header:has-text('0 ranked')")
+        assert_draft(page, "BACD", {"A": "reason for A", "D": typed}, "")
+        assert alert(page) == ""
+    with sqlite3.connect(browser_job.database) as db:
+        assert db.execute("SELECT 1 FROM review WHERE justification = ?", (typed,)).fetchone()
+
+
+def test_two_presses_in_one_do_one_thing(browser_job, open_page):
+    """A double click skipped two tasks, or answered a question that nobody had read; so did a key held down."""
+    page = open_page(browser_job)
+    prompt = page.locator("#task").get_attribute("data-prompt")
+    page.click("[data-do=skip]")
+    page.wait_for_selector(f"#task:enabled:not([data-prompt={prompt!r}])")
+    second = page.locator("#task").get_attribute("data-prompt")
+    page.locator("[data-do=skip]").hover()
+    page.mouse.down(click_count=2)  # the second half of a double click, of which the first half skipped the last task
+    page.mouse.up(click_count=2)
+    give_reasons(page)
+    page.locator("[data-do=submit]").dblclick()
+    assert alert(page).startswith("One question")
+    page.reload()
+    page.wait_for_selector("#task:enabled")
+    page.keyboard.down("Control")
+    for _ in range(3):
+        page.keyboard.down("Enter")
+    page.keyboard.up("Control")
+    assert alert(page).startswith("One question")
+    assert page.locator("#task").get_attribute("data-prompt") == second
+    assert "0 ranked, 3 left, 1 skipped" in page.locator("header").inner_text()
+
+
 def test_a_question_is_no_alarm(browser_job, open_page):
     page = open_page(browser_job)
     colour = "getComputedStyle(document.getElementById('alert')).color"
@@ -149,7 +260,7 @@ def test_typed_and_reloaded_at_once_on_a_slow_network(browser_job, open_page):
     reason(page, "A").fill("typed and left")
     card(page, "D").locator("[data-do=up]").click()
     page.reload()
-    page.wait_for_selector("#task:not([inert]) .state:not(:empty)")
+    page.wait_for_selector("#task:enabled")
     wait_until(lambda: stored_reasons(page, browser_job.database)["A"] == "typed and left")
     assert_draft(page, "ABDC", {"A": "typed and left"}, "")
     reason(page, "B").fill("and then this")
@@ -168,7 +279,7 @@ def test_submitted_and_reloaded_at_once_on_a_slow_network(browser_job, open_page
     page.click("[data-do=submit]")
     page.wait_for_timeout(100)
     page.reload()
-    page.wait_for_selector(f"#task:not([data-prompt={prompt!r}]):not([inert])", timeout=20_000)
+    page.wait_for_selector(f"#task:enabled:not([data-prompt={prompt!r}])", timeout=20_000)
     with sqlite3.connect(browser_job.database) as db:
         kinds = db.execute("SELECT kind FROM event WHERE prompt_id = ? ORDER BY id DESC LIMIT 1", (prompt,)).fetchone()
     assert kinds == ("submit",)
@@ -197,7 +308,7 @@ def test_the_network_goes_and_comes_back(browser_job, open_page):
     page.context.set_offline(False)
     page.once("dialog", lambda dialog: dialog.accept())  # "Leave site?", as it is not saved yet
     page.reload()
-    page.wait_for_selector("#task:not([inert]) #cards .state:not(:empty)")
+    page.wait_for_selector("#task:enabled")
     wait_until(lambda: stored_reasons(page, browser_job.database)["C"] == "and reloaded")
     assert_draft(page, "ABCD", {"A": "written in a tunnel", "B": "and this too", "C": "and reloaded"}, "")
 
@@ -241,7 +352,7 @@ def test_going_back_after_a_submit_shows_what_is_to_be_done_now(browser_job, ope
     submit(page)
     prompt = page.locator("#task").get_attribute("data-prompt")
     page.go_back()
-    page.wait_for_selector(f"#task[data-prompt={prompt!r}] .state:not(:empty)")
+    page.wait_for_selector(f"#task:enabled[data-prompt={prompt!r}]")
     reason(page, "A").fill("after going back")
     wait_saved(page)
     assert alert(page) == "" and last_event(browser_job.database)["prompt_id"] == prompt
@@ -253,7 +364,7 @@ def test_after_a_long_pause_work_goes_on(browser_job, open_page):
     page = open_page(browser_job)
     page.clock.install()
     page.reload()  # so that the page's clock is this one from its first reading
-    page.wait_for_selector("#cards .state:not(:empty)")
+    page.wait_for_selector("#task:enabled")
     reason(page, "A").fill("before")
     page.clock.run_for(1000)
     wait_saved(page)
@@ -326,7 +437,7 @@ def test_from_login_to_logout_with_the_keyboard_alone(tmp_path, open_page, brows
         page.wait_for_selector("#token:focus")
         write(token.upper())  # a token may be typed in capitals
         press("Enter")
-        page.wait_for_selector("#cards .state:not(:empty)")
+        page.wait_for_selector("#task:enabled")
         press("ArrowRight")
         for turn in range(3):
             press("Enter")
@@ -339,7 +450,7 @@ def test_from_login_to_logout_with_the_keyboard_alone(tmp_path, open_page, brows
         page.wait_for_selector("text=All done")
         tab_to("Undo last ranking")
         press("Enter")
-        page.wait_for_selector("#cards .state:not(:empty)")
+        page.wait_for_selector("#task:enabled")
         assert letters(page) == order == "ACB"
         press("ArrowDown")
         press("=")

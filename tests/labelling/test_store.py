@@ -21,7 +21,7 @@ import pytest
 from recipes.cli.errors import UserError
 from recipes.formatting import format_dataset, load_rows
 from recipes.labelling import accounts, store
-from recipes.labelling.agreement import agreement_report, kendalls_w, krippendorff_alpha, outcomes
+from recipes.labelling.agreement import agreement_report, compare_with_gold, kendalls_w, krippendorff_alpha, outcomes
 from recipes.labelling.answers import Answer, AnswerError, Review, ranks_of, tiers_of
 from recipes.labelling.export import export
 from recipes.labelling.markdown import render
@@ -283,6 +283,18 @@ def test_files_that_are_no_labelling_database(tmp_path):
         Store(tmp_path / "other.db", create=True)
 
 
+def test_a_token_is_never_replaced_in_another_database_or_for_another_name(tmp_path):
+    """A mistyped name got a token that logs nobody in, or in as somebody new."""
+    database = tmp_path / "labels.db"
+    arguments = ("add-labeler", "ann", "--database")
+    refused = cli(*arguments, database, "--new_token", check=False)
+    assert refused.returncode == 1 and "no such database" in refused.stderr and not database.exists()
+    assert "is new: serve it with --samples" in cli(*arguments, database)
+    with pytest.raises(UserError, match="there is no labeler 'amn' in .*labels.db; leave --new_token out"):
+        accounts.add_labeler(Store(database), "amn", new_token=True)
+    assert "is new" not in cli(*arguments, database, "--new_token")
+
+
 # Who gets what
 
 
@@ -363,6 +375,23 @@ def test_undo_goes_back_one_answer_at_a_time(make):
     assert again.standing is None and again.answer.tiers == [[id] for id in ids] and job.progress(ann)["last"] is None
     with pytest.raises(ConflictError):
         job.undo(ann, first, "u3")
+
+
+def test_undo_keeps_what_was_changed_since(make):
+    job, (ann,) = make()
+    task = job.next_task(ann)
+    ids = [id for id, _ in task.responses]
+    answers = [[[id] for id in ids], [ids], [ids[:2], ids[2:]]]
+    first, second = (submit(job, ann, task, tiers) for tiers in answers[:2])
+    job.record(ann, task.prompt_id, "draft", Answer(answers[2]), key="d")
+    for number, event in enumerate((second, first)):
+        job.undo(ann, event, f"u{number}")
+        now = job.task(ann, task.prompt_id)
+        assert now.answer.tiers == answers[2] and now.has_draft
+    submit(job, ann, task, answers[2])
+    job.undo(ann, job.progress(ann)["last"][0], "u2")
+    now = job.task(ann, task.prompt_id)
+    assert now.answer.tiers == answers[2] and not now.has_draft, "the draft was submitted: it is none any more"
 
 
 def test_a_draft_over_a_submitted_ranking_does_not_count(make):
@@ -546,6 +575,9 @@ def test_agreement_report_counts_by_hand(make, tmp_path):
     assert first["gold"] == {"tasks": 1, "share": 1.0, "ci95": None, "pairs": 3, "disagreed": []}
     assert second["gold"]["share"] == 0 and second["gold"]["disagreed"] == ["g0"]
     assert first["ranked"] == 3 and second["tied"] == pytest.approx(1 / 9)
+    order, ties = outcomes([["a"], ["b"], ["c"]]), outcomes([["a", "b", "c"]])
+    assert compare_with_gold(order, ties) == (3, 0, 3, 0), "who ties everything has not passed an attention task"
+    assert compare_with_gold(ties, order) == (0, 0, 0, 0), "and what gold leaves open, nobody can get wrong"
     assert report["prompts_shared"] == 2, "gold tasks do not flatter the agreement"
 
     text = as_text(report)
@@ -676,6 +708,8 @@ def test_ranking_in_a_terminal_from_draft_to_export(tmp_path):
     assert "Ranking, best first" in printed and "? for help" in printed and "(one sentence)" in printed
     assert "not UTF-8" in printed
     assert "use each of A, B, C once" in printed and "kept as a draft" in printed
+    printed = session("flag")
+    assert "What is wrong with the prompt?" in printed and "Traceback" not in printed
     printed = session("", "", "second", "third", "A6 Bu", "", "skip")
     assert f"export --database {database} --output {tmp_path / 'rankings.jsonl'}" in printed, "what comes next"
     assert "Ranking [C > A=B]" in printed and "[first reason]" in printed and "Saved." in printed

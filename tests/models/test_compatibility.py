@@ -103,6 +103,17 @@ def test_an_adapter_with_the_tokenizer_of_another(files, tmp_path, adapter):
     assert f"The tokenizer in {wrong} is another than that of {files['base']}: the token 'w" in line
 
 
+def test_a_reward_adapter_that_reads_another_chat_template(files, tmp_path):
+    """As one that was trained from a base without a template, for a policy that SFT has given one."""
+    shutil.copytree(files["base_reward"], tmp_path / "reward")
+    tokenizer = models.word_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("'> '", "'> <unk> '")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    arguments = {"model_name_or_path": files["base_sft"], "reward_model_name_or_path": tmp_path / "reward"}
+    line = refusal("ppo", arguments, files, tmp_path)
+    assert "was trained with another chat template than that of" in line and "--separate_reward_model true" in line
+
+
 def test_a_tokenizer_that_transformers_loads_as_another_kind(tmp_path):
     """It takes qwen2's for byte-level BPE, whatever the file says, and words become nothing."""
     Qwen2Config(vocab_size=64).save_pretrained(tmp_path)

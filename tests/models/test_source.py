@@ -12,8 +12,9 @@ from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
 from recipes.models import source
 from recipes.models.adapters import new_adapter_config
-from recipes.models.loading import load_policy, load_reward_trainee, refuse_other_adapter
-from recipes.models.source import is_hub_name, resolve_model, same_weights
+from recipes.models.compatibility import refuse_other_adapter
+from recipes.models.loading import load_policy, load_reward_trainee
+from recipes.models.source import ModelSource, is_hub_name, resolve_model, same_weights
 from recipes.models.tokenization import load_tokenizer
 from tests import tiny_models as models
 from tests.conftest import flags, run_recipe, write_jsonl
@@ -84,10 +85,13 @@ def test_a_misspelt_folder_is_not_a_matter_of_the_hub(tmp_path, monkeypatch):
 def test_a_new_adapter_is_on_all_linear_layers(folders):
     """Also of a family that PEFT's own table does not know; there TRL's default ends in a ValueError."""
     assert new_adapter_config(ModelConfig(use_peft=True)).target_modules == "all-linear"
-    assert new_adapter_config(ModelConfig(use_peft=True, lora_target_modules=["q_proj"])).target_modules == "q_proj"
     assert new_adapter_config(ModelConfig()) is None
-    model = load_policy(resolve_model(str(folders / "base")), ModelConfig(use_peft=True))
+    base = resolve_model(str(folders / "base"))
+    model = load_policy(base, ModelConfig(use_peft=True))
     assert len(model.targeted_module_names) == 7 * model.config.num_hidden_layers
+    for value in (["q_proj"], "q_proj", r".*\.q_proj"):  # a single name is no pattern of whole paths
+        model = load_policy(base, ModelConfig(use_peft=True, lora_target_modules=value))
+        assert {name.rpartition(".")[2] for name in model.targeted_module_names} == {"q_proj"}
 
 
 def test_one_launch_of_ppo_resolves_each_model_once(folders, tmp_path, monkeypatch):
@@ -121,3 +125,73 @@ def test_an_adapter_that_goes_on_is_not_another_one(folders, load):
     refuse_other_adapter(other_kind, ModelConfig(use_peft=True))  # which has no rank
     for same in (ModelConfig(use_peft=True), ModelConfig(use_peft=True, lora_r=3)):
         assert load(sft, same).peft_config["default"].r == 3
+
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def narrow(folders) -> Path:
+    """An adapter on one kind of layer, which also trains the embeddings."""
+    parts = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    return Path(models.save_adapter(folders / "narrow", str(folders / "base"), **parts))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "same", "others"),
+    [
+        ("sft", ["all-linear", ALL, r".*_proj"], [ALL[1:], "q_proj", [*ALL, "embed_tokens"], ["nowhere"]]),
+        ("reward", ["all-linear", ALL], [["q_proj", "v_proj"]]),
+        ("narrow", ["q_proj", ["q_proj"], r"model\..*\.q_proj"], ["all-linear", ["q_proj", "v_proj"]]),
+    ],
+)
+def test_the_layers_of_an_adapter_that_goes_on_are_those_that_were_asked_for(folders, narrow, adapter, same, others):
+    """Compared by the layers that names, a pattern or `all-linear` stand for: an adapter stores what was found."""
+    source = resolve_model(str(folders / adapter))
+    for value in same:
+        refuse_other_adapter(source, ModelConfig(use_peft=True, lora_target_modules=value))
+    for value in others:
+        with pytest.raises(UserError, match=f"--lora_target_modules .*{adapter} is an adapter with .*q_proj"):
+            refuse_other_adapter(source, ModelConfig(use_peft=True, lora_target_modules=value))
+
+
+def test_what_else_an_adapter_that_goes_on_trains_is_what_was_asked_for(folders, narrow):
+    sft, reward, narrow = (resolve_model(str(folders / name)) for name in ("sft", "reward", "narrow"))
+    for adapter, modules in (
+        (sft, ["score"]),  # TRL's habit; the reward recipe trains the head anyway
+        (reward, ["score"]),
+        (narrow, ["embed_tokens"]),
+        (narrow, ["model.embed_tokens"]),
+    ):
+        refuse_other_adapter(adapter, ModelConfig(use_peft=True, lora_modules_to_save=modules))
+    for adapter, modules in ((sft, ["embed_tokens"]), (reward, ["norm", "score"]), (narrow, ["norm"])):
+        with pytest.raises(UserError, match="--lora_modules_to_save .* is an adapter with"):
+            refuse_other_adapter(adapter, ModelConfig(use_peft=True, lora_modules_to_save=modules))
+    with pytest.raises(UserError, match="--lora_target_parameters q_proj.weight: .*sft is an adapter with None"):
+        refuse_other_adapter(sft, ModelConfig(use_peft=True, lora_target_parameters=["q_proj.weight"]))
+
+
+@pytest.mark.parametrize("load", [load_policy, load_reward_trainee])
+def test_an_adapter_goes_on_with_the_yaml_that_it_was_made_with(folders, load):
+    args = ModelConfig(use_peft=True, lora_r=3, lora_target_modules="all-linear", dtype="float32")
+    assert load(resolve_model(str(folders / "sft")), args).peft_config["default"].r == 3
+
+
+def test_the_revision_of_a_base_stays_with_its_adapter(folders, tmp_path):
+    """Else the next step would train the same adapter on the newest weights of the base, without a word."""
+    base = resolve_model(str(folders / "base"), "step3")
+    for number, load in enumerate((load_policy, load_reward_trainee)):
+        load(base, ModelConfig(use_peft=True, lora_r=2)).save_pretrained(tmp_path / str(number))
+        again = resolve_model(str(tmp_path / str(number)))
+        assert again.revision == again.without_adapter.revision == again.peft_config.revision == "step3"
+        assert resolve_model(str(tmp_path / str(number)), "step3").revision == "step3"
+        with pytest.raises(UserError, match="--model_revision step4: .* is an adapter on the revision step3 of"):
+            resolve_model(str(tmp_path / str(number)), "step4")
+    assert resolve_model(str(folders / "sft"), "step4").revision == "step4"  # it does not say
+    assert not same_weights(ModelSource("a", "org/base", "step3"), ModelSource("b", "org/base", "main"))
+
+
+@pytest.mark.parametrize("name", ["reward", "full_reward"])
+def test_a_reward_model_is_no_policy(folders, name):
+    with pytest.raises(UserError, match=f"{name} is a reward model, which gives scores"):
+        load_policy(resolve_model(str(folders / name)), ModelConfig(use_peft=True))

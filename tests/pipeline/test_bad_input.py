@@ -74,6 +74,8 @@ CASES = [
         {"chat_template_path": "nowhere.jinja"},
         r"--chat_template_path nowhere\.jinja: no template",
     ),
+    ("sft", {"lora_target_modules": ["q_proj", "lm_head"]}, r"adapter to `lm_head` is not supported"),
+    ("reward", {"bf16_full_eval": "true"}, r"--bf16_full_eval is not used: .*rounds the weights that are saved"),
     ("reward", {"dataset_name": "wrong.jsonl", "model_name_or_path": "sft"}, r"wrong\.jsonl"),
     ("reward", {"dataset_name": "rankings.jsonl", "reference_dataset_name": "gone.jsonl"}, r"gone\.jsonl: no such"),
     (

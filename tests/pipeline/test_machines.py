@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from tests.cli.test_launch import PROBE
 from tests.conftest import ROOT, recipe_line, run_command
 from tests.pipeline.conftest import sft_arguments
 from tests.pipeline.killing import assert_same_result, stop
-from tests.trainers.fsdp_worker import ADAM
+from tests.trainers.fsdp_worker import options
 from tests.trainers.ppo_worker import train
 
 SLURM = ROOT / "scripts" / "slurm"
@@ -180,14 +181,23 @@ def test_deepspeed_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shards on CPUs: on GPUs launch fsdp2.yaml itself")
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_sharded_model_trains_saves_and_resumes_as_a_whole_one(full, tmp_path):
-    """PPO by `fsdp2.yaml` on two processes, against the same on one."""
+    """PPO by `fsdp2.yaml` on two processes, against the same on one. Then a run diverges, which ends it."""
     for name in ("one", "whole", "resumed"):
         (tmp_path / name).mkdir()
-    trainer = train(str(tmp_path / "one"), 8, full=full, **ADAM)
+    trainer = train(str(tmp_path / "one"), 8, **options(full))
     trainer.save_model()
     line = ["accelerate", "launch", "--config_file", "accelerate_configs/fsdp2.yaml", "--mixed_precision", "no"]
-    run_command([*line, "-m", "tests.trainers.fsdp_worker", tmp_path, "4", *["full"] * full], timeout=400)
+    worker = ["-m", "tests.trainers.fsdp_worker", tmp_path, "4", *["full"] * full]
+    ended = run_command([*line, *worker], timeout=400, ok=False)
 
+    (why,) = [text for text in ended.stdout.splitlines() if text.startswith("error: ")]
+    if full:
+        assert re.match(r"error: After step 1: \S+ is not finite, and such weights are not saved\.", why)
+    else:
+        assert why.startswith("error: After step 1: the loss is nan.") and f"{tmp_path}/diverged/checkpoint-1." in why
+    kept = list((tmp_path / "diverged").rglob("*.safetensors"))
+    assert len(kept) == (not full)
+    assert all(tensor.isfinite().all() for path in kept for tensor in load_file(path).values())
     shares = [json.loads((tmp_path / f"shares_{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     assert all(share["type"] == "FSDP" and share["here"] < 0.6 * share["all"] for share in shares)
     assert shares[0]["here"] + shares[1]["here"] == shares[0]["all"]
@@ -200,7 +210,7 @@ def test_a_sharded_model_trains_saves_and_resumes_as_a_whole_one(full, tmp_path)
         assert [row[name] for row in resumed] == [row[name] for row in whole], name
     assert one[3]["policy/approxkl_avg"] > 1e-4, "the updates moved the policy"
     saved = "model.safetensors" if full else "adapter_model.safetensors"
-    for name in ("trained.safetensors", saved, f"critic/{saved}"):
+    for name in ("trained.safetensors", saved, f"critic/{saved}", *[f"ema/{saved}"] * (not full)):
         weights, shared = load_file(tmp_path / "one" / name), load_file(tmp_path / "whole" / name)
         assert shared.keys() - weights.keys() <= {"lm_head.weight"}, "tied weights, written twice from shares"
         for key, value in weights.items():

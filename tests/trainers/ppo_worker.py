@@ -72,11 +72,12 @@ def train(folder: str, batch: int, resume: str | None = None, full: bool = False
     # Each process draws its LoRA anew; DDP starts from the first one's, and so does the run on one process.
     torch.manual_seed(5)
     with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad and not full:
+        for name, parameter in trainer.model.named_parameters():
+            if (parameter.requires_grad or ".ema." in name) and not full:
                 parameter.copy_(0.05 * torch.randn(parameter.shape))
     trainer.train(resume_from_checkpoint=resume)
-    names = {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
+    kept = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad or "ema" in name.split(".")}
+    names = {name: whole(p) for name, p in kept.items()}
     if trainer.accelerator.is_main_process:
         save_file(names, Path(folder) / "trained.safetensors")
         (Path(folder) / "log.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")

@@ -64,6 +64,28 @@ def test_ptx_and_sft_train_the_same_tokens_where_the_generation_prompt_is_no_pre
         assert [label != IGNORED for label in ours["labels"]] == [label != IGNORED for label in theirs["labels"]]
 
 
+SWITCH = (
+    "{% for message in messages %}{{ '<' + message['role'] + '> ' }}"
+    "{% if message['role'] == 'assistant' and not thinking %}{{ 'w50 w51 ' }}{% endif %}"
+    "{{ message['content'] + ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' if thinking else '<assistant> w50 w51 ' }}{% endif %}"
+)
+
+
+def test_ptx_takes_the_arguments_of_the_chat_template(world, tmp_path):
+    """As `enable_thinking: true`: demonstrations and rollouts answer prompts of one form."""
+    tokenizer, rows = models.word_tokenizer(), Dataset.from_dict(DEMONSTRATIONS)
+    tokenizer.chat_template = SWITCH
+    for thinking in (False, True):
+        batches = PtxBatches(rows, tokenizer, 6, 32, seed=0, thinking=thinking)
+        texts = tokenizer.batch_decode(list(batches.rows["input_ids"]))
+        assert all(("w50 w51" in text) != thinking for text in texts)
+        assert sorted(trained_text(batches, 0)) == [" ".join(["w7"] * (i + 1)) + " <eos>" for i in range(6)]
+    kwargs = {"ptx_coef": 1.0, "chat_template_kwargs": {"thinking": True}}
+    trainer = make_trainer(world, tmp_path, trainer_kwargs={"ptx_dataset": rows}, **kwargs)
+    assert trainer._ptx.template_arguments == {"thinking": True}
+
+
 def test_ptx_text_is_trained_whole():
     assert trained_text(ptx_batches({"text": ["w1 w2 w3"]}, batch_size=1), 0) == ["w1 w2 w3 <eos>"]
 

@@ -421,6 +421,57 @@ def test_a_reward_model_with_another_vocabulary_scores_text(world, tmp_path):
     assert trainer._rollout.scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_reward_model_with_another_chat_template_scores_text_in_it(world, tmp_path):
+    """Same words, another template: by ids it would read a conversation of a form that it was never trained on."""
+    own = models.word_tokenizer()
+    own.chat_template = own.chat_template.replace("'> '", "'> w3 '")
+    classifier = models.reward_model()
+    kwargs = {"reward_model": classifier, "reward_processing_class": own}
+    trainer = make_trainer(world, tmp_path, model=models.causal_lm(), trainer_kwargs=kwargs)
+    batch = rollout(trainer)
+    texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    expected = []
+    for row, text in zip(trainer.train_dataset, texts, strict=False):
+        turns = row["prompt"] + [{"role": "assistant", "content": text}]
+        ids = own.apply_chat_template(turns, return_tensors="pt", return_dict=False)
+        expected.append(classifier(input_ids=ids).logits.item())
+    assert trainer._rollout.scores.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_each_prompt_of_an_evaluation_counts_the_same(world, tmp_path):
+    """Ten prompts are a batch of eight and one of two, whose mean counted as much."""
+
+    def first_word(prompts, **kwargs):
+        return [float(prompt[0]["content"].split()[0][1:]) for prompt in prompts]
+
+    rows = models.prompts(10, seed=4)
+    kwargs = {"reward_funcs": [first_word], "eval_dataset": Dataset.from_dict({"prompt": rows})}
+    model = get_peft_model(models.causal_lm(), LoraConfig(task_type="CAUSAL_LM", **LORA))
+    trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs=kwargs, per_device_eval_batch_size=8)
+    metrics = trainer.evaluate()
+    expected = sum(first_word(rows)) / 10
+    assert metrics["eval_objective/scores"] == pytest.approx(expected)
+
+
+def test_two_rewards_of_one_name_are_refused(world, tmp_path):
+    """Their numbers would be averaged in the log and one would hide the other in the table of completions."""
+
+    def length(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    with pytest.raises(UserError, match="Two rewards are called length"):
+        make_trainer(world, tmp_path, trainer_kwargs={"reward_funcs": [length, length]})
+
+
+def test_the_best_checkpoint_is_the_one_of_the_highest_reward(tmp_path):
+    """Trainer's own choice, the lowest loss, would say how well the critic knows the rollout."""
+    best = config(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
+    assert (best.metric_for_best_model, best.greater_is_better) == ("objective/rlhf_reward", True)
+    given = config(tmp_path, save_strategy="best", eval_strategy="steps", metric_for_best_model="objective/kl")
+    assert given.metric_for_best_model == "objective/kl"
+    assert config(tmp_path).metric_for_best_model is None
+
+
 def test_the_models_of_trls_ppo_trainer_are_taken_as_they_are(world, tmp_path):
     """A LoRA policy with a whole reward and value model, as TRL 1.12's script passes them."""
     value_model = models.reward_model(seed=4)

@@ -83,6 +83,16 @@ def test_ppo_moves_every_weight_at_the_rates_of_the_configs(wide, tmp_path, prec
     assert {p.dtype for role in roles.values() for p in role.values()} == {torch.float32}
 
 
+def test_modules_that_are_trained_beside_lora_keep_the_precision_of_the_base(wide, tmp_path):
+    """TRL casts them to bf16 with the adapters of a 4-bit base, whatever `dtype` says, and they would hardly move."""
+    given = {"lora_modules_to_save": ["embed_tokens", "lm_head"], "lora_target_modules": ["q_proj", "v_proj"]}
+    args = ModelConfig(use_peft=True, dtype="float32", load_in_4bit=True, **given)
+    model = load_policy(resolve_model(wide["base"]), args)
+    trainer = make_trainer(wide, tmp_path, model=model, trainer_kwargs={"reward_model": models.reward_model()})
+    assert {p.dtype for p in adapter_parameters(model, "default").values()} == {torch.float32}
+    trainer.train()
+
+
 def arguments(wide, precision: str) -> ModelConfig:
     return ModelConfig(
         model_name_or_path=wide["sft"], use_peft=True, dtype="bfloat16", load_in_4bit=precision == "4-bit"

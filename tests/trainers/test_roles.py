@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from recipes.cli.errors import UserError
-from recipes.models.adapters import adapter_parameters, add_copy, add_score_roles, use_role
+from recipes.models.adapters import adapter_parameters, add_copy, add_score_roles, check_shards, use_role
 from tests import tiny_models as models
 from tests.trainers.conftest import history, make_trainer
 
@@ -148,9 +149,33 @@ def test_convolutions_follow_the_role():
         assert torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version: 2 only"),
+        ({"activation_checkpointing": True}, "fsdp_activation_checkpointing recomputes blocks"),
+        ({"cpu_ram_efficient_loading": True}, "loads weights in the first process only"),
+    ],
+)
+def test_shards_that_would_mix_up_roles_are_refused(monkeypatch, wrong, line):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin sets it
+    right = {"fsdp_version": 2, "activation_checkpointing": False, "cpu_ram_efficient_loading": False}
+    check_shards(FullyShardedDataParallelPlugin(**right))
+    with pytest.raises(UserError, match=line):
+        check_shards(FullyShardedDataParallelPlugin(**right | wrong))
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_initialisation_that_changes_the_base_is_refused(world, tmp_path, init):
     base = AutoModelForCausalLM.from_pretrained(world["base"])
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init))
     with pytest.raises(UserError, match=f"init_lora_weights={init} changes the base"):
+        make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_model": models.reward_model()})
+
+
+@pytest.mark.parametrize("changes", [{"bias": "lora_only"}, {"layer_replication": [[0, 2], [1, 2]]}], ids=str)
+def test_an_adapter_that_trains_or_repeats_parts_of_the_base_is_refused(world, tmp_path, changes):
+    base = AutoModelForCausalLM.from_pretrained(world["base"])
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], **changes))
+    with pytest.raises(UserError, match=f"{next(iter(changes))} changes the base"):
         make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_model": models.reward_model()})

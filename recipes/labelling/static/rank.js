@@ -2,9 +2,10 @@
 
 import { tick } from "./clock.js";
 import { cards, list, moveTo, refresh, tiers, toggleTie } from "./order.js";
-import { complain, isUnsaved, save, saveOnLeaving, sendWhatWasLeft, touch } from "./saving.js";
+import { complain, isPending, isUnsaved, save, saveAll, saveOnLeaving, sendWhatWasLeft, touch } from "./saving.js";
 
-const task = document.getElementById("task");
+const task = document.getElementById("task"); // a fieldset: nothing in it can be used while it is disabled
+const header = document.querySelector("header");
 const comment = document.getElementById("comment");
 const shown = task.dataset.shown.trim();
 const cardOf = (node) => node.closest?.(".card");
@@ -12,7 +13,7 @@ const cardOf = (node) => node.closest?.(".card");
 // A text of which something can be seen; the server asks the same, in answers.py.
 const isBlank = (text) => !/[^\p{Z}\p{M}\p{Cc}\p{Cf}\p{Cs}\u115F\u1160\u2800\u3164\uFFA0]/u.test(text);
 
-let attempted = "", confirmed = false, finishing = false;
+let attempted = "", confirmed = false;
 
 // What stands against an action: a text, and where to mend it (nowhere for a question that is only to be confirmed).
 function problem(action) {
@@ -41,8 +42,18 @@ function changed() {
   complain(field ? text : "");
 }
 
-async function finish(action) {
-  if (finishing) return;
+// Keeps the page as it is while `work`, a promise, sends what it shows: an edit or an undo meanwhile would be lost, or
+// meet another state than the one on the screen. `leave` is called if the work resolves to true.
+async function freezeDuring(work, leave) {
+  const focused = document.activeElement;
+  task.disabled = header.inert = true;
+  if (await work) return leave();
+  task.disabled = header.inert = false;
+  focused.focus();
+}
+
+function finish(action) {
+  if (task.disabled) return;
   const { text = "", field } = problem(action);
   complain(text, !field);
   if (text) {
@@ -51,12 +62,7 @@ async function finish(action) {
     field?.focus();
     return;
   }
-  finishing = true;
-  const buttons = task.querySelectorAll(".actions button");
-  buttons.forEach((button) => { button.disabled = true; });
-  if (await save(action)) return location.assign("/");
-  buttons.forEach((button) => { button.disabled = false; });
-  finishing = false;
+  freezeDuring(save(action), () => location.assign("/"));
 }
 
 function toggleText(card, button) {
@@ -89,17 +95,27 @@ const ACTIONS = {
 
 task.addEventListener("click", (event) => {
   const button = event.target.closest("[data-do]");
-  if (button) ACTIONS[button.dataset.do](cardOf(button), button);
+  // The second half of a double click is not meant for what comes after the first: a question, or the next task.
+  if (!button || (event.detail > 1 && button.closest(".actions"))) return;
+  ACTIONS[button.dataset.do](cardOf(button), button);
 });
 task.addEventListener("input", changed);
 list.addEventListener("reorder", changed);
 
+// Undo and log out act on the server at once: what was changed has to be there before.
+header.addEventListener("submit", (event) => {
+  if (!isPending()) return;
+  event.preventDefault();
+  freezeDuring(saveAll(), () => event.target.submit());
+});
+
 document.addEventListener("keydown", (event) => {
+  if (task.disabled) return;
   const card = cardOf(event.target);
   const steps = event.altKey ? { ArrowUp: -1, ArrowDown: 1 } : { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 };
   const step = steps[event.key]; // Alt with left and right goes back and forth in the browser
   let handled = true;
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) finish("submit");
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) event.repeat || finish("submit");
   else if (step && event.altKey && card) moveTo(card, cards().indexOf(card) + step);
   else if (event.key === "Escape" && card) card.focus();
   else if (event.altKey || event.ctrlKey || event.metaKey) handled = false;
@@ -127,4 +143,5 @@ window.addEventListener("resize", () => cards().forEach(offerMore));
 
 cards().forEach(offerMore);
 refresh();
-sendWhatWasLeft();
+if (await sendWhatWasLeft()) task.disabled = false;
+else location.replace(location.pathname);

@@ -78,9 +78,12 @@ function isOutdated() {
   }
 }
 
+// Whether something is not on the server yet, and still can get there.
+export const isPending = () => !stopped && (dirty || outbox.length > 0);
+
 // Whether leaving the page now may lose something.
 export function isUnsaved() {
-  if (stopped || !(dirty || outbox.length)) return false;
+  if (!isPending()) return false;
   return dirty || trouble !== "" || outbox.length > 1 || !fitsKeepalive(JSON.stringify(outbox[0]));
 }
 
@@ -121,10 +124,18 @@ export async function save(action) {
   if (stopped || (action === "draft" && !dirty)) return false;
   dirty = false;
   const body = snapshot(action);
-  if (outbox.length > 1) body.active_seconds += outbox.pop().active_seconds; // a draft that was not under way yet
+  if (outbox.length > 1 && outbox.at(-1).action === "draft") { // one that was not under way yet
+    body.active_seconds += outbox.pop().active_seconds;
+  }
   outbox.push(body);
   storeOutbox();
   return (await send()).has(body.key);
+}
+
+// Resolves to true once the server has all that was changed.
+export async function saveAll() {
+  await (dirty ? save("draft") : send());
+  return trouble === "";
 }
 
 // Before the page is left: what has changed, or else the time somebody has spent reading. An answer already given is
@@ -192,15 +203,11 @@ async function post(path, content) {
   }
 }
 
-// Sends what the page before could not wait for. Nothing can be changed meanwhile, as it may change what is shown.
+// Sends what the page before could not wait for, and resolves to whether this page still shows what is stored.
 export async function sendWhatWasLeft() {
-  const isOld = isOutdated();
-  if (!outbox.length && !isOld) return;
-  task.inert = true;
-  if (!outbox.length) return location.replace(location.pathname);
-  const rendered = revision;
+  const rendered = revision, isOld = isOutdated();
+  if (!outbox.length) return !isOld;
   await send();
-  if (revision > rendered) return location.replace(location.pathname);
   stopped = dirty = false; // a refusal was of what the page before was based on; this one is new
-  task.inert = false;
+  return revision === rendered;
 }
