@@ -122,7 +122,8 @@ def main(
         load_score_statistics(training_args, reward, script_args.normalize_scores)
 
     evaluate = training_args.eval_strategy != "no"
-    room = {"positions": policy.positions, "completion_length": training_args.max_completion_length}
+    positions = [source.positions for source in (policy, reward) if source is not None and source.positions]
+    room = {"positions": min(positions, default=None), "completion_length": training_args.max_completion_length}
     datasets = load_formatted("prompt", script_args, format_args, tokenizer, evaluate, training_args.seed, **room)
     settle_evaluation(training_args, datasets)
     prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations

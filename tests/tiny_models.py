@@ -41,7 +41,7 @@ def word_tokenizer(words: int = 59, prefix: str = "w", pad_token: str = "<pad>")
 def llama_config(vocabulary: int = 64, **kwargs) -> LlamaConfig:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    return LlamaConfig(vocab_size=vocabulary, max_position_embeddings=128, **(sizes | ids | kwargs))
+    return LlamaConfig(vocab_size=vocabulary, **({"max_position_embeddings": 128} | sizes | ids | kwargs))
 
 
 def causal_lm(seed: int = 0, sharpness: float = 8.0, **kwargs) -> LlamaForCausalLM:

@@ -142,9 +142,13 @@ class PPOLogging(GRPOTrainer):
         non_score = -self.kl_controller.value * kl
         per_response = torch.stack([kl, entropy, non_score, rollout.scores, non_score + rollout.scores], 1)
         names = ("kl", "entropy", "non_score_reward", "scores", "rlhf_reward")
-        per_response = dict(zip(names, self.accelerator.gather(per_response).T, strict=True))
+        gather = self.accelerator.gather
+        if mode == "eval" and self.num_generations_eval == 1:
+            gather = self.accelerator.gather_for_metrics  # prompts that fill the last batch up count once
+        per_response = dict(zip(names, gather(per_response).T, strict=True))
         for name, values in per_response.items():
-            metrics[f"objective/{name}"].append(values.mean().item())
+            # The last batch of an evaluation is smaller: each response counts the same, not each batch.
+            metrics[f"objective/{name}"].extend(values.tolist() if mode == "eval" else [values.mean().item()])
         metrics["objective/kl_coef"].append(self.kl_controller.value)
         stops = torch.tensor(self.eos_token_ids, device=mask.device)
         eos = (torch.isin(rollout.ids[:, -mask.size(1) :], stops) * mask).sum()

@@ -152,7 +152,10 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
         self._add_critic(value_model, args.trust_remote_code)
         self._train_only_roles()
         reward_tokenizer = reward_processing_class or processing_class
-        reward_funcs = self._add_rewards(reward_model, reward_tokenizer, processing_class, reward_funcs)
+        columns = train_dataset.column_names if isinstance(train_dataset, Dataset) else None
+        if args.remove_unused_columns:
+            columns = []
+        reward_funcs = self._add_rewards(reward_model, reward_tokenizer, processing_class, reward_funcs, columns)
 
         with float32_adapters(model), refusals_in_one_line():
             super().__init__(
@@ -220,10 +223,10 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
             raise UserError("ema_decay averages the policy's adapter: it needs LoRA (use_peft).")
         return AdapterEMA(self._policy, decay)
 
-    def _add_rewards(self, reward_model, reward_tokenizer, policy_tokenizer, reward_funcs) -> list[Callable]:
+    def _add_rewards(self, reward_model, reward_tokenizer, policy_tokenizer, reward_funcs, columns) -> list[Callable]:
         """What TRL calls for rewards: the reward model first, where there is one, then the functions."""
         functions = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
-        functions = [checked(function) for function in functions]
+        functions = [checked(function, columns) for function in functions]
 
         def reward_model_function(**kwargs):
             return self.score_responses(**kwargs)

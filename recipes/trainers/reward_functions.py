@@ -1,8 +1,9 @@
 """Python reward functions: what they give is checked before it becomes a score."""
 
 import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
@@ -10,14 +11,32 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from recipes.cli.errors import UserError, counted
 
+# What TRL passes to every reward function, beside the columns of the prompts.
+PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
-def checked(function: Callable) -> Callable:
+
+def checked(function: Callable, columns: Iterable[str] | None = None) -> Callable:
     """`function`, of TRL's signature, with an error that names it where it does not give one number a response.
 
     None stands for a response that the function does not judge. Functions may be asynchronous.
+
+    Args:
+        columns: of the prompts, which it gets as keywords, where they are known.
+
+    Raises:
+        UserError: it cannot be called with what it gets.
     """
     name = get_callable_name(function)
     title = f"The reward function {name!r}"
+    try:
+        signature = inspect.signature(function)
+        bind = signature.bind_partial if columns is None else signature.bind
+        bind(**dict.fromkeys({*PASSED, *(columns or ())} - {"prompt"}))
+    except TypeError as error:
+        raise UserError(
+            f"{title}: {error}. It is called as f(prompts, completions, completion_ids, **kwargs); --keep_columns "
+            "passes columns of the prompts on."
+        ) from error
 
     def call(**kwargs):
         return check_rewards(function(**kwargs), title, len(kwargs["completions"]))

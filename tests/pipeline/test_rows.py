@@ -115,6 +115,15 @@ def test_majority_is_made_of_the_held_out_rankings_too(data, runs, tmp_path):
     assert used["train"]["rows"] + used["eval"]["rows"] == 20
 
 
+def test_prompts_have_to_fit_the_reward_model_too(data, runs, tmp_path):
+    """Absolute positions beyond its last one end in an index error in the first rollout."""
+    models.reward_model(max_position_embeddings=32).save_pretrained(tmp_path / "judge")
+    models.word_tokenizer().save_pretrained(tmp_path / "judge")
+    own = {"reward_model_name_or_path": tmp_path / "judge", "max_completion_length": 30}
+    with pytest.raises(UserError, match="--max_completion_length 30 are more than the 32 positions of the model"):
+        run_recipe("ppo", **ppo_arguments(data, runs, tmp_path / "ppo", **own))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -438,6 +438,21 @@ def test_a_reward_model_with_another_chat_template_scores_text_in_it(world, tmp_
     assert trainer._rollout.scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_each_prompt_of_an_evaluation_counts_the_same(world, tmp_path):
+    """Ten prompts are a batch of eight and one of two, whose mean counted as much."""
+
+    def first_word(prompts, **kwargs):
+        return [float(prompt[0]["content"].split()[0][1:]) for prompt in prompts]
+
+    rows = models.prompts(10, seed=4)
+    kwargs = {"reward_funcs": [first_word], "eval_dataset": Dataset.from_dict({"prompt": rows})}
+    model = get_peft_model(models.causal_lm(), LoraConfig(task_type="CAUSAL_LM", **LORA))
+    trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs=kwargs, per_device_eval_batch_size=8)
+    metrics = trainer.evaluate()
+    expected = sum(first_word(rows)) / 10
+    assert metrics["eval_objective/scores"] == pytest.approx(expected)
+
+
 def test_two_rewards_of_one_name_are_refused(world, tmp_path):
     """Their numbers would be averaged in the log and one would hide the other in the table of completions."""
 
