@@ -20,11 +20,12 @@ from trl import ModelConfig
 
 from recipes.cli.errors import UserError
 from recipes.evaluation import policies
+from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.llm_judge import LLMJudge
-from recipes.evaluation.measure import judge_scores
+from recipes.evaluation.measure import Evaluation, judge_scores
 from recipes.evaluation.policies import Sample, token_log_probs
 from recipes.evaluation.report import verdict
-from recipes.models.sampling import load_generator
+from recipes.models.sampling import Prompt, load_generator
 from tests import tiny_models as models
 from tests.conftest import ROOT, run_command
 
@@ -270,6 +271,29 @@ def test_log_probs_are_those_of_each_response_alone(folders, monkeypatch, temper
 
 def brief(completions, **kwargs):
     return [0.0 for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none", "There is no folder .*none"),
+        ("reward", "is a reward model"),
+        ("short", "p3.* than the 2 positions"),
+    ],
+)
+def test_a_policy_that_cannot_be_measured_is_named_before_the_others_are_sampled(folders, tmp_path, name, message):
+    models.save_base(folders / "short")
+    config = json.loads((folders / "short" / "config.json").read_text())
+    (folders / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2}))
+    args = EvaluationArguments(
+        policies=[f"base={folders}/base", f"ppo={folders}/{name}"], reward_model_name_or_path="r",
+        max_completion_length=1, output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    prompts = [Prompt("p3", CASES[0], "prompts.jsonl:p3")]
+    evaluation = Evaluation(args, ModelConfig(), prompts, SimpleNamespace(made_from={}))
+    with pytest.raises(UserError, match=message):
+        evaluation.measure()
+    assert not any(evaluation.parts.folder.iterdir())
 
 
 def scalar_judge(**kwargs):
