@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from recipes.data.messages import ROLES, is_turns
+from recipes.data.columns import MEANINGFUL
+from recipes.data.messages import CONTEXT, NOTHING, ROLES, is_turns
 from recipes.data.rows import DECODER, DataError, RowError, describe, join_names
 
 
@@ -127,6 +128,9 @@ def suggest_mapping(rows: list[dict], task: str) -> str:
             guess[part] = next(named, "")
             left = [name for name in left if name != guess[part]]
         guess = {part: guess[part] or (left.pop(0) if left else "COLUMN") for part in parts}
+    meaningful = {*MEANINGFUL, *CONTEXT, *(("tools", "functions") if task == "sft" else ())}
+    known = [name for name in cells if name in meaningful and cells[name] not in NOTHING]
+    guess |= {name: name for name in known if name not in guess.values()}  # what would otherwise be ignored
     if any(re.search(r"[=\s]", name) for name in guess.values()):
         return f"--dataset_mapping {shlex.quote(json.dumps(guess, ensure_ascii=False))}"
     return "--dataset_mapping " + " ".join(shlex.quote(f"{part}={name}") for part, name in guess.items())

@@ -19,7 +19,7 @@ Messages = list[dict[str, Any]]
 Roles = Mapping[str, str]
 
 ROLES = {
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),

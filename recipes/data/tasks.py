@@ -44,7 +44,7 @@ def outputs(
         yield from example.dropped
         ranking = _ranking(example)
         if task == "ranking":
-            yield ranking
+            yield from _once(ranking)
         else:
             yield from _pairs(ranking, _margin(example) if margin else {})
 
@@ -136,6 +136,21 @@ def _ranking(example: Ranking) -> dict:
         "ranks": [float(example.ranks[index]) for index in order],
         "group_id": group_id(prompt),
     }
+
+
+def _once(ranking: dict) -> Iterator[dict | Skip]:
+    """The ranking without responses whose text a better one has: their pair trains nothing, and counts as wrong."""
+    best: dict[str, float] = {}  # of each text, the best rank
+    kept = []
+    for completion, rank in zip(ranking["completions"], ranking["ranks"], strict=True):
+        text = json.dumps([turn["content"].strip() for turn in completion])
+        if best.setdefault(text, rank) == rank:
+            kept.append((completion, rank))
+        else:
+            yield Skip("identical responses")
+    if len(set(best.values())) > 1:
+        completions, ranks = map(list, zip(*kept, strict=True))
+        yield ranking | {"completions": completions, "ranks": ranks}
 
 
 def _refuse_tools(messages: Messages, tools: list | None) -> None:

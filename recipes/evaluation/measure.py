@@ -21,6 +21,7 @@ from recipes.evaluation.parts import Parts, fingerprint, identity
 from recipes.evaluation.policies import Conversation, PolicySpec, Sample, token_log_probs, with_prompts
 from recipes.evaluation.rewards import RewardModel
 from recipes.models.heads import base_of
+from recipes.models.loading import check_policy
 from recipes.models.sampling import LoadingArguments, Prompt, Response, check_lengths, load_generator, sample
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
@@ -74,6 +75,7 @@ class Evaluation:
     def measure(self, plan: Sequence[PolicySpec] | None = None) -> dict[str, Measured]:
         """Everything of a plan, by name and in its order; by default of `EvaluationArguments.plan`."""
         plan = self.plan if plan is None else plan
+        self.check(plan)
         samples, ref_logps, measured = {}, {}, {}
         for spec in sorted(plan, key=lambda spec: spec.path):  # so that each model is loaded once
             groups = self.parts.get(f"samples-{spec.name}", self.made_from(spec), partial(self.draw, spec))
@@ -94,6 +96,15 @@ class Evaluation:
                 scores[path.rpartition(".")[2]] = judge_scores(path, self.conversations, groups)
             measured[spec.name] = Measured(spec, groups, k1, k3, scores)
         return measured
+
+    def check(self, plan: Sequence[PolicySpec]) -> None:
+        """Before anything is sampled: the policies are there, and all models have room for prompts and responses."""
+        paths = dict.fromkeys(spec.path for spec in plan)
+        policies = [resolve_model(path, trust_remote_code=self.args.trust_remote_code) for path in paths]
+        for source in policies:
+            check_policy(source)
+        for source in (*policies, self.reward.source):
+            check_lengths(source, load_tokenizer(source), self.prompts, self.args)
 
     def temperature_at(self, kl: float, temperatures: Sequence[float]) -> float:
         """The temperature that takes the reference nearest to `kl` nats from itself, by one response a prompt.
@@ -122,7 +133,6 @@ class Evaluation:
         model, tokenizer = self.load(spec.path)
         sampling = copy(self.args)
         sampling.num_generations, sampling.temperature = spec.num_generations, spec.temperature
-        check_lengths(model, tokenizer, self.prompts, sampling)
         with DropFinishedSampler().installed(base_of(model)):
             groups = sample(model, tokenizer, self.conversations, sampling, f"Sampling {spec.name}")
         known = self.log_probs(spec.path, groups, spec.temperature or 1.0, f"Log-probs of {spec.name}")

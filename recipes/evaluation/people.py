@@ -24,6 +24,7 @@ def write_ranking_task(path: Path, prompts: list[Conversation], texts: dict[str,
         if len(distinct) > 1:
             responses = [{"id": f"e{number}-{place}", "text": text} for place, text in enumerate(distinct)]
             rows.append({"id": f"e{number}", "prompt": prompt, "responses": responses})
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
 

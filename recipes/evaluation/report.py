@@ -31,10 +31,13 @@ def estimate(value: dict | float | None, digits: int = 2) -> str:
     if value is None:
         return "–"
     mean, bounds = (value["mean"], value["ci95"]) if isinstance(value, dict) else (value, None)
-    text = f"{mean:z.{digits}f}"  # z: no minus before a zero
-    if bounds is None:  # not only of single figures: one prompt has no interval
-        return text
-    return f"{text} [{bounds[0]:z.{digits}f}, {bounds[1]:z.{digits}f}]"
+    numbers = [f"{without_noise(number):.{digits}f}" for number in (mean, *(bounds or ()))]
+    return "{} [{}, {}]".format(*numbers) if bounds else numbers[0]  # one prompt has no interval
+
+
+def without_noise(number: float) -> float:
+    """`number` without what rounding made of a zero: a minus in a text then says that it is below 0."""
+    return number if abs(number) >= 5e-5 else 0.0
 
 
 def write_report(report: dict, output_dir: str) -> None:
@@ -79,7 +82,8 @@ def sentence(name: str, other: str, judge: str, difference: dict) -> str:
     if bounds is None:
         return f"{text} on the only prompt, which says nothing about others."
     chance = "; the difference could be chance" if not is_same and bounds[0] <= 0 <= bounds[1] else ""
-    return f"{text}{chance} (95 % interval {bounds[0]:+z.2f} to {bounds[1]:+z.2f})."
+    low, high = map(without_noise, bounds)
+    return f"{text}{chance} (95 % interval {low:+.2f} to {high:+.2f})."
 
 
 def judge_names(report: dict) -> list[str]:

@@ -101,6 +101,12 @@ def not_finite(model: nn.Module) -> str | None:
     return None
 
 
+def check_policy(source: ModelSource) -> None:
+    """Refuse a reward model where a policy is wanted."""
+    if source.has_score_head:
+        raise UserError(f"{source.path} is a reward model, which gives scores: a policy starts from a base or SFT.")
+
+
 def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
     """Causal LM to train, from a base, a full checkpoint or an adapter.
 
@@ -116,8 +122,7 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
             bits without `use_peft`.
     """
     refuse_other_adapter(source, model_args)
-    if source.has_score_head:
-        raise UserError(f"{source.path} is a reward model, which gives scores: a policy starts from a base or SFT.")
+    check_policy(source)
     if not model_args.use_peft and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise UserError("load_in_4bit and load_in_8bit freeze the base: set use_peft: true to train an adapter on it.")
     model = _from_pretrained(AutoModelForCausalLM, source, model_args)

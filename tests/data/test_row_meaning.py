@@ -369,6 +369,27 @@ def test_scores_that_contradict_the_order_are_errors(better):
         format_dataset([{**PAIR, "margin": -2, better: 3, worse: 1}], "ranking")
 
 
+def test_a_text_beats_itself_in_no_ranking():
+    """Its pair was trained by the reward recipe, and its accuracy could not count it as right."""
+    row = {"prompt": "q", "responses": [{"text": text, "rank": rank} for rank, text in enumerate(["a", " a", "b"], 1)]}
+    dataset, report = format_dataset([row], "ranking")
+    assert [entry["reason"] for entry in report.skipped] == ["identical responses"]
+    assert (dataset[0]["completions"], dataset[0]["ranks"]) == ([[assistant("a")], [assistant("b")]], [1.0, 3.0])
+    assert skipped({**PAIR, "rejected": "a "}, "ranking", PAIR) == (None, "identical responses")
+    row["responses"][1]["rank"] = 1
+    assert format_dataset([row], "ranking")[1].skipped == []
+
+
+def test_the_suggested_mapping_keeps_what_changes_the_meaning_of_a_row():
+    rows = [{"prompt": "q", "response": "a", "label": label, "system": "s", "n": 1} for label in (True, False)]
+    with pytest.raises(DataError, match="perhaps: --dataset_mapping (.*), or use") as caught:
+        format_dataset(rows, "sft")
+    line = re.search("--dataset_mapping (.*), or use", str(caught.value))[1]
+    assert line == "prompt=prompt completion=response label=label system=system"
+    _, report = format_dataset(rows, "sft", mapping=parse_mapping(line))
+    assert [(entry["line"], entry["reason"]) for entry in report.skipped] == [(2, "labelled as a bad completion")]
+
+
 def test_what_follows_a_question_is_part_of_it():
     for row in ({"question": "q", "context": "c", "chosen": "a", "rejected": "b"}, {"instruction": "q", "input": "c"}):
         assert format_dataset([row], "prompt")[0].to_list() == [{"prompt": [user("q\n\nc")]}]

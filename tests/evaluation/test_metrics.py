@@ -258,7 +258,7 @@ def conversation(text):
 def test_people_judge_blind(tmp_path):
     prompts = [conversation(f"question {number}") for number in range(3)]
     texts = {"sft": ["s0", "s1", "same"], "ppo": ["p0", "p1", "same"]}
-    task = tmp_path / "task.jsonl"
+    task = tmp_path / "people" / "task.jsonl"
     assert write_ranking_task(task, prompts, texts) == 2
     assert "ppo" not in task.read_text() and "sft" not in task.read_text()
     tasks, left_out = read_tasks(task)  # as the ranking app reads it
