@@ -181,6 +181,9 @@ def main(argv=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(f"error: {args.command} needs a package: {error}; type pip install -e '.[labelling]'", file=sys.stderr)
+        return 1
     except sqlite3.Error as error:
         print(f"error: {args.database}: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ def control_tokens(tokenizer) -> list[str]:
     """The special tokens of a tokenizer, and the added tokens that its chat template writes."""
     template = str(tokenizer.chat_template or "")
     tokens = tokenizer.added_tokens_decoder.values()
-    return [each.content for each in tokens if each.special or (each.content.strip() and each.content in template)]
+    return [each.content for each in tokens if each.content.strip() and (each.special or each.content in template)]
 
 
 def search_pattern(special_tokens: Iterable[str]) -> re.Pattern:

@@ -98,10 +98,12 @@ class Evaluation:
         return measured
 
     def check(self, plan: Sequence[PolicySpec]) -> None:
-        """Before anything is sampled: every policy is there and has room for every prompt and its responses."""
-        for path in dict.fromkeys(spec.path for spec in plan):
-            source = resolve_model(path, trust_remote_code=self.args.trust_remote_code)
+        """Before anything is sampled: the policies are there, and all models have room for prompts and responses."""
+        paths = dict.fromkeys(spec.path for spec in plan)
+        policies = [resolve_model(path, trust_remote_code=self.args.trust_remote_code) for path in paths]
+        for source in policies:
             check_policy(source)
+        for source in (*policies, self.reward.source):
             check_lengths(source, load_tokenizer(source), self.prompts, self.args)
 
     def temperature_at(self, kl: float, temperatures: Sequence[float]) -> float:

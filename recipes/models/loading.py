@@ -27,7 +27,14 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from recipes.cli.errors import UserError, counted, first_line
 from recipes.cli.files import write_text
 from recipes.cli.screen import say
-from recipes.models.adapters import add_score_roles, misfit_in_one_line, new_adapter_config, seq_cls_config
+from recipes.models.adapters import (
+    add_score_roles,
+    misfit_in_one_line,
+    new_adapter_config,
+    only_on_text,
+    seq_cls_config,
+    train_text,
+)
 from recipes.models.compatibility import check_score_head, refuse_other_adapter
 from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource, load_error
@@ -121,9 +128,9 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
     model = _from_pretrained(AutoModelForCausalLM, source, model_args)
     disable_router_logits(model)
     if source.base is None:
-        return new_adapter(model, new_adapter_config(model_args), source) if model_args.use_peft else model
+        return new_adapter(model, new_adapter_config(model_args), source) if model_args.use_peft else train_text(model)
     model = load_adapter(model, source, is_trainable=model_args.use_peft)
-    return model if model_args.use_peft else model.merge_and_unload()
+    return model if model_args.use_peft else train_text(model.merge_and_unload())
 
 
 def new_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelSource) -> PeftModel:
@@ -133,7 +140,7 @@ def new_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelSource)
         UserError: PEFT does not know where to put it.
     """
     try:
-        return get_peft_model(model, config, revision=source.revision)
+        return get_peft_model(model, only_on_text(config, model), revision=source.revision)
     except ValueError as error:
         raise UserError(
             f"No adapter could be put on {type(model).__name__}: {first_line(error)}. Name layers of it, or take all "
@@ -170,7 +177,7 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     if source.base is None:
         if not model_args.use_peft:
-            return model
+            return train_text(model)
         return new_adapter(model, seq_cls_config(new_adapter_config(model_args)), source)
     weights = load_peft_weights(source.path, device="cpu")
     weights.setdefault("base_model.model.score.weight", model.score.weight.detach().clone())
@@ -181,7 +188,7 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
         raise UserError(
             f"The adapter {source.path} holds {result.unexpected_keys[0]}, which a reward model has no place for."
         )
-    return model if model_args.use_peft else model.merge_and_unload()
+    return model if model_args.use_peft else train_text(model.merge_and_unload())
 
 
 def report_half_precision(model: nn.Module) -> None:

@@ -6,7 +6,9 @@ import random
 import resource
 import signal
 import sqlite3
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from recipes.labelling.database import Database
 from recipes.labelling.export import export
 from recipes.labelling.files import new_file
 from recipes.labelling.store import Store
+from scripts import rank_responses
 from tests.labelling.jobs import write_job
 from tests.labelling.labelling_server import cli
 
@@ -142,3 +145,18 @@ def test_what_is_committed_is_on_the_disk(tmp_path):
     with Database(tmp_path / "labels.db", create=True).transaction(write=True) as db:
         assert db.execute("PRAGMA synchronous").fetchone()[0] == 2, "FULL: every commit is synced"
         assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_samples_in_several_parts_are_all_added(capsys):
+    """Of `--samples A --samples B` only B was, and `--sample` passed for `--samples`."""
+    args = rank_responses.parse_args("serve --database x.db --samples a b --samples c --gold g".split())
+    assert args.samples == [Path("a"), Path("b"), Path("c")] and args.gold == [Path("g")]
+    with pytest.raises(SystemExit):
+        rank_responses.parse_args("serve --database x.db --sample a".split())
+    assert "there is no argument sample; did you mean samples?" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "recipes.labelling.agreement", None)
+    assert rank_responses.main(["agreement", "--database", str(tmp_path / "x.db")]) == 1
+    assert "error: agreement needs a package: " in capsys.readouterr().err

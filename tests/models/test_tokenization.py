@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
+from recipes.data.control_tokens import control_tokens
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import PLAIN_CHAT_TEMPLATE, load_tokenizer
 from tests import tiny_models as models
@@ -71,3 +72,10 @@ def test_control_tokens_in_a_message_stay_text(tiny_base):
     ends = [AutoTokenizer.from_pretrained(tiny_base), load_tokenizer(resolve_model(tiny_base))]
     counts = [t.apply_chat_template(attack, return_dict=False).count(t.eos_token_id) for t in ends]
     assert counts == [2, 1]
+
+
+def test_a_special_token_of_white_space_is_no_text_to_look_for():
+    """Every row with a line break would be flagged, or left out."""
+    tokenizer = models.word_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["\n"]})
+    assert "\n" in tokenizer.get_vocab() and "\n" not in control_tokens(tokenizer)
