@@ -4,6 +4,8 @@ One model is in memory at a time: first each policy samples, then the reference 
 samples, then the reward model scores them.
 """
 
+import asyncio
+import inspect
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -190,6 +192,8 @@ def judge_scores(path: str, prompts: list[Conversation], samples: list[list[Samp
         completions=[[{"role": "assistant", "content": sample.text}] for _, sample in flat],
         completion_ids=[sample.token_ids for _, sample in flat],
     )
+    if inspect.iscoroutine(scores):  # as TRL's reward functions may be
+        scores = asyncio.run(scores)
     values = np.array(check_rewards(scores, f"--judges {path}", len(flat)), dtype=np.float64)
     if not np.isfinite(values).all():
         raise UserError(
