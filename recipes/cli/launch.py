@@ -14,7 +14,6 @@ import torch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
-from httpx import HTTPError
 from huggingface_hub import HfApi, is_offline_mode
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
@@ -139,7 +138,7 @@ def check_services(training_args: TrainingArguments) -> None:
     if training_args.push_to_hub:
         try:
             HfApi().whoami(token=training_args.hub_token)
-        except (OSError, HTTPError) as error:
+        except Exception as error:  # of the Hub, or of the network below it
             what = "HF_HUB_OFFLINE is set" if is_offline_mode() else first_line(error)
             raise UserError(
                 f"--push_to_hub true: the Hub does not let this machine in ({what}); type hf auth login, or leave it "

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import find_adapter_config_file
@@ -112,7 +113,7 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
     """
     if not name:
         raise UserError("Command line: --model_name_or_path is required.")
-    if not os.path.isdir(name) and not is_hub_name(name):
+    if not os.path.isdir(name) and (not is_hub_name(name) or is_mistyped(name)):
         raise UserError(f"There is no folder {name}{place(name)}, and it is not the name of a Hub model.")
     config = find_adapter_config_file(name)
     if config is None:
@@ -151,10 +152,29 @@ def place(name: str) -> str:
     """Where a relative path is looked for, and what is there instead."""
     if os.path.isabs(name):
         return ""
-    parent = os.path.dirname(name) or "."
-    near = difflib.get_close_matches(os.path.basename(name), os.listdir(parent), n=1) if os.path.isdir(parent) else []
-    hint = f" (did you mean {os.path.join(os.path.dirname(name), near[0])}?)" if near else ""
-    return f" in {os.getcwd()}{hint}"
+    near = near_folder(name)
+    return f" in {os.getcwd()}{f' (did you mean {near}?)' if near else ''}"
+
+
+def near_folder(name: str) -> str | None:
+    """What is beside a path that does not exist and has nearly its name."""
+    parent, last = os.path.split(name)
+    near = difflib.get_close_matches(last, os.listdir(parent or "."), n=1) if os.path.isdir(parent or ".") else []
+    return os.path.join(parent, near[0]) if near else None
+
+
+def is_mistyped(name: str) -> bool:
+    """Whether a name is nearly that of a folder here, and the Hub, asked once, has no such model.
+
+    Loading it would ask the Hub again and again: without a network for more than a minute.
+    """
+    if near_folder(name) is None or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return False
+    try:
+        HfApi().model_info(name, timeout=5)
+    except Exception:  # of the Hub, or of the network below it
+        return True
+    return False
 
 
 def is_hub_name(name: str) -> bool:
