@@ -167,9 +167,9 @@ def disable_router_logits(model: nn.Module) -> None:
 def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
     """Sequence classifier with one label, to train as a reward model.
 
-    From an SFT adapter it starts with the SFT weights and a fresh head (InstructGPT, 2203.02155, appendix C); from a
-    reward adapter it continues with that adapter's head. A fresh head is drawn from N(0, 1/(hidden + 1))
-    (2009.01325, details in 2403.17031).
+    From an SFT adapter it starts with the SFT weights, but for an LM head, and a fresh head (InstructGPT, 2203.02155,
+    appendix C); from a reward adapter it continues with that adapter's head. A fresh head is drawn from
+    N(0, 1/(hidden + 1)) (2009.01325, details in 2403.17031).
     """
     refuse_other_adapter(source, model_args)
     model = _load_classifier(source, model_args)
@@ -181,7 +181,13 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
         return new_adapter(model, seq_cls_config(new_adapter_config(model_args)), source)
     weights = load_peft_weights(source.path, device="cpu")
     weights.setdefault("base_model.model.score.weight", model.score.weight.detach().clone())
-    model = get_peft_model(model, seq_cls_config(source.peft_config))
+    config, layers = seq_cls_config(source.peft_config), {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    absent = [name for name in config.modules_to_save if name.rpartition(".")[2] not in layers]
+    config.modules_to_save = [name for name in config.modules_to_save if name not in absent]
+    for name in [name for name in weights if any(f".{part}." in f".{name}" for part in absent)]:
+        say(f"{name} of {source.path} is left out: the score head takes its place.")
+        del weights[name]
+    model = get_peft_model(model, config)
     with misfit_in_one_line(source.path, source.base):
         result = set_peft_model_state_dict(model, weights)
     if result.unexpected_keys:

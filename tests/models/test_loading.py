@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import ModelConfig
 
 from recipes.cli.errors import UserError
+from recipes.models.adapters import use_role
 from recipes.models.heads import critic_from_policy, scores_at
 from recipes.models.loading import load_policy, load_ppo_models, load_reward_trainee
 from recipes.models.source import resolve_model
@@ -63,6 +64,25 @@ def test_full_fine_tuning_from_an_adapter_trains_every_weight(tmp_path, load, ta
     adapter = models.save_adapter(tmp_path / "adapter", base, task, std=0.1)
     model = load(resolve_model(adapter), ModelConfig(use_peft=False, dtype="float32"))
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_starts_from_sft_that_trained_the_lm_head(tmp_path, capsys, tied):
+    """As with `lora_modules_to_save: [embed_tokens, lm_head]`, for tokens that a chat template needs."""
+    base = models.save_base(tmp_path / "base", tie_word_embeddings=tied)
+    parts = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    sft = resolve_model(models.save_adapter(tmp_path / "sft", base, std=0.1, **parts))
+    args = ModelConfig(use_peft=True, dtype="float32", lora_modules_to_save=["embed_tokens", "lm_head"])
+    reward = load_reward_trainee(sft, args)
+    assert "lm_head.weight of" in capsys.readouterr().err
+    reward.save_pretrained(tmp_path / "reward")
+    policy = load_ppo_models(sft, resolve_model(str(tmp_path / "reward")), args, False)["model"].eval()
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad(), use_role(policy, "reward"):
+        hidden = policy.get_base_model().base_model(input_ids=ids).last_hidden_state
+        score = policy.get_base_model().score.modules_to_save["reward"](hidden)[0, -1]
+    reward.config.pad_token_id = 0
+    torch.testing.assert_close(reward.eval()(input_ids=ids).logits[0], score)
 
 
 @pytest.mark.parametrize("load", [load_policy, load_reward_trainee])
