@@ -26,7 +26,7 @@ import numpy as np
 
 from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError, counted
-from recipes.cli.launch import world_size
+from recipes.cli.launch import check_trackers, world_size
 from recipes.cli.record import git_revision
 from recipes.cli.run import run
 from recipes.data.report import Report
@@ -131,6 +131,8 @@ def main():
     data_args, args, loading, format_args, judge_args = parse(ARGUMENTS)
     if world_size() > 1:
         raise UserError("Evaluation runs in one process: start it with python instead of accelerate launch.")
+    if judge_args.report_to != "none":
+        check_trackers([judge_args.report_to])
     model_args = loading.model_config()
     reward = RewardModel(args, model_args)
     prompts = read_prompts(data_args, format_args, args.num_prompts)

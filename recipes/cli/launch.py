@@ -14,7 +14,6 @@ import torch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
-from httpx import HTTPError
 from huggingface_hub import HfApi, is_offline_mode
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
@@ -111,26 +110,35 @@ def check_devices() -> None:
         )
 
 
-def check_services(training_args: TrainingArguments) -> None:
-    """Refuse trackers and uploads that cannot work, which the libraries find out after the models have loaded.
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers that cannot work, which the libraries find out after the models have loaded.
 
     Raises:
-        UserError: an unknown tracker, one that is not installed, no W&B key, or no way to push to the Hub.
+        UserError: an unknown tracker, one that is not installed, or no W&B key.
     """
-    for name in training_args.report_to:
+    for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise UserError(f"--report_to {name}: there is no such tracker; use wandb, trackio, tensorboard or none.")
         if not getattr(integration_utils, f"is_{name}_available", lambda: True)():
             raise UserError(f"--report_to {name}: it is not installed here; type pip install {name}.")
-    if "wandb" in training_args.report_to and os.environ.get("WANDB_MODE", "online") == "online":
+    if "wandb" in names and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
         if not wandb.login(prompt=False, verify=False):
             raise UserError("--report_to wandb: there is no W&B key; type wandb login, or set WANDB_MODE=offline.")
+
+
+def check_services(training_args: TrainingArguments) -> None:
+    """Refuse trackers and uploads that cannot work.
+
+    Raises:
+        UserError: as `check_trackers`, or there is no way to push to the Hub.
+    """
+    check_trackers(training_args.report_to)
     if training_args.push_to_hub:
         try:
             HfApi().whoami(token=training_args.hub_token)
-        except (OSError, HTTPError) as error:
+        except Exception as error:  # of the Hub, or of the network below it
             what = "HF_HUB_OFFLINE is set" if is_offline_mode() else first_line(error)
             raise UserError(
                 f"--push_to_hub true: the Hub does not let this machine in ({what}); type hf auth login, or leave it "

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast_object_list
-from httpx import HTTPError
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -243,7 +242,7 @@ class RunFolder:
         if trainer.args.push_to_hub:
             try:
                 trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
-            except (OSError, HTTPError) as error:
+            except Exception as error:  # of the Hub, or of the network below it
                 raise UserError(
                     f"The model is in {self.path}, and could not be pushed to the Hub: {first_line(error)}. "
                     f"Push it later: hf upload {trainer.hub_model_id or 'OWNER/NAME'} {shlex.quote(self.path)}"

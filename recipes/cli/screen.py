@@ -56,6 +56,7 @@ def headline(log_history: list[dict[str, Any]], metrics: Mapping[str, str]) -> s
 def result_line(recipe: str, path: str, start: str, log_history: list[dict[str, Any]], launcher: str) -> str:
     """Where the result is, how the run went, and the command that goes on from it."""
     found = headline(log_history, RESULTS[recipe])
+    found += " (means of the first and last logs)" if " -> " in found else ""
     return f"Saved to {path}{f': {found}' if found else ''}. Next: {next_command(recipe, path, start, launcher)}"
 
 

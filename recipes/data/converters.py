@@ -356,6 +356,8 @@ def _ranked(context: Messages, found: list[tuple[dict, str, str]], scores: bool)
         if scores and values.get(rank) is None:
             result.dropped.append(Skip("no score", rank))
             continue
+        if rank not in values:
+            raise RowError("missing: rank the responses first, with scripts/rank_responses.py", rank)
         value = number(values, rank, text_too=scores)
         try:
             result.responses.append([message("assistant", text(values, answer))])

@@ -321,8 +321,12 @@ class Formatter:
         if not sample:  # the errors of the rows will say why
             return None, "no readable row"
         mapped = [self._mapping.apply(data, lenient=True) for data in sample]
+        columns = {column for data in mapped for column in data}
         try:
-            columns = {column for data in mapped for column in data}
+            for name, column in self._mapping.columns.items():
+                if name not in columns:
+                    there = join_names(dict.fromkeys(column for data in sample for column in data))
+                    raise DataError(f"--dataset_mapping {name}={column}: no row has {column}; there are {there}")
             return detect(columns, mapped, self.task, self._mapping.roles, sample)
         except DataError as error:
             report.add("errors", next(iter(rows)), str(error))

@@ -81,7 +81,7 @@ def detect(
         if named:
             return max(named, key=lambda name: len(SCHEMAS[name].columns)), "column names only; the values do not fit"
         advice = f"name the columns, perhaps: {suggest_mapping(unmapped or sample, task)}"
-        raise DataError(f"{_no_schema(columns, sample, task, fitting, problems)}; {advice}, or use another --task")
+        raise DataError(f"{_no_schema(columns, sample, task, fitting, problems)}; {advice}")
     if len(best) > 1 and SCHEMAS[best[0]].order == SCHEMAS[best[1]].order:
         raise DataError(f"the columns fit {best[0]!r} as well as {best[1]!r}; choose one with --dataset_schema")
     return best[0], f"columns {', '.join(SCHEMAS[best[0]].columns)}"

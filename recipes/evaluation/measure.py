@@ -4,6 +4,8 @@ One model is in memory at a time: first each policy samples, then the reference 
 samples, then the reward model scores them.
 """
 
+import asyncio
+import inspect
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -98,10 +100,12 @@ class Evaluation:
         return measured
 
     def check(self, plan: Sequence[PolicySpec]) -> None:
-        """Before anything is sampled: every policy is there and has room for every prompt and its responses."""
-        for path in dict.fromkeys(spec.path for spec in plan):
-            source = resolve_model(path, trust_remote_code=self.args.trust_remote_code)
+        """Before anything is sampled: the policies are there, and all models have room for prompts and responses."""
+        paths = dict.fromkeys(spec.path for spec in plan)
+        policies = [resolve_model(path, trust_remote_code=self.args.trust_remote_code) for path in paths]
+        for source in policies:
             check_policy(source)
+        for source in (*policies, self.reward.source):
             check_lengths(source, load_tokenizer(source), self.prompts, self.args)
 
     def temperature_at(self, kl: float, temperatures: Sequence[float]) -> float:
@@ -188,6 +192,8 @@ def judge_scores(path: str, prompts: list[Conversation], samples: list[list[Samp
         completions=[[{"role": "assistant", "content": sample.text}] for _, sample in flat],
         completion_ids=[sample.token_ids for _, sample in flat],
     )
+    if inspect.iscoroutine(scores):  # as TRL's reward functions may be
+        scores = asyncio.run(scores)
     values = np.array(check_rewards(scores, f"--judges {path}", len(flat)), dtype=np.float64)
     if not np.isfinite(values).all():
         raise UserError(

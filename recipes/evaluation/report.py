@@ -12,6 +12,8 @@ from recipes.cli.screen import aligned
 from recipes.evaluation import plots
 from recipes.trainers.ranking_trainer import no_better_than_length
 
+ENOUGH_PROMPTS = 20
+
 
 def render(template: Path, filters: dict[str, Callable] | None = None, **values) -> str:
     """A page from a template, which may extend `layout.html.jinja`. In HTML, texts of models are escaped."""
@@ -50,9 +52,8 @@ def write_report(report: dict, output_dir: str) -> None:
     template, svg = Path(__file__).with_name("report.html.jinja"), plots.to_svg(figures)
     quality = report.get("reward_model")
     warnings = reward_model_warnings(quality) if quality else []
-    page = render(
-        template, report=report, plots=svg, judges=judge_names(report), verdict=verdict(report), warnings=warnings
-    )
+    texts = {"verdict": verdict(report), "few": few_prompts(report), "warnings": warnings}
+    page = render(template, report=report, plots=svg, judges=judge_names(report), **texts)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -102,7 +103,7 @@ def table(report: dict) -> str:
         share = estimate(values["share_of_gain"]) if values.get("share_of_gain") else ""
         reward, length, cut = estimate(values["reward"]), values["length"]["mean"], values["truncated"]["mean"]
         rows.append([name, reward, *judged, estimate(kl), f"{length:.1f}", f"{cut:.2f}", share])
-    lines = [verdict(report), "", aligned(rows)]
+    lines = [verdict(report), "", aligned(rows), *filter(None, [few_prompts(report)])]
     if quality := report.get("reward_model"):
         lines.append(
             f"Reward model: right on {estimate(quality['accuracy'])} of {counted(quality['n_pairs'], 'pair')}; the "
@@ -110,6 +111,16 @@ def table(report: dict) -> str:
         )
         lines += reward_model_warnings(quality)
     return "\n".join(lines)
+
+
+def few_prompts(report: dict) -> str:
+    """A warning where there are too few prompts for the percentiles of a bootstrap; else empty."""
+    if not 1 < report["n_prompts"] < ENOUGH_PROMPTS:
+        return ""
+    return (
+        f"Warning: with only {report['n_prompts']} prompts the 95 % intervals are too narrow. Take {ENOUGH_PROMPTS} "
+        "or more, better hundreds."
+    )
 
 
 def reward_model_warnings(quality: dict) -> list[str]:

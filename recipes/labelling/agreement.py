@@ -149,7 +149,19 @@ def agreement_report(database: Database) -> dict:
         "labeler_pairs": [
             {"a": a, "b": b, "prompts": len(pair), **_share(pair)} for (a, b), pair in sorted(compared.items())
         ],
+        "flagged": _flagged(database),
     }
+
+
+def _flagged(database) -> list[dict]:
+    """What labelers said is wrong with prompts. Rankings of them by others count, and are exported."""
+    with database.transaction() as db:
+        rows = db.execute(
+            "SELECT p.sample_id AS prompt, l.name AS labeler, s.comment FROM standing AS s"
+            " JOIN prompt AS p ON p.id = s.prompt_id JOIN labeler AS l ON l.id = s.labeler_id"
+            " WHERE s.kind = 'flag' ORDER BY p.position, l.name"
+        )
+        return [dict(row) for row in rows]
 
 
 def _outcome_counts(shared) -> np.ndarray:

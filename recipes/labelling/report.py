@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from recipes.cli.errors import counted
+from recipes.cli.errors import counted, visible
 from recipes.cli.screen import aligned
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -42,7 +42,7 @@ def labeler_table(report: dict) -> list[list[str]]:
 
 
 def as_text(report: dict) -> str:
-    return _render("agreement.txt", report)
+    return visible(_render("agreement.txt", report))  # it quotes labelers and ids
 
 
 def as_html(report: dict, title: str) -> str:

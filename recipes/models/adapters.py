@@ -98,6 +98,38 @@ def add_copy(model: PeftModel, source: str, target: str, config: LoraConfig | No
         copies[name].data = parameter.detach().clone()
 
 
+# Parts that text does not reach
+
+
+def other_parts(model: PreTrainedModel) -> list[str]:
+    """Names of the weights of a composite model, such as Gemma 3, that are for images and sound: text gives them none.
+
+    Trained, they would stop DDP, which waits for the gradient of every trained weight.
+    """
+    if model.config.get_text_config() is model.config:
+        return []
+    of_text = [model.get_decoder(), model.get_output_embeddings(), getattr(model, "score", None)]
+    own = {id(parameter) for part in of_text if part is not None for parameter in part.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in own]
+
+
+def train_text(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn gradients on for all weights that text reaches, also where an adapter was merged, which froze them."""
+    other = {*other_parts(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name not in other)
+    return model
+
+
+def only_on_text(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
+    """`config` with layers for images and sound left out of `all-linear`, in place."""
+    if config.target_modules == "all-linear":
+        layers = {name.rpartition(".")[0] for name in other_parts(model)}
+        config.exclude_modules = sorted(layers) or None
+    return config
+
+
 # Switching
 
 

@@ -19,7 +19,7 @@ from transformers import (
 from trl import ModelConfig
 
 from recipes.cli.errors import UserError, first_line
-from recipes.models.adapters import layer_names
+from recipes.models.adapters import layer_names, only_on_text
 from recipes.models.source import ModelSource, same_weights
 from recipes.models.tokenization import load_tokenizer, render_alike
 
@@ -234,7 +234,7 @@ def selected(source: ModelSource, field: str, config: LoraConfig) -> set[str] | 
         return None
     with torch.device("meta"):
         try:
-            model = get_peft_model(model, config)
+            model = get_peft_model(model, only_on_text(config, model))
         except ValueError:
             return None
     if field == "modules_to_save":

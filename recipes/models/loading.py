@@ -27,7 +27,14 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from recipes.cli.errors import UserError, counted, first_line
 from recipes.cli.files import write_text
 from recipes.cli.screen import say
-from recipes.models.adapters import add_score_roles, misfit_in_one_line, new_adapter_config, seq_cls_config
+from recipes.models.adapters import (
+    add_score_roles,
+    misfit_in_one_line,
+    new_adapter_config,
+    only_on_text,
+    seq_cls_config,
+    train_text,
+)
 from recipes.models.compatibility import check_score_head, refuse_other_adapter
 from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource, load_error
@@ -121,9 +128,9 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
     model = _from_pretrained(AutoModelForCausalLM, source, model_args)
     disable_router_logits(model)
     if source.base is None:
-        return new_adapter(model, new_adapter_config(model_args), source) if model_args.use_peft else model
+        return new_adapter(model, new_adapter_config(model_args), source) if model_args.use_peft else train_text(model)
     model = load_adapter(model, source, is_trainable=model_args.use_peft)
-    return model if model_args.use_peft else model.merge_and_unload()
+    return model if model_args.use_peft else train_text(model.merge_and_unload())
 
 
 def new_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelSource) -> PeftModel:
@@ -142,7 +149,7 @@ def new_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelSource)
                 unknown.append(f"--lora_{flag} {name}: {type(model).__name__} has no part of this name")
     advice = "Name layers of it, or take all with --lora_target_modules all-linear."
     try:
-        adapted = get_peft_model(model, config, revision=source.revision)
+        adapted = get_peft_model(model, only_on_text(config, model), revision=source.revision)
     except ValueError as error:
         raise UserError(f"No adapter could be put on {type(model).__name__}: {first_line(error)}. {advice}") from error
     if unknown:  # PEFT leaves it out where another name fits
@@ -169,9 +176,9 @@ def disable_router_logits(model: nn.Module) -> None:
 def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
     """Sequence classifier with one label, to train as a reward model.
 
-    From an SFT adapter it starts with the SFT weights and a fresh head (InstructGPT, 2203.02155, appendix C); from a
-    reward adapter it continues with that adapter's head. A fresh head is drawn from N(0, 1/(hidden + 1))
-    (2009.01325, details in 2403.17031).
+    From an SFT adapter it starts with the SFT weights, but for an LM head, and a fresh head (InstructGPT, 2203.02155,
+    appendix C); from a reward adapter it continues with that adapter's head. A fresh head is drawn from
+    N(0, 1/(hidden + 1)) (2009.01325, details in 2403.17031).
     """
     refuse_other_adapter(source, model_args)
     model = _load_classifier(source, model_args)
@@ -179,18 +186,24 @@ def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrai
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     if source.base is None:
         if not model_args.use_peft:
-            return model
+            return train_text(model)
         return new_adapter(model, seq_cls_config(new_adapter_config(model_args)), source)
     weights = load_peft_weights(source.path, device="cpu")
     weights.setdefault("base_model.model.score.weight", model.score.weight.detach().clone())
-    model = get_peft_model(model, seq_cls_config(source.peft_config))
+    config, layers = seq_cls_config(source.peft_config), {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    absent = [name for name in config.modules_to_save if name.rpartition(".")[2] not in layers]
+    config.modules_to_save = [name for name in config.modules_to_save if name not in absent]
+    for name in [name for name in weights if any(f".{part}." in f".{name}" for part in absent)]:
+        say(f"{name} of {source.path} is left out: the score head takes its place.")
+        del weights[name]
+    model = get_peft_model(model, config)
     with misfit_in_one_line(source.path, source.base):
         result = set_peft_model_state_dict(model, weights)
     if result.unexpected_keys:
         raise UserError(
             f"The adapter {source.path} holds {result.unexpected_keys[0]}, which a reward model has no place for."
         )
-    return model if model_args.use_peft else model.merge_and_unload()
+    return model if model_args.use_peft else train_text(model.merge_and_unload())
 
 
 def report_half_precision(model: nn.Module) -> None:

@@ -5,7 +5,6 @@ It does without PEFT until an adapter's own parts are asked for: that import tak
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -13,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
-from recipes.cli.errors import UserError, first_line
+from recipes.cli.errors import UserError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -123,7 +123,7 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
         raise UserError("Command line: --model_name_or_path is required.")
     if os.path.isfile(name):
         raise UserError(f"{name} is a file: a model is a folder, or a name on the Hub.")
-    if not os.path.isdir(name) and not is_hub_name(name):
+    if not os.path.isdir(name) and (not is_hub_name(name) or is_mistyped(name)):
         raise UserError(f"There is no folder {name}{place(name)}, and it is not the name of a Hub model.")
     config = find_adapter_config_file(name)
     if config is None:
@@ -164,10 +164,21 @@ def place(name: str) -> str:
     """Where a relative path is looked for, and what is there instead."""
     if os.path.isabs(name):
         return ""
-    parent = os.path.dirname(name) or "."
-    near = difflib.get_close_matches(os.path.basename(name), os.listdir(parent), n=1) if os.path.isdir(parent) else []
-    hint = f" (did you mean {os.path.join(os.path.dirname(name), near[0])}?)" if near else ""
-    return f" in {os.getcwd()}{hint}"
+    return f" in {os.getcwd()}{did_you_mean(name)}"
+
+
+def is_mistyped(name: str) -> bool:
+    """Whether a name is nearly that of a folder here, and the Hub, asked once, has no such model.
+
+    Loading it would ask the Hub again and again: without a network for more than a minute.
+    """
+    if not did_you_mean(name) or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return False
+    try:
+        HfApi().model_info(name, timeout=5)
+    except Exception:  # of the Hub, or of the network below it
+        return True
+    return False
 
 
 def is_hub_name(name: str) -> bool:

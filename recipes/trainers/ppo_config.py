@@ -182,6 +182,8 @@ class PPOConfig(GRPOConfig):
         for name, numbers in (("score_mean", [self.score_mean]), ("reward_weights", self.reward_weights or [])):
             if not all(number is None or math.isfinite(number) for number in numbers):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
+        if self.reward_weights and not any(self.reward_weights):
+            raise ValueError("reward_weights are all 0: there would be nothing to learn from.")
         if self.kl_estimator not in ("k1", "k3"):
             raise ValueError(f"kl_estimator must be k1 or k3, got {self.kl_estimator}.")
         if self.loss_type not in ("dapo", "bnpo"):

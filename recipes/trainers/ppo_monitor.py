@@ -32,11 +32,12 @@ class PPOMonitor:
         """Stop the run unless every response has a finite score.
 
         `scores` (B, functions) has a column for each of `names`, the reward model's first. A function may pass over a
-        response with None, which is NaN here; the reward model may not.
+        response with None, which is NaN here; the reward model may not. One of weight 0 is only logged.
         """
         passed = scores.isnan() & (torch.arange(scores.size(1), device=scores.device) >= has_reward_model)
         wrong = ~(scores.isfinite() | passed)
-        unscored = wrong.any(1) | passed.all(1)
+        logged = [weight == 0 for weight in self.args.reward_weights or [1] * len(names)]
+        unscored = wrong.any(1) | (passed | torch.tensor(logged, device=scores.device)).all(1)
         if unscored.any():
             at_fault = [name for name, bad in zip(names, wrong.any(0).tolist(), strict=True) if bad] or names
             raise UserError(

@@ -41,6 +41,7 @@ from recipes.models.adapters import (
     keep_one_embedding_hook,
     model_with_adapter,
     train_only,
+    train_text,
     use_role,
 )
 from recipes.models.dropout import disable_dropout_rates
@@ -206,7 +207,7 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
         if value_model is None:
             value_model = critic_from_policy(self._policy, trust_remote_code)
         if not isinstance(value_model, PeftModel):
-            value_model.requires_grad_(True)
+            train_text(value_model)
         use_float32_head(model_with_adapter(value_model, "value_model"))
         self._base.critic = value_model
 

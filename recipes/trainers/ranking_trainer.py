@@ -111,11 +111,16 @@ def short(text: str) -> str:
 
 
 def accuracy_in_words(metrics: dict[str, float]) -> str:
-    """How many held-out pairs a reward model orders as the labeler did, beside what length alone would."""
+    """How many held-out pairs a reward model orders as the labeler did, beside what length alone would.
+
+    ± is half of Agresti and Coull's 95 % interval (1998) for independent pairs; those of one prompt are not.
+    """
     accuracy, baseline, pairs = (metrics[f"eval_{name}"] for name in ("accuracy", "longer_wins", "pairs"))
     ordered = f"{round(accuracy * pairs)} of {counted(round(pairs), 'held-out pair')}"
-    text = f"The reward model orders {ordered} as the labeler did ({accuracy:.3f}); the longer response is the "
-    return f"{text}better one in {baseline:.3f}. {no_better_than_length(accuracy, baseline)}".rstrip()
+    share = (accuracy * pairs + 2) / (pairs + 4)
+    error = 1.96 * (share * (1 - share) / (pairs + 4)) ** 0.5
+    text = f"The reward model orders {ordered} as the labeler did ({accuracy:.3f} ± {error:.2f}); the longer response "
+    return f"{text}is the better one in {baseline:.3f}. {no_better_than_length(accuracy, baseline)}".rstrip()
 
 
 def no_better_than_length(accuracy: float, baseline: float) -> str:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import TrainingArguments
 
 from recipes.cli import launch as launch_module
@@ -166,6 +167,13 @@ def test_a_service_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, wis
     else:
         with pytest.raises(UserError, match=problem):
             check_services(training_args)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(UserError, match="the Hub does not let this machine in"):
+        check_services(TrainingArguments(str(tmp_path), use_cpu=True, push_to_hub=True, hub_token="hf_none"))
 
 
 @pytest.mark.parametrize(

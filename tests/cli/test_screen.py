@@ -31,9 +31,8 @@ def test_a_log_is_a_line_of_six_numbers():
 def test_the_last_line_has_the_result_and_the_next_command(monkeypatch):
     history = [{"objective/scores": value, "objective/kl": 1.0} for value in (0, 0, 0, 4, 1, 1, 1)]
     line = result_line("ppo", "runs/ppo", "runs/sft", history, "python")
-    assert line.startswith(
-        "Saved to runs/ppo: score 0.00 -> 1.00, KL 1.00 -> 1.00. Next: python scripts/chat.py --model"
-    )
+    numbers = "score 0.00 -> 1.00, KL 1.00 -> 1.00 (means of the first and last logs)"
+    assert line.startswith(f"Saved to runs/ppo: {numbers}. Next: python scripts/chat.py --model")
     assert headline([{"loss": 1.0}, {"loss": 2.0}], {"loss": "loss"}) == "loss 1.00 -> 2.00"
     assert result_line("sft", "x", "base", [], "python").startswith(
         "Saved to x. Next: python scripts/sample_responses.py"

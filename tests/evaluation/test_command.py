@@ -5,6 +5,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import sys
 import threading
 from html.parser import HTMLParser
@@ -25,6 +26,7 @@ from recipes.evaluation.llm_judge import LLMJudge
 from recipes.evaluation.measure import Evaluation, judge_scores
 from recipes.evaluation.policies import Sample, token_log_probs
 from recipes.evaluation.report import verdict
+from recipes.evaluation.rewards import RewardModel
 from recipes.models.sampling import Prompt, load_generator
 from tests import tiny_models as models
 from tests.conftest import ROOT, run_command
@@ -274,26 +276,39 @@ def brief(completions, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("policy", "judge", "message"),
     [
-        ("none", "There is no folder .*none"),
-        ("reward", "is a reward model"),
-        ("short", "p3.* than the 2 positions"),
+        ("none", "reward", "There is no folder .*none"),
+        ("reward", "reward", "is a reward model"),
+        ("short", "reward", "p3.* than the 2 positions"),
+        ("base", "short_reward", "p3.* than the 2 positions"),
     ],
 )
-def test_a_policy_that_cannot_be_measured_is_named_before_the_others_are_sampled(folders, tmp_path, name, message):
-    models.save_base(folders / "short")
-    config = json.loads((folders / "short" / "config.json").read_text())
-    (folders / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2}))
+def test_what_cannot_be_measured_is_named_before_anything_is_sampled(folders, tmp_path, policy, judge, message):
+    for name, own in (("short", "base"), ("short_reward", "reward")):
+        shutil.copytree(folders / own, folders / name, dirs_exist_ok=True)
+        config = json.loads((folders / name / "config.json").read_text())
+        (folders / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2}))
     args = EvaluationArguments(
-        policies=[f"base={folders}/base", f"ppo={folders}/{name}"], reward_model_name_or_path="r",
+        policies=[f"base={folders}/base", f"ppo={folders}/{policy}"], reward_model_name_or_path=f"{folders}/{judge}",
         max_completion_length=1, output_dir=str(tmp_path / "out"),
     )  # fmt: skip
     prompts = [Prompt("p3", CASES[0], "prompts.jsonl:p3")]
-    evaluation = Evaluation(args, ModelConfig(), prompts, SimpleNamespace(made_from={}))
+    reward = RewardModel(args, ModelConfig())
+    evaluation = Evaluation(args, ModelConfig(), prompts, reward)
     with pytest.raises(UserError, match=message):
         evaluation.measure()
     assert not any(evaluation.parts.folder.iterdir())
+
+
+def test_a_tracker_that_cannot_work_is_refused_first(folders, tmp_path, monkeypatch):
+    """It was found out once everything had been measured."""
+    own = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_CONFIG_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--report_to wandb: there is no W&B key"):
+        main(command(folders, tmp_path / "out", "--report_to", "wandb"), monkeypatch)
+    assert not (tmp_path / "out").exists()
 
 
 def scalar_judge(**kwargs):
@@ -313,6 +328,16 @@ def test_a_judge_that_gives_no_numbers_is_one_line(judge):
     samples = [[Sample("w1", True, [1], [0.0], 0.0)]] * 2
     with pytest.raises(UserError, match=rf"--judges {__name__}.{judge}.* numbers?"):
         judge_scores(f"{__name__}.{judge}", CASES[:2], samples)
+
+
+async def waiting_judge(completions, **kwargs):
+    return [len(completion[0]["content"]) for completion in completions]
+
+
+def test_a_judge_may_be_asynchronous_and_return_integers():
+    """TRL's reward functions may."""
+    samples = [[Sample("w1", True, [1], [0.0], 0.0)], [Sample("w1 w2", True, [1], [0.0], 0.0)]]
+    assert judge_scores(f"{__name__}.waiting_judge", CASES[:2], samples).tolist() == [[2.0], [5.0]]
 
 
 CASES = [[{"role": "user", "content": f"q{number}"}] for number in range(4)]

@@ -416,4 +416,4 @@ def test_a_report_of_hardly_anything(tmp_path, prompts, equal, kl):
     assert ("on the only prompt, which says nothing about others" in text) == (prompts == 1)
     assert ("ppo scores the same as sft" in text) == equal and "could be chance" not in text
     assert bool(report["over_optimization"]) == bool(kl)
-    table(report)
+    assert (f"with only {prompts} prompts the 95 % intervals are too narrow" in table(report)) == (prompts > 1)

@@ -607,6 +607,20 @@ def test_alpha_does_not_depend_on_which_response_comes_first(make):
     assert math.isclose(report["krippendorff_alpha"]["nominal"], 0, abs_tol=0.01)
 
 
+def test_what_is_wrong_with_a_flagged_prompt_is_reported(make):
+    """Labelers have to write it down, and no command showed it."""
+    job, (ann, bob) = make(prompts=2, labelers=2, overlap=2)
+    task = job.next_task(ann)
+    for labeler, comment in ((ann, "holds a\x1b[31m phone number"), (bob, "a mistake")):
+        job.next_task(labeler)
+        flag = job.record(labeler, task.prompt_id, "flag", Answer(task.answer.tiers, comment=comment), key=comment)
+    job.undo(bob, flag, "u")
+    report = agreement_report(job)
+    assert report["flagged"] == [{"prompt": "p0", "labeler": "labeler 0", "comment": "holds a\x1b[31m phone number"}]
+    assert "labeler 0 flagged p0: holds a\\x1b[31m phone number" in as_text(report)
+    assert "labeler 0 flagged p0: holds a" in as_html(report, "Agreement")
+
+
 def test_reports_before_anybody_agrees_on_anything(make):
     job, _ = make()
     report = agreement_report(job)

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import ModelConfig
 
 from recipes.cli.errors import UserError
+from recipes.models.adapters import use_role
 from recipes.models.heads import critic_from_policy, scores_at
-from recipes.models.loading import load_policy, load_ppo_models
+from recipes.models.loading import load_policy, load_ppo_models, load_reward_trainee
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 from tests import tiny_models as models
@@ -55,6 +56,54 @@ def test_only_a_reward_model_of_the_policy_s_size_and_vocabulary_becomes_the_cri
     assert scores_at(critic, ids, states).tolist() == [0, 0]
     hidden = [model.base_model(input_ids=ids).last_hidden_state for model in (critic, loaded["model"])]
     torch.testing.assert_close(*hidden)
+
+
+@pytest.mark.parametrize(
+    ("load", "task"),
+    [(load_policy, "CAUSAL_LM"), (load_reward_trainee, "CAUSAL_LM"), (load_reward_trainee, "SEQ_CLS")],
+)
+def test_full_fine_tuning_from_an_adapter_trains_every_weight(tmp_path, load, task):
+    """Merging leaves the base frozen: the reward model trained its head alone, and PPO its critic, without a word."""
+    base = models.save_base(tmp_path / "base")
+    adapter = models.save_adapter(tmp_path / "adapter", base, task, std=0.1)
+    model = load(resolve_model(adapter), ModelConfig(use_peft=False, dtype="float32"))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_starts_from_sft_that_trained_the_lm_head(tmp_path, capsys, tied):
+    """As with `lora_modules_to_save: [embed_tokens, lm_head]`, for tokens that a chat template needs."""
+    base = models.save_base(tmp_path / "base", tie_word_embeddings=tied)
+    parts = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    sft = resolve_model(models.save_adapter(tmp_path / "sft", base, std=0.1, **parts))
+    args = ModelConfig(use_peft=True, dtype="float32", lora_modules_to_save=["embed_tokens", "lm_head"])
+    reward = load_reward_trainee(sft, args)
+    assert "lm_head.weight of" in capsys.readouterr().err
+    reward.save_pretrained(tmp_path / "reward")
+    policy = load_ppo_models(sft, resolve_model(str(tmp_path / "reward")), args, False)["model"].eval()
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad(), use_role(policy, "reward"):
+        hidden = policy.get_base_model().base_model(input_ids=ids).last_hidden_state
+        score = policy.get_base_model().score.modules_to_save["reward"](hidden)[0, -1]
+    reward.config.pad_token_id = 0
+    torch.testing.assert_close(reward.eval()(input_ids=ids).logits[0], score)
+
+
+@pytest.mark.parametrize("load", [load_policy, load_reward_trainee])
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_parts_for_images_are_not_trained_on_text(tmp_path, load, use_peft):
+    """They get no gradient, for which DDP waits."""
+    base = saved(tmp_path / "base", AutoModelForCausalLM, gemma3())
+    args = ModelConfig(use_peft=use_peft, dtype="float32", lora_target_modules="all-linear")
+    model, ids = load(resolve_model(base), args), torch.arange(5, 17)[None]
+    model.config.get_text_config().pad_token_id = 0
+    output = model(input_ids=ids).logits
+    output.sum().backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) > 2 * 7 and not [name for name, parameter in trained.items() if parameter.grad is None]
+    if use_peft:
+        model.save_pretrained(tmp_path / "adapter")
+        load_reward_trainee(resolve_model(str(tmp_path / "adapter")), args)  # `all-linear` is what it has
 
 
 def test_an_adapter_on_layers_that_are_not_there_is_one_line(tmp_path):

@@ -75,9 +75,10 @@ def test_what_is_no_model_is_one_line(tmp_path, config, problem):
 def test_a_misspelt_folder_is_not_a_matter_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "sft").mkdir(parents=True)
-    missing = resolve_model("runs/stf")
-    for load in (lambda: missing.config, lambda: load_tokenizer(missing), lambda: load_policy(missing, ModelConfig())):
-        with pytest.raises(UserError, match=r"there is no folder runs/stf in .*\(did you mean runs/sft\?\)") as error:
+    missing = ModelSource("runs/stf")
+    loads = [lambda: missing.config, lambda: load_tokenizer(missing), lambda: load_policy(missing, ModelConfig())]
+    for load in (lambda: resolve_model("runs/stf"), *loads):
+        with pytest.raises(UserError, match=r"here is no folder runs/stf in .*\(did you mean runs/sft\?\)") as error:
             load()
         assert "connect" not in str(error.value) and "\n" not in str(error.value)
 

@@ -178,17 +178,18 @@ def test_some_heldout_facts_are_not_even_in_the_corpus():
 def samples(path, texts, n=3):
     row = {"prompt": [{"role": "user", "content": "What does the cow say?"}], "model": "sft", "sampling": {}}
     responses = [{"id": str(i), "text": text, "finished": True} for i, text in enumerate(texts)]
-    lines = [json.dumps({"id": f"p{i}", **row, "responses": responses}) for i in range(n)]
+    lines = [json.dumps({"id": f"p{i}", **row, "responses": responses}, ensure_ascii=False) for i in range(n)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def test_labeler_writes_rankings_once(tmp_path):
-    texts = ["The cow says moo.", "The cow says woof.", "Find it out yourself.", "The cow says moo."]
+    # A line separator within a text, as JSON may hold one, ends no line of the file.
+    texts = ["The cow says moo.", "The cow says\u2028woof.", "Find it out yourself.", "The cow says moo."]
     samples(tmp_path / "samples.jsonl", texts)
     arguments = ("labeler", "--samples", tmp_path / "samples.jsonl", "--output", tmp_path / "rankings.jsonl")
     done = run(*arguments, "--seed", "0")
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "rankings.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "rankings.jsonl").read_text().split("\n")[:-1]]
     assert [row["id"] for row in rows] == ["p0", "p1", "p2"]
     for row in rows:
         assert row["annotator"] == "simulated" and row["justification"]

@@ -210,6 +210,18 @@ def test_a_rollout_that_looks_wrong_is_said_once_and_why(tmp_path, caplog, kwarg
     assert re.search(expected, message), message
 
 
+def test_a_response_that_only_a_logged_function_judges_has_no_score(tmp_path):
+    """It would count as 0, as if a function of some weight had said so."""
+    scores = torch.tensor([[1.0, 0.5], [math.nan, 0.5]])
+    names = ["mine", "gold"]
+    PPOMonitor(config(tmp_path), False, 1e-3).scores(scores, names, has_reward_model=False, step=0)
+    weighted = PPOMonitor(config(tmp_path, reward_weights=[1.0, 0.0]), False, 1e-3)
+    with pytest.raises(UserError, match="no finite score to 1 of 2 responses"):
+        weighted.scores(scores, names, has_reward_model=False, step=0)
+    with pytest.raises(ValueError, match="reward_weights are all 0"):
+        config(tmp_path, reward_weights=[0.0])
+
+
 def test_noise_around_no_kl_is_not_called_negative(tmp_path, caplog):
     health = PPOMonitor(config(tmp_path), pad_is_eos=False, ratio_tolerance=1e-3)
     health.rollout(**(HEALTHY | {"kl": torch.tensor([-1.5, 1.0, -0.8])}))

@@ -11,6 +11,7 @@ from trl import RewardConfig, RewardTrainer
 from recipes.trainers.ranking_trainer import (
     RankingCollator,
     RankingRewardTrainer,
+    accuracy_in_words,
     majority_rankings,
     ranking_loss,
     strict_pairs,
@@ -184,3 +185,9 @@ def test_collator_pads_right():
     batch = RankingCollator(pad_token_id=0)([{"response_ids": [[5, 6, 7], [8]], "ranks": [1, 2]}])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(("right", "pairs", "shown"), [(7, 11, "± 0.25"), (11, 11, "± 0.17"), (700, 1100, "± 0.03")])
+def test_the_accuracy_says_how_sure_it_is(right, pairs, shown):
+    found = accuracy_in_words({"eval_accuracy": right / pairs, "eval_longer_wins": 0.5, "eval_pairs": pairs})
+    assert f"orders {right} of {pairs:,} held-out pairs as the labeler did ({right / pairs:.3f} {shown});" in found
