@@ -1,5 +1,7 @@
 """Errors of one line: exceptions for bad input and for a run that ends early, and how their text is written."""
 
+import difflib
+import os
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +43,13 @@ def refusals_in_one_line() -> Iterator[None]:
         yield
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+def did_you_mean(path: str) -> str:
+    """ " (did you mean X?)" where a path that does not exist has nearly the name of what is beside it, else ""."""
+    parent, name = os.path.split(path)
+    near = difflib.get_close_matches(name, os.listdir(parent or ".")) if os.path.isdir(parent or ".") else []
+    return f" (did you mean {os.path.join(parent, near[0])}?)" if near else ""
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

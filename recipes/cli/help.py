@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = 60  # a command with no more flags shows all of them
@@ -73,7 +73,9 @@ def check(words: list[str], known: dict[str, Flag], own: dict[str, Flag]) -> Non
             values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
         except FileNotFoundError:
             away = "" if Path.cwd() == ROOT or not (ROOT / config).exists() else f" (cd {ROOT} to name it so)"
-            raise UserError(f"--config {config}: there is no such file in {Path.cwd()}{away}.") from None
+            raise UserError(
+                f"--config {config}: there is no such file in {Path.cwd()}{away or did_you_mean(config)}."
+            ) from None
         except (OSError, ValueError, yaml.YAMLError):
             return  # `parse` says what is wrong
         for name in values if isinstance(values, dict) else ():

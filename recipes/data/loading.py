@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recipes.cli.errors import first_line
+from recipes.cli.errors import did_you_mean, first_line
 from recipes.data.rows import DataError, Row, RowError, check_row, join_names
 from recipes.data.text_files import COMPRESSED, PROMPTS_SUFFIX, TEXT_SUFFIXES, read_text_file
 
@@ -110,7 +110,7 @@ def _local_splits(source: str, name: str | None, data_files=None) -> dict[str, C
             return {split: partial(_numbered, str(folder), saved[split]) for split in saved}
         files_by_split = _files_by_split(path, name)
     elif source.endswith(SUFFIXES) or not _HUB_NAME.fullmatch(source):  # a path must not become a look-up on the Hub
-        raise DataError(f"{source or 'an empty name'}: no such file or folder")
+        raise DataError(f"{source or 'an empty name'}: no such file or folder{did_you_mean(source)}")
     else:
         return None
     return {split: _read_files(files) for split, files in files_by_split.items()}
@@ -179,7 +179,7 @@ def _or_data_error(source: str, load: Callable[[], Any]):
 def _read_files(paths: list[Path]) -> Callable[[], Iterable[Row]]:
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{path}: no such file")
+            raise DataError(f"{path}: no such file{did_you_mean(str(path))}")
         if not path.name.lower().endswith(SUFFIXES):
             known = f"{join_names(TEXTS)}, .parquet, the texts also with {join_names(COMPRESSED)}"
             raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {known}")

@@ -215,7 +215,7 @@ def check_shards(plugin: FullyShardedDataParallelPlugin, has_adapters: bool) -> 
         )
     if has_adapters and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT:
         raise UserError(
-            "fsdp_state_dict_type SHARDED_STATE_DICT, Accelerate's default, keeps one adapter in a checkpoint, and the "
+            "fsdp_state_dict_type SHARDED_STATE_DICT, Accelerate's default, keeps one adapter in a checkpoint and the "
             "critic is another: set it to FULL_STATE_DICT."
         )
     if plugin.cpu_ram_efficient_loading:

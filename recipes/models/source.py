@@ -5,7 +5,6 @@ It does without PEFT until an adapter's own parts are asked for: that import tak
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
-from recipes.cli.errors import UserError, first_line
+from recipes.cli.errors import UserError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -152,15 +151,7 @@ def place(name: str) -> str:
     """Where a relative path is looked for, and what is there instead."""
     if os.path.isabs(name):
         return ""
-    near = near_folder(name)
-    return f" in {os.getcwd()}{f' (did you mean {near}?)' if near else ''}"
-
-
-def near_folder(name: str) -> str | None:
-    """What is beside a path that does not exist and has nearly its name."""
-    parent, last = os.path.split(name)
-    near = difflib.get_close_matches(last, os.listdir(parent or "."), n=1) if os.path.isdir(parent or ".") else []
-    return os.path.join(parent, near[0]) if near else None
+    return f" in {os.getcwd()}{did_you_mean(name)}"
 
 
 def is_mistyped(name: str) -> bool:
@@ -168,7 +159,7 @@ def is_mistyped(name: str) -> bool:
 
     Loading it would ask the Hub again and again: without a network for more than a minute.
     """
-    if near_folder(name) is None or isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if not did_you_mean(name) or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return False
     try:
         HfApi().model_info(name, timeout=5)

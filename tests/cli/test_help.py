@@ -74,6 +74,7 @@ def test_the_rest_is_behind_help_all():
             "bad.yaml: there is no argument leaning_rate; did you",
         ),
         ("recipes/reward.py", ["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file in "),
+        ("recipes/sft.py", ["--config", "bed.yaml"], "(did you mean bad.yaml?)"),
         ("recipes/sft.py", ["--config", "recipes/configs/tiny_world/sft.yaml"], f"(cd {ROOT} to name it so)"),
         ("recipes/sft.py", ["--config", f"{ROOT}/recipes/configs/tiny_world/sft.yaml"], "--output_dir is required"),
         ("scripts/sample_responses.py", ["--seed", "1"], "--dataset_name and --output are required"),

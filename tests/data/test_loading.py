@@ -148,6 +148,12 @@ def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(source):
     assert "\n" not in str(caught.value)
 
 
+def test_a_mistyped_path_is_told_from_what_is_there(tmp_path):
+    (tmp_path / "prompts.jsonl").touch()
+    with pytest.raises(DataError, match=r"no such file or folder \(did you mean .*/prompts.jsonl\?\)"):
+        load_rows(tmp_path / "promts.jsonl")
+
+
 def test_a_hub_name_that_cannot_be_reached_is_one_line():
     with pytest.raises(
         DataError, match="no file or folder 'nobody/nothing' is here, and `datasets` could not load"

@@ -330,6 +330,16 @@ def test_a_judge_that_gives_no_numbers_is_one_line(judge):
         judge_scores(f"{__name__}.{judge}", CASES[:2], samples)
 
 
+async def waiting_judge(completions, **kwargs):
+    return [len(completion[0]["content"]) for completion in completions]
+
+
+def test_a_judge_may_be_asynchronous_and_return_integers():
+    """TRL's reward functions may."""
+    samples = [[Sample("w1", True, [1], [0.0], 0.0)], [Sample("w1 w2", True, [1], [0.0], 0.0)]]
+    assert judge_scores(f"{__name__}.waiting_judge", CASES[:2], samples).tolist() == [[2.0], [5.0]]
+
+
 CASES = [[{"role": "user", "content": f"q{number}"}] for number in range(4)]
 LONG, SHORT = ["a a a"] * 3 + ["a"], ["b"] * 2 + ["b b b", "a"]  # wins, wins, ties, is the same
 
