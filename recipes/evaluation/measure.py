@@ -6,7 +6,8 @@ samples, then the reward model scores them.
 
 import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -87,15 +88,19 @@ class Evaluation:
             find = partial(self.reference_logps, spec, samples[spec.name])
             ref_logps[spec.name] = self.parts.get(f"reference-{spec.name}", made_from, find)
         self.loaded = (None, None, None)
+        known: dict[str, dict] = defaultdict(dict)  # by what scores, the score of each response
         for spec in plan:
             groups = samples[spec.name]
             made_from = self.made_from(spec) | {"reward model": self.reward.made_from}
             score = partial(self.reward.rewards, self.conversations, groups)
             rewards = self.parts.get(f"rewards-{spec.name}", made_from, score)
             k1, k3 = (estimates(which, groups, ref_logps[spec.name]) for which in (kl_k1, kl_k3))
-            scores = {"reward": np.array(rewards)}
+            texts = [[sample.text for sample in group] for group in groups]
+            whole = [[(sample.text, *sample.token_ids) for sample in group] for group in groups]
+            scores = {"reward": same_for_same(rewards, texts, known["reward"])}
             for path in self.args.judges:
-                scores[path.rpartition(".")[2]] = judge_scores(path, self.conversations, groups)
+                name, judged = path.rpartition(".")[2], judge_scores(path, self.conversations, groups)
+                scores[name] = same_for_same(judged, whole, known[name])
             measured[spec.name] = Measured(spec, groups, k1, k3, scores)
         return measured
 
@@ -177,6 +182,18 @@ def estimates(which: Callable, samples: list[list[Sample]], ref_logps: list | No
     return np.array(
         [[which(sample.logps, ref) for sample, ref in zip(group, refs, strict=True)] for group, refs in groups]
     )
+
+
+def same_for_same(scores: Iterable, responses: Sequence[Sequence], known: dict) -> np.ndarray:
+    """`scores` (prompts, responses), in which equal responses to a prompt have the score of the first.
+
+    In its last digits a model's score depends on the batch, and a response would win or lose against itself. `known`
+    is kept for the next policy.
+    """
+    for row, group in enumerate(zip(responses, scores, strict=True)):
+        for response, score in zip(*group, strict=True):
+            known.setdefault((row, response), score)
+    return np.array([[known[row, response] for response in group] for row, group in enumerate(responses)])
 
 
 def judge_scores(path: str, prompts: list[Conversation], samples: list[list[Sample]]) -> np.ndarray:

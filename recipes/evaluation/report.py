@@ -51,9 +51,15 @@ def write_report(report: dict, output_dir: str) -> None:
     plots.save_png(figures, folder)
     template, svg = Path(__file__).with_name("report.html.jinja"), plots.to_svg(figures)
     quality = report.get("reward_model")
-    warnings = reward_model_warnings(quality) if quality else []
-    texts = {"verdict": verdict(report), "few": few_prompts(report), "warnings": warnings}
-    page = render(template, report=report, plots=svg, judges=judge_names(report), **texts)
+    page = render(
+        template,
+        report=report,
+        plots=svg,
+        judges=judge_names(report),
+        verdict=verdict(report),
+        few=few_prompts(report),
+        warnings=reward_model_warnings(quality) if quality else [],
+    )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 

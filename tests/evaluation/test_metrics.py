@@ -10,7 +10,7 @@ import pytest
 from recipes.cli.errors import UserError
 from recipes.evaluation import frontier, metrics, reward_quality
 from recipes.evaluation.arguments import EvaluationArguments
-from recipes.evaluation.measure import Evaluation, Measured
+from recipes.evaluation.measure import Evaluation, Measured, same_for_same
 from recipes.evaluation.parts import Parts
 from recipes.evaluation.people import people_outcomes, read_people, write_ranking_task
 from recipes.evaluation.policies import PolicySpec, Sample, checkpoints
@@ -89,6 +89,15 @@ def test_identical_policies_win_half_within_the_interval():
     assert 0.90 <= inside / 100 <= 0.99
     same = metrics.win_rate(metrics.outcomes(a, a))
     assert same["win_rate"] == 0.5 and same["tie"] == pytest.approx(0.25) and same["ci95"] == pytest.approx([0.5, 0.5])
+
+
+def test_the_same_response_of_two_policies_is_a_tie():
+    """Scored in another batch, it differed by 1e-6, and won or lost."""
+    known: dict = {}
+    a = same_for_same([[1.0, 0.5], [1.0, 2.0]], [["x", "y"], ["x", "z"]], known)
+    b = same_for_same([[1.000001, 3.0], [0.999999, 1.0]], [["x", "w"], ["x", "x"]], known)
+    assert a.tolist() == [[1.0, 0.5], [1.0, 2.0]] and b.tolist() == [[1.0, 3.0], [1.0, 1.0]]
+    assert metrics.outcomes(a, b)[:, 1].tolist() == [0.25, 0.5]
 
 
 def test_win_rate_of_a_known_difference():
