@@ -310,6 +310,8 @@ def misfit_in_one_line(adapter: str, base: str) -> Iterator[None]:
     except SafetensorError as error:
         raise UserError(f"The weights of the adapter {adapter} cannot be read: {first_line(error)}.") from error
     except (RuntimeError, ValueError, KeyError) as error:
+        if "Can't find weights" in str(error):
+            raise UserError(f"The adapter {adapter} has no weights (adapter_model.safetensors).") from error
         raise UserError(
             f"The adapter {adapter} does not fit the base {base}: it was trained on another ({first_line(error)})."
         ) from error

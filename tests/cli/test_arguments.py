@@ -241,6 +241,7 @@ def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
         ("", ("--ignore_bias_buffers", "true"), "--ignore_bias_buffers is not used"),
         ("do_train: false", (), "--do_train is not used: a recipe trains"),
         ("do_eval: true", (), "do_eval True is not used while eval_strategy is no"),
+        ("", ("--eval_on_start", "true"), "eval_on_start true is not used while eval_strategy is no"),
         ("", ("--lr_scheduler_kwargs", "{bad}"), "lr_scheduler_kwargs {bad} is not valid JSON"),
         ("", ("--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
         ("", ("--dataset_name", ""), "--dataset_name is empty: is it a variable that is not set"),
@@ -268,7 +269,13 @@ def test_what_would_go_unused_is_refused(tmp_path, text, flags, message):
         "weight_decay -1",
         "seed -1",
         "lora_r 0",
-        "lora_dropout 1.5",
+        "lora_dropout 1",
+        "adam_beta1 1",
+        "label_smoothing_factor 2",
+        "dataloader_num_workers -1",
+        "steps_per_generation 0",
+        "top_p 2",
+        "top_k -1",
     ],
 )
 def test_numbers_that_no_run_can_have_are_refused_before_anything_loads(tmp_path, wrong):
