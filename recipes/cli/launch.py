@@ -155,6 +155,8 @@ def check_launch(training_args: TrainingArguments) -> None:
     """
     if getattr(training_args, "use_vllm", False) and not is_vllm_available():
         raise UserError("use_vllm is true, but vLLM is not installed: pip install 'trl[vllm]', or set it to false.")
+    if getattr(training_args, "activation_offloading", False) and training_args.device.type == "cpu":
+        raise UserError("activation_offloading moves activations off a GPU, and this runs on a CPU: leave it out.")
     check_services(training_args)
     state = training_args.distributed_state
     running = f"{count(state.num_processes)} on {training_args.device.type} ({state.distributed_type.value})"

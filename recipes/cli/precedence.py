@@ -31,6 +31,7 @@ UNUSED = {
     "save_steps": ("save_strategy", ("no", "epoch", "best"), "steps"),
     "eval_steps": ("eval_strategy", ("no", "epoch"), "steps"),
     "do_eval": ("eval_strategy", ("no",), "epoch"),
+    "eval_on_start": ("eval_strategy", ("no",), "epoch"),
     "logging_steps": ("logging_strategy", ("no", "epoch"), "steps"),
     "warmup_steps": ("lr_scheduler_type", ("constant",), "constant_with_warmup"),
     "adaptive_kl_horizon": ("adaptive_kl_target", (None,), "a KL in nats"),
@@ -38,6 +39,9 @@ UNUSED = {
     "ptx_dataset_split": ("ptx_dataset_name", (None,), "demonstrations"),
     "max_error_rate": ("on_error", ("raise",), "skip"),
     **{name: ("use_peft", (False,), "true") for name in LORA},
+    "bnb_4bit_quant_type": ("load_in_4bit", (False,), "true"),
+    "bnb_4bit_quant_storage": ("load_in_4bit", (False,), "true"),
+    "use_bnb_nested_quant": ("load_in_4bit", (False,), "true"),
 }
 
 
@@ -54,14 +58,19 @@ REFUSED = {
 }
 PATHS = re.compile(r".*_path|.*_dir|.*dataset_name|output|compare")  # arguments whose value cannot be an empty text
 AT_LEAST_0, AT_LEAST_1, SHARE = (0, math.inf, "0 or more"), (1, math.inf, "1 or more"), (0, 1, "0 to 1")
+BELOW_1 = (0, math.nextafter(1, 0), "0 or more, and below 1")
 # argument: the least and the greatest value that means something, in words
 RANGES = {
     "max_steps": (1, math.inf, "1 or more, or -1 for a run of --num_train_epochs"),
-    "num_train_epochs": (sys.float_info.min, math.inf, "more than 0"),
+    **dict.fromkeys(("num_train_epochs", "repetition_penalty"), (sys.float_info.min, math.inf, "more than 0")),
+    "top_p": (sys.float_info.min, 1, "more than 0, at most 1"),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "adam_epsilon"), AT_LEAST_0),
+    **dict.fromkeys(("dataloader_num_workers", "center_rewards_coefficient", "top_k"), AT_LEAST_0),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "max_length"), AT_LEAST_1),
-    **dict.fromkeys(("gradient_accumulation_steps", "lora_r", "lora_alpha"), AT_LEAST_1),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "max_error_rate"), SHARE),
+    **dict.fromkeys(("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"), AT_LEAST_1),
+    **dict.fromkeys(("lora_r", "lora_alpha", "pad_to_multiple_of"), AT_LEAST_1),
+    **dict.fromkeys(("max_error_rate", "label_smoothing_factor", "min_p"), SHARE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), BELOW_1),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1, "0 to 4294967295")),
 }
 

@@ -43,6 +43,8 @@ from recipes.cli.record import (
 from recipes.cli.screen import result_line, say
 
 LOCK = ".lock"
+# Functions of Trainer that read arguments for the first time.
+SET_UP = {"create_optimizer", "create_scheduler", "get_train_dataloader", "get_eval_dataloader"}
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -185,8 +187,15 @@ class RunFolder:
         adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
         base = next((config.base_model_name_or_path for config in adapters.values()), None)
         trainer.card = lambda: model_card(self.record, trainer.state.log_history, base)
-        with signals.stops_after_a_step():
-            trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
+        try:
+            with signals.stops_after_a_step():
+                trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
+        except (ValueError, TypeError) as error:
+            if SET_UP & {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
+                if self.before is None and trainer.accelerator.is_main_process:  # nothing was trained
+                    os.unlink(os.path.join(self.path, RECORD))
+                raise UserError(f"An argument cannot be used: {first_line(error)}.") from error
+            raise
 
     def save_model(self, trainer: Trainer, last: Callable[[str], None] | None = None) -> None:
         """Put the trained model into the folder: all its files are written aside first, then moved.
@@ -261,7 +270,7 @@ def settle_evaluation(training_args: TrainingArguments, datasets: Mapping[str, A
     if training_args.eval_strategy != "no" and "eval" not in datasets:
         if training_args.load_best_model_at_end:
             raise UserError("--load_best_model_at_end true needs rows to evaluate on: add prompts or set it to false.")
-        training_args.eval_strategy = IntervalStrategy.NO
+        training_args.eval_strategy, training_args.eval_on_start = IntervalStrategy.NO, False
 
 
 def check_steps(trainer: Trainer) -> None:

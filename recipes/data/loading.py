@@ -99,6 +99,8 @@ def _local_splits(source: str, name: str | None, data_files=None) -> dict[str, C
         chosen = {split: [files] if isinstance(files, str | Path) else files for split, files in by_split.items()}
         files_by_split = {split: [folder / Path(file).expanduser() for file in chosen[split]] for split in chosen}
     elif source and path.is_file():
+        if name:
+            raise DataError(f"{source} is one file, and has no configuration {name!r}")
         files_by_split = {"train": [path]}
     elif source and path.is_dir():
         folder = path / name if name else path

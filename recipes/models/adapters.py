@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel, TrainerCallback
 from trl import ModelConfig, get_peft_config
 
@@ -199,7 +200,7 @@ def checkpoint_under_roles(model: PeftModel) -> None:
     base.activation_checkpointing_enable = enable_under_roles
 
 
-def check_shards(plugin: FullyShardedDataParallelPlugin) -> None:
+def check_shards(plugin: FullyShardedDataParallelPlugin, has_adapters: bool) -> None:
     """Refuse ways to shard a model (FSDP) under which roles would be wrong without an error.
 
     Raises:
@@ -207,10 +208,15 @@ def check_shards(plugin: FullyShardedDataParallelPlugin) -> None:
     """
     if plugin.fsdp_version != 2:  # flattened weights are no adapter's any more
         raise UserError("PPO shards with fsdp_version: 2 only: launch with accelerate_configs/fsdp2.yaml.")
-    if plugin.activation_checkpointing:
+    if has_adapters and plugin.activation_checkpointing:
         raise UserError(
             "fsdp_activation_checkpointing recomputes blocks under the adapter of another role: set it to false, and "
             "the training argument activation_checkpointing to true."
+        )
+    if has_adapters and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT:
+        raise UserError(
+            "fsdp_state_dict_type SHARDED_STATE_DICT, Accelerate's default, keeps one adapter in a checkpoint and the "
+            "critic is another: set it to FULL_STATE_DICT."
         )
     if plugin.cpu_ram_efficient_loading:
         raise UserError(
@@ -304,6 +310,8 @@ def misfit_in_one_line(adapter: str, base: str) -> Iterator[None]:
     except SafetensorError as error:
         raise UserError(f"The weights of the adapter {adapter} cannot be read: {first_line(error)}.") from error
     except (RuntimeError, ValueError, KeyError) as error:
+        if "Can't find weights" in str(error):
+            raise UserError(f"The adapter {adapter} has no weights (adapter_model.safetensors).") from error
         raise UserError(
             f"The adapter {adapter} does not fit the base {base}: it was trained on another ({first_line(error)})."
         ) from error

@@ -137,15 +137,24 @@ def new_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelSource)
     """`model`, of the weights of `source`, with a fresh adapter, which keeps their revision.
 
     Raises:
-        UserError: PEFT does not know where to put it.
+        UserError: PEFT does not know where to put it, or leaves out a name that is nowhere in the model.
     """
+    unknown = []
+    for flag in ("target_modules", "target_parameters", "modules_to_save"):
+        names = getattr(config, flag) or ()
+        known = model.named_parameters() if flag == "target_parameters" else model.named_modules()
+        places = [f".{name}" for name, _ in known]
+        for name in () if isinstance(names, str) else sorted(names):
+            if name != "all-linear" and not any(place.endswith(f".{name}") for place in places):
+                unknown.append(f"--lora_{flag} {name}: {type(model).__name__} has no part of this name")
+    advice = "Name layers of it, or take all with --lora_target_modules all-linear."
     try:
-        return get_peft_model(model, only_on_text(config, model), revision=source.revision)
+        adapted = get_peft_model(model, only_on_text(config, model), revision=source.revision)
     except ValueError as error:
-        raise UserError(
-            f"No adapter could be put on {type(model).__name__}: {first_line(error)}. Name layers of it, or take all "
-            "with --lora_target_modules all-linear."
-        ) from error
+        raise UserError(f"No adapter could be put on {type(model).__name__}: {first_line(error)}. {advice}") from error
+    if unknown:  # PEFT leaves it out where another name fits
+        raise UserError(f"{unknown[0]}. {advice}")
+    return adapted
 
 
 def load_adapter(model: PreTrainedModel, source: ModelSource, is_trainable: bool = False) -> PeftModel:

@@ -74,7 +74,7 @@ class ModelSource:
             return AutoConfig.from_pretrained(
                 self.weights, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             what = f"The configuration of {self.weights} could not be loaded"
             raise load_error(what, self.weights, error) from error
 
@@ -85,9 +85,16 @@ class ModelSource:
 
     @property
     def peft_config(self) -> PeftConfig:
-        """The configuration of an adapter, a new object each time; it names the revision of the base too."""
-        from peft import PeftConfig
+        """The configuration of an adapter, a new object each time; it names the revision of the base too.
 
+        Raises:
+            UserError: PEFT cannot read it.
+        """
+        from peft import PeftConfig, PeftType
+
+        kind = self.adapter.get("peft_type")
+        if kind not in list(PeftType):
+            raise UserError(f"{self.path}/adapter_config.json: the peft_type {kind} is unknown to this PEFT.")
         return PeftConfig.from_peft_type(**self.adapter | {"revision": self.revision})
 
     @cached_property
@@ -97,9 +104,11 @@ class ModelSource:
             return any(name.endswith("ForSequenceClassification") for name in self.config.architectures or [])
         from peft.utils import load_peft_weights
 
+        if os.path.isdir(self.path) and not any(name.startswith("adapter_model.") for name in os.listdir(self.path)):
+            raise UserError(f"The adapter {self.path} has no weights (adapter_model.safetensors).")
         try:
             return any(".score." in f".{name}" for name in load_peft_weights(self.path, device="cpu"))
-        except (SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise load_error(f"The weights of the adapter {self.path} cannot be read", self.path, error) from error
 
 
@@ -108,14 +117,17 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
 
     Raises:
         UserError: there is no such folder, an adapter's configuration cannot be read, its base folder is gone, or it
-            was trained on another revision of its base than `revision`.
+            was trained on another revision of its base than `revision`, or that is given for a folder.
     """
     if not name:
         raise UserError("Command line: --model_name_or_path is required.")
+    if os.path.isfile(name):
+        raise UserError(f"{name} is a file: a model is a folder, or a name on the Hub.")
     if not os.path.isdir(name) and (not is_hub_name(name) or is_mistyped(name)):
         raise UserError(f"There is no folder {name}{place(name)}, and it is not the name of a Hub model.")
     config = find_adapter_config_file(name)
     if config is None:
+        refuse_revision_of_folder(revision, name)
         return ModelSource(name, None, revision, trust_remote_code)
     try:
         with open(config, encoding="utf-8") as file:
@@ -135,7 +147,13 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
         raise UserError(
             f"--model_revision {revision}: {name} is an adapter on the revision {trained_on} of {base}: leave it out."
         )
+    refuse_revision_of_folder(revision, base)
     return ModelSource(name, base, trained_on, trust_remote_code, adapter)
+
+
+def refuse_revision_of_folder(revision: str, weights: str) -> None:
+    if revision != "main" and os.path.isdir(weights):
+        raise UserError(f"--model_revision {revision}: {weights} is a folder, which has no revisions: leave it out.")
 
 
 def load_error(what: str, name: str, error: Exception) -> UserError:
@@ -143,7 +161,9 @@ def load_error(what: str, name: str, error: Exception) -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(f"{what}: it comes with Python code. Read that; --trust_remote_code true then runs it.")
     if os.path.isdir(name) or not any(word in str(error) for word in ("connect", "offline", "not a local folder")):
-        return UserError(f"{what}: {first_line(error)}")
+        if os.path.isdir(name) and not {"config.json", "adapter_config.json"} & {*os.listdir(name)}:
+            return UserError(f"{what}: the folder {name} holds no config.json, so it is no model.")
+        return UserError(f"{what}: {first_line(error) or type(error).__name__}")
     return UserError(f"{what}: there is no folder {name}{place(name)}, and the Hub did not give such a model.")
 
 

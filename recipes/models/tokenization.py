@@ -43,7 +43,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             revision=source.revision if name == source.weights else "main",  # of an adapter's own repository
             trust_remote_code=source.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise load_error(f"No tokenizer could be loaded from {name}", name, error) from error
     if not tokenizer.encode("Hello", add_special_tokens=False):
         raise UserError(

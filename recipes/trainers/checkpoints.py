@@ -154,7 +154,7 @@ class WholeCheckpoints(Trainer):
     def _determine_best_metric(self, metrics, trial):
         try:
             return super()._determine_best_metric(metrics, trial)
-        except KeyError as error:
+        except (KeyError, TypeError) as error:  # TypeError: None, where nothing was measured
             names = ", ".join(sorted(name.removeprefix("eval_") for name in metrics))
             raise UserError(
                 f"--metric_for_best_model {self.args.metric_for_best_model}: an evaluation has no such number. It has "

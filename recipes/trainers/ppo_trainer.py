@@ -255,7 +255,7 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
         """Give every model the forward that PPO calls, and place frozen ones beside the policy."""
         args, base = self.args, self._base
         if self.is_fsdp_enabled:
-            check_shards(self.accelerator.state.fsdp_plugin)
+            check_shards(self.accelerator.state.fsdp_plugin, self._is_peft)
         quantized = getattr(base, "is_quantized", False)
         self._in_float32 = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32 and not quantized
         self._fast = FastPaths(args, self.accelerator, self._policy, self._in_float32)

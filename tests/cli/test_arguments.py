@@ -227,6 +227,7 @@ def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
         ("lr_scheduler_type: constant", ("--warmup_steps", "5"), "set lr_scheduler_type to constant_with_warmup"),
         ("", ("--lora_r", "4"), "lora_r 4 is not used while use_peft is False: set use_peft to true"),
         ("use_peft: false\nlora_target_modules: [q_proj]", (), "lora_target_modules .* is not used"),
+        ("bnb_4bit_quant_type: fp4", (), "bnb_4bit_quant_type fp4 is not used while load_in_4bit is False"),
         (
             "load_best_model_at_end: true\neval_strategy: steps\neval_steps: 2",
             ("--save_steps", "3"),
@@ -240,6 +241,7 @@ def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
         ("", ("--ignore_bias_buffers", "true"), "--ignore_bias_buffers is not used"),
         ("do_train: false", (), "--do_train is not used: a recipe trains"),
         ("do_eval: true", (), "do_eval True is not used while eval_strategy is no"),
+        ("", ("--eval_on_start", "true"), "eval_on_start true is not used while eval_strategy is no"),
         ("", ("--lr_scheduler_kwargs", "{bad}"), "lr_scheduler_kwargs {bad} is not valid JSON"),
         ("", ("--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
         ("", ("--dataset_name", ""), "--dataset_name is empty: is it a variable that is not set"),
@@ -267,7 +269,13 @@ def test_what_would_go_unused_is_refused(tmp_path, text, flags, message):
         "weight_decay -1",
         "seed -1",
         "lora_r 0",
-        "lora_dropout 1.5",
+        "lora_dropout 1",
+        "adam_beta1 1",
+        "label_smoothing_factor 2",
+        "dataloader_num_workers -1",
+        "steps_per_generation 0",
+        "top_p 2",
+        "top_k -1",
     ],
 )
 def test_numbers_that_no_run_can_have_are_refused_before_anything_loads(tmp_path, wrong):

@@ -1,5 +1,8 @@
 """The models of PPO in full fine-tuning: what the critic starts from, by size, vocabulary and configuration."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma3Config
@@ -10,6 +13,7 @@ from recipes.models.adapters import use_role
 from recipes.models.heads import critic_from_policy, scores_at
 from recipes.models.loading import load_policy, load_ppo_models, load_reward_trainee
 from recipes.models.source import resolve_model
+from recipes.models.tokenization import load_tokenizer
 from tests import tiny_models as models
 
 
@@ -106,6 +110,45 @@ def test_an_adapter_on_layers_that_are_not_there_is_one_line(tmp_path):
     base = resolve_model(models.save_base(tmp_path / "base"))
     with pytest.raises(UserError, match="No adapter could be put on Llama.*--lora_target_modules all-linear"):
         load_policy(base, ModelConfig(use_peft=True, lora_target_modules=["c_attn"], dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    "flag, names",
+    [("target_modules", ["q_proj", "c_attn"]), ("modules_to_save", ["c_attn"]), ("target_parameters", ["c_attn"])],
+)
+def test_a_part_that_the_model_does_not_have_is_named(tmp_path, flag, names):
+    """PEFT leaves it out in silence where another name fits."""
+    base = resolve_model(models.save_base(tmp_path / "base"))
+    with pytest.raises(UserError, match=f"--lora_{flag} c_attn: LlamaForCausalLM has no part of this name"):
+        load_policy(base, ModelConfig(use_peft=True, dtype="float32", **{f"lora_{flag}": names}))
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("a file", "config.json is a file: a model is a folder, or a name on the Hub"),
+        ("no model", "the folder .* holds no config.json, so it is no model"),
+        ("no type", "adapter_config.json: the peft_type None is unknown to this PEFT"),
+        ("no weights", "The adapter .* has no weights"),
+        ("a list", "could not be loaded|cannot be read"),
+    ],
+)
+def test_what_is_no_model_is_one_line(tmp_path, kind, message):
+    base = Path(models.save_base(tmp_path / "base"))
+    adapter = Path(models.save_adapter(tmp_path / "adapter", str(base)))
+    name = {"a file": base / "config.json", "no model": tmp_path / "empty"}.get(kind, adapter)
+    (tmp_path / "empty").mkdir()
+    if kind == "no type":
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    elif kind == "no weights":
+        (adapter / "adapter_model.safetensors").unlink()
+    elif kind == "a list":
+        (base / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match=message) as error:
+        source = resolve_model(str(name))
+        load_tokenizer(source)
+        load_policy(source, ModelConfig(use_peft=True, dtype="float32"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("which", ["base", "adapter"])

@@ -68,6 +68,10 @@ CASES = [
     ("sft", {"model_name_or_path": "nowhere/at/all"}, r"nowhere/at/all"),
     ("sft", {"learning_rat": "1"}, r"no argument learning_rat; did you mean learning_rate\?"),
     ("sft", {"load_in_4bit": "true", "use_peft": "false"}, r"set use_peft: true"),
+    ("sft", {"activation_offloading": "true"}, r"activation_offloading .* this runs on a CPU: leave it out"),
+    ("sft", {"lr_scheduler_type": "cosine_with_min_lr"}, r"An argument cannot be used: .*min_lr"),
+    ("sft", {"optim_args": "foo"}, r"An argument cannot be used: "),
+    ("sft", {"dataset_config": "small"}, r"is one file, and has no configuration 'small'"),
     ("sft", {"eos_token": "<|no|>"}, r"`eos_token` \('<\|no\|>'\) is not found in the vocabulary"),
     (
         "sft",

@@ -155,14 +155,16 @@ def test_convolutions_follow_the_role():
         ({"fsdp_version": 1}, "fsdp_version: 2 only"),
         ({"activation_checkpointing": True}, "fsdp_activation_checkpointing recomputes blocks"),
         ({"cpu_ram_efficient_loading": True}, "loads weights in the first process only"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, "keeps one adapter in a checkpoint"),
     ],
 )
 def test_shards_that_would_mix_up_roles_are_refused(monkeypatch, wrong, line):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin sets it
     right = {"fsdp_version": 2, "activation_checkpointing": False, "cpu_ram_efficient_loading": False}
-    check_shards(FullyShardedDataParallelPlugin(**right))
+    right |= {"state_dict_type": "FULL_STATE_DICT"}
+    check_shards(FullyShardedDataParallelPlugin(**right), has_adapters=True)
     with pytest.raises(UserError, match=line):
-        check_shards(FullyShardedDataParallelPlugin(**right | wrong))
+        check_shards(FullyShardedDataParallelPlugin(**right | wrong), has_adapters=True)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
