@@ -82,6 +82,11 @@ def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -
     scaled = [name for name in ("score_mean", "score_std") if getattr(training_args, name) is not None]
     if scaled and script_args.reward_model_name_or_path is None:
         raise UserError(f"--{scaled[0]} is about the reward model's score: set --reward_model_name_or_path.")
+    if 0 < training_args.max_steps <= training_args.critic_warmup_steps:
+        raise UserError(
+            f"--critic_warmup_steps {training_args.critic_warmup_steps}: the run has {training_args.max_steps} steps, "
+            "and none would train the policy."
+        )
     weights = training_args.reward_weights
     if weights is not None and len(weights) != len(sources):
         raise UserError(

@@ -39,6 +39,9 @@ UNUSED = {
     "ptx_dataset_split": ("ptx_dataset_name", (None,), "demonstrations"),
     "max_error_rate": ("on_error", ("raise",), "skip"),
     **{name: ("use_peft", (False,), "true") for name in LORA},
+    "bnb_4bit_quant_type": ("load_in_4bit", (False,), "true"),
+    "bnb_4bit_quant_storage": ("load_in_4bit", (False,), "true"),
+    "use_bnb_nested_quant": ("load_in_4bit", (False,), "true"),
 }
 
 

@@ -196,7 +196,7 @@ def draw_over_optimization(axes, report: dict, name: str) -> None:
     axes.plot(kl, start + over_optimization_curve(kl, fits["rl"]), "--", color="black", linewidth=1, label="PPO, fit")
     axes.plot(*columns(best, "kl_with_ties", name), "x", color=ORANGE, markersize=4, label="best of n")
     if fits["bon"]:
-        kl = np.linspace(best[1]["kl"] / 20, best[-1]["kl"], 100)
+        kl = np.linspace(best[1]["kl_with_ties"] / 20, best[-1]["kl_with_ties"], 100)
         axes.plot(kl, start + over_optimization_curve(kl, fits["bon"]), ":", color=ORANGE, linewidth=1)
     axes.axhline(start, color=GREY, linewidth=0.8)
     square_root_axis(axes, "KL, nats per response (square-root axis)")

@@ -144,14 +144,14 @@ def over_optimization(reference: Measured, checkpoints: list[Measured], best_of_
     """Gains over the reference by the reward (the proxy) and each judge, and the curves of Gao et al. fitted to them.
 
     One curve for all runs: in that paper the KL penalty did not move it. `None` for best-of-n with fewer than two n
-    above 1.
+    that have a KL; it is the one with ties, at which the figure has them too.
     """
     runs = [one for one in checkpoints if one.k1 is not None and one.k1.mean() > 0]
     if len(runs) < 3:
         return None
     kl = np.array([one.k1.mean() for one in runs])
-    best = [row for row in best_of_n if row["n"] > 1]
-    best_kl, fits = np.array([row["kl"] for row in best]), {}
+    best = [row for row in best_of_n if row["kl_with_ties"] > 1e-6]
+    best_kl, fits = np.array([row["kl_with_ties"] for row in best]), {}
     for name, values in reference.scores.items():
         gains = np.array([one.scores[name].mean() - values.mean() for one in runs])
         best_gains = np.array([row[name] - values.mean() for row in best])

@@ -117,7 +117,7 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
 
     Raises:
         UserError: there is no such folder, an adapter's configuration cannot be read, its base folder is gone, or it
-            was trained on another revision of its base than `revision`.
+            was trained on another revision of its base than `revision`, or that is given for a folder.
     """
     if not name:
         raise UserError("Command line: --model_name_or_path is required.")
@@ -127,6 +127,7 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
         raise UserError(f"There is no folder {name}{place(name)}, and it is not the name of a Hub model.")
     config = find_adapter_config_file(name)
     if config is None:
+        refuse_revision_of_folder(revision, name)
         return ModelSource(name, None, revision, trust_remote_code)
     try:
         with open(config, encoding="utf-8") as file:
@@ -146,7 +147,13 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
         raise UserError(
             f"--model_revision {revision}: {name} is an adapter on the revision {trained_on} of {base}: leave it out."
         )
+    refuse_revision_of_folder(revision, base)
     return ModelSource(name, base, trained_on, trust_remote_code, adapter)
+
+
+def refuse_revision_of_folder(revision: str, weights: str) -> None:
+    if revision != "main" and os.path.isdir(weights):
+        raise UserError(f"--model_revision {revision}: {weights} is a folder, which has no revisions: leave it out.")
 
 
 def load_error(what: str, name: str, error: Exception) -> UserError:

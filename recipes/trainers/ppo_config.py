@@ -57,6 +57,7 @@ REFUSED = {
     "log_multimodal": _TEXT_ONLY,
     "label_smoothing_factor": "PPO's loss has no labels to smooth",
     "neftune_noise_alpha": "with noise in the embeddings, training and sampling would use different policies",
+    "data_seed": "the order of prompts is drawn by seed",
     "train_sampling_strategy": "prompts are shuffled anew each epoch, or keep their order with shuffle_dataset: false",
 }
 NOT_NEGATIVE = (

@@ -143,10 +143,17 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
 
     Raises:
         ValueError: no row has two responses of unequal rank within `max_length`.
+        UserError: an argument of Trainer that rankings have no use for.
     """
 
     def __init__(self, *args, data_collator=None, processing_class=None, **kwargs):
         super().__init__(*args, data_collator=data_collator, processing_class=processing_class, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise UserError("--label_smoothing_factor is not used: rankings have no labels to smooth. Leave it out.")
+        if self.args.train_sampling_strategy not in ("random", "sequential"):
+            raise UserError(
+                "--train_sampling_strategy goes by the length of a row: rankings have several. Leave it out."
+            )
         if data_collator is None:
             self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}

@@ -227,6 +227,7 @@ def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
         ("lr_scheduler_type: constant", ("--warmup_steps", "5"), "set lr_scheduler_type to constant_with_warmup"),
         ("", ("--lora_r", "4"), "lora_r 4 is not used while use_peft is False: set use_peft to true"),
         ("use_peft: false\nlora_target_modules: [q_proj]", (), "lora_target_modules .* is not used"),
+        ("bnb_4bit_quant_type: fp4", (), "bnb_4bit_quant_type fp4 is not used while load_in_4bit is False"),
         (
             "load_best_model_at_end: true\neval_strategy: steps\neval_steps: 2",
             ("--save_steps", "3"),

@@ -16,7 +16,7 @@ from recipes.evaluation.people import people_outcomes, read_people, write_rankin
 from recipes.evaluation.policies import PolicySpec, Sample, checkpoints
 from recipes.evaluation.report import table, verdict, write_report
 from recipes.evaluation.reward_quality import Pair
-from recipes.evaluation.summary import summarise
+from recipes.evaluation.summary import Curves, over_optimization, summarise
 from recipes.formatting import FormattingArguments
 from recipes.labelling.tasks import read_tasks
 from recipes.models.sampling import LoadingArguments
@@ -396,6 +396,20 @@ def measured(spec: PolicySpec, rewards, kl=None) -> Measured:
     samples = [[Sample("w1", True, [7, 1], [-1.0, -1.0], 1.0) for _ in row] for row in rewards]
     k = None if kl is None else np.full(rewards.shape, kl)
     return Measured(spec, samples, k, k, {"reward": rewards, "judge": rewards})
+
+
+def test_the_curve_of_best_of_n_goes_through_its_points():
+    """It was fitted at log n - (n - 1) / n, an upper bound of the KL, and drawn beside points at the KL with ties."""
+    args = EvaluationArguments(**ARGUMENTS, best_of_n=64)
+    rewards = RNG(0).integers(0, 3, (200, 64))
+    reference = measured(args.plan()[1], rewards, 0.0)
+    best = Curves(reference, 64).best_of_n()
+    runs = [measured(PolicySpec(f"ppo@step{step}", "c", 2, 1.0, "ppo", step), rewards, step) for step in (1, 2, 3)]
+    found = over_optimization(reference, runs, best)
+    kl, reward = (np.array([row[key] for row in best[1:]]) for key in ("kl_with_ties", "reward"))
+    assert best[-1]["kl_with_ties"] < best[-1]["kl"] / 2
+    curve = found["start"]["reward"] + frontier.over_optimization_curve(kl, found["fits"]["reward"]["bon"])
+    assert curve == pytest.approx(reward, abs=0.06)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a model path turns out to be, and that it is found out once."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,15 +181,19 @@ def test_an_adapter_goes_on_with_the_yaml_that_it_was_made_with(folders, load):
 
 def test_the_revision_of_a_base_stays_with_its_adapter(folders, tmp_path):
     """Else the next step would train the same adapter on the newest weights of the base, without a word."""
-    base = resolve_model(str(folders / "base"), "step3")
+    base = replace(resolve_model(str(folders / "base")), revision="step3")  # as if it were on the Hub
     for number, load in enumerate((load_policy, load_reward_trainee)):
         load(base, ModelConfig(use_peft=True, lora_r=2)).save_pretrained(tmp_path / str(number))
         again = resolve_model(str(tmp_path / str(number)))
         assert again.revision == again.without_adapter.revision == again.peft_config.revision == "step3"
-        assert resolve_model(str(tmp_path / str(number)), "step3").revision == "step3"
         with pytest.raises(UserError, match="--model_revision step4: .* is an adapter on the revision step3 of"):
             resolve_model(str(tmp_path / str(number)), "step4")
-    assert resolve_model(str(folders / "sft"), "step4").revision == "step4"  # it does not say
+    for name in ("base", "sft"):
+        with pytest.raises(UserError, match="--model_revision step4: .*base is a folder, which has no revisions"):
+            resolve_model(str(folders / name), "step4")
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}  # does not say
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert resolve_model(str(tmp_path), "step4").revision == "step4"
     assert not same_weights(ModelSource("a", "org/base", "step3"), ModelSource("b", "org/base", "main"))
 
 

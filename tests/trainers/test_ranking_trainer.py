@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
+from recipes.cli.errors import UserError
 from recipes.trainers.ranking_trainer import (
     RankingCollator,
     RankingRewardTrainer,
@@ -71,6 +72,12 @@ def trainer_of(cls, folder, dataset, **kwargs):
         eval_dataset=dataset,
         processing_class=models.word_tokenizer(),
     )
+
+
+@pytest.mark.parametrize("wrong", [{"label_smoothing_factor": 0.1}, {"train_sampling_strategy": "group_by_length"}])
+def test_arguments_that_rankings_have_no_use_for_are_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
+        trainer_of(RankingRewardTrainer, tmp_path, rankings(), **wrong)
 
 
 def test_loss_by_hand():
