@@ -329,7 +329,6 @@ def test_a_prompt_beside_whole_conversations_is_theirs():
         ({"prompt": json.dumps([user("q")]), "chosen": "a", "rejected": "b"}, "prompt"),
         ({"prompt": "q", "chosen": json.dumps([assistant("a")]), "rejected": "b"}, "chosen"),
         ({"prompt": "q", "chosen": "a", "rejected": json.dumps({"from": "gpt", "value": "b"})}, "rejected"),
-        ({"prompt": "q", "responses": [{"text": json.dumps([assistant("a")]), "rank": 1}]}, "responses[0].text"),
     ],
 )
 def test_messages_as_json_text_are_no_text(row, column):
