@@ -1,7 +1,9 @@
 """Submitted rankings as training data: one JSON object per prompt and labeler."""
 
 import json
+import shlex
 from collections import Counter, defaultdict
+from itertools import count
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +69,15 @@ def ranking_row(event, answer: Answer, shown: list) -> dict:
         "seconds": round(event["seconds"], 1),
         **_given(guideline_version=event["guideline_version"]),
     }
+
+
+def export_command(database: Path) -> str:
+    """The command that exports to a new file beside the database."""
+    names = (f"rankings{number or ''}.jsonl" for number in count())
+    output = next(path for name in names if not (path := database.with_name(name)).exists())
+    return shlex.join(
+        ["python", "scripts/rank_responses.py", "export", "--database", str(database), "--output", str(output)]
+    )
 
 
 def _given(**values):

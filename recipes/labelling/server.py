@@ -23,6 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from recipes.cli.errors import UserError
 from recipes.labelling import accounts
 from recipes.labelling.answers import FLAGS, MAX_TEXT, Answer, AnswerError, Review, ranks_of
+from recipes.labelling.export import export_command
 from recipes.labelling.markdown import render
 from recipes.labelling.store import MAX_ID, ConflictError, NotAssignedError, Store
 
@@ -187,7 +188,11 @@ def create_app(store: Store) -> FastAPI:
     def next_task(request: Request, me: Me):
         is_first = not store.has_tasks(me.id)
         task = store.next_task(me.id)
-        return task_page(request, me, task, is_first) if task else page_of(request, me, "done.html")
+        return (
+            task_page(request, me, task, is_first)
+            if task
+            else page_of(request, me, "done.html", export_command=export_command)
+        )
 
     @app.get("/task/{prompt_id}")
     def task(request: Request, me: Me, prompt_id: str):

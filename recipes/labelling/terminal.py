@@ -8,6 +8,7 @@ from string import ascii_uppercase
 
 from recipes.cli.errors import visible
 from recipes.labelling.answers import AnswerError, Review
+from recipes.labelling.export import export_command
 from recipes.labelling.store import ConflictError, Store, Task
 
 COMMANDS = ("skip", "flag", "undo", "guidelines", "quit")
@@ -68,8 +69,7 @@ def rank_in_terminal(store: Store, labeler_id: int) -> int:
         prompt_id = None
         if task is None:
             print("\nNothing is left to rank. Thank you! The next step:")
-            rankings = store.path.with_name("rankings.jsonl")
-            print(f"python scripts/rank_responses.py export --database {store.path} --output {rankings}")
+            print(export_command(store.path))
             return submitted
         session = _TaskSession(store, labeler_id, task)
         try:

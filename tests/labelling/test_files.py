@@ -160,3 +160,9 @@ def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "recipes.labelling.agreement", None)
     assert rank_responses.main(["agreement", "--database", str(tmp_path / "x.db")]) == 1
     assert "error: agreement needs a package: " in capsys.readouterr().err
+
+
+def test_the_command_to_export_names_a_file_that_is_not_there(tmp_path):
+    (tmp_path / "rankings.jsonl").touch()
+    assert export_command(tmp_path / "my labels.db").endswith(f"--output {tmp_path / 'rankings1.jsonl'}")
+    assert f"'{tmp_path / 'my labels.db'}'" in export_command(tmp_path / "my labels.db")
