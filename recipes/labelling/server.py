@@ -188,11 +188,9 @@ def create_app(store: Store) -> FastAPI:
     def next_task(request: Request, me: Me):
         is_first = not store.has_tasks(me.id)
         task = store.next_task(me.id)
-        return (
-            task_page(request, me, task, is_first)
-            if task
-            else page_of(request, me, "done.html", export_command=export_command)
-        )
+        if task is None:
+            return page_of(request, me, "done.html", export_command=export_command)
+        return task_page(request, me, task, is_first)
 
     @app.get("/task/{prompt_id}")
     def task(request: Request, me: Me, prompt_id: str):

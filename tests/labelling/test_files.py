@@ -15,7 +15,7 @@ import pytest
 from recipes.cli.errors import UserError
 from recipes.labelling import files
 from recipes.labelling.database import Database
-from recipes.labelling.export import export
+from recipes.labelling.export import export, export_command
 from recipes.labelling.files import new_file
 from recipes.labelling.store import Store
 from scripts import rank_responses
