@@ -131,6 +131,9 @@ def main():
     data_args, args, loading, format_args, judge_args = parse(ARGUMENTS)
     if world_size() > 1:
         raise UserError("Evaluation runs in one process: start it with python instead of accelerate launch.")
+    for name in ("llm_judge_model", "rankings", "ranking_task"):
+        if getattr(judge_args, name) is not None and len(args.paths) < 2:
+            raise UserError(f"--{name} compares policies, and --policies names one: name two or more.")
     if judge_args.report_to != "none":
         check_trackers([judge_args.report_to])
     model_args = loading.model_config()

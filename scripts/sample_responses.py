@@ -72,6 +72,7 @@ def main(
 ):
     if world_size() > 1:
         raise UserError("Sampling runs in one process: start it with python instead of accelerate launch.")
+    load_rows(data_args.dataset_name, data_args.dataset_train_split, data_args.dataset_config)  # a typo is said first
     model, tokenizer = load_generator(policy.model_config(), output_args.trust_remote_code)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = {"positions": positions, "completion_length": sampling.max_completion_length}

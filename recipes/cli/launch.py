@@ -167,6 +167,19 @@ def check_launch(training_args: TrainingArguments) -> None:
         raise UserError(f"Launched: {asked}. Running: {running}. {problem}")
     what = type(training_args).__name__.removesuffix("Config")
     say(f"{what} into {training_args.output_dir}. Launched: {asked}. Running: {running}.")
+    if precision := precision_in_words(training_args):
+        say(precision)
+
+
+def precision_in_words(training_args: TrainingArguments) -> str | None:
+    """Which mixed precision counts, where `accelerate launch` and the training arguments want different ones."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    own = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "no"
+    if asked in ("no", own):
+        return None
+    if own == "no":
+        return f"Mixed precision is {asked}, by accelerate launch: the training arguments bf16 and fp16 are false."
+    return f"Mixed precision is {own}, by the training argument: it takes the place of accelerate launch's {asked}."
 
 
 def find_problem(request: Request | None, num_processes: int, training_args: TrainingArguments) -> str | None:

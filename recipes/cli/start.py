@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 from recipes.cli.errors import UserError
@@ -25,6 +26,8 @@ def begin(command: str, *more: str) -> None:
         more: other such files whose flags it takes too, and whose help lists them.
     """
     sys.argv[1:] = map(expand_home, sys.argv[1:])
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows escapes
     words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
     first = os.environ.get("RANK", "0") == "0"
     try:
@@ -67,7 +70,7 @@ def set_environment(words: list[str]) -> None:
 
         with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # `parse` says what is wrong
             values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-            os.environ |= {name: str(value) for name, value in (values.get("env") or {}).items()}
+            os.environ |= {str(name): str(value) for name, value in (values.get("env") or {}).items()}
 
 
 def activation() -> str:

@@ -1,6 +1,7 @@
 """Finds the files of a source and reads their rows, all but text files by `datasets`."""
 
 import glob
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -111,6 +112,8 @@ def _local_splits(source: str, name: str | None, data_files=None) -> dict[str, C
             saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
             return {split: partial(_numbered, str(folder), saved[split]) for split in saved}
         files_by_split = _files_by_split(path, name)
+    elif path.is_symlink():
+        raise DataError(f"{source} is a link to {os.readlink(path)}, which is not there")
     elif source.endswith(SUFFIXES) or not _HUB_NAME.fullmatch(source):  # a path must not become a look-up on the Hub
         raise DataError(f"{source or 'an empty name'}: no such file or folder{did_you_mean(source)}")
     else:

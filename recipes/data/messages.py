@@ -54,11 +54,9 @@ def require(row: dict, column: str) -> Any:
 
 
 def text(row: dict, column: str) -> str:
-    """A required text without outer whitespace; an empty one skips the row, and messages written as JSON are none."""
+    """A required text without outer whitespace; an empty one skips the row."""
     require(row, column)
     value = optional_text(row, column)
-    if json_messages(value) is not None:
-        raise RowError("found messages written as JSON text, expected the list itself (json.loads gives it)", column)
     if not value:
         raise Skip("empty text", column)
     return value
@@ -271,6 +269,8 @@ def read_messages(row: dict, column: str, roles: Roles, text_role: str = "assist
     value = require(row, column)
     if isinstance(value, dict | list):
         return normalise(items(row, column) if isinstance(value, list) else [value], column, roles)
+    if json_messages(value) is not None:
+        raise RowError("found messages written as JSON text, expected the list itself (json.loads gives it)", column)
     return [message(text_role, text(row, column))]
 
 

@@ -4,6 +4,7 @@ To add a schema, add an entry to `SCHEMAS` at the end of this file, its function
 fixture to tests/data/fixtures and a section to docs/datasets.md, which has a complete example: "A schema of your own".
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -102,6 +103,8 @@ def _no_schema(columns: set, sample: list[dict], task: str, fitting: list[str], 
     )
     if near:
         found += f" (nearly: {'; '.join(text for _, text in near[:2])})"
+    if any(re.search(r"[.?!]\s*$", str(name)) for name in columns):
+        found += "; these look like data: does the file lack the line with the names of its columns?"
     if "text" in columns and task in DIALOGUE:
         found += "; for a text of '### Human:' and '### Assistant:' turns use --dataset_schema guanaco"
     return found

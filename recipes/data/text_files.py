@@ -77,7 +77,7 @@ def read_text_file(path: Path) -> Iterator[Row]:
 def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
     file = str(path)
     suffix = Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
-    head = stream.read(64)
+    head = stream.read(CHUNK)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{file}: this is UTF-16; convert it, e.g. iconv -f UTF-16 -t UTF-8 {path.name}")
     for mark, what in NO_TEXT.items():
@@ -85,13 +85,15 @@ def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
             raise DataError(f"{file}: this is {what}, whatever its name says")
     if head.startswith(b"version https://git-lfs"):
         raise DataError(f"{file}: this is the address of a file in Git LFS; fetch the file itself, e.g. git lfs pull")
+    if b"\r" in head and b"\n" not in head:
+        raise DataError(f"{file}: lines end with carriage returns alone; convert them, e.g. tr '\\r' '\\n'")
     start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
     stream.seek(start)
     if suffix == ".csv":
         yield from _read_csv(file, stream)
     elif suffix == PROMPTS_SUFFIX:
         yield from (row._replace(data=_prompt(row.data)) for row in _read_lines(file, stream))
-    elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+    elif head[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _read_json_list(file, stream)
     elif suffix == ".json" and not _first_line(stream).endswith(b"}"):
         yield Row(file, 1, RowError("one JSON object over many lines; expected a list [...] or an object per line"))
@@ -209,7 +211,8 @@ def _read_csv(file: str, stream: BinaryIO) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Row(file, line, LostRows(f"not valid CSV: {error}; is a quote left open? Nothing after it was read"))
+            hint = "are columns separated by commas?" if header is None else "is a quote left open?"
+            yield Row(file, line, LostRows(f"not valid CSV: {error}; {hint} Nothing after it was read"))
             return
         if not cells:
             continue

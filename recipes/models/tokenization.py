@@ -75,7 +75,7 @@ def set_chat_template(
     other = None
     try:
         if os.path.isfile(path):
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
         else:
             other = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
             tokenizer.chat_template = other.get_chat_template()

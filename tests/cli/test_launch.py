@@ -1,5 +1,6 @@
 """Every wrong way to launch that Accelerate accepts without an error, through the real `accelerate launch`."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,22 @@ def test_every_spelling_of_accelerate_launch_is_read(monkeypatch, command):
     monkeypatch.setattr(launch_module.psutil, "Process", lambda _: SimpleNamespace(cmdline=lambda: words))
     request = launch_module.requested()
     assert request is not None and (request.num_processes, request.use_cpu) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "expected"),
+    [
+        ("fp16", {"bf16": True}, "Mixed precision is bf16, by the training argument: .* accelerate launch's fp16"),
+        ("bf16", {}, "Mixed precision is bf16, by accelerate launch: .* bf16 and fp16 are false"),
+        ("bf16", {"bf16": True}, None),
+        ("no", {"bf16": True}, None),
+    ],
+)
+def test_two_wishes_for_the_precision_are_said(tmp_path, monkeypatch, asked, own, expected):
+    training_args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **own)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    found = launch_module.precision_in_words(training_args)
+    assert found is expected or re.search(expected, found)
 
 
 @pytest.mark.slow

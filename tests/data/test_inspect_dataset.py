@@ -178,6 +178,22 @@ def test_a_tokenizer_that_is_not_there_is_one_clear_error(main, capsys, tmp_path
     assert "error: No tokenizer could be loaded from nowhere/at-all" in capsys.readouterr().err
 
 
+def test_a_terminal_that_is_not_utf8_shows_escapes(tmp_path, tiny_base):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "ü 猫", "completion": "a"}))
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "data.jsonl"), "--task", "sft"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert (done.returncode, done.stderr) == (0, "") and r"\xfc \u732b" in done.stdout
+
+
+def test_output_is_for_others_to_read_as_the_umask_says(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "q"}')
+    code, _, _ = inspect(tmp_path / "data.jsonl", "--task", "prompt", "--output", tmp_path / "rows.jsonl")
+    (tmp_path / "plain").write_text("")
+    assert code == 0 and (tmp_path / "rows.jsonl").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "plain", "rows.jsonl"]
+
+
 def test_a_dataset_cannot_steer_the_terminal(main, capsys, tmp_path, tiny_base):
     """Escapes in texts, names of columns and files, in what is shown, reported and refused."""
     data = tmp_path / "a\x1b]0;title\x07.jsonl"

@@ -441,6 +441,28 @@ def test_arrow_does_not_fill_functions_with_nulls(tmp_path):
     assert [row.data for row in load_rows(tmp_path / "functions.parquet")] == rows
 
 
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "data.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(DataError, match="data.jsonl is a link to gone.jsonl, which is not there"):
+        load_rows(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("mac.txt", b"one\rtwo\r", "mac.txt: lines end with carriage returns alone; convert them"),
+        ("mac.csv", b"prompt\rone\r", "mac.csv: lines end with carriage returns alone"),
+        ("semicolons.csv", b'"prompt";"completion"\n"q";"a"\n', "are columns separated by commas"),
+        ("headless.csv", b"What is it?,A bird.\nAnd this?,A cat.\n", "does the file lack the line with the names"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_named(tmp_path, name, content, message):
+    """A .txt of an old Mac was one prompt; the advice for a CSV without header was to map its first row."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        format_dataset(load_rows(tmp_path / name), "prompt" if name == "mac.txt" else "sft")
+
+
 def test_brackets_in_a_path_are_no_pattern(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

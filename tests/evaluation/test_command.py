@@ -28,8 +28,9 @@ from recipes.evaluation.policies import Sample, token_log_probs
 from recipes.evaluation.report import verdict
 from recipes.evaluation.rewards import RewardModel
 from recipes.models.sampling import Prompt, load_generator
+from scripts import evaluate
 from tests import tiny_models as models
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, flags, run_command
 
 PROMPTS = 12
 ATTACK = "<script>alert(1)</script>"
@@ -394,3 +395,12 @@ def test_an_overloaded_endpoint_is_asked_again_and_a_wrong_one_is_named(endpoint
     assert shares[0].tolist() == [1, 0, 0] and len(endpoint.server.requests) == 8
     with pytest.raises(UserError, match="The judge m at http://127.0.0.1:1/v1/chat/completions does not answer"):
         LLMJudge("m", "http://127.0.0.1:1/v1", tmp_path / "w.jsonl").compare(CASES, LONG, SHORT, "judging")
+
+
+@pytest.mark.parametrize("name", ["llm_judge_model", "rankings", "ranking_task"])
+def test_one_policy_cannot_be_compared(tmp_path, monkeypatch, name):
+    """It was measured, and the judge was left out without a word."""
+    given = {"policies": "sft=x", "reward_model_name_or_path": "y", "dataset_name": "z", "output_dir": tmp_path}
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags(**given, **{name: tmp_path / "new"})])
+    with pytest.raises(UserError, match=f"--{name} compares policies, and --policies names one"):
+        evaluate.main()

@@ -293,6 +293,12 @@ def test_command_line(folders, tmp_path):
     assert output.read_bytes() == before
 
 
+def test_a_dataset_that_is_not_there_is_said_before_the_model_loads(tmp_path):
+    line = flags(model_name_or_path="nowhere/at/all", dataset_name="gone.jsonl", output=tmp_path / "samples.jsonl")
+    with pytest.raises(UserError, match="gone.jsonl: no such file"):
+        sample_responses.main(*parse(sample_responses.ARGUMENTS, line))
+
+
 def test_no_prompt_of_a_folder_of_files_is_lost(tmp_path):
     """The third file's first line had the id of the second's."""
     for number in range(4):

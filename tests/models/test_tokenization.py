@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from recipes.data.control_tokens import control_tokens
 from recipes.models.source import resolve_model
-from recipes.models.tokenization import PLAIN_CHAT_TEMPLATE, load_tokenizer
+from recipes.models.tokenization import PLAIN_CHAT_TEMPLATE, load_tokenizer, set_chat_template
 from tests import tiny_models as models
 
 TURNS = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
@@ -72,6 +72,15 @@ def test_control_tokens_in_a_message_stay_text(tiny_base):
     ends = [AutoTokenizer.from_pretrained(tiny_base), load_tokenizer(resolve_model(tiny_base))]
     counts = [t.apply_chat_template(attack, return_dict=False).count(t.eos_token_id) for t in ends]
     assert counts == [2, 1]
+
+
+def test_a_template_file_from_windows_begins_with_its_first_word(load, tmp_path):
+    """Its byte order mark would begin every prompt."""
+    tokenizer = load()
+    path = tmp_path / "chat.jinja"
+    path.write_bytes(b"\xef\xbb\xbf" + PLAIN_CHAT_TEMPLATE.encode())
+    set_chat_template(tokenizer, resolve_model(str(tmp_path / "tokenizer")), str(path), may_add_tokens=False)
+    assert tokenizer.chat_template == PLAIN_CHAT_TEMPLATE
 
 
 def test_a_special_token_of_white_space_is_no_text_to_look_for():
