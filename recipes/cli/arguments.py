@@ -54,7 +54,7 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
         if not files or "--config" in words:
             raise UserError("Command line: --config takes one YAML file.")
         config = read_config(files[0], parser)
-        os.environ |= {name: str(value) for name, value in (config.pop("env", None) or {}).items()}
+        os.environ |= {str(name): str(value) for name, value in (config.pop("env", None) or {}).items()}
     given = given_flags(words)
     if args is None:  # a caller may add one that counts
         check_given_once(words, parser)

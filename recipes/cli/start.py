@@ -70,7 +70,7 @@ def set_environment(words: list[str]) -> None:
 
         with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # `parse` says what is wrong
             values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-            os.environ |= {name: str(value) for name, value in (values.get("env") or {}).items()}
+            os.environ |= {str(name): str(value) for name, value in (values.get("env") or {}).items()}
 
 
 def activation() -> str:

@@ -145,7 +145,7 @@ def _with_system(row: dict, column: str, talk: Messages, roles: Roles) -> Messag
     """The system message of a prompt that stands beside a whole conversation which has none; else an empty list.
 
     Raises:
-        RowError: it is not the prompt of that conversation.
+        Skip: it is not the prompt of that conversation, so that one cannot tell which of them is meant.
     """
     if row.get(column) in NOTHING:
         return []
@@ -155,8 +155,7 @@ def _with_system(row: dict, column: str, talk: Messages, roles: Roles) -> Messag
     first = next((turn["content"].strip() for turn in talk if turn["role"] == "user"), "")
     for turn in turns[len(system) :]:
         if turn["content"].strip() not in said and first not in turn["content"]:  # the prompt may be rendered already
-            advice = "a --dataset_mapping without it ignores it"
-            raise RowError(f"another prompt than that of the conversations in chosen and rejected; {advice}", column)
+            raise Skip("another prompt than that of the conversations in chosen and rejected", column)
     if not system or talk[:1] == system:
         return []
     if talk[0]["role"] == "system":

@@ -161,6 +161,14 @@ class WholeCheckpoints(Trainer):
                 f"{names}."
             ) from error
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """All rows: `dataloader_drop_last` is about training, and a small evaluation would have none."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     # Numbers that are not finite
 
     def training_step(self, *args, **kwargs):

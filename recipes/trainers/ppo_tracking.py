@@ -169,7 +169,7 @@ class PPOLogging(GRPOTrainer):
         table["kl"].extend(gather_object(kl.tolist()))
         table["score"].extend(gather_object(rollout.scores.tolist()))
         advantages = gather_object((rollout.advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist())
-        for _ in advantages:
+        for _ in range(min(len(advantages), len(self._logs["advantages"]))):  # an evaluation may have more rows
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(advantages)
         return per_response["kl"].mean().item()
@@ -190,6 +190,7 @@ class PPOLogging(GRPOTrainer):
             self._metrics[mode][name].append(mean)
         if (
             mode == "train"
+            and count
             and self._step % self.args.micro_batches_per_rollout < self.args.gradient_accumulation_steps
         ):
             self._monitor.first_minibatch(means["val/ratio"])

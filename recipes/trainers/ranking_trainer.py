@@ -154,6 +154,8 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
             raise UserError(
                 "--train_sampling_strategy goes by the length of a row: rankings have several. Leave it out."
             )
+        if self.args.pad_token is not None and self.args.pad_token == self.processing_class.eos_token:
+            raise UserError(f"--pad_token {self.args.pad_token} is the EOS token, before which scores would be read.")
         if data_collator is None:
             self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}

@@ -93,7 +93,7 @@ def test_a_config_that_is_not_utf8_is_one_line(tmp_path):
 
 
 def test_variables_of_the_yaml_are_set_before_libraries_are_imported(tmp_path, monkeypatch):
-    (tmp_path / "config.yaml").write_text("env: {HF_HUB_OFFLINE: 1, MY_MODE: fast}")
+    (tmp_path / "config.yaml").write_text("env: {HF_HUB_OFFLINE: 1, MY_MODE: fast, 7: x}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("MY_MODE", "")
     start.set_environment(["--config", str(tmp_path / "config.yaml"), "--name", "a"])

@@ -309,15 +309,15 @@ def test_two_system_messages_that_differ_leave_the_row_out():
 
 
 def test_a_prompt_beside_whole_conversations_is_theirs():
-    """Its system message is used; another prompt is an error, since only one of the two can be meant."""
+    """Its system message is used; with another prompt the row is left out, since only one of the two can be meant."""
     row = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
     for prompt in ("q", " q ", "<|user|>q<|assistant|>", [user("q")], None):
         assert format_dataset([{**row, "prompt": prompt}], "preference")[0][0]["prompt"] == [user("q")]
     dataset, _ = format_dataset([{**row, "prompt": [SYSTEM, user("q")]}], "preference")
     assert dataset[0]["prompt"] == [SYSTEM, user("q")]
     for prompt in ("r", [user("r")], [SYSTEM, user("r")]):
-        with pytest.raises(DataError, match="rows:1:prompt: another prompt than that of the conversations"):
-            format_dataset([{**row, "prompt": prompt}], "preference")
+        reason = "another prompt than that of the conversations in chosen and rejected"
+        assert skipped({**row, "prompt": prompt}, "preference", {**row, "prompt": "q"}) == ("prompt", reason)
     with_system = {side: [{**SYSTEM, "content": "Be long."}, *row[side]] for side in row}
     good = {**row, "prompt": "q"}
     assert skipped({**with_system, "prompt": [SYSTEM, user("q")]}, "preference", good)[0] == "prompt"

@@ -438,8 +438,9 @@ def test_a_reward_model_with_another_chat_template_scores_text_in_it(world, tmp_
     assert trainer._rollout.scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_each_prompt_of_an_evaluation_counts_the_same(world, tmp_path):
-    """Ten prompts are a batch of eight and one of two, whose mean counted as much."""
+@pytest.mark.parametrize("options", [{}, {"dataloader_drop_last": True}, {"steps_per_generation": 2}], ids=str)
+def test_each_prompt_of_an_evaluation_counts_the_same(world, tmp_path, options):
+    """Ten prompts are a batch of eight and one of two, which counted as much or not at all; or more than a rollout."""
 
     def first_word(prompts, **kwargs):
         return [float(prompt[0]["content"].split()[0][1:]) for prompt in prompts]
@@ -447,10 +448,16 @@ def test_each_prompt_of_an_evaluation_counts_the_same(world, tmp_path):
     rows = models.prompts(10, seed=4)
     kwargs = {"reward_funcs": [first_word], "eval_dataset": Dataset.from_dict({"prompt": rows})}
     model = get_peft_model(models.causal_lm(), LoraConfig(task_type="CAUSAL_LM", **LORA))
-    trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs=kwargs, per_device_eval_batch_size=8)
+    options |= {"per_device_eval_batch_size": 8, "per_device_train_batch_size": 2}
+    trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs=kwargs, **options)
     metrics = trainer.evaluate()
     expected = sum(first_word(rows)) / 10
     assert metrics["eval_objective/scores"] == pytest.approx(expected)
+
+
+def test_a_float32_head_of_tied_embeddings_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match="no cast_lm_head_to_fp32 for LoRA on a base with tied embeddings"):
+        make_trainer(world, tmp_path, cast_lm_head_to_fp32=True)
 
 
 def test_two_rewards_of_one_name_are_refused(world, tmp_path):

@@ -74,7 +74,11 @@ def trainer_of(cls, folder, dataset, **kwargs):
     )
 
 
-@pytest.mark.parametrize("wrong", [{"label_smoothing_factor": 0.1}, {"train_sampling_strategy": "group_by_length"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"label_smoothing_factor": 0.1}, {"train_sampling_strategy": "group_by_length"}, {"pad_token": "<eos>"}],
+    ids=str,
+)
 def test_arguments_that_rankings_have_no_use_for_are_refused(tmp_path, wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
         trainer_of(RankingRewardTrainer, tmp_path, rankings(), **wrong)
