@@ -28,7 +28,7 @@ from trl import ModelConfig, RewardConfig, ScriptArguments
 from recipes.cli.errors import UserError, refusals_in_one_line
 from recipes.cli.launch import check_launch
 from recipes.cli.run import RunFolder, check_steps, refuse_stream, run, settle_evaluation
-from recipes.formatting import FormattedDatasets, FormattingArguments, load_formatted
+from recipes.formatting import FormattingArguments, load_formatted
 from recipes.models.adapters import float32_adapters
 from recipes.models.compatibility import check_model, check_reward_base
 from recipes.models.loading import (
@@ -43,7 +43,7 @@ from recipes.trainers.ranking_trainer import (
     RankingRewardTrainer,
     accuracy_in_words,
     conversations,
-    majority_rankings,
+    keep_majorities,
     scores_in_words,
 )
 
@@ -88,16 +88,6 @@ def load_references(script_args, format_args, tokenizer, max_length: int | None)
     if not rows:
         raise UserError(f"--reference_dataset_name {source}: no row has max_length tokens or fewer.")
     return rows
-
-
-def keep_majorities(datasets: FormattedDatasets) -> None:
-    """Leave one ranking a prompt, and no prompt of which all responses are then equal."""
-    for name in [*datasets]:
-        datasets[name] = majority_rankings(datasets[name]).filter(lambda row: len(set(row["ranks"])) > 1)
-        if not len(datasets[name]):
-            del datasets[name]
-    if "train" not in datasets:
-        raise UserError("--aggregation majority leaves only ties to train on: keep all rankings.")
 
 
 def main(

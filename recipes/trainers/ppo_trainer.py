@@ -13,16 +13,14 @@ needs a value for every token. A rollout has four steps, in this order in the fi
 
 import contextlib
 import copy
-import os
 from collections.abc import Callable, Iterator
 
 import torch
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import prepare_fsdp
@@ -51,15 +49,12 @@ from recipes.models.heads import (
     base_of,
     critic_from_policy,
     full_critic,
-    load_critic,
-    save_trained,
     use_float32_head,
-    without_critic,
 )
 from recipes.models.loading import not_finite
 from recipes.models.tokenization import render_alike, turn_end
 from recipes.models.vllm import send_only_policy
-from recipes.trainers.checkpoints import EpochSampler, WholeCheckpoints
+from recipes.trainers.checkpoints import EpochSampler
 from recipes.trainers.fast.fast_paths import FastPaths
 from recipes.trainers.ppo_config import PPOConfig
 from recipes.trainers.ppo_math import (
@@ -72,13 +67,14 @@ from recipes.trainers.ppo_math import (
     value_losses,
     whiten,
 )
+from recipes.trainers.ppo_saving import PPOSaving
 from recipes.trainers.ppo_tracking import PPOLogging
 from recipes.trainers.ptx import PtxBatches
 from recipes.trainers.reward_functions import checked
 from recipes.trainers.rollout import Results, Rollout, at_responses, sequences
 
 
-class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
+class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
     """Proximal policy optimisation (1707.06347) of a language model with a KL penalty (1909.08593, 2203.02155).
 
     Args:
@@ -101,9 +97,9 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
     Hooks into TRL 1.16, which `tests/trainers/test_trl_contract.py` compares with the installed TRL. For a new rollout
     `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate`,
     `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and `_calculate_rewards`,
-    in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `log` makes completions
-    readable. `_get_train_sampler`, `_save`, `_load_from_checkpoint`, `_load_best_model` and [`WholeCheckpoints`] make
-    a run go on where it was.
+    in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `log` (in
+    [`PPOLogging`]) makes completions readable. `_get_train_sampler`, and `_save`, `_load_from_checkpoint` and
+    `_load_best_model` (in [`PPOSaving`]) make a run go on where it was.
 
     Raises:
         ValueError: there is nothing to score with.
@@ -156,9 +152,7 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
         self._add_critic(value_model, args.trust_remote_code)
         self._train_only_roles()
         reward_tokenizer = reward_processing_class or processing_class
-        columns = train_dataset.column_names if isinstance(train_dataset, Dataset) else None
-        if args.remove_unused_columns:
-            columns = []
+        columns = [] if args.remove_unused_columns else getattr(train_dataset, "column_names", None)
         reward_funcs = self._add_rewards(reward_model, reward_tokenizer, processing_class, reward_funcs, columns)
 
         with float32_adapters(model), refusals_in_one_line():
@@ -561,67 +555,3 @@ class PPOTrainer(PPOLogging, WholeCheckpoints, GRPOTrainer):
     @staticmethod
     def _critic_parameters(model: nn.Module) -> set[int]:
         return {id(parameter) for parameter in adapter_parameters(model, "critic").values()}
-
-    # Saving and resuming
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As Trainer saves, but only what PPO trains: reference and reward model come from the run's inputs.
-
-        `critic/` and `ema/` get the tokenizer too, so that each folder is complete.
-        """
-        if not self.args.should_save:
-            return
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        save_trained(self._policy, output_dir, state_dict)
-        for folder in ("", "critic", "ema"):
-            if os.path.isdir(os.path.join(output_dir, folder)):
-                self.processing_class.save_pretrained(os.path.join(output_dir, folder))
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
-
-    def running_state(self) -> dict:
-        return super().running_state() | {
-            "step": self._step,
-            "rollout": self._buffered_inputs,
-            "kl_coef": self.kl_controller.value,
-            "update_stopped": self._update_stopped,
-            "ema": {name: share.to_local() for name, share in self._sharded_ema().items()},
-        }
-
-    def _sharded_ema(self) -> dict[str, torch.Tensor]:
-        """The average of a sharded model, which Accelerate's file leaves out, because it has no gradients."""
-        return adapter_parameters(self._policy, "ema") if self.is_fsdp_enabled else {}
-
-    def restore_running_state(self, state: dict) -> None:
-        super().restore_running_state(state)
-        self._step, self._buffered_inputs = state["step"], send_to_device(state["rollout"], self.accelerator.device)
-        self.kl_controller.value, self._update_stopped = state["kl_coef"], state["update_stopped"]
-        self._restore_ema(state.get("ema", {}))
-
-    @torch.no_grad()
-    def _restore_ema(self, shares: dict[str, torch.Tensor]) -> None:
-        averages = self._sharded_ema()
-        for name, share in shares.items():
-            averages[name].to_local().copy_(share)
-
-    def _load_best_model(self):
-        """Policy, critic and average of the best step; Trainer would load the policy alone."""
-        if self.is_fsdp_enabled:  # its file holds all that is trained
-            super()._load_best_model()
-            best = self._running_state_file(self.state.best_model_checkpoint)
-            self._restore_ema(torch.load(best, map_location="cpu")["ema"])
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        model = self.model if model is None else model
-        if self._is_peft and isinstance(full_critic(self._policy), PeftModel):
-            with without_critic(self._policy):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-                # Trainer takes what is in `critic/` for an adapter of the policy.
-                self._policy.delete_adapter("critic")
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.is_fsdp_enabled:  # shares come from a file of their own, with the critic's
-            load_critic(model, resume_from_checkpoint)
-        self._train_only_roles()  # Trainer reloads every adapter but the active one as untrainable

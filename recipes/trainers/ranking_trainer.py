@@ -93,6 +93,20 @@ def majority_rankings(dataset: Dataset) -> Dataset:
     return Dataset.from_list(rows, features=dataset.features)
 
 
+def keep_majorities(datasets: dict[str, Dataset]) -> None:
+    """Leave one ranking a prompt, and no prompt of which all responses are then equal.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    for name in [*datasets]:
+        datasets[name] = majority_rankings(datasets[name]).filter(lambda row: len(set(row["ranks"])) > 1)
+        if not len(datasets[name]):
+            del datasets[name]
+    if "train" not in datasets:
+        raise UserError("--aggregation majority leaves only ties to train on: keep all rankings.")
+
+
 def conversations(row: dict, tokenizer) -> list[list[int]]:
     """Token ids of the prompt of a ranking with each of its responses."""
     return tokenizer.apply_chat_template([row["prompt"] + text for text in row["completions"]], return_dict=False)
