@@ -12,7 +12,7 @@ FLAGS = (
 ).split()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop would run on in the tests of other modules
 def browser():
     sync_api = pytest.importorskip(
         "playwright.sync_api", reason="the browser tests need playwright: pip install playwright"

@@ -200,6 +200,7 @@ HEALTHY["explained_variance"] = 0.3
 )
 def test_a_rollout_that_looks_wrong_is_said_once_and_why(tmp_path, caplog, kwargs, numbers, expected):
     health = PPOMonitor(config(tmp_path, **kwargs), pad_is_eos=True, ratio_tolerance=1e-3)
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         health.rollout(**HEALTHY)
         assert not caplog.records
@@ -224,12 +225,14 @@ def test_a_response_that_only_a_logged_function_judges_has_no_score(tmp_path):
 
 def test_noise_around_no_kl_is_not_called_negative(tmp_path, caplog):
     health = PPOMonitor(config(tmp_path), pad_is_eos=False, ratio_tolerance=1e-3)
+    caplog.clear()
     health.rollout(**(HEALTHY | {"kl": torch.tensor([-1.5, 1.0, -0.8])}))
     assert not caplog.records
 
 
 def test_a_poor_critic_is_said_after_ten_rollouts_running(tmp_path, caplog):
     health = PPOMonitor(config(tmp_path), pad_is_eos=False, ratio_tolerance=1e-3)
+    caplog.clear()
     poor = HEALTHY | {"explained_variance": -0.2}
     for numbers in [poor] * (POOR_CRITIC_ROLLOUTS - 1) + [HEALTHY] + [poor] * (POOR_CRITIC_ROLLOUTS - 1):
         health.rollout(**numbers)
