@@ -38,7 +38,7 @@ class Parts:
                     "models, prompts and arguments to go on with this one."
                 )
             return content["values"]
-        print(f"{self.folder}: {name}", flush=True)
+        print(f"{self.folder}: {name} …", flush=True)
         values = compute()
         write_text(str(path), json.dumps({"made_from": made_from, "values": values}))
         return values
