@@ -25,6 +25,7 @@ from threading import Lock
 from recipes.cli.errors import UserError
 from recipes.cli.files import write_text
 from recipes.cli.screen import headline
+from recipes.cli.start import quiet
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNNING: list[subprocess.Popen] = []  # what other threads end
@@ -229,6 +230,7 @@ def quickstart(folder: Path, seed: int) -> None:
     for group in PIPELINE:
         run_parallel([partial(state.run, stage) for stage in group], len(group))
 
+    quiet()  # of what the report's libraries say on import
     from recipes.tiny_world.report import table, write_report
 
     total = sum(max(state.seconds[stage.name] for stage in group) for group in PIPELINE)
