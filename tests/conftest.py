@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ |= {"WANDB_MODE": "offline", "MPLBACKEND": "Agg"}
+os.environ |= {"WANDB_MODE": "offline", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

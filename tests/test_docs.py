@@ -87,7 +87,11 @@ class Reader:
             assert Path(launch.config_file).is_file()
             words = ["python", launch.training_script, *launch.training_script_args]
         if words[0] != "python" or ">" in words:
-            subprocess.run(["bash", "-euc", command], check=True, stdin=subprocess.DEVNULL, timeout=60)
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            environment = {**os.environ, "PATH": path}
+            subprocess.run(
+                ["bash", "-euc", command], check=True, stdin=subprocess.DEVNULL, timeout=60, env=environment
+            )
         elif words[1:3] == ["scripts/rank_responses.py", "serve"]:
             self.look_at_the_page(words)
             self.python(["scripts/rank_responses.py", "terminal", *words[3:]])

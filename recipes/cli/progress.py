@@ -1,5 +1,7 @@
 """Progress of a training on the screen, instead of Trainer's dictionaries of all metrics."""
 
+import sys
+
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -24,6 +26,7 @@ class LogLines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and (line := log_line(logs, state.global_step, state.max_steps)):
             tqdm.write(line)
+            sys.stdout.flush()  # it may be a file, which shall show them at once
 
 
 def show_lines(trainer: Trainer) -> None:
