@@ -324,7 +324,7 @@ HOLD = """
 import os, sys, time
 from recipes.cli import lock
 lock.hold(sys.argv[1], "the folder")
-if os.fork() > 0:  # the child is a worker that outlives its parent
+if os.fork() == 0:  # a worker that outlives its parent
     print("held", flush=True)
 time.sleep(30)
 """
