@@ -44,7 +44,12 @@ class ChatArguments:
 class ChatSampling(SamplingArguments):
     """How answers are sampled, one to each message."""
 
-    num_generations: int = field(default=1, metadata={"help": "A message gets one answer, whatever this is."})
+    num_generations: int = field(default=1, metadata={"help": "Only 1: a message gets one answer."})
+
+    def __post_init__(self):
+        if self.num_generations != 1:
+            raise UserError(f"--num_generations {self.num_generations}: a message gets one answer; leave it out.")
+        super().__post_init__()
 
 
 ARGUMENTS = (ChatSampling, PolicyArguments, ChatArguments)

@@ -128,6 +128,8 @@ def test_chat_compares_two_policies_and_forgets_on_reset(folders, monkeypatch, c
     assert len(answers) == 6
     assert answers[0:2] == answers[4:6]
     assert answers[0].removeprefix(base) != answers[1].removeprefix(policy)
+    with pytest.raises(UserError, match="--num_generations 4: a message gets one answer"):
+        parse(chat.ARGUMENTS, [*flags, "--num_generations", "4"])
 
 
 def test_chat_goes_on_after_a_message_that_cannot_be_answered(folders, monkeypatch, capsys):
