@@ -120,9 +120,7 @@ def run_serve(args):
         name = user_name()
         print(f"First labeler {name!r}, log in with this token (shown only now): {add_labeler(store, name)}")
     else:
-        print(
-            f"Labelers: {', '.join(labeler.name for labeler in known)}. For a token, lost or never had, make another:"
-        )
+        print(f"Labelers: {', '.join(labeler.name for labeler in known)}. This makes a first or another token:")
         print(f"  python scripts/rank_responses.py add-labeler NAME --new_token --database {args.database}")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"Warning: {args.host} is open to other machines, and plain HTTP can be read on the way: see")

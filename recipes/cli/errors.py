@@ -46,7 +46,7 @@ def refusals_in_one_line() -> Iterator[None]:
 
 
 def did_you_mean(path: str) -> str:
-    """ " (did you mean X?)" where a path that does not exist has nearly the name of what is beside it, else ""."""
+    """The end of a message about a path that does not exist: what is beside it and has nearly its name, else ""."""
     parent, name = os.path.split(path)
     near = difflib.get_close_matches(name, os.listdir(parent or ".")) if os.path.isdir(parent or ".") else []
     return f" (did you mean {os.path.join(parent, near[0])}?)" if near else ""

@@ -1,7 +1,8 @@
-"""Arguments that decide the same thing under different names: one that is given is used, or refused beside the other.
+"""Whether an argument that is given counts: it is used, or refused in one line before anything loads.
 
 A flag of the command line comes before the YAML, also where the YAML has another name for it: `--max_steps 24` takes
-the place of a YAML's `total_episodes`, and a line says so. Two of them in one place are refused.
+the place of a YAML's `total_episodes`, and a line says so. Two of them in one place are refused, and so is an argument
+that no recipe uses, one that another switches off, and a number that no run can have.
 """
 
 import math

@@ -36,11 +36,7 @@ USED = {"role", "content", "from", "value", "function_call", *EXTRAS, *LEARNED, 
 SPEAKER = {"role", "from"}
 MESSAGE = "expected a message {role, content} or {from, value}"
 
-CONTEXT = (
-    "system",
-    "system_prompt",
-    "history",
-)  # columns of what stands before a conversation, whatever its schema is
+CONTEXT = ("system", "system_prompt", "history")  # columns that come before a conversation, whatever its schema is
 NOTHING = (None, "", "null", [], "[]", {}, "{}")
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
