@@ -211,23 +211,16 @@ class Formatter:
 
     def _example(self, schema: Schema, row: ReadRow) -> Dialogue | Ranking:
         check_columns(row, self.task, schema.columns)
-        skipped = None
-        try:
-            example = schema.convert(row, self._mapping.roles)
-        except Skip as skip:
-            if self.task != "prompt" or skip.prompt is None:
-                raise
-            example, skipped = Dialogue(skip.prompt), skip
-        messages = example.prompt if isinstance(example, Ranking) else example.messages
-        whole = in_context(row, messages, schema.columns)
+        example = schema.convert(row, self._mapping.roles)
         if isinstance(example, Ranking):
-            example.prompt = whole
+            example.prompt = in_context(row, example.prompt, schema.columns)
         else:
-            example.messages = whole
-            example.context += len(whole) - len(messages) if example.context else 0
+            before = len(example.messages)
+            example.messages = in_context(row, example.messages, schema.columns)
+            example.context += len(example.messages) - before if example.context else 0
         example.tools = read_tools(row)
-        idle = (self._mapping.columns.keys() & row.unread()) - MEANINGFUL
-        if idle and not skipped and not schema.gather:
+        idle = (self._mapping.columns.keys() & row.unread()) - MEANINGFUL.union(schema.columns)
+        if idle and not schema.gather:
             name = min(idle)
             raise RowError(f"mapped as {name}, which the schema has no use for", name)
         return example

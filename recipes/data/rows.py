@@ -26,14 +26,7 @@ class RowProblem(Exception):
 
 
 class Skip(RowProblem):
-    """The row is correct but of no use, such as a tie; it is counted and left out.
-
-    `prompt` is the prompt (messages) of a row whose responses only are of no use: it serves the task "prompt".
-    """
-
-    def __init__(self, message: str, column: str | None = None, prompt: list | None = None):
-        super().__init__(message, column)
-        self.prompt = prompt
+    """The row is correct but of no use, such as a tie; it is counted and left out."""
 
 
 class RowError(RowProblem):

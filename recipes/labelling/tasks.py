@@ -70,7 +70,7 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
 
 def _task(row: dict, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
     messages = _messages(row)
-    given = [] if row.get("responses") == [] else objects(row, "responses")
+    given = [] if row.get("responses") == [] else list(objects(row, "responses"))
     distinct: dict[str, tuple[int, str, dict]] = {}
     for index, (place, response) in enumerate(given):
         text = _string(require(response, f"{place}.text"), f"{place}.text")
