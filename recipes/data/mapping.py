@@ -63,11 +63,11 @@ class ColumnMapping:
             else:
                 raise DataError(f"mapping {name}={target}: expected {join_names(sorted(set(ROLES.values())))}")
 
-    def apply(self, row: dict, lenient: bool = False) -> dict:
+    def apply(self, row: dict) -> dict:
         """The row with the column names of the schema.
 
         Raises:
-            RowError: a column is missing, unless `lenient`.
+            RowError: a column is missing.
         """
         if not self.columns:
             return row
@@ -76,12 +76,9 @@ class ColumnMapping:
             value: Any = row
             for part in [path] if path in row else path.split("."):
                 if not isinstance(value, dict) or part not in value:
-                    if lenient:
-                        break
                     raise RowError(f"missing; this row has {join_names(row)}", target)
                 value = value[part]
-            else:
-                result[target] = value
+            result[target] = value
         return result
 
     def unmapped(self, row: dict) -> set[str]:
