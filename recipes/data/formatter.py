@@ -58,44 +58,28 @@ class Formatter:
     """Turns rows into the output rows of a task and fills in a report.
 
     `recipes.formatting.RowArguments` says what schema, mapping, on_error, max_error_rate, on_special and dedup are.
-
-    Args:
-        task: "sft", "preference", "ranking" or "prompt"; `recipes.data.tasks` lists their columns.
-        margin: adds the column `margin`, which TRL's RewardTrainer subtracts in its loss.
-        special_tokens: control tokens to look for, in addition to the marks of common chat templates.
-        prompt_completion: for sft, `prompt` and `completion` instead of `messages`, to train on the last turn only.
-        assistant_only_loss: `completion` begins with the first answer that is trained, for TRL's option of this name.
-        tokenizer: every row is rendered; a conversation that the chat template refuses is an error of its row.
-        max_length: with a tokenizer, rows of more tokens are reported.
-        cut_at: with a tokenizer, the length in tokens that training cuts rows to. Longer rows are reported; sft rows
-            with nothing to train before it, responses of a ranking that are longer, and rankings without a pair then
-            are left out.
-        positions: tokens that the model has room for; rows that need more are errors. Prompts need
-            `completion_length` more than they have.
-        fail_fast: raise at the first error instead of after all rows.
-        keep_columns: for prompts, columns of the source that stay beside the prompt, for PPO's reward functions.
-    Raises:
-        DataError: an option has a value that does not exist.
     """
 
-    task: str
+    task: str  # one of `TASKS`; `recipes.data.tasks` lists their columns
     schema: str = "auto"
     mapping: Mapping[str, str] | None = None
     on_error: str = "raise"
-    margin: bool = False
-    on_special: str = "flag"
-    special_tokens: Iterable[str] = ()
-    dedup: str = "flag"
-    prompt_completion: bool = False
-    assistant_only_loss: bool = False
     max_error_rate: float = 0.01
-    tokenizer: Any = None
-    max_length: int | None = None
+    on_special: str = "flag"
+    special_tokens: Iterable[str] = ()  # to look for, in addition to the marks of common chat templates
+    dedup: str = "flag"
+    margin: bool = False  # adds the column `margin`, which TRL's RewardTrainer subtracts in its loss
+    prompt_completion: bool = False  # for sft, `prompt` and `completion`, the last turn, instead of `messages`
+    assistant_only_loss: bool = False  # `completion` begins with the first answer that is trained
+    tokenizer: Any = None  # renders every row; what its chat template refuses is an error of the row
+    max_length: int | None = None  # rows of more tokens are reported
+    # The length in tokens that training cuts rows to. Longer rows are reported; sft rows with nothing to train before
+    # it, responses of a ranking that are longer, and rankings without a pair then are left out.
     cut_at: int | None = None
-    positions: int | None = None
-    completion_length: int = 0
-    fail_fast: bool = False
-    keep_columns: Iterable[str] = ()
+    positions: int | None = None  # tokens that the model has room for; rows that need more are errors
+    completion_length: int = 0  # tokens that a prompt needs beside its own
+    fail_fast: bool = False  # raise at the first error instead of after all rows
+    keep_columns: Iterable[str] = ()  # for prompts, columns of the source that stay, for PPO's reward functions
 
     def __post_init__(self):
         for name, options in {**CHOICES, "schema": ("auto", *SCHEMAS)}.items():

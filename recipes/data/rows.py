@@ -114,6 +114,7 @@ def _no_constant(constant: str):
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+ENCODER = json.JSONEncoder(ensure_ascii=False, skipkeys=True, default=str)
 
 
 def check_row(value: Any) -> dict:
@@ -127,15 +128,11 @@ def check_row(value: Any) -> dict:
 
 def check_surrogates(value: Any, column: str) -> None:
     """Raises RowError for half a UTF-16 pair, which UTF-8 cannot store: `datasets` would fail much later."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(value[error.start]):04x}"
-            raise RowError(f"the text holds half a character ({half}, a lone surrogate); repair it", column) from None
-    elif isinstance(value, list | dict):
-        for item in value if isinstance(value, list) else (*value, *value.values()):
-            check_surrogates(item, column)
+    try:
+        ENCODER.encode(value).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise RowError(f"the text holds half a character ({half}, a lone surrogate); repair it", column) from None
 
 
 def not_utf8(escaped: re.Match) -> str:
