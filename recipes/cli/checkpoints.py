@@ -17,7 +17,6 @@ from recipes.cli.files import sync, write_text
 
 MANIFEST = "checkpoint.json"
 UNFINISHED = ".unfinished"
-SHOWN = 3  # files that a message names
 
 
 def unfinished(output_dir: str, name: str = "") -> str:
@@ -37,15 +36,12 @@ def problem(folder: str) -> str | None:
         return f"{MANIFEST}, which is written last, is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    wrong = []
     for name, size in files.items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
-            wrong.append(f"{name} is missing")
-        elif os.path.getsize(path) != size:
-            wrong.append(f"{name} has {os.path.getsize(path)} of {size} bytes")
-    if wrong:
-        return ", ".join(wrong[:SHOWN]) + (f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else "")
+            return f"{name} is missing"
+        if os.path.getsize(path) != size:
+            return f"{name} has {os.path.getsize(path)} of {size} bytes"
     return None if resumable else "it holds the model only (save_only_model), nothing to go on from"
 
 
@@ -110,7 +106,7 @@ def rotate(output_dir: str, limit: int | None, *protected: str | None) -> None:
     whole = [path for path in sort_checkpoints(output_dir, use_mtime=True) if problem(path) is None]
     kept = {os.path.realpath(path) for path in protected if path}
     spare = [path for path in whole if os.path.realpath(path) not in kept]
-    for path in spare[: max(0, len(whole) - max(limit, len(whole) - len(spare)))]:
+    for path in spare[: max(0, len(whole) - limit)]:
         remove(path, output_dir)
 
 

@@ -62,7 +62,7 @@ class RunCallback(TrainerCallback):
     def asked_to_stop(self) -> bool:
         """Whether any process got a signal; all processes ask together and get the same answer."""
         accelerator = self.trainer.accelerator
-        if signals.listening() and not self.stopping:
+        if not self.stopping:
             self.stopping = signals.received() is not None
             if accelerator.num_processes > 1:
                 if self.stopping:
