@@ -309,20 +309,19 @@ def end_process(code: int, failure: str) -> None:
     A process that fails ends at once, so that the launcher ends the others, which may be waiting for it. One of
     several that is done ends without waiting for threads: one that never ends would hold all machines.
     """
-    together = torch.distributed.is_initialized()
     if failure:
+        code = 1
         tqdm.write(failure, file=sys.stderr)
-    elif together:
+    elif torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if failure and together:
-        os._exit(1)
-    if world_size() > 1 and not failure:
-        atexit._run_exitfuncs()  # trackers close here
+    if world_size() > 1:
+        if not failure:
+            atexit._run_exitfuncs()  # trackers close here
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
-    if code or failure:
-        sys.exit(code or 1)
+    if code:
+        sys.exit(code)
 
 
 def holds_anything(folder: str) -> bool:
