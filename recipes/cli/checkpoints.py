@@ -1,14 +1,12 @@
-"""Checkpoints on disk: which are whole, which is the newest, and how one appears under its name only when it is whole.
+"""Checkpoints on disk: one appears under its name only when it is whole.
 
-A checkpoint is written to `OUTPUT_DIR/.unfinished/checkpoint-N`. Its manifest, `checkpoint.json`, comes last and lists
-every file with its size; then the folder is renamed to `OUTPUT_DIR/checkpoint-N`. A folder without a manifest, or with
-a file that is missing or has another size, is not whole.
+It is written to `OUTPUT_DIR/.unfinished/checkpoint-N`. Its manifest, `checkpoint.json`, comes last and lists every
+file with its size; then the folder is renamed to `OUTPUT_DIR/checkpoint-N`.
 """
 
 import contextlib
 import json
 import os
-import re
 import shutil
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -47,16 +45,12 @@ def problem(folder: str) -> str | None:
 
 def newest_whole(output_dir: str) -> tuple[str | None, list[str]]:
     """The newest whole checkpoint of a run, and a sentence about each newer one that is not whole."""
-    steps = {}
-    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
-        if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name):
-            steps[int(match[1])] = os.path.join(output_dir, name)
     skipped = []
-    for step in sorted(steps, reverse=True):
-        why = problem(steps[step])
+    for path in reversed(sort_checkpoints(output_dir)):
+        why = problem(path)
         if why is None:
-            return steps[step], skipped
-        skipped.append(f"{steps[step]} is not whole: {why}")
+            return path, skipped
+        skipped.append(f"{path} is not whole: {why}")
     return None, skipped
 
 

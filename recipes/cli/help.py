@@ -1,8 +1,7 @@
 """Answers `--help` and mistyped flags, read from the source text of the dataclasses that hold the arguments.
 
-Importing those dataclasses takes torch and TRL with them, which is 5 to 15 seconds. Their source says the same: a flag
-is an annotated field, and `ARGUMENTS` of a recipe or script names the classes. So this module imports neither, and
-nothing has to be kept up to date; a test compares it with the real parser.
+Importing them takes torch and TRL along, 5 to 15 seconds. Their source says the same: a flag is an annotated field,
+and `ARGUMENTS` of a recipe or script names the classes. A test compares it with the real parser.
 """
 
 import argparse

@@ -56,10 +56,6 @@ class RunFolder:
     - `auto`: the same, or a new run where there is none, for schedulers that start one line again and again;
     - a path: that checkpoint.
 
-    Args:
-        recipe: "sft", "reward" or "ppo".
-        arguments: the dataclasses that the run was started with, TrainingArguments among them.
-
     Raises:
         UserError: the folder holds something else, is in use or has no whole checkpoint, or the run was started with
             other arguments.
@@ -90,9 +86,16 @@ class RunFolder:
         return outcome[0]
 
     def _claim(self) -> str | None:
-        """Lock the folder; the checkpoint to go on from, if any."""
+        self._choose()  # looks only, so that a refused run has written nothing
         lock.hold(os.path.join(self.path, LOCK), f"--output_dir {self.path}")
         recover(self.path)
+        checkpoint, notes = self._choose()
+        for note in notes:
+            say(note)
+        return checkpoint
+
+    def _choose(self) -> tuple[str | None, list[str]]:
+        """The checkpoint to go on from, if any, and what to say about the choice."""
         entries = holds_anything(self.path)
         given = self.training_args.resume_from_checkpoint
         wish = str(given).lower()
@@ -103,12 +106,12 @@ class RunFolder:
                 "choose another --output_dir, or continue it with --resume_from_checkpoint true."
             )
         if anew or (wish == "auto" and not entries):
-            return None
+            return None, []
         if wish in ("true", "yes", "auto"):
             origin = self.path
-            checkpoint, skipped = newest_whole(origin)
+            checkpoint, notes = newest_whole(origin)
         else:
-            origin, checkpoint, skipped = os.path.dirname(os.path.abspath(given)), given, []
+            origin, checkpoint, notes = os.path.dirname(os.path.abspath(given)), given, []
             if why := problem(given):
                 whole, _ = newest_whole(origin)
                 instead = f" {whole} is whole." if whole else ""
@@ -132,16 +135,13 @@ class RunFolder:
             raise UserError(
                 "--save_only_model true leaves out of checkpoints what a run goes on from: set it to false to resume."
             )
-        if checkpoint is None and (self.before is None or skipped or finished is not None):
-            why = "; ".join([f"there is no{' whole' if skipped else ''} checkpoint in {self.path}", *skipped])
+        if checkpoint is None and (self.before is None or notes or finished is not None):
+            why = "; ".join([f"there is no{' whole' if notes else ''} checkpoint in {self.path}", *notes])
             raise UserError(f"--resume_from_checkpoint {given}: {why}.")
-        for note in skipped:
-            say(note)
         if self.before is None:
-            say(f"{origin} has no {RECORD}: the arguments are not compared with those the run started with.")
+            notes.append(f"{origin} has no {RECORD}: the arguments are not compared with those the run started with.")
         way = f"going on from {checkpoint}" if checkpoint else "no checkpoint yet, starting from the beginning"
-        say(f"{self.path}: {way}.")
-        return checkpoint
+        return checkpoint, [*notes, f"{self.path}: {way}."]
 
     def train(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
         """Write down what the run was started with, compare it where the run goes on, and train.
