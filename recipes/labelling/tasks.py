@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.cli.errors import UserError
 from recipes.data.messages import Messages, number, objects, require
@@ -15,9 +14,8 @@ from recipes.labelling.answers import tiers_of
 MAX_RESPONSES = 26  # they are called A to Z
 
 
-@dataclass(frozen=True)
-class Response:
-    """One response. `id` depends on prompt and text alone; `sample_id` is its name in the file it came from."""
+class Response(NamedTuple):
+    """`id` depends on prompt and text alone; `sample_id` is its name in the file it came from."""
 
     id: str
     sample_id: str
@@ -26,15 +24,14 @@ class Response:
     sampling: dict | None
 
 
-@dataclass(frozen=True)
-class SampledPrompt:
+class SampledPrompt(NamedTuple):
     """A prompt with its responses; `gold` holds tiers of response ids, best first, when the ranking is known."""
 
     id: str
     sample_id: str
     messages: Messages
     responses: list[Response]
-    gold: list[list[str]] | None = None
+    gold: list[list[str]] | None
 
 
 def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt], dict[str, int]]:
@@ -53,14 +50,14 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
             data = row.read()
             if isinstance(data, RowProblem):
                 raise data
-            task, repeated = _task(data, gold, default_id=str(row.line))
+            task = _task(data, gold, default_id=str(row.line))
             line, known = seen.setdefault(task.sample_id, (row.line, task.id))
             if known != task.id:
                 raise RowError(f"{task.sample_id!r} stands on line {line} already, with other texts", "id")
         except RowProblem as problem:
             column = f"{problem.column}: " if problem.column else ""
             raise UserError(f"{path}, line {row.line}: {column}{problem.message}") from problem
-        left_out["repeated_responses"] += repeated
+        left_out["repeated_responses"] += len(data["responses"]) - len(task.responses)
         if len(task.responses) < 2:
             left_out["too_few_responses"] += 1
         else:
@@ -68,7 +65,7 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
     return tasks, left_out
 
 
-def _task(row: dict, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
+def _task(row: dict, gold: bool, default_id: str) -> SampledPrompt:
     messages = _messages(row)
     given = [] if row.get("responses") == [] else objects(row, "responses")
     distinct: dict[str, tuple[int, str, dict]] = {}
@@ -95,8 +92,7 @@ def _task(row: dict, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
         if gold:
             ranks[id] = number(response, f"{place}.rank", text_too=False)
     tiers = tiers_of(ranks) if gold else None
-    task = SampledPrompt(prompt_id, str(row.get("id", default_id)), messages, responses, tiers)
-    return task, len(given) - len(distinct)
+    return SampledPrompt(prompt_id, str(row.get("id", default_id)), messages, responses, tiers)
 
 
 def _messages(row: dict) -> Messages:
