@@ -17,7 +17,7 @@ import numpy as np
 
 from recipes.labelling.answers import ranks_of
 from recipes.labelling.database import Database
-from recipes.labelling.store import COUNTS, current_rankings
+from recipes.labelling.store import COUNTS, standing_answers
 
 # Labelers hired for training and held-out ones: Ouyang et al. 2022 (arXiv 2203.02155), section 3.4.
 INSTRUCTGPT = (0.726, 0.773)
@@ -83,13 +83,8 @@ def kendalls_w(ranks: np.ndarray) -> float | None:
 def agreement_report(database: Database) -> dict:
     """All the figures as plain values; a figure that nobody's data gives yet is None. Shares are in [0, 1]."""
     with database.transaction() as db:
-        judgements = [Judgement(ranking) for ranking in current_rankings(db)]
-        # What labelers said is wrong with prompts. Rankings of them by others count, and are exported.
-        flagged = db.execute(
-            "SELECT p.sample_id AS prompt, l.name AS labeler, s.comment FROM standing AS s"
-            " JOIN prompt AS p ON p.id = s.prompt_id JOIN labeler AS l ON l.id = s.labeler_id"
-            " WHERE s.kind = 'flag' ORDER BY p.position, l.name"
-        ).fetchall()
+        judgements = [Judgement(ranking) for ranking in standing_answers(db, "submit", "edit")]
+        flags = standing_answers(db, "flag")  # rankings of these prompts by others count, and are exported
         labelers = db.execute(
             f"SELECT l.name, {COUNTS} FROM labeler AS l LEFT JOIN task_state AS s ON s.labeler_id = l.id"
             " GROUP BY l.id ORDER BY l.name"
@@ -128,12 +123,12 @@ def agreement_report(database: Database) -> dict:
         },
         "kendalls_w": fmean(concordances) if concordances else None,
         "labelers": {
-            name: {"ranked": ranked, "skipped": skipped, "flagged": flags}
+            name: {"ranked": ranked, "skipped": skipped, "flagged": flagged}
             | _habits(by_labeler[name])
             | {"with_others": _share(with_others[name])}
-            for name, ranked, skipped, flags in labelers
+            for name, ranked, skipped, flagged in labelers
         },
-        "flagged": [dict(flag) for flag in flagged],
+        "flagged": [{"prompt": f["sample_id"], "labeler": f["labeler"], "comment": f["comment"]} for f in flags],
     }
 
 

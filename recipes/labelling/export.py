@@ -11,7 +11,7 @@ from recipes.cli.errors import UserError
 from recipes.labelling.answers import Answer, Review, ranks_of
 from recipes.labelling.database import Database
 from recipes.labelling.files import new_file
-from recipes.labelling.store import current_rankings, stored_answer
+from recipes.labelling.store import standing_answers, stored_answer
 
 
 def export(database: Database, output: str | Path, include_gold: bool = False) -> dict[str, int]:
@@ -24,7 +24,7 @@ def export(database: Database, output: str | Path, include_gold: bool = False) -
         UserError: nothing to export, or `output` exists.
     """
     with database.transaction() as db:
-        everything = current_rankings(db)
+        everything = standing_answers(db, "submit", "edit")
         rankings = [ranking for ranking in everything if include_gold or ranking["gold"] is None]
         responses = defaultdict(list)
         for response in db.execute("SELECT * FROM response ORDER BY rowid"):

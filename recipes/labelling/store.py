@@ -69,14 +69,16 @@ class Task:
     active_seconds: float
 
 
-def current_rankings(db: sqlite3.Connection) -> list[sqlite3.Row]:
-    """The rankings that count, in the order the prompts were imported, then by labeler: rows of `event`, with the
-    prompt's `sample_id` and `messages`, the order `shown`, the task's `seconds` and its `gold` tiers (or None)."""
+def standing_answers(db: sqlite3.Connection, *kinds: str) -> list[sqlite3.Row]:
+    """The answers of these kinds that count, in the order the prompts were imported, then by labeler: rows of `event`
+    with the prompt's `sample_id` and `messages`, the order `shown`, the task's `seconds` and `gold` tiers or None."""
     return db.execute(
         "SELECT e.*, p.sample_id, p.messages, l.name AS labeler, a.shown, s.active_seconds AS seconds, g.tiers AS gold"
         " FROM task_state AS s JOIN event AS e ON e.id = s.event_id JOIN prompt AS p ON p.id = s.prompt_id"
         " JOIN labeler AS l ON l.id = s.labeler_id JOIN assignment AS a USING (prompt_id, labeler_id)"
-        " LEFT JOIN gold AS g ON g.prompt_id = p.id WHERE s.kind IN ('submit', 'edit') ORDER BY p.position, l.name"
+        " LEFT JOIN gold AS g ON g.prompt_id = p.id"
+        f" WHERE s.kind IN ({', '.join('?' * len(kinds))}) ORDER BY p.position, l.name",
+        kinds,
     ).fetchall()
 
 

@@ -20,7 +20,7 @@ import pytest
 import uvicorn
 
 from recipes.labelling import server as page_server
-from recipes.labelling.store import Store, current_rankings
+from recipes.labelling.store import Store, standing_answers
 from tests.labelling.labelling_server import HOSTILE, Client, add_labeler, cli, server, write_samples
 
 
@@ -636,7 +636,7 @@ def test_export_equals_what_was_submitted_by_several_labelers(tmp_path):
         tiers = [sorted(ranks[rank]) for rank in sorted(ranks)]
         assert tiers == submitted[row["prompt"][0]["content"], row["annotator"]]
     with Store(database).transaction() as db:
-        assert len(current_rankings(db)) == len(exported)
+        assert len(standing_answers(db, "submit", "edit")) == len(exported)
 
     again = cli("export", "--database", database, "--output", output, check=False)
     assert again.returncode == 1 and "exists already" in again.stderr and len(again.stderr.splitlines()) == 1
