@@ -248,7 +248,7 @@ def test_malformed_answers_are_refused_and_say_why(job, labeler):
         "should be 'draft', 'submit', 'skip' or": [{"action": "edit"}],
         "what is wrong": [{"action": "flag"}],
         "rating": [{"reviews": {a: {"justification": "x", "rating": True}}}],
-        "extra": [{"labeler_id": 1}],
+        "labeler_id: unexpected": [{"labeler_id": 1}],
         "at most 4000": [{"comment": "x" * 4001}],
         "key": [{"key": "short"}],
         "active_seconds": [{"active_seconds": -1}],
