@@ -8,6 +8,7 @@ import json
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import combinations
 from statistics import fmean, median
 from typing import Literal
@@ -51,8 +52,13 @@ def mean_ranks(tiers: Sequence[Sequence]) -> np.ndarray:
 
 def outcomes(ranks: np.ndarray) -> np.ndarray:
     """(pairs of responses,): 1 if the first is better, -1 if worse, 0 for a tie."""
-    first, second = np.triu_indices(len(ranks), 1)
+    first, second = _pairs(len(ranks))
     return np.sign(ranks[second] - ranks[first])
+
+
+@cache
+def _pairs(responses: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.triu_indices(responses, 1)
 
 
 def agrees_with_gold(said: np.ndarray, gold: np.ndarray) -> np.ndarray:

@@ -118,8 +118,9 @@ def create_app(store: Store) -> FastAPI:
         if session is None:
             return page(request, "login.html", status=401, error="That token is not known here.")
         response = RedirectResponse("/", 303)
-        flags = {"httponly": True, "samesite": "strict", "secure": request.url.scheme == "https"}
-        response.set_cookie(cookie, session, max_age=accounts.SESSION_SECONDS, **flags)
+        safe = request.url.scheme == "https"
+        age = accounts.SESSION_SECONDS
+        response.set_cookie(cookie, session, max_age=age, httponly=True, samesite="strict", secure=safe)
         return response
 
     @app.post("/logout")
