@@ -31,9 +31,9 @@ class Judgement:
 
     def __init__(self, ranking: sqlite3.Row):
         tiers = json.loads(ranking["tiers"])
-        self.prompt_id, self.sample_id, self.labeler = (
-            ranking[name] for name in ("prompt_id", "sample_id", "labeler")
-        )
+        self.prompt_id = ranking["prompt_id"]
+        self.sample_id = ranking["sample_id"]
+        self.labeler = ranking["labeler"]
         self.seconds = ranking["seconds"]
         self.left_as_shown = tiers == [[id] for id in json.loads(ranking["shown"])]
         self.ranks = mean_ranks(tiers)
