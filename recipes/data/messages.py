@@ -13,7 +13,7 @@ from itertools import repeat
 from operator import contains
 from typing import Any
 
-from recipes.data.rows import RowError, Skip, check_surrogates, describe, join_names
+from recipes.data.rows import DECODER, RowError, Skip, check_surrogates, describe, join_names
 
 Messages = list[dict[str, Any]]
 Roles = Mapping[str, str]
@@ -69,7 +69,7 @@ def decode_json(value: Any, column: str, kind: str) -> Any:
     """A list or an object, which is JSON text in formats that have neither (CSV)."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = DECODER.decode(value)
         except (ValueError, RecursionError):
             raise RowError(f"found {describe(value)}, expected {kind} (as JSON)", column) from None
         check_surrogates(value, column)

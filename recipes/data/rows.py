@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from json.decoder import WHITESPACE  # type: ignore[attr-defined]
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, first_line
 
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
 
@@ -15,6 +17,21 @@ class DataError(UserError):
     """Data that cannot be used. `report` is the formatting report where formatting had begun, else None."""
 
     report: Any = None
+
+
+@contextmanager
+def failures_as_data_error(source: str | Path) -> Iterator[None]:
+    """Failures of the Hub, `datasets` and decoders have dozens of types; the user needs the source and one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        generating = type(error).__name__ == "DatasetGenerationError"
+        cause = error.__cause__ if generating and error.__cause__ else error
+        unknown = isinstance(error, FileNotFoundError | ConnectionError) and not Path(source).expanduser().exists()
+        missing = f"no file or folder {str(source)!r} is here, and " if unknown else ""
+        raise DataError(f"{missing}could not load {source}: {type(cause).__name__}: {first_line(cause)}") from error
 
 
 class RowProblem(Exception):
@@ -53,6 +70,14 @@ class Row(NamedTuple):
 
     def read(self) -> dict | RowProblem:
         return _read_json_line(self.data) if isinstance(self.data, bytes) else self.data
+
+
+def or_error(read: Callable[..., dict], *arguments) -> dict | RowProblem:
+    """What `read` gives, or the `RowProblem` that it raises."""
+    try:
+        return read(*arguments)
+    except RowProblem as problem:
+        return problem
 
 
 def join_names(names: Iterable) -> str:
