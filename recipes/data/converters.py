@@ -19,6 +19,7 @@ from recipes.data.messages import (
     as_object,
     choice,
     conversation,
+    is_turns,
     items,
     message,
     normalise,
@@ -177,22 +178,14 @@ def preferences(question: str | None = None) -> Converter:
 
 
 def _is_whole(value: Any, roles: Roles) -> bool:
-    """Whether a cell is a conversation from its first turn on, and not only an answer; a blank system turn is none."""
-    for turn in value if isinstance(value, list) else ():
-        if not isinstance(turn, dict):
-            return False
-        role = roles.get(str(turn.get("role", turn.get("from"))).lower())
-        if role != "system" or str(turn.get("content", turn.get("value")) or "").strip():
-            return role != "assistant"
-    return False
+    """Whether a cell is a conversation from its first turn on, and not only an answer."""
+    turns = value if is_turns(value) else []
+    said = (roles.get(str(turn.get("role", turn.get("from"))).lower()) for turn in turns)
+    return next((role for role in said if role != "system"), "assistant") != "assistant"
 
 
 def _system_beside(row: dict, column: str, talk: Messages, roles: Roles) -> str:
-    """The system message of the prompt that stands beside a whole conversation, or an empty text.
-
-    Raises:
-        Skip: it is not the prompt of that conversation, so that one cannot tell which of them is meant.
-    """
+    """The system message of the prompt beside a whole conversation, or ""; skips the row if the prompt is another."""
     if row.get(column) in NOTHING:
         return ""
     system = ""

@@ -25,21 +25,13 @@ BATTLE = ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_
 
 @dataclass(frozen=True)
 class Schema:
-    """One entry of the table.
+    """One entry of the table."""
 
-    Args:
-        tasks: what rows of this schema can become.
-        columns: the columns that it needs; there may be others.
-        convert: turns a row into a `Dialogue` or a `Ranking`. A schema fits a source if this works for most rows.
-        order: if several schemas fit, the lowest order wins; None is never detected and must be named.
-        gather: joins all rows of a source into the rows that `convert` gets, for tables of single messages.
-    """
-
-    tasks: tuple[str, ...]
-    columns: tuple[str, ...]
-    convert: Converter
-    order: int | None = 0
-    gather: Callable[[Iterable, str], Iterable] | None = None
+    tasks: tuple[str, ...]  # what its rows can become
+    columns: tuple[str, ...]  # that it needs; there may be others
+    convert: Converter  # a schema fits a source if this works for most rows
+    order: int | None = 0  # if several schemas fit, the lowest wins; None is never detected and must be named
+    gather: Callable[[Iterable, str], Iterable] | None = None  # joins the rows of a source into those to convert
 
     def missing(self, columns: set[str]) -> list[str]:
         return [name for name in self.columns if name not in columns]
@@ -65,12 +57,9 @@ class Schema:
 def detect(
     columns: Iterable[str], sample: list[dict], task: str, roles: Roles = ROLES, unmapped: list[dict] | None = None
 ) -> tuple[str, str]:
-    """Names the schema of a source from its column names and a sample of rows, and says why.
+    """Names the schema of a source from its column names and a sample of rows, and says why; raises DataError.
 
     `unmapped` are the rows before a mapping, for the advice in an error.
-
-    Raises:
-        DataError: no schema fits, or two fit equally well.
     """
     columns = set(columns)
     candidates = {name: schema for name, schema in SCHEMAS.items() if schema.order is not None}
