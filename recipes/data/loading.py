@@ -12,9 +12,10 @@ from typing import Any
 
 from recipes.cli.errors import did_you_mean
 from recipes.data.rows import DataError, Row, check_row, failures_as_data_error, join_names, or_error
-from recipes.data.text_files import COMPRESSED, PROMPTS_SUFFIX, TEXT_SUFFIXES, read_text_file, suffix_of
+from recipes.data.text_files import COMPRESSED, read_text_file, suffix_of
 
-SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+SUFFIXES = (*DATA_SUFFIXES, ".txt")
 TOOLS = ("tools", "tool_calls", "functions", "function_call")
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")  # `name` or `owner/name`
 _SPLIT = re.compile(r"([\w.\-]+)(?:\[(\d*):(\d*)\])?")
@@ -150,21 +151,20 @@ def _files_by_split(folder: Path, data_files: Any) -> dict[str, list[Path]]:
     from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns, sanitize_patterns
 
     place = glob.escape(str(folder))  # brackets in its name are no pattern
-    listed: dict[str, list[Path]] = {}
+    found: dict[str, list[Path]] = {}
     with suppress(EmptyDatasetError):
         patterns = sanitize_patterns(data_files) if data_files else get_data_patterns(place)
         for split in patterns:
             with suppress(FileNotFoundError):  # a copy of a Hub dataset may lack a split
-                files = sorted(set(DataFilesList.from_patterns(patterns[split], place)))
-                listed[str(split)] = [Path(file) for file in files]
-    if data_files and listed:
-        return listed
-    data = tuple(suffix for suffix in SUFFIXES if suffix != PROMPTS_SUFFIX)
-    for suffixes in (data, SUFFIXES):  # a .txt beside data is a licence or a note
-        found = {split: [file for file in files if suffix_of(file) in suffixes] for split, files in listed.items()}
-        if any(found.values()):
-            return {split: files for split, files in found.items() if files}
-    raise DataError(f"{folder} holds no {join_names(data)} file, not even compressed ones")
+                files = DataFilesList.from_patterns(patterns[split], place)
+                found[str(split)] = [Path(file) for file in sorted(set(files))]
+    for suffixes in (DATA_SUFFIXES, SUFFIXES):  # a .txt beside data is a licence or a note
+        chosen = {}
+        for split, files in found.items():
+            chosen[split] = [file for file in files if data_files or suffix_of(file) in suffixes]
+        if any(chosen.values()):
+            return {split: files for split, files in chosen.items() if files}
+    raise DataError(f"{folder} holds no {join_names(SUFFIXES)} file, not even compressed ones")
 
 
 def _rows_of(paths: list[Path]) -> Iterator[Row]:

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from json.decoder import WHITESPACE  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,19 +109,6 @@ def _read_json_line(raw: bytes) -> dict:
         return check_row(DECODER.decode(text))
     except (ValueError, RecursionError) as error:
         raise RowError(not_json(error)) from None
-
-
-def skip_space(text: str, position: int) -> int:
-    return WHITESPACE.match(text, position).end()
-
-
-def decode_object(text: str, position: int) -> tuple[dict | RowError, int]:
-    """The object that starts at `position`, or what is wrong with it, and where it ends."""
-    try:
-        value, end = DECODER.raw_decode(text, position)
-        return check_row(value), end
-    except RowError as error:
-        return error, json.JSONDecoder().raw_decode(text, position)[1]
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:

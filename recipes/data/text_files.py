@@ -20,16 +20,12 @@ from recipes.data.rows import (
     Row,
     RowError,
     RowProblem,
-    decode_object,
     failures_as_data_error,
     not_json,
     not_utf8,
     or_error,
-    skip_space,
 )
 
-PROMPTS_SUFFIX = ".txt"  # one prompt a line
-TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", PROMPTS_SUFFIX)
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # with their names in fsspec
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK = 2**16  # characters of a JSON list that are read at a time; more where an element is larger
@@ -38,9 +34,10 @@ TOO_LONG = f"longer than {LIMIT >> 20} MiB, which no row may be"
 LOST = "nothing after it was read"
 # Messages in a cell of CSV: as JSON, or with single quotes in Python's notation, as pandas writes them.
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|tool_calls)["']\s*:""")
-_SPACE = r"[ \t\n\r]*"
-_OPENING = re.compile(rf"{_SPACE}\[{_SPACE}(?P<closing>\])?{_SPACE}")  # of a JSON list
-_SEPARATOR = re.compile(rf"{_SPACE}(?:,|(?P<closing>\])){_SPACE}")
+_SPACE = re.compile(r"[ \t\n\r]*")
+_OPENING = re.compile(r"\s*\[\s*(?P<closing>\])?\s*", re.ASCII)  # of a JSON list
+_SEPARATOR = re.compile(r"\s*(?:,|(?P<closing>\]))\s*", re.ASCII)
+_SCANNER = json.JSONDecoder(parse_int=str)  # finds where an element ends, with however many digits
 
 Places = Iterator[tuple[int, dict | bytes | RowProblem]]  # lines of the file, and what `Row.data` is there
 
@@ -68,7 +65,7 @@ def read_text_file(path: Path) -> Iterator[Row]:
         stream.seek(len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0)
         if suffix == ".csv":
             rows = _read_csv(stream)
-        elif suffix == PROMPTS_SUFFIX:
+        elif suffix == ".txt":
             rows = _read_prompts(stream)
         elif head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
             rows = _read_json_list(stream)
@@ -125,17 +122,17 @@ def _prompt(line: bytes) -> dict:
 
 
 def _read_json_list(stream: BinaryIO) -> Places:
-    """The elements of one JSON list, each at the line it starts on. Nothing after the first syntax error is read.
+    """The elements of one JSON list, as `_read_lines` gives lines, each at the line it starts on.
 
-    Not by `ijson`: it gives no lines, keeps the last of two equal keys and reads half a surrogate pair as "?".
+    Nothing after the first syntax error is read. Not by `ijson`, which gives no lines.
     """
-    # Bytes that are not UTF-8 become surrogates, so that the element that holds them can be told.
+    # Bytes that are not UTF-8 become surrogates, and in the element that holds them bytes again.
     characters = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="\n")
     text, line, column, ended = "", 1, 0, False  # what is in memory, and where in the file it begins
     before = _OPENING
     while True:
         try:
-            value, start, end = _next_element(text, before)
+            start, end = _next_element(text, before)
             if end == len(text) and not ended:
                 raise json.JSONDecodeError("the element may go on", text, end)
         except json.JSONDecodeError as error:
@@ -147,33 +144,28 @@ def _read_json_list(stream: BinaryIO) -> Places:
             reason = not_json(error) if ended else f"an element of the list is {TOO_LONG}, or {not_json(error)}"
             yield line + error.lineno - 1, LostRows(f"{reason}; {LOST}")
             return
-        if value is not None:
-            yield line + text.count("\n", 0, start), value
-        if value is None or isinstance(value, LostRows):
+        if start == end:
             return
+        yield line + text.count("\n", 0, start), text[start:end].encode("utf-8", "surrogateescape")
         newline = text.rfind("\n", 0, end)
         line, column = line + text.count("\n", 0, end), end - newline - 1 + (column if newline < 0 else 0)
         text, before = text[end:], _SEPARATOR
 
 
-def _next_element(text: str, before: re.Pattern) -> tuple[dict | RowError | None, int, int]:
-    """The next element, or None where the list ends; and where in the text it starts and ends."""
+def _next_element(text: str, before: re.Pattern) -> tuple[int, int]:
+    """Where in the text the next element starts and ends; the same place twice where the list ends."""
     found = before.match(text)
     if found is None:
-        raise json.JSONDecodeError("expected ',' or ']' after an element", text, skip_space(text, 0))
+        raise json.JSONDecodeError("expected ',' or ']' after an element", text, _SPACE.match(text).end())
     start = found.end()
     if found["closing"]:
         if start < len(text):
             raise json.JSONDecodeError("text after the end of the list", text, start)
-        return None, start, start
+        return start, start
     try:
-        value, end = decode_object(text, start)
-    except json.JSONDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        return LostRows(f"{not_json(error)}; {LOST}"), start, start
-    bad = NOT_UTF8.search(text, start, end)
-    return RowError(not_utf8(bad)) if bad else value, start, end
+        return start, _SCANNER.raw_decode(text, start)[1]
+    except RecursionError:
+        raise json.JSONDecodeError("the JSON is nested too deeply", text, start) from None
 
 
 def _read_csv(stream: BinaryIO) -> Places:

@@ -48,7 +48,7 @@ def read(path, **options):
             [(1, "not usable as JSON: Exceeds the limit"), (2, {"prompt": "q"})],
         ),
         (b"7\n", [(1, "found a int, expected an object")]),
-        (b"[" * 100_000, [(1, "the JSON is nested too deeply")]),
+        (b"[" * 100_000, [(1, "not valid JSON at character 2: the JSON is nested too deeply")]),
         (b'{"a":' * 100_000 + b"\n" + GOOD, [(1, "the JSON is nested too deeply"), (2, {"prompt": "q"})]),
         (b"", []),
         (b"\xef\xbb\xbf\n", []),
@@ -83,7 +83,7 @@ def check(found, expected):
         (b'[{"a": 1},\n{"a": "\xe9"},{"a": 2}]', [(1, {"a": 1}), (2, "not UTF-8 (byte 0xe9)"), (2, {"a": 2})]),
         (b'[{"a": "\\ud800"}, {"a": 1}]', [(1, "the text holds half a character"), (1, {"a": 1})]),
         (b'{"a": 1}\n{"a": 2}\n', [(1, {"a": 1}), (2, {"a": 2})]),
-        (b'{"a":\n 1}\n', [(1, "not valid JSON at character 1"), (2, "text after the JSON object")]),
+        (b'{"a":\n 1}\n', [(1, "not valid JSON at character 1"), (2, "not valid JSON at character 3")]),
     ],
 )
 def test_json_lists(tmp_path, raw, expected):
@@ -276,7 +276,7 @@ def test_a_copy_of_a_hub_dataset_is_read_as_its_card_says(tmp_path):
         ),
         (
             CARD.replace("part-*", "no-*").replace("held", "no"),
-            "holds no .jsonl, .ndjson, .json, .csv or .parquet file",
+            "holds no .jsonl, .ndjson, .json, .csv, .parquet, .txt file",
         ),
         (
             CARD.replace("helpful/part-*.jsonl", "[helpful/part-0.jsonl, gone.jsonl]"),
