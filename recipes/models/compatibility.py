@@ -2,7 +2,6 @@
 
 import copy
 import os
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -20,13 +19,19 @@ from recipes.models.adapters import new_adapter_config, only_on_text
 from recipes.models.source import ModelSource, same_weights
 from recipes.models.tokenization import load_tokenizer, render_alike
 
+SELECTIONS = ("target_modules", "modules_to_save", "target_parameters")  # fields of LoraConfig that name parts
+LORA_FLAGS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    *(f"lora_{name}" for name in SELECTIONS),
+)
+
 
 def check_model(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check the model that a step trains: its tokenizer and, where it is an adapter, its base.
-
-    Raises:
-        UserError: the adapter or the tokenizer belongs to another base, or a configuration cannot be read.
-    """
+    """Check the model that a step trains: its tokenizer and, where it is an adapter, its base."""
     check_vocabulary(tokenizer, source.config, source.path)
     check_adapter(source)
     if source.base is not None:
@@ -48,10 +53,7 @@ def check_ppo_models(
 ) -> None:
     """Check the policy with its `tokenizer`, and the reward model beside it.
 
-    Raises:
-        UserError: something does not fit its base, the reward model has no trained score head, its adapter is on
-            another base or reads other tokens or another chat template than the policy writes, or full fine-tuning
-            has no critic of the policy's type.
+    A reward adapter on the policy's base has to read the tokens and the chat template that the policy writes.
     """
     check_model(policy, tokenizer)
     if not use_peft and not has_classifier(policy.config):
@@ -68,9 +70,9 @@ def check_ppo_models(
         return
     if not same_weights(reward, policy):
         raise UserError(
-            f"The reward adapter {reward.path} was trained on the base {reward.weights_in_words}, the policy on "
-            f"{policy.weights_in_words}. Train it on that, or load it on its own base beside the policy with "
-            "--separate_reward_model true (it then scores decoded text)."
+            f"The reward adapter {reward.path} was trained on the base {reward.weights}, the policy on "
+            f"{policy.weights} (revisions {reward.revision} and {policy.revision}). Train it on that, or load it on "
+            "its own base beside the policy with --separate_reward_model true (it then scores decoded text)."
         )
     own = own_tokenizer(reward)
     check_same_tokens(own, reward.path, tokenizer, policy.weights)
@@ -117,7 +119,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
 
 
 def adapter_shapes(source: ModelSource, config: PeftConfig) -> dict[str, list[int]]:
-    """The tensors that an adapter of this configuration has on the base of `source`, by name: only shapes are made.
+    """Names and shapes of what an adapter of this configuration trains on the base of `source`, made without data.
 
     Raises:
         ValueError: PEFT finds no place for it.
@@ -134,11 +136,7 @@ def adapter_shapes(source: ModelSource, config: PeftConfig) -> dict[str, list[in
 
 
 def check_adapter(source: ModelSource) -> None:
-    """Compare the tensors of an adapter, if it is one, with those it would have on its base.
-
-    Raises:
-        UserError: it was trained on a base of another shape.
-    """
+    """Compare the tensors of an adapter, if it is one, with those it would have on its base."""
     if source.base is None:
         return
     wrong = f"The adapter {source.path} does not fit the base {source.base}: it was trained on another"
@@ -157,30 +155,21 @@ def check_adapter(source: ModelSource) -> None:
 
 
 def refuse_other_adapter(source: ModelSource, model_args: ModelConfig) -> None:
-    """Check that `lora_*` arguments, which make new adapters, do not ask for another than the one that goes on.
-
-    Raises:
-        UserError: one differs. Names, patterns and `all-linear` are equal where they select the same layers.
-    """
+    """Check that `lora_*` arguments, which make new adapters, do not ask for another than the one that goes on."""
     if source.base is None or not model_args.use_peft or not isinstance(source.peft_config, LoraConfig):
         return
-    stored, given = source.peft_config, getattr(model_args, "given", ())
-    for name in ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
-        value, own = getattr(model_args, name), getattr(stored, name.replace("lora_r", "r"))
-        if (name in given or value != getattr(ModelConfig, name)) and value != own:
-            raise another_adapter(source, name, value, own)
-    for name in ("target_modules", "modules_to_save", "target_parameters"):
-        value = getattr(model_args, f"lora_{name}")
-        if value is not None and not trains_the_same(source, name, model_args):
-            raise another_adapter(source, f"lora_{name}", value, getattr(stored, name))
-
-
-def another_adapter(source: ModelSource, name: str, given: Any, stored: Any) -> UserError:
-    given, stored = (" ".join(sorted(x)) if isinstance(x, list | set) else x for x in (given, stored))
-    return UserError(
-        f"--{name} {given}: {source.path} is an adapter with {stored}, and goes on as it is. Leave {name} out, "
-        "or start from the base for another adapter."
-    )
+    for flag in LORA_FLAGS:
+        value, is_given = getattr(model_args, flag), flag in getattr(model_args, "given", ())
+        if value == getattr(ModelConfig, flag) and not is_given:
+            continue
+        name = flag if flag in LoraConfig.__dataclass_fields__ else flag.removeprefix("lora_")
+        stored = getattr(source.peft_config, name)
+        if not (value == stored or name in SELECTIONS and trains_the_same(source, name, model_args)):
+            value, stored = (" ".join(sorted(x)) if isinstance(x, list | set) else x for x in (value, stored))
+            raise UserError(
+                f"--{flag} {value}: {source.path} is an adapter with {stored}, and goes on so. Leave {flag} out, "
+                "or start from the base for another adapter."
+            )
 
 
 def trains_the_same(source: ModelSource, name: str, model_args: ModelConfig) -> bool:

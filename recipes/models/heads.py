@@ -29,9 +29,6 @@ class ScoreHead(nn.Linear):
     In bf16 scores near 2 come in steps of 1/64, and at usual rates most of a trained head would never move.
     """
 
-    def __init__(self, width: int, device: torch.device | None = None, bias: bool = False):
-        super().__init__(width, 1, bias=bias, dtype=torch.float32, device=device)
-
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) of any precision → (..., 1) float32."""
         with torch.autocast(hidden.device.type, enabled=False):
@@ -44,14 +41,11 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def use_float32_head(model: PreTrainedModel) -> None:
-    """Replace a classifier's linear `score` head, or adapters' copies of it, by [`ScoreHead`]s of the same weights."""
-    holder = getattr(model.score, "modules_to_save", None) or model
-    for name in [*holder] if holder is not model else ["score"]:
-        linear = getattr(holder, name)
-        if isinstance(linear, nn.Linear) and not isinstance(linear, ScoreHead):
-            head = ScoreHead(linear.in_features, linear.weight.device, linear.bias is not None)
-            head.load_state_dict(linear.state_dict())
-            setattr(holder, name, head.requires_grad_(linear.weight.requires_grad))
+    """Make a classifier's linear `score` head, and adapters' copies of it, [`ScoreHead`]s in place."""
+    for module in model.score.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = ScoreHead  # of the same attributes, with another forward
+            module.float()
 
 
 def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_head: Callable | None = None) -> None:

@@ -112,10 +112,6 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
     |------------------|------------------------------|----------------------------------------|
     | base, full model | the model with a new adapter | the model                              |
     | adapter          | its base with that adapter   | its base with the adapter merged in    |
-
-    Raises:
-        UserError: a `lora_*` argument asks for another adapter than that of `source`, `source` is a reward model, or 4
-            bits without `use_peft`.
     """
     refuse_other_adapter(source, model_args)
     check_policy(source)
@@ -141,8 +137,7 @@ def trainable(model: PreTrainedModel | PeftModel, model_args: ModelConfig) -> Pr
 def new_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelSource) -> PeftModel:
     """`model`, of the weights of `source`, with a fresh adapter, which keeps their revision.
 
-    Raises:
-        UserError: PEFT does not know where to put it, or would leave out a name that is nowhere in the model.
+    PEFT would leave out a name that is nowhere in the model where another one fits.
     """
     family = type(model).__name__
     parts = [f".{name}" for name, _ in (*model.named_modules(), *model.named_parameters())]
