@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from recipes.cli.errors import counted
-from recipes.data.messages import decode_json, json_messages
+from recipes.data.cells import decode_json
+from recipes.data.messages import json_messages
 from recipes.data.rows import (
     NOT_UTF8,
     DataError,
