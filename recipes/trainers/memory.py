@@ -1,14 +1,12 @@
-"""Peak memory of a training step, found by running it on tensors that have shapes and no data.
+"""Peak memory of a training step, found by running it on tensors that have shapes and no data (`FakeTensorMode`).
 
-The model is built from its configuration alone on torch's meta device, gets its adapters by PEFT, and runs the passes
-of a step under `FakeTensorMode`, forward and backward, while every storage that lives is counted. So the architecture,
-the attention implementation, autocast and activation checkpointing count as they will in the run; nothing is known of
-any model by name.
+The model is built from its configuration alone, gets its adapters by PEFT, and runs the passes of a step, forward and
+backward, while every storage that lives is counted. So architecture, attention, autocast and activation checkpointing
+count as they will in the run; nothing is known of any model by name.
 """
 
 import contextlib
 import copy
-import math
 import weakref
 from dataclasses import dataclass, replace
 
@@ -133,7 +131,7 @@ def estimate(setting: Setting) -> Estimate:
     kind = setting.config.model_type
     try:
         model, critic = build(setting)
-        return Estimate(held_parts(setting, model, critic), phases(setting, model, measure_deep(setting, model)))
+        return Estimate(held_parts(setting, model, critic), phases(setting, model, measure(setting, model, critic)))
     except (DynamicOutputShapeException, RuntimeError) as error:
         raise UserError(
             f"A {kind} in {str(setting.dtype).removeprefix('torch.')} cannot be run without data, as some models "
@@ -173,19 +171,6 @@ def build(setting: Setting) -> tuple[nn.Module, PreTrainedModel | None]:
             if setting.quantization is None:
                 fuse_adapters(base_of(model))
         return model, None
-
-
-def materialize(model: nn.Module) -> None:
-    """Move parameters and buffers from the meta device to the CPU, under `FakeTensorMode` and so without data."""
-    moved = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in moved:  # tied weights stay tied
-                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = tensor, nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-                tensors[name] = None if tensor is None else moved[id(tensor)][1]
 
 
 def size(tensors) -> int:
@@ -236,78 +221,46 @@ def optimizer_bytes(name: str, trained: list[nn.Parameter]) -> int:
     return copies * (sum(parameter.numel() for parameter in trained) if "8bit" in name else size(trained))
 
 
-def copy_bytes(setting: Setting, model: nn.Module) -> int:
-    """What a GPU samples from: the weights that an adapter changes, or all of them in another precision."""
-    if not setting.merged_copy:
-        return 0
-    if setting.compute_dtype() == setting.dtype:
-        weights = [layer.get_base_layer().weight for layer in model.modules() if isinstance(layer, LoraLayer)]
+def sampled_weights(setting: Setting, model: nn.Module) -> dict[str, int]:
+    """What is sampled from beside the policy: on a GPU a merged copy, on a CPU packed matrices."""
+    dtype = setting.compute_dtype()
+    if setting.merged_copy and dtype == setting.dtype:  # what no adapter changes is shared
+        name, layers = "merged copy", model.modules()
+        weights = [layer.get_base_layer().weight for layer in layers if isinstance(layer, LoraLayer)]
+    elif setting.merged_copy:
+        name, named = "merged copy", base_of(model).named_parameters()
+        weights = [weight for each, weight in named if "lora_" not in each and "score" not in each]
+    elif setting.on_cpu and dtype == torch.float32 and not setting.quantization and setting.rollout_rows <= FEW_ROWS:
+        name, layers = "packed weights", linear_layers(base_of(model))
+        weights = [getattr(layer, "base_layer", layer).weight for layer in layers]
     else:
-        weights = [p for name, p in base_of(model).named_parameters() if "lora_" not in name and "score" not in name]
-    return sum(weight.numel() for weight in weights) * setting.compute_dtype().itemsize
-
-
-def packed_bytes(setting: Setting, model: nn.Module) -> int:
-    """What a CPU samples from, see `recipes.trainers.fast.packed_weights`."""
-    in_float32 = setting.compute_dtype() == torch.float32 and setting.quantization is None
-    if not (setting.on_cpu and in_float32 and setting.rollout_rows <= FEW_ROWS):
-        return 0
-    return size(getattr(layer, "base_layer", layer).weight for layer in linear_layers(base_of(model)))
+        return {}
+    return {name: sum(weight.numel() for weight in weights) * dtype.itemsize} if weights else {}
 
 
 # Passes
 
 
-def measure_deep(setting: Setting, model: nn.Module) -> dict[str, int]:
-    """`measure`, extrapolated from two shallow models to the depth of `model` where its layers repeat.
-
-    While gradients are held all along, the peaks grow by the same bytes with every layer.
-    """
-    config = setting.config.get_text_config()
-    depth, types = config.num_hidden_layers, getattr(config, "layer_types", None) or [None]
-    period = next(p for p in range(1, depth + 1) if all(a == b for a, b in zip(types, types[p:], strict=False)))
-    few = period * math.ceil(2 / period)
-    if setting.accumulates and 2 * few < depth:
-        small = [replace(setting, config=shallow(setting.config, layers)) for layers in (few, 2 * few)]
-        counts = [sum(p.numel() for p in build(each)[0].parameters()) for each in small]
-        deep_count = sum(p.numel() for p in model.parameters())
-        if deep_count - counts[1] == (counts[1] - counts[0]) * (depth - 2 * few) / few:
-            low, high = map(measure, small)
-            return {name: high[name] + (high[name] - low[name]) * (depth - 2 * few) // few for name in low}
-    return measure(setting)
-
-
-def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """`config` with its first `layers` layers."""
-    config = copy.deepcopy(config)
-    text_config = config.get_text_config()
-    text_config.num_hidden_layers = layers
-    if getattr(text_config, "layer_types", None):
-        text_config.layer_types = text_config.layer_types[:layers]
-    return config
-
-
-def measure(setting: Setting) -> dict[str, int]:
+def measure(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
     """Run the passes of a step without data.
 
     Returns peaks, and what is left: `cache` and `prefill` of the prompts' pass in sampling, `scoring` without
     gradients, `activations` after the forward passes of an update and `update`, its peak.
     """
-    model, critic = build(setting)
     sampler = model
     if setting.merged_copy:
         sampler, _ = build(replace(setting, step="sft", lora=None, dtype=setting.compute_dtype()))
-    with FakeTensorMode() as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         for module in {model, critic, sampler} - {None}:
-            materialize(module)
-        with mode:
-            found = measure_prefill(setting, sampler) if setting.rollout_rows else {}
-            if setting.step == "ppo":
-                rows = setting.scoring_rows or setting.rows
-                with torch.no_grad(), LiveBytes() as live, use_role(model, "default"), setting.computing():
-                    last_hidden_state(model, rows, setting.tokens)
-                found["scoring"] = live.peak
-            return found | measure_update(setting, model, critic)
+            module.to_empty(device="cpu")
+            base_of(module).tie_weights()
+        found = measure_prefill(setting, sampler) if setting.rollout_rows else {}
+        if setting.step == "ppo":
+            rows = setting.scoring_rows or setting.rows
+            with torch.no_grad(), LiveBytes() as live, use_role(model, "default"), setting.computing():
+                last_hidden_state(model, rows, setting.tokens)
+            found["scoring"] = live.peak
+        return found | measure_update(setting, model, critic)
 
 
 def measure_prefill(setting: Setting, sampler: nn.Module) -> dict[str, int]:
@@ -361,8 +314,8 @@ def policy_loss(setting: Setting, model: nn.Module, critic: PreTrainedModel | No
     response_only = setting.step == "ppo" and not (setting.on_cpu and setting.lora is None)
     states = hidden[:, -setting.response_tokens :] if response_only else hidden[:, :-1]
     states, weight = states.reshape(-1, hidden.size(-1)), base_of(model).get_output_embeddings().weight
-    if not setting.on_cpu:
-        return TiledHead.apply(states, weight, head_bytes(setting, setting.rows))
+    if not setting.on_cpu:  # TRL's Triton kernels: `phases` adds their tiles
+        return states.sum() + weight.sum()
     targets = torch.zeros(len(states), dtype=torch.long)
     if setting.has_frozen_head():
         return FrozenHeadLogProbs.apply(states, weight, targets, 1.0, False)[0].sum()
@@ -374,26 +327,6 @@ def critic_loss(setting: Setting, model: nn.Module, critic: PreTrainedModel | No
         hidden = last_hidden_state(critic or model, setting.rows, setting.tokens)
     score = critic.score if critic is not None else base_of(model).score.modules_to_save["critic"]
     return score(hidden[:, -setting.response_tokens :].reshape(-1, hidden.size(-1))).sum()
-
-
-class TiledHead(torch.autograd.Function):
-    """Allocates what TRL's `ChunkedLogProbFunction` does with Triton: a tile, and gradients in float32."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, tile_bytes):
-        ctx.save_for_backward(hidden, weight)
-        ctx.tile_bytes = tile_bytes
-        torch.empty(tile_bytes, dtype=torch.uint8)
-        return hidden.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        hidden, weight = ctx.saved_tensors
-        tile = torch.empty(ctx.tile_bytes, dtype=torch.uint8)
-        for_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        del tile
-        return for_hidden.to(hidden.dtype), None if for_weight is None else for_weight.to(weight.dtype), None
 
 
 def head_bytes(setting: Setting, rows: int) -> int:
@@ -411,14 +344,21 @@ def phases(setting: Setting, model: nn.Module, measured: dict[str, int]) -> dict
         full = measured["cache"] * setting.tokens // (setting.tokens - setting.response_tokens)
         sampling = SAMPLING_TENSORS * 4 * setting.rollout_rows * config.vocab_size
         growing = full // config.num_hidden_layers  # a layer's cache is copied to grow
-        weights = {"merged copy": copy_bytes(setting, model), "packed weights": packed_bytes(setting, model)}
-        found["generation"] = {"KV cache": full} | {name: each for name, each in weights.items() if each}
+        found["generation"] = {"KV cache": full} | sampled_weights(setting, model)
         found["generation"]["decoding"] = max(measured["prefill"] - full, growing + sampling)
     if "scoring" in measured:
         logits = head_bytes(setting, setting.scoring_rows or setting.rows)
         found["scoring"] = {"forward passes": measured["scoring"], "logits": logits}
-    activations = measured["activations"]
-    found["update"] = {"activations": activations, "backward": measured["update"] - activations}
+    activations, backward = measured["activations"], measured["update"] - measured["activations"]
+    if setting.step != "reward" and not setting.on_cpu:
+        # TRL's kernels hold the gradients of the states, and of a trained head, in float32: beside a tile, then beside
+        # what they are rounded to.
+        head = base_of(model).get_output_embeddings().weight
+        states = setting.rows * (setting.response_tokens or setting.tokens) * head.size(1)
+        gradients = states + head.numel() * head.requires_grad
+        rounded = 0 if setting.dtype == torch.float32 else gradients * setting.dtype.itemsize
+        backward = max(backward, 4 * gradients + max(head_bytes(setting, setting.rows), rounded))
+    found["update"] = {"activations": activations, "backward": backward}
     if setting.quantization is not None:  # bitsandbytes unpacks one layer's weight at a time
         unpacked = max(size([weight]) for weight in quantized_weights(model))
         found = {name: parts | {"unpacked weight": unpacked} for name, parts in found.items()}
