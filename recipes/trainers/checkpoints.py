@@ -161,11 +161,12 @@ class WholeCheckpoints(Trainer):
                 f"{names}."
             ) from error
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """All rows: `dataloader_drop_last` is about training, and a small evaluation would have none."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """All rows in an evaluation: `dataloader_drop_last` is about training, and a small one would have none."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
 
