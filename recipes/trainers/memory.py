@@ -30,7 +30,7 @@ from recipes.models.adapters import (
     use_role,
 )
 from recipes.models.heads import base_of, use_float32_head
-from recipes.trainers.fast.frozen_head import LOGITS_PER_BLOCK, FrozenHeadLogProbs
+from recipes.trainers.fast.frozen_head import LOGITS_PER_BLOCK
 from recipes.trainers.fast.lora_linear import fuse_adapters
 from recipes.trainers.fast.packed_weights import FEW_ROWS, linear_layers
 
@@ -290,12 +290,12 @@ def measure_update(setting: Setting, model: nn.Module, critic: PreTrainedModel |
     if setting.accumulates:
         for parameter in trained_parameters(model, critic):
             parameter.grad = torch.zeros_like(parameter)
-    passes = [policy_loss, critic_loss] if setting.step == "ppo" else [policy_loss]
+    passes = [(model, "default")] + ([(critic or model, "critic")] if setting.step == "ppo" else [])
     loss, kept = 0, 0
     with LiveBytes() as live:
-        for number, forward in enumerate(passes, 1):
+        for number, (module, role) in enumerate(passes, 1):
             with setting.computing():
-                loss = loss + forward(setting, model, critic)
+                loss = loss + pass_loss(setting, module, role)
             kept = max(kept, live.now)
             if number == len(passes) or not setting.buckets:  # one process needs no backward of all at once
                 loss.backward()
@@ -303,30 +303,18 @@ def measure_update(setting: Setting, model: nn.Module, critic: PreTrainedModel |
     return {"activations": kept, "update": live.peak}
 
 
-def policy_loss(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> torch.Tensor:
-    """A scalar with the graph of the LM head's pass, or of the reward's."""
-    if setting.step == "reward":
-        ids = torch.zeros(setting.rows, setting.tokens, dtype=torch.long)
-        return model(input_ids=ids, use_cache=False).logits.float().sum()
-    with use_role(model, "default"):
+def pass_loss(setting: Setting, model: nn.Module, role: str) -> torch.Tensor:
+    """A scalar with the graph of one role's pass; its logits are `head_bytes`, save those of TRL's head on a CPU."""
+    base, tokens = base_of(model), setting.rows * setting.tokens
+    with use_role(model, role):
         hidden = last_hidden_state(model, setting.rows, setting.tokens)
-    # Off a GPU TRL's head scores every position, which `FrozenHeadLogProbs` spares.
-    response_only = setting.step == "ppo" and not (setting.on_cpu and setting.lora is None)
-    states = hidden[:, -setting.response_tokens :] if response_only else hidden[:, :-1]
-    states, weight = states.reshape(-1, hidden.size(-1)), base_of(model).get_output_embeddings().weight
-    if not setting.on_cpu:  # TRL's Triton kernels: `phases` adds their tiles
-        return states.sum() + weight.sum()
-    targets = torch.zeros(len(states), dtype=torch.long)
-    if setting.has_frozen_head():
-        return FrozenHeadLogProbs.apply(states, weight, targets, 1.0, False)[0].sum()
-    return ChunkedLogProbFunction.apply(states, weight, None, targets, 1.0, HEAD_VOCABULARY)[0].sum()
-
-
-def critic_loss(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> torch.Tensor:
-    with use_role(model, "critic"):
-        hidden = last_hidden_state(critic or model, setting.rows, setting.tokens)
-    score = critic.score if critic is not None else base_of(model).score.modules_to_save["critic"]
-    return score(hidden[:, -setting.response_tokens :].reshape(-1, hidden.size(-1))).sum()
+        if role == "critic" or setting.step == "reward":
+            return base.score(hidden[:, -setting.response_tokens :]).sum()
+    weight = base.get_output_embeddings().weight
+    if setting.on_cpu and not setting.has_frozen_head():
+        states, targets = hidden.reshape(tokens, -1), torch.zeros(tokens, dtype=torch.long)
+        return ChunkedLogProbFunction.apply(states, weight, None, targets, 1.0, HEAD_VOCABULARY)[0].sum()
+    return hidden.sum() + weight.sum()
 
 
 def head_bytes(setting: Setting, rows: int) -> int:
@@ -350,9 +338,9 @@ def phases(setting: Setting, model: nn.Module, measured: dict[str, int]) -> dict
         logits = head_bytes(setting, setting.scoring_rows or setting.rows)
         found["scoring"] = {"forward passes": measured["scoring"], "logits": logits}
     activations, backward = measured["activations"], measured["update"] - measured["activations"]
-    if setting.step != "reward" and not setting.on_cpu:
-        # TRL's kernels hold the gradients of the states, and of a trained head, in float32: beside a tile, then beside
-        # what they are rounded to.
+    if setting.step != "reward":
+        # The gradients of states, and of a trained head, are float32: beside a tile, then beside what they are rounded
+        # to.
         head = base_of(model).get_output_embeddings().weight
         states = setting.rows * (setting.response_tokens or setting.tokens) * head.size(1)
         gradients = states + head.numel() * head.requires_grad

@@ -297,7 +297,7 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
     def _generate(self, prompts: list):
         """TRL's sampling of B prompts, whose ids the steps after it need."""
         try:
-            with self._fast.sampling(), self._only_own_sampling(), self._phase("sample"):
+            with self._only_own_sampling(), self._fast.sampling(), self._phase("sample"):
                 samples = super()._generate(prompts)
         except (UserError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not not_finite(self._policy):

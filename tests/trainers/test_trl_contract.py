@@ -49,7 +49,6 @@ CHECKPOINTS = {
     "training_step": ["..."],
     "_get_grad_norm": ["model", "grad_norm"],
     "log": ["logs", "start_time"],
-    "_determine_best_metric": ["metrics", "trial"],
     "_get_dataloader": ["dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
     "save_model": ["output_dir", "_internal_call"],
     "_save_checkpoint": ["model", "trial"],

@@ -29,12 +29,11 @@ class PreallocatedLayer(DynamicLayer):
         seen = self.get_seq_length()
         length = seen + key_states.shape[-2]
         if self.buffers is None or self.buffers[0].shape[-2] < length:
-            room = length + max(16, length // 4)
-            held = [(self.keys, key_states), (self.values, value_states)]
-            self.buffers = [new.new_empty(*new.shape[:-2], room, new.shape[-1]) for _, new in held]
-            for buffer, (old, _) in zip(self.buffers, held, strict=True):
-                if seen:
-                    buffer[..., :seen, :] = old
+            room = length - seen + max(16, length // 4)
+            self.buffers = [
+                torch.cat([held, new.new_empty(*new.shape[:-2], room, new.shape[-1])], -2)
+                for held, new in ((self.keys, key_states), (self.values, value_states))
+            ]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[..., seen:length, :] = new
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
@@ -89,6 +88,13 @@ class DropFinishedSampler:
         rows = torch.arange(len(input_ids), device=input_ids.device)
         live = torch.ones_like(rows, dtype=torch.bool)
         prompts, samples, logps = input_ids, [], []
+
+        def column(values: torch.Tensor, fill: float) -> torch.Tensor:
+            """`values` of the live rows as a column of all rows."""
+            whole = values.new_full((len(prompts),), fill)
+            whole[rows[live]] = values[live]
+            return whole
+
         # Every pass over the vocabulary goes here: memory taken anew for each token would cost more than the pass.
         buffer = None
         outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
@@ -105,8 +111,8 @@ class DropFinishedSampler:
                     weights = kept.sub_(kept.amax(1, keepdim=True)).exp_()
                 tokens = draw(weights)
                 token_logps = (logits.gather(1, tokens) - top) / temperature - total.log()
-                self._append(samples, tokens[:, 0], rows[live], live, len(prompts), pad_token_id)
-                self._append(logps, token_logps[:, 0], rows[live], live, len(prompts), 0.0)
+                samples.append(column(tokens[:, 0], pad_token_id))
+                logps.append(column(token_logps[:, 0], 0.0))
                 input_ids = torch.cat([input_ids, tokens], 1)
                 live = live & ~stopping_criteria(input_ids, None)
                 if not live.any():
@@ -124,12 +130,6 @@ class DropFinishedSampler:
                 "overflowed: lower learning_rate, or go back to an earlier checkpoint."
             )
         return torch.cat([prompts, torch.stack(samples, 1)], 1)
-
-    @staticmethod
-    def _append(columns: list, values: torch.Tensor, rows: torch.Tensor, live: torch.Tensor, count: int, fill) -> None:
-        column = values.new_full((count,), fill)
-        column[rows] = values[live]
-        columns.append(column)
 
 
 def draw(weights: torch.Tensor) -> torch.Tensor:
