@@ -305,14 +305,15 @@ def measure_update(setting: Setting, model: nn.Module, critic: PreTrainedModel |
 
 def pass_loss(setting: Setting, model: nn.Module, role: str) -> torch.Tensor:
     """A scalar with the graph of one role's pass; its logits are `head_bytes`, save those of TRL's head on a CPU."""
-    base, tokens = base_of(model), setting.rows * setting.tokens
+    base = base_of(model)
     with use_role(model, role):
         hidden = last_hidden_state(model, setting.rows, setting.tokens)
         if role == "critic" or setting.step == "reward":
             return base.score(hidden[:, -setting.response_tokens :]).sum()
     weight = base.get_output_embeddings().weight
     if setting.on_cpu and not setting.has_frozen_head():
-        states, targets = hidden.reshape(tokens, -1), torch.zeros(tokens, dtype=torch.long)
+        states = hidden[:, :-1].reshape(-1, hidden.size(-1))
+        targets = torch.zeros(len(states), dtype=torch.long)
         return ChunkedLogProbFunction.apply(states, weight, None, targets, 1.0, HEAD_VOCABULARY)[0].sum()
     return hidden.sum() + weight.sum()
 
