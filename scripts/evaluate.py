@@ -26,7 +26,7 @@ import numpy as np
 
 from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError, counted
-from recipes.cli.launch import check_trackers, world_size
+from recipes.cli.launch import check_wandb, world_size
 from recipes.cli.record import git_revision
 from recipes.cli.run import run
 from recipes.data.report import Report
@@ -134,8 +134,8 @@ def main():
     for name in ("llm_judge_model", "rankings", "ranking_task"):
         if getattr(judge_args, name) is not None and len(args.paths) < 2:
             raise UserError(f"--{name} compares policies, and --policies names one: name two or more.")
-    if judge_args.report_to != "none":
-        check_trackers([judge_args.report_to])
+    if judge_args.report_to == "wandb":
+        check_wandb()
     model_args = loading.model_config()
     reward = RewardModel(args, model_args)
     prompts = read_prompts(data_args, format_args, args.num_prompts)

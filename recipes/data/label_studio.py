@@ -17,9 +17,7 @@ def annotations(rows: Iterable[Row], task: str) -> Iterator[Row]:
     """Rows that `converters.joined` reads. The prompt is the mapping's, or the first of `PROMPTS` that is there."""
     for row in rows:
         try:
-            if isinstance(row.data, RowProblem):
-                raise row.data
-            yield from (row._replace(data=found) for found in _annotations(row.data, task))
+            yield from (row._replace(data=found) for found in _annotations(row.read(), task))
         except RowProblem as problem:
             yield row._replace(data=problem)
 

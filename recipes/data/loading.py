@@ -32,7 +32,7 @@ class Rows:
     stop: int | None = None
 
     def __iter__(self) -> Iterator[Row]:
-        return (row._replace(data=row.read()) for row in self.unread())
+        return (row.decoded() for row in self.unread())
 
     def unread(self) -> Iterator[Row]:
         """Rows whose data may still be a line of JSON, which worker processes decode."""

@@ -7,10 +7,8 @@ never changed; texts that become messages only lose outer whitespace.
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from itertools import repeat
-from operator import contains
 from typing import Any
 
 from recipes.data.rows import RowError, Skip, check_surrogates, describe, join_names
@@ -94,10 +92,11 @@ def as_object(value: Any, column: str) -> dict:
     return {f"{column}.{key}": item for key, item in value.items()}
 
 
-def objects(row: dict, column: str) -> list[tuple[str, dict]]:
+def objects(row: dict, column: str) -> Iterator[tuple[str, dict]]:
     """The objects of a required list, to be read like rows, each with its place, such as `answers[0]`."""
-    places = [(f"{column}[{index}]", item) for index, item in enumerate(items(row, column))]
-    return [(place, as_object(item, place)) for place, item in places]
+    for index, item in enumerate(items(row, column)):
+        place = f"{column}[{index}]"
+        yield place, as_object(item, place)
 
 
 def number(row: dict, column: str, text_too: bool = True) -> float:
@@ -196,13 +195,11 @@ def not_learned(values: dict, keys: set[str], where: str = "") -> str | None:
 
 def has_weights(messages: Messages) -> bool:
     """Whether some are marked as not learned."""
-    return any(map(contains, messages, repeat("weight")))
+    return any("weight" in turn for turn in messages)
 
 
 def without_weights(messages: Messages) -> Messages:
     """Messages without that mark, which chat templates do not know."""
-    if not has_weights(messages):
-        return messages
     return [{key: turn[key] for key in turn if key != "weight"} for turn in messages]
 
 
@@ -232,13 +229,14 @@ def _tool_calls(content: str | dict, where: str) -> list[dict]:
 
 def is_turns(value: Any) -> bool:
     """Whether a cell is a list of messages."""
-    return isinstance(value, list) and {*map(type, value)} == {dict} and all(turn.keys() & SPEAKER for turn in value)
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(isinstance(turn, dict) and turn.keys() & SPEAKER for turn in turns)
 
 
 def unused_keys(value: Any) -> set[str]:
     """The keys that `normalise` leaves out of the messages of a cell."""
-    if not isinstance(value, list) or {*map(type, value)} != {dict} or max(map(len, value)) < 3 or not is_turns(value):
-        return set()  # as fast as it can be, since most messages have a role and a content
+    if not is_turns(value):
+        return set()
     keys = set().union(*value) - USED
     if any(turn.get("name") and ROLES.get(turn.get("role", "")) != "tool" for turn in value):
         keys.add("name")
@@ -260,11 +258,18 @@ def check_order(messages: Messages, column: str | None = None) -> None:
         raise Skip("no user turn", column)
 
 
+def conversation(row: dict, column: str, roles: Roles) -> Messages:
+    """A column that holds a list of messages."""
+    return normalise(items(row, column), column, roles)
+
+
 def read_messages(row: dict, column: str, roles: Roles, text_role: str = "assistant") -> Messages:
     """A column that holds a text (the message of `text_role`), one message or a list of messages."""
     value = require(row, column)
-    if isinstance(value, dict | list):
-        return normalise(items(row, column) if isinstance(value, list) else [value], column, roles)
+    if isinstance(value, list):
+        return conversation(row, column, roles)
+    if isinstance(value, dict):
+        return normalise([value], column, roles)
     if json_messages(value) is not None:
         raise RowError("found messages written as JSON text, expected the list itself (json.loads gives it)", column)
     return [message(text_role, text(row, column))]
@@ -298,26 +303,34 @@ def prompt_messages(row: dict, column: str, roles: Roles) -> Messages:
     return read_messages(row, column, roles, "user")
 
 
+def add_system(messages: Messages, system: str, column: str) -> Messages:
+    """Messages after a system message, unless it is empty; skips those that have another one."""
+    if not system:
+        return messages
+    if not messages or messages[0]["role"] != "system":
+        return [message("system", system), *messages]
+    if messages[0]["content"].strip() != system.strip():
+        raise Skip("the row has another system message too", column)
+    return messages
+
+
 def in_context(row: dict, messages: Messages, own: Collection[str] = ()) -> Messages:
     """Messages after the row's optional `system` (or `system_prompt`) and `history` of [user, assistant] texts.
 
     `own` columns are those that the schema reads itself.
     """
-    head = messages[:1] if messages and messages[0]["role"] == "system" else []
-    for column in CONTEXT[:2]:
-        system = "" if column in own else optional_text(row, column)
-        if system and head and head[0]["content"].strip() != system:
-            raise Skip("the row has another system message too", column)
-        if system and not head:
-            head, messages = [message("system", system)], [message("system", system), *messages]
+    for column in ("system", "system_prompt"):
+        if column not in own:
+            messages = add_system(messages, optional_text(row, column), column)
     history = []
     for index, pair in enumerate([] if "history" in own or row.get("history") in NOTHING else items(row, "history")):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError(f"found {describe(pair)}, expected [user text, assistant text]", f"history[{index}]")
-        for side, role in enumerate(("user", "assistant")):
-            where = f"history[{index}][{side}]"
-            history.append(message(role, text({where: pair[side]}, where)))
-    return head + history + messages[len(head) :]
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            where = f"history[{index}][{len(history) % 2}]"
+            history.append(message(role, text({where: said}, where)))
+    start = 1 if messages and messages[0]["role"] == "system" else 0
+    return messages[:start] + history + messages[start:]
 
 
 def split_turns(value: str, column: str, marker: re.Pattern, roles: Roles, first: str | None = None) -> Messages:
@@ -329,17 +342,3 @@ def split_turns(value: str, column: str, marker: re.Pattern, roles: Roles, first
     elif start.strip() or not raw:
         raise RowError(f"found {describe(value)}, expected turns that start with a marker such as Human:", column)
     return normalise(raw, column, roles)
-
-
-def split_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """Splits two conversations after the turns that they share: (prompt, chosen, rejected)."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if chosen == rejected:
-        raise Skip("identical responses", "rejected", chosen[:-1])
-    if shared == 0 or chosen[shared - 1]["role"] in ("assistant", "system"):
-        raise Skip("the prompts of chosen and rejected differ", "rejected")
-    if shared == min(len(chosen), len(rejected)):
-        raise Skip("one conversation is only the beginning of the other", "rejected")
-    return chosen[:shared], chosen[shared:], rejected[shared:]

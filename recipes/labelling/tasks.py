@@ -50,10 +50,7 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
     seen: dict[str, tuple[int, str]] = {}  # by id: where it stands, and what for
     for row in read_text_file(Path(path)):
         try:
-            data = row.read()
-            if isinstance(data, RowProblem):
-                raise data
-            task, repeated = _task(data, gold, default_id=str(row.line))
+            task, repeated = _task(row.read(), gold, default_id=str(row.line))
             line, known = seen.setdefault(task.sample_id, (row.line, task.id))
             if known != task.id:
                 raise RowError(f"{task.sample_id!r} stands on line {line} already, with other texts", "id")
@@ -70,7 +67,7 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
 
 def _task(row: dict, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
     messages = _messages(row)
-    given = [] if row.get("responses") == [] else objects(row, "responses")
+    given = [] if row.get("responses") == [] else list(objects(row, "responses"))
     distinct: dict[str, tuple[int, str, dict]] = {}
     for index, (place, response) in enumerate(given):
         text = _string(require(response, f"{place}.text"), f"{place}.text")

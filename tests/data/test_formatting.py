@@ -245,7 +245,7 @@ def test_mapping_adds_system_history_and_roles():
         ({"prompt": 5}, "mapping prompt: found 5 .int., expected the name of a column"),
         ({"roles.bot": "robot"}, "mapping roles.bot=robot: expected assistant, system, tool, user"),
         ({"promt": "q"}, "fits the columns promt"),
-        ({"prompt": "z"}, "--dataset_mapping prompt=z: no row has z; there are q"),
+        ({"prompt": "z"}, "rows:1:z: missing; this row has q"),
     ],
 )
 def test_wrong_mappings_are_refused(mapping, message):

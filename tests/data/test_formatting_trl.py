@@ -119,7 +119,7 @@ def test_control_tokens_in_messages_become_text(tokenizer):
     assert safe.apply_chat_template(said, tokenize=False) == f"<|user|>{INJECTED}<|end|>"
     for other in (copy.deepcopy(safe), pickle.loads(pickle.dumps(safe))):
         assert other.apply_chat_template(said)["input_ids"] == ids
-        assert other.apply_chat_template.tokenizer is other
+        assert other.apply_chat_template.args == (other,)
 
 
 def test_overlong_rows_are_reported(tokenizer):

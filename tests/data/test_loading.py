@@ -38,7 +38,7 @@ def read(path, **options):
         (b'{"m": [{"role": "user", "role": "x"}]}\n', [(1, "the key 'role' stands twice")]),
         (GOOD + b'{"prompt": "q', [(1, {"prompt": "q"}), (2, "not valid JSON at character 12: Unterminated")]),
         (b"garbage\n", [(1, "not valid JSON at character 1: Expecting value")]),
-        (b'{"prompt": "q"} {"prompt": "r"}\n', [(1, "text after the JSON object, from character 16 on")]),
+        (b'{"prompt": "q"} {"prompt": "r"}\n', [(1, "not valid JSON at character 17: Extra data")]),
         (b'{"prompt": "half \\ud83d"}\n', [(1, "the text holds half a character (\\ud83d, a lone surrogate)")]),
         (b'{"messages": [{"content": "\\uDC00"}]}\n', [(1, "the text holds half a character (\\udc00")]),
         (b'{"prompt": "caf\xe9"}\n' + GOOD, [(1, "not UTF-8 (byte 0xe9), perhaps Latin-1"), (2, {"prompt": "q"})]),

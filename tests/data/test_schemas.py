@@ -266,8 +266,6 @@ def test_near_misses_are_named():
         format_dataset([{"prompt": "q", "chosen": "a", "best": "b"}], "preference")
     with pytest.raises(DataError, match="--dataset_schema guanaco"):
         format_dataset([{"text": "### Human: q### Assistant: a"}], "sft")
-    with pytest.raises(DataError, match="holds a list of objects in 'data': save that list as the file"):
-        format_dataset([{"data": [{"messages": []}]}], "sft")
 
 
 @pytest.mark.parametrize(

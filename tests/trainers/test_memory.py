@@ -203,7 +203,7 @@ def test_the_base_and_its_adapter_come_from_the_config_beside_or_the_folder(monk
         (["sft"], "--model_name_or_path is required"),
         (["dpo"], "begin with sft, reward, ppo"),
         (["sft", "--model_name_or_path", "/nowhere/at-all"], "There is no folder /nowhere/at-all"),
-        (["sft", "--gpu_memory", "8"], "did you mean gpu_memory_gb"),
+        (["sft", "--gpu_memory", "8"], "unrecognized arguments: --gpu_memory 8"),
     ],
 )
 def test_mistakes_are_one_line(words, problem, monkeypatch, capsys):
