@@ -5,12 +5,10 @@
         --model_name_or_path runs/sft --reward_model_name_or_path runs/reward --output_dir runs/ppo
 
 The reward is `RM - kl_coef * KL(policy || SFT)`. With LoRA, one copy of the base plays policy, reference, reward model
-and critic, one adapter each. Every flag of TRL's `ScriptArguments`, `GRPOConfig` and `ModelConfig` works, and
-`PPOConfig` adds PPO's own; docs/ppo.md explains them and the metrics.
+and critic, one adapter each. docs/ppo.md explains the flags and the metrics.
 
-At launch: `begin` answers `--help` and mistyped flags before slow imports; `run`, at the end of this file, reads the
-arguments and calls `main`; `main` claims the output folder and loads data and models; `folder.train` trains with
-`PPOTrainer`, whose rollouts are the four steps of recipes/trainers/ppo_trainer.py.
+At launch `begin` answers `--help` and mistyped flags before slow imports, and `run` reads the arguments for `main`,
+whose `folder.train` trains with `PPOTrainer`: the four steps of recipes/trainers/ppo_trainer.py.
 """
 
 import os
@@ -68,11 +66,11 @@ ARGUMENTS = (PPOScriptArguments, PPOConfig, ModelConfig, FormattingArguments)
 
 
 def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -> None:
-    """Refuse what cannot run, cannot give a reward or would go unused, before anything is loaded."""
+    """Refuse what cannot run or would go unused, before anything is loaded."""
     if training_args.deepspeed_plugin is not None:
         raise UserError(
-            "PPO does not run by DeepSpeed, which keeps the gradients that PPO leaves out and splits weights before "
-            "roles are copied: launch with accelerate_configs/fsdp2.yaml."
+            "PPO does not run by DeepSpeed, which keeps gradients that PPO leaves out and splits weights before roles "
+            "are copied: launch with accelerate_configs/fsdp2.yaml."
         )
     if (training_args.ptx_coef > 0) != (script_args.ptx_dataset_name is not None):
         raise UserError("PPO-ptx needs both --ptx_coef above 0 and --ptx_dataset_name.")
@@ -93,15 +91,6 @@ def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -
             f"--reward_weights has {counted(len(weights), 'value')} for {counted(len(sources), 'reward')}: "
             f"{', '.join(sources)}."
         )
-
-
-def load_ptx(script_args: PPOScriptArguments, format_args: FormattingArguments, tokenizer, max_length, positions):
-    """The demonstrations for PPO-ptx: a source and split of their own, and the user's rules for rows of no use."""
-    source = ScriptArguments(script_args.ptx_dataset_name, dataset_train_split=script_args.ptx_dataset_split)
-    rules = replace(format_args, dataset_schema="auto", dataset_mapping=None, datasets=None, keep_columns=None)
-    return load_formatted(
-        "sft", source, rules, tokenizer, prompt_completion=True, cut_at=max_length, positions=positions
-    )
 
 
 def main(
@@ -136,7 +125,10 @@ def main(
     if left := prompts % rollout:
         say(f"Each epoch leaves out {left} of {counted(prompts, 'prompt')}, other ones each time.")
     if script_args.ptx_dataset_name is not None:
-        ptx = load_ptx(script_args, format_args, tokenizer, training_args.ptx_max_length, policy.positions)
+        source = ScriptArguments(script_args.ptx_dataset_name, dataset_train_split=script_args.ptx_dataset_split)
+        rules = replace(format_args, dataset_schema="auto", dataset_mapping=None, datasets=None, keep_columns=None)
+        room = {"cut_at": training_args.ptx_max_length, "positions": policy.positions}
+        ptx = load_formatted("sft", source, rules, tokenizer, prompt_completion=True, **room)
         datasets.reports["ptx"], datasets["ptx"] = ptx.reports["train"], ptx["train"]
 
     set_seed(training_args.seed)

@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress, islice
 from typing import Any, NamedTuple
 
-from recipes.data.columns import MEANINGFUL, ReadRow, check_columns, read_tools
+from recipes.data.cells import Cells
+from recipes.data.columns import MEANINGFUL, check_columns, read_tools, unread_columns
 from recipes.data.control_tokens import search_pattern
 from recipes.data.converters import Dialogue, Ranking
 from recipes.data.digests import Digests
@@ -56,51 +58,29 @@ class Kept(NamedTuple):
 class Formatter:
     """Turns rows into the output rows of a task and fills in a report.
 
-    Args:
-        task: "sft", "preference", "ranking" or "prompt"; `recipes.data.tasks` lists their columns.
-        schema: a name in `recipes.data.schemas.SCHEMAS`, or "auto" to detect it from columns and values.
-        mapping: for each column of the schema, `system` and `history`, the column of the source (dots reach into
-            objects); and `roles.NAME` for further roles. With "auto", unmapped columns are ignored.
-        on_error: "raise" stops after all rows are read; "skip" leaves bad rows out, up to `max_error_rate` of the
-            rows and at least one.
-        margin: adds the column `margin`, which TRL's RewardTrainer subtracts in its loss.
-        on_special: rows with the text of a control token are kept and reported ("flag"), left out ("drop") or errors
-            ("fail").
-        special_tokens: control tokens to look for, in addition to the marks of common chat templates.
-        dedup: repeated rows are kept and reported ("flag") or left out ("drop").
-        prompt_completion: for sft, `prompt` and `completion` instead of `messages`, to train on the last turn only.
-        assistant_only_loss: `completion` begins with the first answer that is trained, for TRL's option of this name.
-        tokenizer: every row is rendered; a conversation that the chat template refuses is an error of its row.
-        max_length: with a tokenizer, rows of more tokens are reported.
-        cut_at: with a tokenizer, the length in tokens that training cuts rows to. Longer rows are reported; sft rows
-            with nothing to train before it, responses of a ranking that are longer, and rankings without a pair then
-            are left out.
-        positions: tokens that the model has room for; rows that need more are errors. Prompts need
-            `completion_length` more than they have.
-        fail_fast: raise at the first error instead of after all rows.
-        keep_columns: for prompts, columns of the source that stay beside the prompt, for PPO's reward functions.
-    Raises:
-        DataError: an option has a value that does not exist.
+    `recipes.formatting.RowArguments` says what schema, mapping, on_error, max_error_rate, on_special and dedup are.
     """
 
-    task: str
+    task: str  # one of `TASKS`; `recipes.data.tasks` lists their columns
     schema: str = "auto"
     mapping: Mapping[str, str] | None = None
     on_error: str = "raise"
-    margin: bool = False
-    on_special: str = "flag"
-    special_tokens: Iterable[str] = ()
-    dedup: str = "flag"
-    prompt_completion: bool = False
-    assistant_only_loss: bool = False
     max_error_rate: float = 0.01
-    tokenizer: Any = None
-    max_length: int | None = None
+    on_special: str = "flag"
+    special_tokens: Iterable[str] = ()  # to look for, in addition to the marks of common chat templates
+    dedup: str = "flag"
+    margin: bool = False  # adds the column `margin`, which TRL's RewardTrainer subtracts in its loss
+    prompt_completion: bool = False  # for sft, `prompt` and `completion`, the last turn, instead of `messages`
+    assistant_only_loss: bool = False  # `completion` begins with the first answer that is trained
+    tokenizer: Any = None  # renders every row; what its chat template refuses is an error of the row
+    max_length: int | None = None  # rows of more tokens are reported
+    # The length in tokens that training cuts rows to. Longer rows are reported; sft rows with nothing to train before
+    # it, responses of a ranking that are longer, and rankings without a pair then are left out.
     cut_at: int | None = None
-    positions: int | None = None
-    completion_length: int = 0
-    fail_fast: bool = False
-    keep_columns: Iterable[str] = ()
+    positions: int | None = None  # tokens that the model has room for; rows that need more are errors
+    completion_length: int = 0  # tokens that a prompt needs beside its own
+    fail_fast: bool = False  # raise at the first error instead of after all rows
+    keep_columns: Iterable[str] = ()  # for prompts, columns of the source that stay, for PPO's reward functions
 
     def __post_init__(self):
         for name, options in {**CHOICES, "schema": ("auto", *SCHEMAS)}.items():
@@ -135,8 +115,7 @@ class Formatter:
             source = schema.gather(map(self._mapped, source), self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
-            if unread:
-                report.add_unread(unread)
+            report.unread.update(unread)
             for result in results:
                 if not isinstance(result, Kept):
                     self._leave_out(row, result, report)
@@ -190,10 +169,9 @@ class Formatter:
         unread: Iterable[str] = ()
         try:
             data = row.read()
-            if isinstance(data, RowProblem):
-                raise data
-            kept = self._kept_columns(data) if self.keep_columns else {}
-            columns = ReadRow(data if schema.gather else self._mapping.apply(data))
+            gathered = schema is not None and schema.gather is not None  # such rows are mapped already
+            columns = Cells(data if gathered else self._mapping.apply(data))
+            kept = self._kept_columns(data)
             example = self._example(schema, columns)
             messages = example.messages if isinstance(example, Dialogue) else []
             masked = self.task == "sft" and has_weights(messages)
@@ -203,31 +181,24 @@ class Formatter:
                     continue
                 cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(messages)
                 results += self._checked(output | kept, [CUT] * cut + [UNTRAINED] * masked)
-            if not schema.gather:
-                unread = (columns.unread() | self._mapping.unmapped(data)) - kept.keys()
+            if not gathered:
+                unread = (unread_columns(columns) | self._mapping.unmapped(data)) - kept.keys()
         except RowProblem as problem:
             results.append(problem)
         return row._replace(data=None), results, unread
 
-    def _example(self, schema: Schema, row: ReadRow) -> Dialogue | Ranking:
+    def _example(self, schema: Schema, row: Cells) -> Dialogue | Ranking:
         check_columns(row, self.task, schema.columns)
-        skipped = None
-        try:
-            example = schema.convert(row, self._mapping.roles)
-        except Skip as skip:
-            if self.task != "prompt" or skip.prompt is None:
-                raise
-            example, skipped = Dialogue(skip.prompt), skip
-        messages = example.prompt if isinstance(example, Ranking) else example.messages
-        whole = in_context(row, messages, schema.columns)
+        example = schema.convert(row, self._mapping.roles)
         if isinstance(example, Ranking):
-            example.prompt = whole
+            example.prompt = in_context(row, example.prompt, schema.columns)
         else:
-            example.messages = whole
-            example.context += len(whole) - len(messages) if example.context else 0
+            before = len(example.messages)
+            example.messages = in_context(row, example.messages, schema.columns)
+            example.context += len(example.messages) - before if example.context else 0
         example.tools = read_tools(row)
-        idle = (self._mapping.columns.keys() & row.unread()) - MEANINGFUL
-        if idle and not skipped and not schema.gather:
+        idle = (self._mapping.columns.keys() - row.seen) - MEANINGFUL.union(schema.columns)
+        if idle and not schema.gather:
             name = min(idle)
             raise RowError(f"mapped as {name}, which the schema has no use for", name)
         return example
@@ -269,13 +240,14 @@ class Formatter:
             raise RowError("the chat template leaves nothing of the answer")
         if len(found) > 1 and all(sequence.ids == found[0].ids for sequence in found):
             raise Skip("the chat template makes all responses equal")
-        longest, skips = max(len(sequence.ids) for sequence in found), []
-        if self.max_length is not None and longest > self.max_length:
+        skips: list[Skip] = []
+        lengths = [len(sequence.ids) for sequence in found]
+        if self.max_length is not None and max(lengths) > self.max_length:
             flags.append(f"longer than {self.max_length} tokens")
-        if self.cut_at is not None and longest > self.cut_at:
+        if self.cut_at is not None and max(lengths) > self.cut_at:
             if self.task == "ranking":
-                fits = [len(sequence.ids) <= self.cut_at for sequence in found]
-                found = list(compress(found, fits))
+                fits = [length <= self.cut_at for length in lengths]
+                lengths = list(compress(lengths, fits))
                 output["completions"] = list(compress(output["completions"], fits))
                 output["ranks"] = list(compress(output["ranks"], fits))
                 skips = [Skip(f"a response is longer than max_length={self.cut_at} tokens")] * fits.count(False)
@@ -285,10 +257,9 @@ class Formatter:
                 raise Skip(f"nothing to train: the prompt fills max_length={self.cut_at} tokens")
             else:
                 flags.append(f"cut at max_length={self.cut_at} tokens")
-        limit = self.cut_at or self.max_length or longest
-        lengths = [min(len(sequence.ids), limit) for sequence in found]
-        for length in lengths:
-            check_positions(length, self.positions, self.completion_length)
+        limit = self.cut_at or self.max_length or max(lengths)
+        lengths = [min(length, limit) for length in lengths]
+        check_positions(max(lengths), self.positions, self.completion_length)
         return skips, sum(lengths)
 
     def _check_left_out(self, output: dict, flags: list[str]) -> None:
@@ -317,24 +288,25 @@ class Formatter:
     def _choose_schema(self, rows: Rows, report: Report) -> tuple[str | None, str]:
         if self.schema != "auto":
             return self.schema, "named by the user"
-        sample = list(islice((row.data for row in rows if isinstance(row.data, dict)), SAMPLE))
+        sample = list(islice(self._readable(rows), SAMPLE))
         if not sample:  # the errors of the rows will say why
             return None, "no readable row"
-        mapped = [self._mapping.apply(data, lenient=True) for data in sample]
-        columns = {column for data in mapped for column in data}
+        mapped = [row for _, row in sample]
+        columns = {column for row in mapped for column in row}
         try:
-            for name, column in self._mapping.columns.items():
-                if name not in columns:
-                    there = join_names(dict.fromkeys(column for data in sample for column in data))
-                    raise DataError(f"--dataset_mapping {name}={column}: no row has {column}; there are {there}")
-            return detect(columns, mapped, self.task, self._mapping.roles, sample)
+            return detect(columns, mapped, self.task, self._mapping.roles, [row for row, _ in sample])
         except DataError as error:
             report.add("errors", next(iter(rows)), str(error))
             raise report.error(f"{rows.source}: {error}") from None
 
+    def _readable(self, rows: Rows) -> Iterator[tuple[dict, dict]]:
+        """Rows before and after the mapping."""
+        for row in rows.unread():
+            with suppress(RowProblem):
+                yield row.read(), self._mapping.apply(row.read())
+
     def _mapped(self, row: Row) -> Row:
-        data = row.read()
         try:
-            return row._replace(data=self._mapping.apply(data) if isinstance(data, dict) else data)
-        except RowError as error:
-            return row._replace(data=error)
+            return row._replace(data=self._mapping.apply(row.read()))
+        except RowProblem as problem:
+            return row._replace(data=problem)

@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from recipes.data.cells import NOTHING
 from recipes.data.columns import MEANINGFUL
-from recipes.data.messages import CONTEXT, NOTHING, ROLES, is_turns
+from recipes.data.messages import CONTEXT, ROLES, is_turns
 from recipes.data.rows import DECODER, DataError, RowError, describe, join_names
 
 
@@ -38,14 +39,9 @@ def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, Any] | N
 
 
 class ColumnMapping:
-    """Renames the columns of rows.
+    """Renames columns: from those of a source, where dots reach into objects, to those of a schema.
 
-    Args:
-        mapping: from columns of the schema to columns of the source, where dots reach into objects. `roles.NAME`, or
-            a mapping `roles`, adds roles.
-        keep_others: whether columns that are not mapped stay as they are; else they are left out.
-    Raises:
-        DataError: the mapping names no column, or a role that does not exist.
+    `roles.NAME`, or a mapping `roles`, adds roles. Without `keep_others`, columns that are not mapped are left out.
     """
 
     def __init__(self, mapping: Mapping[str, Any] | None, keep_others: bool):
@@ -63,12 +59,8 @@ class ColumnMapping:
             else:
                 raise DataError(f"mapping {name}={target}: expected {join_names(sorted(set(ROLES.values())))}")
 
-    def apply(self, row: dict, lenient: bool = False) -> dict:
-        """The row with the column names of the schema.
-
-        Raises:
-            RowError: a column is missing, unless `lenient`.
-        """
+    def apply(self, row: dict) -> dict:
+        """The row with the column names of the schema; raises RowError if one is missing."""
         if not self.columns:
             return row
         result = dict(row) if self.keep_others else {}
@@ -76,12 +68,9 @@ class ColumnMapping:
             value: Any = row
             for part in [path] if path in row else path.split("."):
                 if not isinstance(value, dict) or part not in value:
-                    if lenient:
-                        break
                     raise RowError(f"missing; this row has {join_names(row)}", target)
                 value = value[part]
-            else:
-                result[target] = value
+            result[target] = value
         return result
 
     def unmapped(self, row: dict) -> set[str]:
@@ -113,9 +102,10 @@ ORDER = ("prompt", "completion", "rejected", "chosen")  # in which they are gues
 def suggest_mapping(rows: list[dict], task: str) -> str:
     """The whole option for columns of other names: a guess by their names, then by their order, to be checked."""
     cells: dict[str, Any] = {}
-    for name, value in (item for row in rows for item in row.items()):
-        inner = value if isinstance(value, dict) else {}
-        cells |= {f"{name}.{key}": inner[key] for key in inner if inner[key]} or {name: value}
+    for row in rows:
+        for name, value in row.items():
+            inner = value if isinstance(value, dict) else {}
+            cells |= {f"{name}.{key}": inner[key] for key in inner if inner[key]} or {name: value}
     turns = [name for name in cells if is_turns(cells[name])]
     left = [name for name in cells if isinstance(cells[name], str) and not re.search(r"\bid$|_id$", name)] + turns
     if task == "sft" and turns:

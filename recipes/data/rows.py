@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterable
-from json.decoder import WHITESPACE  # type: ignore[attr-defined]
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, first_line
 
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
 
@@ -15,6 +16,21 @@ class DataError(UserError):
     """Data that cannot be used. `report` is the formatting report where formatting had begun, else None."""
 
     report: Any = None
+
+
+@contextmanager
+def failures_as_data_error(source: str | Path) -> Iterator[None]:
+    """Failures of the Hub, `datasets` and decoders have dozens of types; the user needs the source and one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        generating = type(error).__name__ == "DatasetGenerationError"
+        cause = error.__cause__ if generating and error.__cause__ else error
+        unknown = isinstance(error, FileNotFoundError | ConnectionError) and not Path(source).expanduser().exists()
+        missing = f"no file or folder {str(source)!r} is here, and " if unknown else ""
+        raise DataError(f"{missing}could not load {source}: {type(cause).__name__}: {first_line(cause)}") from error
 
 
 class RowProblem(Exception):
@@ -26,14 +42,7 @@ class RowProblem(Exception):
 
 
 class Skip(RowProblem):
-    """The row is correct but of no use, such as a tie; it is counted and left out.
-
-    `prompt` is the prompt (messages) of a row whose responses only are of no use: it serves the task "prompt".
-    """
-
-    def __init__(self, message: str, column: str | None = None, prompt: list | None = None):
-        super().__init__(message, column)
-        self.prompt = prompt
+    """The row is correct but of no use, such as a tie; it is counted and left out."""
 
 
 class RowError(RowProblem):
@@ -51,8 +60,27 @@ class Row(NamedTuple):
     line: int
     data: Any  # a dict, the RowProblem that stands for it, or the line of JSON that holds it
 
-    def read(self) -> dict | RowProblem:
-        return _read_json_line(self.data) if isinstance(self.data, bytes) else self.data
+    def read(self) -> dict:
+        """The dict, or raises the RowProblem that stands for it."""
+        data = _read_json_line(self.data) if isinstance(self.data, bytes) else self.data
+        if isinstance(data, RowProblem):
+            raise data
+        return data
+
+    def decoded(self) -> "Row":
+        """The row with its dict, or the RowProblem that stands for it."""
+        try:
+            return self._replace(data=self.read())
+        except RowProblem as problem:
+            return self._replace(data=problem)
+
+
+def or_error(read: Callable[..., dict], *arguments) -> dict | RowProblem:
+    """What `read` gives, or the `RowProblem` that it raises."""
+    try:
+        return read(*arguments)
+    except RowProblem as problem:
+        return problem
 
 
 def join_names(names: Iterable) -> str:
@@ -73,32 +101,14 @@ def describe(value: Any) -> str:
     return f"{str(value)[:40]} ({type(value).__name__})"
 
 
-def _read_json_line(raw: bytes) -> dict | RowError:
+def _read_json_line(raw: bytes) -> dict:
+    text = raw.decode("utf-8", "surrogateescape")
+    if bad := NOT_UTF8.search(text):
+        raise RowError(not_utf8(bad))
     try:
-        text = raw.decode("utf-8", "surrogateescape")
-        bad = None if text.isascii() else NOT_UTF8.search(text)
-        if bad:
-            return RowError(not_utf8(bad))
-        data, end = decode_object(text, skip_space(text, 0))
-        if text[end:].strip():
-            return RowError(f"text after the JSON object, from character {end + 1} on; one object per line")
-        return data
+        return check_row(DECODER.decode(text))
     except (ValueError, RecursionError) as error:
-        return RowError(not_json(error))
-
-
-def skip_space(text: str, position: int) -> int:
-    return WHITESPACE.match(text, position).end()
-
-
-def decode_object(text: str, position: int) -> tuple[dict | RowError, int]:
-    """The object that starts at `position`, or what is wrong with it, and where it ends."""
-    try:
-        value, end = DECODER.raw_decode(text, position)
-        escapes = text.find("\\ud", position, end) >= 0 or text.find("\\uD", position, end) >= 0
-        return value if isinstance(value, dict) and not escapes else check_row(value), end
-    except RowError as error:
-        return error, json.JSONDecoder().raw_decode(text, position)[1]
+        raise RowError(not_json(error)) from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
@@ -115,6 +125,7 @@ def _no_constant(constant: str):
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+ENCODER = json.JSONEncoder(ensure_ascii=False, skipkeys=True, default=str)
 
 
 def check_row(value: Any) -> dict:
@@ -128,15 +139,11 @@ def check_row(value: Any) -> dict:
 
 def check_surrogates(value: Any, column: str) -> None:
     """Raises RowError for half a UTF-16 pair, which UTF-8 cannot store: `datasets` would fail much later."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(value[error.start]):04x}"
-            raise RowError(f"the text holds half a character ({half}, a lone surrogate); repair it", column) from None
-    elif isinstance(value, list | dict):
-        for item in value if isinstance(value, list) else (*value, *value.values()):
-            check_surrogates(item, column)
+    try:
+        ENCODER.encode(value).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise RowError(f"the text holds half a character ({half}, a lone surrogate); repair it", column) from None
 
 
 def not_utf8(escaped: re.Match) -> str:

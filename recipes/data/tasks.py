@@ -12,7 +12,7 @@ rows of a source with tool calls also have `tools`, as JSON text.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import combinations, groupby
 
 from recipes.data.converters import Dialogue, Ranking
 from recipes.data.messages import Messages, check_order, has_weights, without_weights
@@ -42,11 +42,17 @@ def outputs(
     else:
         assert isinstance(example, Ranking), f"the schema says that it serves {task}"
         yield from example.dropped
-        ranking = _ranking(example)
-        if task == "ranking":
-            yield from _once(ranking)
-        else:
-            yield from _pairs(ranking, _margin(example) if margin else {})
+        if example.dropped and not example.responses:
+            return
+        best_first = _best_first(example)
+        prompt = without_weights(example.prompt)
+        extra: dict[str, str | float] = {"group_id": group_id(prompt)}
+        if margin and task == "preference":
+            if example.margin is None:
+                raise RowError("a margin was asked for, but this row has no margin and no scores", "margin")
+            extra["margin"] = float(example.margin)
+        for part in _once(best_first) if task == "ranking" else _pairs(best_first):
+            yield part if isinstance(part, Skip) else {"prompt": prompt, **part, **extra}
 
 
 def group_id(prompt: Messages) -> str:
@@ -92,21 +98,23 @@ def _sft(example: Dialogue, prompt_completion: bool, assistant_only_loss: bool) 
     check_order(messages)
     if messages[-1]["role"] != "assistant":
         raise Skip(f"the last turn is {messages[-1]['role']}, not assistant")
-    if not prompt_completion and not has_weights(messages):
-        yield {"messages": messages}
-        return
     answers = [index for index in range(example.context, len(messages)) if messages[index]["role"] == "assistant"]
-    runs = [list(run) for masked, run in groupby(answers, lambda index: "weight" in messages[index]) if not masked]
-    if not runs:
+    trained = [index for index in answers if "weight" not in messages[index]]
+    if not trained:
         raise Skip("every answer has weight 0")
-    if not prompt_completion and (len(runs) > 1 or runs[0][0] != answers[0]):
-        raise Skip("an answer with weight 0 stands before one that is trained, and `messages` cannot mask it")
-    messages = without_weights(messages)
+    messages, last = without_weights(messages), trained[-1]
     if not prompt_completion:
-        yield {"messages": messages[: runs[0][-1] + 1]}
-        return
-    for run in runs if assistant_only_loss else [runs[-1][-1:]]:
-        yield {"prompt": messages[: run[0]], "completion": messages[run[0] : run[-1] + 1]}
+        if trained != answers[: len(trained)]:
+            raise Skip("an answer with weight 0 stands before one that is trained, and `messages` cannot mask it")
+        yield {"messages": messages[: last + 1]}
+    elif not assistant_only_loss:
+        yield {"prompt": messages[:last], "completion": messages[last : last + 1]}
+    else:
+        for is_trained, run in groupby(answers, lambda index: index in trained):
+            if is_trained:
+                first, *others = run
+                end = others[-1] if others else first
+                yield {"prompt": messages[:first], "completion": messages[first : end + 1]}
 
 
 def _prompt(example: Dialogue | Ranking) -> Messages:
@@ -116,7 +124,8 @@ def _prompt(example: Dialogue | Ranking) -> Messages:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def _ranking(example: Ranking) -> dict:
+def _best_first(example: Ranking) -> list[tuple[Messages, float]]:
+    """The responses and their ranks."""
     prompt = without_weights(example.prompt)
     for response in example.responses:
         check_order(prompt + response)
@@ -129,28 +138,34 @@ def _ranking(example: Ranking) -> dict:
         raise Skip("fewer than two responses")
     if len(set(example.ranks)) == 1:
         raise Skip("tie: all responses have the same rank")
-    order = sorted(range(len(example.ranks)), key=example.ranks.__getitem__)
-    return {
-        "prompt": prompt,
-        "completions": [example.responses[index] for index in order],
-        "ranks": [float(example.ranks[index]) for index in order],
-        "group_id": group_id(prompt),
-    }
+    return sorted(zip(example.responses, map(float, example.ranks), strict=True), key=lambda ranked: ranked[1])
 
 
-def _once(ranking: dict) -> Iterator[dict | Skip]:
+def _once(best_first: list[tuple[Messages, float]]) -> Iterator[dict | Skip]:
     """The ranking without responses whose text a better one has: their pair trains nothing, and counts as wrong."""
-    best: dict[str, float] = {}  # of each text, the best rank
-    kept = []
-    for completion, rank in zip(ranking["completions"], ranking["ranks"], strict=True):
-        text = json.dumps([turn["content"].strip() for turn in completion])
-        if best.setdefault(text, rank) == rank:
-            kept.append((completion, rank))
+    best: dict[tuple, float] = {}  # of each text, the best rank
+    completions, ranks = [], []
+    for completion, rank in best_first:
+        if best.setdefault(_said(completion), rank) == rank:
+            completions.append(completion)
+            ranks.append(rank)
         else:
             yield Skip("identical responses")
-    if len(set(best.values())) > 1:
-        completions, ranks = map(list, zip(*kept, strict=True))
-        yield ranking | {"completions": completions, "ranks": ranks}
+    if len(set(ranks)) > 1:
+        yield {"completions": completions, "ranks": ranks}
+
+
+def _pairs(best_first: list[tuple[Messages, float]]) -> Iterator[dict | Skip]:
+    for (chosen, rank), (rejected, lower) in combinations(best_first, 2):
+        if rank < lower:
+            if _said(chosen) == _said(rejected):
+                yield Skip("identical responses")
+            else:
+                yield {"chosen": chosen, "rejected": rejected}
+
+
+def _said(response: Messages) -> tuple[str, ...]:
+    return tuple(turn["content"].strip() for turn in response)
 
 
 def _refuse_tools(messages: Messages, tools: list | None) -> None:
@@ -158,22 +173,3 @@ def _refuse_tools(messages: Messages, tools: list | None) -> None:
         raise Skip("tool calls are supported for task 'sft' only")
     if any(len(turn) > 2 for turn in messages):
         raise Skip("reasoning is supported for task 'sft' only")
-
-
-def _margin(example: Ranking) -> dict[str, float]:
-    if example.margin is None:
-        raise RowError("a margin was asked for, but this row has no margin and no scores", "margin")
-    return {"margin": float(example.margin)}
-
-
-def _pairs(ranking: dict, extra: dict) -> Iterator[dict | Skip]:
-    ranked = list(zip(ranking["completions"], ranking["ranks"], strict=True))
-    texts = [[turn["content"].strip() for turn in completion] for completion, _ in ranked]
-    for better, (chosen, rank) in enumerate(ranked):
-        for worse in range(better + 1, len(ranked)):
-            rejected, lower = ranked[worse]
-            if texts[better] == texts[worse] and rank < lower:
-                yield Skip("identical responses")
-            elif rank < lower:
-                pair = {"prompt": ranking["prompt"], "chosen": chosen, "rejected": rejected}
-                yield pair | {"group_id": ranking["group_id"]} | extra

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.cli.errors import UserError
-from recipes.data.messages import Messages, number, objects, require
+from recipes.data.cells import Cells
+from recipes.data.messages import Messages
 from recipes.data.rows import RowError, RowProblem, describe
 from recipes.data.text_files import read_text_file
 from recipes.labelling.answers import tiers_of
@@ -48,9 +49,7 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
     for row in read_text_file(Path(path)):
         try:
             data = row.read()
-            if isinstance(data, RowProblem):
-                raise data
-            task = _task(data, gold, default_id=str(row.line))
+            task = _task(Cells(data), gold, default_id=str(row.line))
             line, known = seen.setdefault(task.sample_id, (row.line, task.id))
             if known != task.id:
                 raise RowError(f"{task.sample_id!r} stands on line {line} already, with other texts", "id")
@@ -65,44 +64,43 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
     return tasks, left_out
 
 
-def _task(row: dict, gold: bool, default_id: str) -> SampledPrompt:
+def _task(row: Cells, gold: bool, default_id: str) -> SampledPrompt:
     messages = _messages(row)
-    given = [] if row.get("responses") == [] else objects(row, "responses")
-    distinct: dict[str, tuple[int, str, dict]] = {}
-    for index, (place, response) in enumerate(given):
-        text = _string(require(response, f"{place}.text"), f"{place}.text")
-        distinct.setdefault(text, (index, place, response))
+    given = [] if row.get("responses") == [] else list(row.objects("responses"))
+    distinct: dict[str, tuple[int, Cells]] = {}
+    for index, response in enumerate(given):
+        text = _string(response.require("text"), response.where("text"))
+        distinct.setdefault(text, (index, response))
     if len(distinct) > MAX_RESPONSES:
         raise RowError(f"found {len(distinct)}, and a person can rank at most {MAX_RESPONSES}", "responses")
 
     prompt_id = _hash(messages, sorted(distinct))
     responses, ranks = [], {}
-    for text, (index, place, response) in distinct.items():
+    for text, (index, response) in distinct.items():
         id = _hash(prompt_id, text)
-        model = response.get(f"{place}.model", row.get("model"))
+        model = response.get("model", row.get("model"))
         responses.append(
             Response(
                 id=id,
-                sample_id=str(response.get(f"{place}.id", index)),
+                sample_id=str(response.get("id", index)),
                 text=text,
-                model=None if model is None else _string(model, f"{place}.model"),
-                sampling=response.get(f"{place}.sampling", row.get("sampling")),
+                model=None if model is None else _string(model, response.where("model")),
+                sampling=response.get("sampling", row.get("sampling")),
             )
         )
         if gold:
-            ranks[id] = number(response, f"{place}.rank", text_too=False)
+            ranks[id] = response.number("rank", text_too=False)
     tiers = tiers_of(ranks) if gold else None
     return SampledPrompt(prompt_id, str(row.get("id", default_id)), messages, responses, tiers)
 
 
-def _messages(row: dict) -> Messages:
+def _messages(row: Cells) -> Messages:
     """The prompt as it stands: people rank what was sampled for it, and its id is a hash of its messages."""
-    prompt = require(row, "prompt")
+    prompt = row.require("prompt")
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     keys = ("role", "content")
-    turns = objects(row, "prompt")
-    return [{key: _string(require(turn, f"{at}.{key}"), f"{at}.{key}") for key in keys} for at, turn in turns]
+    return [{key: _string(turn.require(key), turn.where(key)) for key in keys} for turn in row.objects("prompt")]
 
 
 def _string(value: Any, column: str) -> str:

@@ -1,9 +1,8 @@
 """Adapters as roles: several adapters on one frozen base, switched and copied without losing gradients.
 
 In PPO one base plays four roles, one adapter each: the policy (`default`), the reference (`ref`), the reward model
-(`reward`) and the critic (`critic`). An adapter is everything that PEFT trains under one name: LoRA on linear layers,
-embeddings and convolutions, DoRA's magnitudes, copies of whole modules (`modules_to_save`) and single token embeddings
-(`trainable_token_indices`). The name is one part of each parameter's name, wherever it stands.
+(`reward`) and the critic (`critic`). An adapter is everything that PEFT trains under one name, `modules_to_save` and
+single token embeddings included. The name is one part of each parameter's name, wherever it stands.
 """
 
 import contextlib
@@ -17,52 +16,40 @@ from accelerate import FullyShardedDataParallelPlugin
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel, TrainerCallback
 from trl import ModelConfig, get_peft_config
 
-from recipes.cli.errors import UserError, first_line
+from recipes.cli.errors import UserError
 from recipes.models.heads import ScoreHead, base_of, without_critic
 
-# Initialisations that take a part out of the base's weights, which the other roles share.
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGE_THE_BASE = ("bias", "kasa_config", "layer_replication")
+# They take a part out of the base's weights.
+INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_adapter_kind(model: PeftModel) -> None:
-    """Refuse adapters that cannot share their base with other roles.
-
-    Raises:
-        UserError: an adapter that is not LoRA, or one that changes the base; none is the policy's.
-    """
+    """Refuse adapters that cannot share their base with other roles: not LoRA, or LoRA that changes the base."""
     if "default" not in model.peft_config:
         raise UserError(f"The policy is the adapter `default`, and there is only {', '.join(model.peft_config)}.")
     for config in model.peft_config.values():
         if config.peft_type != PeftType.LORA:
             raise UserError(f"PPO's roles are LoRA adapters, and this adapter is {config.peft_type.value}.")
-        if str(config.init_lora_weights).lower().startswith(CHANGE_THE_BASE):
+        changes = [name for name in CHANGE_THE_BASE if getattr(config, name, None) not in (None, "none")]
+        if str(config.init_lora_weights).lower().startswith(INITS_THAT_CHANGE_THE_BASE):
+            changes.append(f"init_lora_weights={config.init_lora_weights}")
+        if changes:
             raise UserError(
-                f"init_lora_weights={config.init_lora_weights} changes the base, which reference, reward model and "
-                "critic share: convert the adapter to plain LoRA (PEFT's path_initial_model_for_weight_conversion)."
+                f"{changes[0]} changes the base, which reference, reward model and critic share: the policy needs an "
+                "adapter without it (PEFT's path_initial_model_for_weight_conversion makes plain LoRA of some)."
             )
-        for name in ("bias", "kasa_config", "layer_replication"):
-            if getattr(config, name, None) not in (None, "none"):
-                raise UserError(
-                    f"{name} changes the base, which reference, reward model and critic share: the policy needs an "
-                    "adapter without it."
-                )
 
 
 def model_with_adapter(model: PreTrainedModel | PeftModel, keyword: str) -> PreTrainedModel:
-    """The model below a `PeftModel`, whose own layers carry the adapter; `keyword` is what it was passed as.
-
-    Raises:
-        UserError: an adapter that does not lie in layers, as prompt tuning.
-    """
-    for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
-        if config.is_prompt_learning:
-            raise UserError(f"{keyword} has an adapter of the kind {config.peft_type.value}, which PPO cannot run.")
+    """The model below a `PeftModel`, whose own layers carry the adapter; `keyword` is what it was passed as."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:  # which lies outside of layers
+        raise UserError(f"{keyword} has an adapter of the kind {model.peft_type.value}, which PPO cannot run.")
     return base_of(model)
 
 
@@ -82,10 +69,9 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
 
 def train_only(model: PeftModel, adapters: Iterable[str]) -> None:
     """Turn gradients on for these adapters, their heads included, and off for everything else."""
-    trained = {id(parameter) for adapter in adapters for parameter in adapter_parameters(model, adapter).values()}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # packed 4-bit weights have no gradients to turn off
-            parameter.requires_grad_(id(parameter) in trained)
+            parameter.requires_grad_(not {*adapters}.isdisjoint(name.split(".")))
 
 
 @torch.no_grad()
@@ -102,21 +88,21 @@ def add_copy(model: PeftModel, source: str, target: str, config: LoraConfig | No
 # Parts that text does not reach
 
 
-def other_parts(model: PreTrainedModel) -> list[str]:
-    """Names of the weights of a composite model, such as Gemma 3, that are for images and sound: text gives them none.
+def other_parts(model: PreTrainedModel) -> set[str]:
+    """Names of the weights of a composite model, such as Gemma 3, that are for images and sound.
 
-    Trained, they would stop DDP, which waits for the gradient of every trained weight.
+    Text gives them no gradient, for which DDP would wait.
     """
     if model.config.get_text_config() is model.config:
-        return []
+        return set()
     of_text = [model.get_decoder(), model.get_output_embeddings(), getattr(model, "score", None)]
-    own = {id(parameter) for part in of_text if part is not None for parameter in part.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) not in own]
+    own = {parameter for part in filter(None, of_text) for parameter in part.parameters()}
+    return {name for name, parameter in model.named_parameters() if parameter not in own}
 
 
 def train_text(model: PreTrainedModel) -> PreTrainedModel:
     """Turn gradients on for all weights that text reaches, also where an adapter was merged, which froze them."""
-    other = {*other_parts(model)}
+    other = other_parts(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(name not in other)
@@ -201,11 +187,7 @@ def checkpoint_under_roles(model: PeftModel) -> None:
 
 
 def check_shards(plugin: FullyShardedDataParallelPlugin, has_adapters: bool) -> None:
-    """Refuse ways to shard a model (FSDP) under which roles would be wrong without an error.
-
-    Raises:
-        UserError: names the line of the Accelerate configuration.
-    """
+    """Refuse ways to shard a model (FSDP) under which roles would be wrong without an error."""
     if plugin.fsdp_version != 2:  # flattened weights are no adapter's any more
         raise UserError("PPO shards with fsdp_version: 2 only: launch with accelerate_configs/fsdp2.yaml.")
     if has_adapters and plugin.activation_checkpointing:
@@ -247,50 +229,36 @@ def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
 
     A role without a folder starts as a copy of the policy's adapter with a head of zeros, so it values every state
     at 0. Call it after the policy's adapter exists: `all-linear` would otherwise put a LoRA on the head.
-
-    Raises:
-        UserError: an adapter does not fit the base or has no trained head.
     """
     base = model.get_base_model()
     lm_head = base.get_output_embeddings()
     # Not always hidden_size: OPT-350M projects before its head. A head that PEFT wraps may know its weights only.
     width = getattr(lm_head, "in_features", None) or lm_head.weight.size(-1)
-    base.score = ScoreHead(width, base.device)
+    base.score = ScoreHead(width, 1, bias=False, device=base.device, dtype=torch.float32)
     # PEFT keeps this as the wrapper's unused original: trainable, it would break DDP.
-    nn.init.zeros_(base.score.weight)
-    base.score.requires_grad_(False)
+    nn.init.zeros_(base.score.weight).requires_grad_(False)
     for role, folder in adapters.items():
         if folder is None:
             add_copy(model, "default", role, seq_cls_config(model.peft_config["default"]))
         else:
-            with misfit_in_one_line(folder, model.peft_config["default"].base_model_name_or_path):
-                result = model.load_adapter(folder, role)
-            if result.unexpected_keys or result.missing_keys:
-                key = (result.unexpected_keys or result.missing_keys)[0]
-                raise UserError(f"The adapter {folder} does not fit the policy's base: {key} has no counterpart.")
-        if role not in base.score.modules_to_save:
-            raise UserError(f"The adapter {folder} has no trained score head.")
+            result = model.load_adapter(folder, role)
+            if lost := [*result.unexpected_keys, *result.missing_keys]:
+                raise UserError(f"The adapter {folder} does not fit the policy's base: {lost[0]} has no counterpart.")
         base.score.modules_to_save[role].float()
 
 
 def new_adapter_config(model_args: ModelConfig) -> LoraConfig | None:
-    """TRL's `get_peft_config`, on all linear layers where none are given: PEFT's own default knows few families."""
+    """TRL's `get_peft_config`, on all linear layers where none are given: PEFT's own default knows few families.
+
+    A single name is the end of a path, as in a list of several: PEFT would take it for a pattern of whole paths.
+    """
     if model_args.lora_target_modules is None and model_args.lora_target_parameters is None:
         model_args = replace(model_args, lora_target_modules="all-linear")
     config = get_peft_config(model_args)
-    if config is not None:
-        config.target_modules = layer_names(config.target_modules)
+    if config is not None and isinstance(config.target_modules, str):
+        if re.fullmatch(r"[\w.]+", config.target_modules):
+            config.target_modules = {config.target_modules}
     return config
-
-
-def layer_names(value: str | list[str] | set[str] | None) -> str | set[str] | None:
-    """`target_modules` as PEFT takes it: a single name is the end of a path, as in a list of several.
-
-    ModelConfig makes a string of a list of one, and PEFT takes that for a pattern of whole paths.
-    """
-    if isinstance(value, str):
-        return {value} if re.fullmatch(r"[\w.]+", value) else value
-    return value if value is None else {*value}
 
 
 def seq_cls_config(config: LoraConfig) -> LoraConfig:
@@ -300,21 +268,6 @@ def seq_cls_config(config: LoraConfig) -> LoraConfig:
     config.modules_to_save = sorted({*(config.modules_to_save or []), "score"})
     config.inference_mode = False
     return config
-
-
-@contextlib.contextmanager
-def misfit_in_one_line(adapter: str, base: str) -> Iterator[None]:
-    """Within, the weights of `adapter` are put on `base`; what does not fit is a `UserError`."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise UserError(f"The weights of the adapter {adapter} cannot be read: {first_line(error)}.") from error
-    except (RuntimeError, ValueError, KeyError) as error:
-        if "Can't find weights" in str(error):
-            raise UserError(f"The adapter {adapter} has no weights (adapter_model.safetensors).") from error
-        raise UserError(
-            f"The adapter {adapter} does not fit the base {base}: it was trained on another ({first_line(error)})."
-        ) from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ chat and do not know who wrote them. transformers can tell the template's own fr
 (`sanitize_control_tokens`), but has to be asked in each call.
 """
 
+import functools
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,27 +25,20 @@ def keep_control_tokens_text(tokenizer):
     ids as before. Two uses cannot be covered, and keep what transformers does: `tokenize=False`, whose text does not
     tell who wrote a token, and `return_assistant_tokens_mask=True` (`assistant_only_loss`). Leave such rows out there,
     with `on_special=drop`. A template that computes for longer than `RENDER_SECONDS` is stopped with a `UserError`.
-
-    Returns:
-        The tokenizer, which was changed in place; the change is not saved with it.
+    The tokenizer is changed in place, and the change is not saved with it.
     """
-    tokenizer.apply_chat_template = _SafeChatTemplate(tokenizer)
+    # A partial holds the tokenizer where a closure would hide it, so that copies and pickles of both belong together.
+    tokenizer.apply_chat_template = functools.partial(_apply_chat_template, tokenizer)
     return tokenizer
 
 
-class _SafeChatTemplate:
-    """Holds the tokenizer instead of closing over it, so that copies and pickles of both belong together."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __call__(self, conversation, tools=None, **options):
-        covered = options.get("tokenize", True) and not options.get("return_assistant_tokens_mask")
-        if covered and _mentions([conversation, tools], control_tokens(self.tokenizer)):
-            options.setdefault("sanitize_control_tokens", True)
-        several = bool(conversation) and not isinstance(conversation[0], dict)
-        with _time_limit(RENDER_SECONDS * (len(conversation) if several else 1)):
-            return type(self.tokenizer).apply_chat_template(self.tokenizer, conversation, tools, **options)
+def _apply_chat_template(tokenizer, conversation, tools=None, **options):
+    covered = options.get("tokenize", True) and not options.get("return_assistant_tokens_mask")
+    if covered and _mentions([conversation, tools], control_tokens(tokenizer)):
+        options.setdefault("sanitize_control_tokens", True)
+    several = bool(conversation) and not isinstance(conversation[0], dict)
+    with _time_limit(RENDER_SECONDS * (len(conversation) if several else 1)):
+        return type(tokenizer).apply_chat_template(tokenizer, conversation, tools, **options)
 
 
 @contextmanager

@@ -29,9 +29,6 @@ class ScoreHead(nn.Linear):
     In bf16 scores near 2 come in steps of 1/64, and at usual rates most of a trained head would never move.
     """
 
-    def __init__(self, width: int, device: torch.device | None = None, bias: bool = False):
-        super().__init__(width, 1, bias=bias, dtype=torch.float32, device=device)
-
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) of any precision → (..., 1) float32."""
         with torch.autocast(hidden.device.type, enabled=False):
@@ -44,31 +41,24 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def use_float32_head(model: PreTrainedModel) -> None:
-    """Replace a classifier's linear `score` head, or adapters' copies of it, by [`ScoreHead`]s of the same weights."""
-    holder = getattr(model.score, "modules_to_save", None) or model
-    for name in [*holder] if holder is not model else ["score"]:
-        linear = getattr(holder, name)
-        if isinstance(linear, nn.Linear) and not isinstance(linear, ScoreHead):
-            head = ScoreHead(linear.in_features, linear.weight.device, linear.bias is not None)
-            head.load_state_dict(linear.state_dict())
-            setattr(holder, name, head.requires_grad_(linear.weight.requires_grad))
+    """Make a classifier's linear `score` head, and adapters' copies of it, [`ScoreHead`]s in place."""
+    for module in model.score.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = ScoreHead  # of the same attributes, with another forward
+            module.float()
 
 
 def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_head: Callable | None = None) -> None:
     """Give a causal LM with TRL's fused head a forward that computes chosen states of right-aligned rows only.
 
     - `model(input_ids=ids, states=(rows, columns), targets=tokens, compute_entropy=bool)` gives log p of each target
-      at `temperature`, and the entropy (None where it was not asked for), both (N,) float32;
+      at `temperature`, and the entropy (None where it was not asked for), both (N,) float32. A `frozen_head` computes
+      them instead of TRL's: `(hidden (N, H), weight (V, H), targets, temperature, compute_entropy)`;
     - `model(input_ids=ids, states=(rows, columns), scalar_head=role)` gives scores, (N,) float32: from the module
       `model.critic` for the role `"critic"` where there is one (full fine-tuning), else from the last hidden state and
       the head that the role's adapter carries.
 
-    All go through the model's own forward, so that DDP and FSDP see every pass. TRL's fused calls keep their form, and
-    count positions from the first real token, as `generate` does: absolute positions would otherwise see left padding.
-
-    Args:
-        frozen_head: `(hidden (N, H), weight (V, H), targets, temperature, compute_entropy) → (log p, entropy)`, taken
-            instead of TRL's fused head.
+    TRL's fused calls keep their form, and count positions from the first real token.
     """
     causal_lm_forward = model.forward
     lm_head = model.get_output_embeddings()
@@ -76,58 +66,55 @@ def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_h
         lm_head.bias = lm_head.original_module.bias
     takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
 
-    def logps_and_entropies(ids, states, targets, compute_entropy):
+    def lm_forward(*args, **kwargs):
+        if takes_positions and kwargs.get("fused_lm_head"):
+            # As in `generate`: absolute positions would otherwise see left padding.
+            kwargs.setdefault("position_ids", (kwargs["attention_mask"].cumsum(1) - 1).clamp(min=0))
+        return causal_lm_forward(*args, **kwargs)
+
+    def at_states(input_ids, states, targets=None, compute_entropy=False, scalar_head=None, **of_peft):
+        if scalar_head == "critic" and hasattr(model, "critic"):
+            return scores_at(model.critic, input_ids, states)
+        if scalar_head is not None:
+            return scores_at(model, input_ids, states, model.score.modules_to_save[scalar_head])
         if frozen_head is not None:
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]
+            hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[states]
             return frozen_head(hidden, model.get_output_embeddings().weight, targets, temperature, compute_entropy)
         rows, columns = states
-        labels = torch.full_like(ids, -100).index_put_((rows, columns + 1), targets)
-        outputs = causal_lm_forward(input_ids=ids, labels=labels, fused_lm_head=True)
+        labels = torch.full_like(input_ids, -100).index_put_((rows, columns + 1), targets)
+        outputs = causal_lm_forward(input_ids=input_ids, labels=labels, fused_lm_head=True)
         return outputs.log_probs[states], outputs.entropy[states] if compute_entropy else None
 
-    # Keep the original signature: `generate` validates its model kwargs against it.
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, states=None, targets=None, compute_entropy=False, scalar_head=None, **kwargs):
-        if states is None:
-            if takes_positions and kwargs.get("fused_lm_head"):
-                kwargs.setdefault("position_ids", token_positions(kwargs["attention_mask"]))
-            return causal_lm_forward(*args, **kwargs)
-        ids = kwargs["input_ids"]
-        if scalar_head is None:
-            return logps_and_entropies(ids, states, targets, compute_entropy)
-        if scalar_head == "critic" and hasattr(self, "critic"):
-            return scores_at(self.critic, ids, states)
-        hidden = self.base_model(input_ids=ids, use_cache=False).last_hidden_state[states]
-        return self.score.modules_to_save[scalar_head](hidden).squeeze(-1)
-
-    model.forward = types.MethodType(forward, model)
+    replace_forward(model, lm_forward, at_states)
 
 
 def add_score_forward(model: PreTrainedModel) -> None:
     """Give a sequence classifier a forward that scores chosen states of right-aligned rows.
 
-    `model(input_ids=ids, states=(rows, columns))` gives (N,) float32. It goes through the model's own forward, as FSDP
-    needs it.
+    `model(input_ids=ids, states=(rows, columns))` gives (N,) float32.
     """
     use_float32_head(model)
-    classifier_forward = model.forward
+    replace_forward(model, model.forward, functools.partial(scores_at, model))
 
+
+def replace_forward(model: PreTrainedModel, plain: Callable, at_states: Callable) -> None:
+    """Send calls with `states` to `at_states` and others to `plain`, by `forward`, where DDP and FSDP see them."""
+
+    # Keep the original signature: `generate` validates its model kwargs against it.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, states=None, **kwargs):
-        return classifier_forward(*args, **kwargs) if states is None else scores_at(self, kwargs["input_ids"], states)
+    def forward(self, *args, **kwargs):
+        return (at_states if "states" in kwargs else plain)(*args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
 
 
-def scores_at(model: PreTrainedModel, input_ids: torch.Tensor, states: States) -> torch.Tensor:
-    """Scores of a sequence classifier with a [`ScoreHead`] at chosen states of right-aligned rows: (N,) float32."""
+def scores_at(
+    model: PreTrainedModel, input_ids: torch.Tensor, states: States, head: nn.Module | None = None
+) -> torch.Tensor:
+    """Scores at chosen states of right-aligned rows by a [`ScoreHead`], by default the model's own: (N,) float32."""
     model = base_of(model)
-    return model.score(model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[states]).squeeze(-1)
-
-
-def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position of each token among the real ones, (B, T); padding gets 0."""
-    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[states]
+    return (model.score if head is None else head)(hidden).squeeze(-1)
 
 
 def critic_from_policy(policy: PreTrainedModel, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -142,7 +129,7 @@ def critic_from_policy(policy: PreTrainedModel, trust_remote_code: bool = False)
 
 
 def full_critic(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
-    """The critic that is a model of its own, beside the policy; `None` where it is an adapter."""
+    """The critic that is a model of its own; `None` where it is an adapter."""
     return getattr(base_of(model), "critic", None)
 
 
@@ -160,19 +147,18 @@ def without_critic(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedMod
 def save_trained(model: PreTrainedModel | PeftModel, folder: str, state_dict: dict | None = None) -> None:
     """`save_pretrained` of what PPO trains: the policy, loadable by plain peft or transformers, `critic/` and `ema/`.
 
-    Args:
-        state_dict: whole weights, where the model holds shares of them (FSDP).
+    `state_dict` has the whole weights, where the model holds shares of them (FSDP).
     """
     weights = model.state_dict() if state_dict is None else state_dict
-    prefix = "base_model.model.critic." if isinstance(model, PeftModel) else "critic."
-    policy = {name: value for name, value in weights.items() if not name.startswith(prefix)}
-    adapters = {}
+    prefix, adapters = "critic.", {}
     if isinstance(model, PeftModel):
+        prefix = "base_model.model.critic."
         adapters = {"selected_adapters": [name for name in ("default", "critic", "ema") if name in model.peft_config]}
+    policy = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     with without_critic(model) as critic:
         model.save_pretrained(folder, state_dict=policy, **adapters)
     if critic is not None:
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         critic.save_pretrained(os.path.join(folder, "critic"), state_dict=own)
 
 

@@ -5,11 +5,11 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -24,18 +24,17 @@ from transformers.utils import cached_file
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from recipes.cli.errors import UserError, counted, first_line
+from recipes.cli.errors import UserError, counted, refusals_in_one_line
 from recipes.cli.files import write_text
 from recipes.cli.screen import say
 from recipes.models.adapters import (
     add_score_roles,
-    misfit_in_one_line,
     new_adapter_config,
     only_on_text,
     seq_cls_config,
     train_text,
 )
-from recipes.models.compatibility import check_score_head, refuse_other_adapter
+from recipes.models.compatibility import check_model, check_score_head, refuse_other_adapter
 from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource, load_error
 from recipes.models.tokenization import load_tokenizer
@@ -67,8 +66,7 @@ def _load_classifier(source: ModelSource, model_args: ModelConfig) -> PreTrained
     """The weights of `source` below a scalar head, which is float32 and never quantised."""
     config = copy.deepcopy(source.config)
     config.num_labels = 1
-    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    if model_class is not None:
+    if (model_class := MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)) is not None:
         # The first keeps the head from being quantised, the second from being rounded to a base's bf16 on loading.
         for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
             setattr(model_class, name, {*(getattr(model_class, name) or ()), "score"})
@@ -114,12 +112,6 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
     |------------------|------------------------------|----------------------------------------|
     | base, full model | the model with a new adapter | the model                              |
     | adapter          | its base with that adapter   | its base with the adapter merged in    |
-
-    An adapter keeps its own rank and target modules.
-
-    Raises:
-        UserError: a `lora_*` argument asks for another adapter than that of `source`, `source` is a reward model, or 4
-            bits without `use_peft`.
     """
     refuse_other_adapter(source, model_args)
     check_policy(source)
@@ -127,47 +119,42 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
         raise UserError("load_in_4bit and load_in_8bit freeze the base: set use_peft: true to train an adapter on it.")
     model = _from_pretrained(AutoModelForCausalLM, source, model_args)
     disable_router_logits(model)
-    if source.base is None:
-        return new_adapter(model, new_adapter_config(model_args), source) if model_args.use_peft else train_text(model)
-    model = load_adapter(model, source, is_trainable=model_args.use_peft)
-    return model if model_args.use_peft else train_text(model.merge_and_unload())
+    if source.base is not None:
+        trained = model_args.use_peft
+        model = PeftModel.from_pretrained(model, source.path, config=source.peft_config, is_trainable=trained)
+    elif model_args.use_peft:
+        model = new_adapter(model, new_adapter_config(model_args), source)
+    return trainable(model, model_args)
+
+
+def trainable(model: PreTrainedModel | PeftModel, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
+    """The adapter to train, or all weights that text reaches, an adapter merged in."""
+    if model_args.use_peft:
+        return model
+    return train_text(model.merge_and_unload() if isinstance(model, PeftModel) else model)
 
 
 def new_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelSource) -> PeftModel:
     """`model`, of the weights of `source`, with a fresh adapter, which keeps their revision.
 
-    Raises:
-        UserError: PEFT does not know where to put it, or leaves out a name that is nowhere in the model.
+    PEFT would leave out a name that is nowhere in the model where another one fits.
     """
-    unknown = []
+    family = type(model).__name__
+    parts = [f".{name}" for name, _ in (*model.named_modules(), *model.named_parameters())]
     for flag in ("target_modules", "target_parameters", "modules_to_save"):
         names = getattr(config, flag) or ()
-        known = model.named_parameters() if flag == "target_parameters" else model.named_modules()
-        places = [f".{name}" for name, _ in known]
         for name in () if isinstance(names, str) else sorted(names):
-            if name != "all-linear" and not any(place.endswith(f".{name}") for place in places):
-                unknown.append(f"--lora_{flag} {name}: {type(model).__name__} has no part of this name")
-    advice = "Name layers of it, or take all with --lora_target_modules all-linear."
-    try:
-        adapted = get_peft_model(model, only_on_text(config, model), revision=source.revision)
-    except ValueError as error:
-        raise UserError(f"No adapter could be put on {type(model).__name__}: {first_line(error)}. {advice}") from error
-    if unknown:  # PEFT leaves it out where another name fits
-        raise UserError(f"{unknown[0]}. {advice}")
-    return adapted
-
-
-def load_adapter(model: PreTrainedModel, source: ModelSource, is_trainable: bool = False) -> PeftModel:
-    """`model` with the adapter of `source` on it."""
-    with misfit_in_one_line(source.path, source.base):
-        return PeftModel.from_pretrained(model, source.path, config=source.peft_config, is_trainable=is_trainable)
+            if not any(part.endswith(f".{name}") for part in parts):
+                raise UserError(
+                    f"No adapter could be put on {family}: --lora_{flag} {name}: {family} has no part of this name. "
+                    "Name layers of it, or take all with --lora_target_modules all-linear."
+                )
+    with refusals_in_one_line():
+        return get_peft_model(model, only_on_text(config, model), revision=source.revision)
 
 
 def disable_router_logits(model: nn.Module) -> None:
-    """Undo what the load-balancing loss of SFT sets in the configuration of a mixture of experts to generate again.
-
-    `generate` passes one new token a row with the mask of all, a pair that the load-balancing loss does not take.
-    """
+    """Undo what SFT sets in the configuration of a mixture of experts: its load-balancing loss cannot generate."""
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
@@ -176,34 +163,36 @@ def disable_router_logits(model: nn.Module) -> None:
 def load_reward_trainee(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
     """Sequence classifier with one label, to train as a reward model.
 
-    From an SFT adapter it starts with the SFT weights, but for an LM head, and a fresh head (InstructGPT, 2203.02155,
-    appendix C); from a reward adapter it continues with that adapter's head. A fresh head is drawn from
-    N(0, 1/(hidden + 1)) (2009.01325, details in 2403.17031).
+    From an SFT adapter it starts with the SFT weights, but for an LM head (InstructGPT, 2203.02155, appendix C); from
+    a reward adapter also with its head. A fresh head is drawn from N(0, 1/(hidden + 1)) (2009.01325, details in
+    2403.17031).
     """
     refuse_other_adapter(source, model_args)
     model = _load_classifier(source, model_args)
     if not source.has_score_head:
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
-    if source.base is None:
-        if not model_args.use_peft:
-            return train_text(model)
-        return new_adapter(model, seq_cls_config(new_adapter_config(model_args)), source)
-    weights = load_peft_weights(source.path, device="cpu")
+    if source.base is not None:
+        model = continued_adapter(model, source)
+    elif model_args.use_peft:
+        model = new_adapter(model, seq_cls_config(new_adapter_config(model_args)), source)
+    return trainable(model, model_args)
+
+
+def continued_adapter(model: PreTrainedModel, source: ModelSource) -> PeftModel:
+    """The classifier `model` with the adapter of `source`; from an SFT adapter it takes all but an LM head."""
+    config, weights = seq_cls_config(source.peft_config), source.adapter_weights()
     weights.setdefault("base_model.model.score.weight", model.score.weight.detach().clone())
-    config, layers = seq_cls_config(source.peft_config), {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    absent = [name for name in config.modules_to_save if name.rpartition(".")[2] not in layers]
+    layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    absent = {name for name in config.modules_to_save if name.rpartition(".")[2] not in layers}
     config.modules_to_save = [name for name in config.modules_to_save if name not in absent]
     for name in [name for name in weights if any(f".{part}." in f".{name}" for part in absent)]:
         say(f"{name} of {source.path} is left out: the score head takes its place.")
         del weights[name]
     model = get_peft_model(model, config)
-    with misfit_in_one_line(source.path, source.base):
-        result = set_peft_model_state_dict(model, weights)
-    if result.unexpected_keys:
-        raise UserError(
-            f"The adapter {source.path} holds {result.unexpected_keys[0]}, which a reward model has no place for."
-        )
-    return model if model_args.use_peft else train_text(model.merge_and_unload())
+    lost = set_peft_model_state_dict(model, weights).unexpected_keys
+    if lost:
+        raise UserError(f"The adapter {source.path} holds {lost[0]}, which a reward model has no place for.")
+    return model
 
 
 def report_half_precision(model: nn.Module) -> None:
@@ -217,18 +206,13 @@ def report_half_precision(model: nn.Module) -> None:
 
 
 def load_reward_model(source: ModelSource, model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A trained reward model on its own base with its tokenizer, frozen, an adapter merged into the weights.
-
-    Raises:
-        UserError: it has no trained score head, or more than one label.
-    """
+    """A trained reward model on its own base with its tokenizer, frozen, an adapter merged into the weights."""
     check_score_head(source)
-    own_args = copy.copy(model_args)
-    own_args.load_in_4bit = own_args.load_in_8bit = False
-    model = _load_classifier(source, own_args)
-    if source.base is not None:
-        model = load_adapter(model, source).merge_and_unload()
     tokenizer = load_tokenizer(source)
+    check_model(source, tokenizer)
+    model = _load_classifier(source, replace(model_args, load_in_4bit=False, load_in_8bit=False))
+    if source.base is not None:
+        model = PeftModel.from_pretrained(model, source.path, config=source.peft_config).merge_and_unload()
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.requires_grad_(False).eval(), tokenizer
 
@@ -242,22 +226,23 @@ def load_ppo_models(
     Otherwise the reward model is loaded beside the policy. In full fine-tuning the critic starts from it where it has
     the policy's architecture, size and vocabulary, else from the policy.
     """
-    model = load_policy(policy, model_args)
+    models = {"model": load_policy(policy, model_args)}
     if reward is None:
-        return {"model": model}
+        return models
     if model_args.use_peft and reward.base is not None and not separate_reward_model:
-        add_score_roles(model, {"reward": reward.path, "critic": reward.path})
-        return {"model": model}
+        add_score_roles(models["model"], {"reward": reward.path, "critic": reward.path})
+        return models
     reward_model, tokenizer = load_reward_model(reward, model_args)
-    models = {"model": model, "reward_model": reward_model, "reward_processing_class": tokenizer}
-    if not model_args.use_peft:
-        if tokenizer.get_vocab() == load_tokenizer(policy).get_vocab() and same_shapes(reward_model, model):
-            models["value_model"] = copy.deepcopy(reward_model)
-        else:
-            say(
-                f"The critic starts from the policy with a head of zeros: the reward model {reward.path} has another "
-                "size or vocabulary."
-            )
+    models |= {"reward_model": reward_model, "reward_processing_class": tokenizer}
+    if model_args.use_peft:
+        return models
+    if tokenizer.get_vocab() == load_tokenizer(policy).get_vocab() and same_shapes(reward_model, models["model"]):
+        models["value_model"] = copy.deepcopy(reward_model)
+    else:
+        say(
+            f"The critic starts from the policy with a head of zeros: the reward model {reward.path} has another "
+            "size or vocabulary."
+        )
     return models
 
 
@@ -290,13 +275,13 @@ def save_reward_statistics(folder: str, scores: list[float], source: str) -> dic
     """
     values = torch.tensor(scores, dtype=torch.float64)
     std = values.std().item() if len(scores) > 1 else math.nan
-    statistics = {"mean": values.mean().item(), "std": std, "n": len(scores), "source": source}
     if not 0 < std < math.inf:
         say(
             f"No {STATISTICS} is stored: the spread of {counted(len(scores), 'conversation')} of {source} is {std}, "
             "and PPO cannot divide scores by it. It takes them as they are, or by --score_mean and --score_std."
         )
         return None
+    statistics = {"mean": values.mean().item(), "std": std, "n": len(scores), "source": source}
     write_text(os.path.join(folder, STATISTICS), json.dumps(statistics, indent=2))
     return statistics
 
@@ -308,35 +293,32 @@ def statistics_file(name: str) -> str | None:
 
 
 def read_reward_statistics(name: str) -> dict | None:
-    """`{"mean", "std", "n", "source"}` as `save_reward_statistics` stored it in a folder or Hub repository, or `None`.
-
-    Raises:
-        UserError: the numbers cannot be used.
-    """
+    """`{"mean", "std", "n", "source"}`, if `save_reward_statistics` stored it in this folder or Hub repository."""
     path = statistics_file(name)
     if path is None:
         return None
     try:
         with open(path, encoding="utf-8") as file:
             statistics = json.load(file)
-        usable = math.isfinite(statistics["mean"]) and 0 < statistics["std"] < math.inf
+        if math.isfinite(statistics["mean"]) and 0 < statistics["std"] < math.inf:
+            return statistics
     except (ValueError, KeyError, TypeError):
-        usable = False
-    if not usable:
-        raise UserError(
-            f"{path} has no mean and no spread above 0 to standardise scores with: correct it, or set "
-            "--normalize_scores false."
-        )
-    return statistics
+        pass
+    raise UserError(
+        f"{path} has no mean and no spread above 0 to standardise scores with: correct it, or set "
+        "--normalize_scores false."
+    )
 
 
 def load_score_statistics(training_args: TrainingArguments, reward: ModelSource, normalize: bool) -> None:
     """Settle PPO's `score_mean` and `score_std`: as given, else as stored with the reward model, else 0 and 1."""
     given = {"mean": training_args.score_mean, "std": training_args.score_std}
-    stored = read_reward_statistics(reward.path) if normalize and None in given.values() else None
-    otherwise = f"{reward.path} has no reward_statistics.json" if normalize else "--normalize_scores false"
-    other, origin = stored or {"mean": 0.0, "std": 1.0}, f"of {reward.path}" if stored else otherwise
-    mean, std = (other[name] if value is None else value for name, value in given.items())
+    found, origin = {"mean": 0.0, "std": 1.0}, f"{reward.path} has no reward_statistics.json"
+    if not normalize:
+        origin = "--normalize_scores false"
+    elif None in given.values() and (stored := read_reward_statistics(reward.path)):
+        found, origin = stored, f"of {reward.path}"
+    mean, std = (found[name] if value is None else value for name, value in given.items())
     shown = [origin if value is None else "given" for value in given.values()]
     say(f"Scores: minus {mean:.4g} ({shown[0]}), divided by {std:.4g} ({shown[1]}).")
     training_args.score_mean, training_args.score_std = mean, std

@@ -13,7 +13,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.integrations import dequantize_module_weight
+from torch import nn
 from transformers import PreTrainedModel
+
+from recipes.models.heads import base_of
 
 OTHER_ROLES = ("critic.", "score.")
 
@@ -36,33 +39,34 @@ def policy_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str,
     `W + B A * scaling` is added in float32 and has the base's precision, a 4-bit base that of its other weights. What
     no adapter changes is the base's own tensor.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    modules = dict(base.named_modules())
-    for name, parameter in base.named_parameters():
-        if name.startswith(OTHER_ROLES) or any(
-            part.startswith(("lora_", "token_adapter")) for part in name.split(".")
-        ):
-            continue
-        parents = [modules[name[:place]] for place, char in enumerate(name) if char == "."]
-        owner = next((each for each in reversed(parents) if isinstance(each, LoraLayer | ModulesToSaveWrapper)), None)
-        plain = name.replace(".base_layer.", ".")
-        if isinstance(owner, ModulesToSaveWrapper):
-            trained = ".modules_to_save.default."
-            if trained in name:
-                yield name.replace(trained, "."), parameter.data
-            elif ".original_module." in name and "default" not in owner.modules_to_save:
-                yield name.replace(".original_module.", "."), parameter.data
-        elif isinstance(owner, LoraLayer) and name.endswith(".base_layer.weight") and has_policy(owner):
-            yield plain, merged_weight(owner, base.dtype)
-        else:
-            yield plain, parameter.data
-    for name, module in modules.items():
-        if isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter is None:
-            yield f"{name}.weight", module.token_adapter.get_merged_weights(["default"])
+    base, seen = base_of(model), set()
+    for name, weight in merged_parameters(base, "", base.dtype):
+        if id(weight) not in seen:  # tied weights come once
+            yield name, weight.data
+        if isinstance(weight, nn.Parameter):  # which lives on, so that no other tensor gets its id
+            seen.add(id(weight))
 
 
-def has_policy(layer: LoraLayer) -> bool:
-    return "default" in layer.lora_A or "default" in layer.lora_embedding_A
+def merged_parameters(module: nn.Module, path: str, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `module`, whose name is `path` with a dot, holds for the policy; a wrapper of PEFT is what it wraps."""
+    if path in OTHER_ROLES:
+        return
+    if isinstance(module, ModulesToSaveWrapper):
+        copies = module.modules_to_save
+        own = copies["default"] if "default" in copies else module.original_module
+        yield from merged_parameters(own, path, dtype)
+    elif isinstance(module, TrainableTokensWrapper):
+        if module.token_adapter.tied_adapter is None:
+            yield f"{path}weight", module.token_adapter.get_merged_weights(["default"])
+    elif isinstance(module, LoraLayer):
+        changed = "default" in module.lora_A or "default" in module.lora_embedding_A
+        for name, parameter in module.get_base_layer().named_parameters():
+            yield f"{path}{name}", merged_weight(module, dtype) if changed and name == "weight" else parameter
+    else:
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{path}{name}", parameter
+        for name, child in module.named_children():
+            yield from merged_parameters(child, f"{path}{name}.", dtype)
 
 
 def merged_weight(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
@@ -82,7 +86,7 @@ def empty_copy(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def merged_copy(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     """A plain model that generates as the policy does now, in `dtype`; what is the same there is the base's tensor."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     copied = empty_copy(base, dtype)
     weights = {name: weight.to(dtype) for name, weight in policy_parameters(model)}
     buffers = dict(base.named_buffers())  # those that a checkpoint holds, such as the bias of a router

@@ -4,9 +4,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from recipes.cli.files import sync
 from recipes.cli.record import digest
 from recipes.data.preview import check_positions, sequences
 from recipes.data.rows import RowError
+from recipes.models.compatibility import check_model
 from recipes.models.loading import load_policy
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
@@ -31,11 +31,7 @@ ROUNDS = 5  # how often a prompt is tried again for a response it does not have 
 
 @dataclass
 class SamplingArguments:
-    """How responses are sampled. The same arguments, prompts and model give the same responses.
-
-    Args:
-        generation_batch_size: responses sampled at once; it takes part in what is drawn, so it is kept on resuming.
-    """
+    """How responses are sampled. The same arguments, prompts and model give the same responses."""
 
     num_generations: int = field(default=4, metadata={"help": "Responses per prompt."})
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits; 0 takes the likeliest token."})
@@ -46,8 +42,7 @@ class SamplingArguments:
     generation_batch_size: int = field(default=64, metadata={"help": "Responses sampled at once."})
 
     def __post_init__(self):
-        positive = ("num_generations", "max_completion_length", "generation_batch_size")
-        for name in positive:
+        for name in ("num_generations", "max_completion_length", "generation_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: expected 1 or more.")
         if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -123,6 +118,7 @@ def load_generator(
     """
     source = resolve_model(model_args.model_name_or_path, model_args.model_revision, trust_remote_code)
     tokenizer = load_tokenizer(source)
+    check_model(source, tokenizer)
     model = load_policy(source, replace(model_args, use_peft=source.base is not None)).eval().requires_grad_(False)
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         model = model.to(PartialState().device)
@@ -147,11 +143,11 @@ def generate(
     """One response for each conversation, all in one batch; a `streamer` sees the tokens of a single one at once."""
     ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
-    options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    options: dict[str, Any] = {"max_new_tokens": sampling.max_completion_length, "do_sample": sampling.temperature > 0}
     if options["do_sample"]:
         options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     set_seed(seed)
-    output = model.generate(**batch, **options, max_new_tokens=sampling.max_completion_length, streamer=streamer)
+    output = model.generate(**batch, **options, streamer=streamer)
     ends = set(model.generation_config.eos_token_id)
     responses = []
     for tokens in output[:, batch["input_ids"].size(1) :].tolist():
@@ -175,10 +171,8 @@ def sample(
     responses: list[list[Response]] = [[] for _ in conversations]
     for start in tqdm(range(0, len(rows), sampling.generation_batch_size), desc=title, disable=None):
         batch = rows[start : start + sampling.generation_batch_size]
-        seed = derived_seed(sampling.seed, start)
-        for row, response in zip(
-            batch, generate(model, tokenizer, [conversations[row] for row in batch], sampling, seed), strict=True
-        ):
+        prompts, seed = [conversations[row] for row in batch], derived_seed(sampling.seed, start)
+        for row, response in zip(batch, generate(model, tokenizer, prompts, sampling, seed), strict=True):
             responses[row].append(response)
     return responses
 
@@ -199,7 +193,7 @@ def sample_to_file(
     sampling: SamplingArguments,
     model_name: str,
     output: str,
-    loading: Mapping[str, Any] = MappingProxyType({}),
+    **loading: Any,
 ) -> None:
     """Append one JSON line per prompt to `output`; a run that was stopped goes on where it was.
 
@@ -210,52 +204,47 @@ def sample_to_file(
         loading: how the model was loaded and what its weights are, which is kept with the sampling arguments.
 
     Raises:
-        UserError: `output` was made from other prompts, with another model or other arguments, is in use, or cannot be
-            written; a prompt does not fit into the model.
+        UserError: `output` was made otherwise, is in use or cannot be written; a prompt does not fit into the model.
     """
     plan = sorted(prompts, key=lambda prompt: (-prompt_length(prompt.messages), prompt.id))
     check_lengths(model, tokenizer, plan, sampling)
-    common = {"model": model_name, "sampling": {**asdict(sampling), **loading}}
+    made_from = {"model": model_name, "sampling": {**asdict(sampling), **loading}}
+    per_batch = max(1, sampling.generation_batch_size // sampling.num_generations)
+    dropped = missing = 0
     lock_file = f"{os.path.realpath(output)}.lock"  # the same by whatever link
     try:
-        read_done(output, plan, common)  # before anything is written, a lock included
         lock.hold(lock_file, output)
-        done, complete = read_done(output, plan, common)
-        append_samples(model, tokenizer, plan, done, complete, sampling, common, output)
+        done, complete = read_done(output, plan, made_from)
+        if done:
+            print(f"{output}: sampled before: {done} of {counted(len(plan), 'prompt')}.")
+        with open(output, "a", encoding="utf-8") as file, tqdm(total=len(plan), initial=done, desc="Sampling") as bar:
+            file.truncate(complete)  # a last line that was not written to its end
+            sync(os.path.dirname(output) or ".")
+            for start in range(done - done % per_batch, len(plan), per_batch):
+                batch = plan[start : start + per_batch]
+                groups, repeats = sample_distinct(model, tokenizer, batch, sampling, start)
+                dropped += repeats
+                for prompt, group in [*zip(batch, groups, strict=True)][max(0, done - start) :]:
+                    missing += sampling.num_generations - len(group)
+                    responses = [
+                        {"id": f"{prompt.id}-{number}", "text": response.text, "finished": response.finished}
+                        for number, response in enumerate(group)
+                    ]
+                    file.write(line_of(prompt, responses=responses, **made_from) + "\n")
+                    bar.update()
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}. Once it can be written, the same line goes on.") from error
     finally:
         lock.release(lock_file)
-
-
-def append_samples(model, tokenizer, plan, done, complete, sampling, common, output) -> None:
-    """Sample the prompts of `plan` from number `done` on, and append them after `complete` bytes of `output`."""
-    if done:
-        print(f"{output}: sampled before: {done} of {counted(len(plan), 'prompt')}.")
-    per_batch = max(1, sampling.generation_batch_size // sampling.num_generations)
-    dropped = missing = 0
-    with open(output, "a", encoding="utf-8") as file, tqdm(total=len(plan), initial=done, desc="Sampling") as bar:
-        file.truncate(complete)  # a last line that was not written to its end
-        sync(os.path.dirname(output) or ".")
-        for start in range(done - done % per_batch, len(plan), per_batch):
-            batch = plan[start : start + per_batch]
-            groups, repeats = sample_distinct(model, tokenizer, batch, sampling, start)
-            dropped += repeats
-            for place, (prompt, group) in enumerate(zip(batch, groups, strict=True), start):
-                if place < done:
-                    continue
-                missing += sampling.num_generations - len(group)
-                rows = [
-                    {"id": f"{prompt.id}-{number}", "text": response.text, "finished": response.finished}
-                    for number, response in enumerate(group)
-                ]
-                line = {"id": prompt.id, "prompt": prompt.messages, "responses": rows, **common}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                bar.update()
-            file.flush()
-            os.fsync(file.fileno())
     repeated = counted(dropped, "repeated response")
     print(f"{output}: {counted(len(plan), 'prompt')}; dropped {repeated}; {missing} could not be replaced.")
+
+
+def line_of(prompt: Prompt, **columns) -> str:
+    """The line of a prompt in a file of samples, which begins as one without other `columns`, but for its end `}`."""
+    return json.dumps({"id": prompt.id, "prompt": prompt.messages, **columns}, ensure_ascii=False)
 
 
 def sample_distinct(model, tokenizer, batch: list[Prompt], sampling: SamplingArguments, start: int):
@@ -264,8 +253,6 @@ def sample_distinct(model, tokenizer, batch: list[Prompt], sampling: SamplingArg
     dropped = 0
     for attempt in range(ROUNDS):
         rows = [row for row, group in enumerate(groups) for _ in range(sampling.num_generations - len(group))]
-        if not rows:
-            break
         for first in range(0, len(rows), sampling.generation_batch_size):
             some = rows[first : first + sampling.generation_batch_size]
             seed = derived_seed(sampling.seed, start, attempt, *([first] if first else []))
@@ -278,12 +265,36 @@ def sample_distinct(model, tokenizer, batch: list[Prompt], sampling: SamplingArg
     return groups, dropped
 
 
-def check_lengths(model, tokenizer, plan: list[Prompt], sampling: SamplingArguments) -> None:
-    """Check that the template takes every prompt, and that the model has room for it and a response.
+def read_done(output: str, plan: list[Prompt], made_from: dict) -> tuple[int, int]:
+    """How many prompts of the plan `output` holds, and in how many bytes; only a line cut short may follow them."""
+    if not os.path.exists(output):
+        return 0, 0
+    if not os.path.isfile(output):
+        raise UserError(f"{output} is not a file: choose another --output.")
+    with open(output, "rb") as file:
+        *lines, cut = file.read().split(b"\n")
+    for number, line in enumerate([*lines, *([cut] if cut else [])]):
+        begin = line_of(plan[number])[:-1].encode() if number < len(plan) else None
+        is_cut = number == len(lines)
+        if begin is None or not (line.startswith(begin) or is_cut and begin.startswith(line)):
+            raise UserError(f"{output}:{number + 1}: not a line of samples of these prompts: choose another --output.")
+        if not is_cut:
+            refuse_changes(output, json.loads(line), made_from)
+    return len(lines), sum(len(line) + 1 for line in lines)
 
-    Raises:
-        UserError: names the first prompt for which it is not so.
-    """
+
+def refuse_changes(output: str, row: dict, made_from: dict) -> None:
+    was, now = ({"model": each["model"], **each["sampling"]} for each in (row, made_from))
+    changed = [f"{key} was {was.get(key)}, now {now.get(key)}" for key in was | now if was.get(key) != now.get(key)]
+    if changed:
+        raise UserError(
+            f"{output} was sampled otherwise ({'; '.join(changed)}): choose another --output, or the same model and "
+            "arguments to complete it."
+        )
+
+
+def check_lengths(model, tokenizer, plan: list[Prompt], sampling: SamplingArguments) -> None:
+    """Check that the template takes every prompt, and that the model has room for it and a response."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for prompt in plan:
         try:
@@ -291,40 +302,3 @@ def check_lengths(model, tokenizer, plan: list[Prompt], sampling: SamplingArgume
             check_positions(len(sequence.ids), limit, sampling.max_completion_length)
         except RowError as error:
             raise UserError(f"{prompt.place}: {error.message}.") from error
-
-
-def read_done(output: str, plan: list[Prompt], common: dict) -> tuple[int, int]:
-    """How many prompts of the plan `output` holds, and in how many bytes; only a line cut short may follow them.
-
-    Raises:
-        UserError: it is not a file of these samples.
-    """
-    if not os.path.exists(output):
-        return 0, 0
-    if not os.path.isfile(output):
-        raise UserError(f"{output} is not a file: choose another --output.")
-    with open(output, "rb") as file:
-        *lines, rest = file.read().split(b"\n")
-    for number, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-            was, now = ({"model": each["model"], **each["sampling"]} for each in (row, common))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{output}:{number + 1}: not a line of samples: choose another --output.") from error
-        if changed := [
-            f"{key} was {was.get(key)}, now {now.get(key)}" for key in {**was, **now} if was.get(key) != now.get(key)
-        ]:
-            raise UserError(
-                f"{output} was sampled otherwise ({'; '.join(changed)}): choose another --output, or the same model "
-                "and arguments to complete it."
-            )
-        if number >= len(plan) or (row["id"], row["prompt"]) != (plan[number].id, plan[number].messages):
-            raise UserError(f"{output} was sampled from other prompts: choose another --output.")
-    if rest:
-        begin = b""
-        if len(lines) < len(plan):
-            prompt = plan[len(lines)]
-            begin = json.dumps({"id": prompt.id, "prompt": prompt.messages}, ensure_ascii=False)[:-1].encode()
-        if not begin or not (rest.startswith(begin) or begin.startswith(rest)):
-            raise UserError(f"{output}:{len(lines) + 1}: not a line of samples: choose another --output.")
-    return len(lines), sum(len(line) + 1 for line in lines)

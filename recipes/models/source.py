@@ -1,6 +1,6 @@
 """A model's path, base, adapter and head, read once from its configuration files for all that load a part of it.
 
-It does without PEFT until an adapter's own parts are asked for: that import takes seconds, and a tokenizer needs none.
+PEFT is imported where an adapter's own parts are asked for: that takes seconds, and a tokenizer needs none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import find_adapter_config_file
@@ -20,6 +19,7 @@ from transformers.utils import find_adapter_config_file
 from recipes.cli.errors import UserError, did_you_mean, first_line
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig
 
 
@@ -27,27 +27,19 @@ if TYPE_CHECKING:
 class ModelSource:
     """A base or a full model, or an adapter and the base it was trained on; made by [`resolve_model`].
 
-    Args:
-        path: folder or Hub name, as it was given.
-        base: folder or Hub name of an adapter's base; `None` for a model that is no adapter.
-        revision: of the weights on the Hub, the base's for an adapter.
-        adapter: what an adapter's adapter_config.json says.
+    What cannot be read is a `UserError`.
     """
 
-    path: str
-    base: str | None = None
-    revision: str = "main"
+    path: str  # folder or Hub name, as it was given
+    base: str | None = None  # folder or Hub name of an adapter's base
+    revision: str = "main"  # of the weights on the Hub, an adapter's base
     trust_remote_code: bool = False
-    adapter: dict[str, Any] = field(default_factory=dict, repr=False)
+    adapter: dict[str, Any] = field(default_factory=dict, repr=False)  # an adapter's adapter_config.json
 
     @property
     def weights(self) -> str:
         """Folder or Hub name of the model that the weights of all layers come from."""
         return self.base or self.path
-
-    @property
-    def weights_in_words(self) -> str:
-        return self.weights if self.revision == "main" else f"{self.weights} (revision {self.revision})"
 
     @property
     def without_adapter(self) -> ModelSource:
@@ -61,19 +53,14 @@ class ModelSource:
         except (OSError, ValueError):
             return []
         ids = config.eos_token_id
-        return ids if isinstance(ids, list) else [] if ids is None else [ids]
+        return ids if isinstance(ids, list) else [ids]
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The configuration of the weights; copy it before changing it.
-
-        Raises:
-            UserError: there is none, or transformers cannot read it.
-        """
+        """The configuration of the weights; copy it before changing it."""
+        trusted = self.trust_remote_code
         try:
-            return AutoConfig.from_pretrained(
-                self.weights, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
+            return AutoConfig.from_pretrained(self.weights, revision=self.revision, trust_remote_code=trusted)
         except (OSError, ValueError, TypeError) as error:
             what = f"The configuration of {self.weights} could not be loaded"
             raise load_error(what, self.weights, error) from error
@@ -85,11 +72,7 @@ class ModelSource:
 
     @property
     def peft_config(self) -> PeftConfig:
-        """The configuration of an adapter, a new object each time; it names the revision of the base too.
-
-        Raises:
-            UserError: PEFT cannot read it.
-        """
+        """The configuration of an adapter, a new object each time; it names the revision of the base too."""
         from peft import PeftConfig, PeftType
 
         kind = self.adapter.get("peft_type")
@@ -97,95 +80,90 @@ class ModelSource:
             raise UserError(f"{self.path}/adapter_config.json: the peft_type {kind} is unknown to this PEFT.")
         return PeftConfig.from_peft_type(**self.adapter | {"revision": self.revision})
 
-    @cached_property
-    def has_score_head(self) -> bool:
-        """Whether a trained `score` head comes with an adapter or a full model, as in a reward model."""
-        if self.base is None:
-            return any(name.endswith("ForSequenceClassification") for name in self.config.architectures or [])
+    def adapter_weights(self) -> dict[str, torch.Tensor]:
+        """The tensors in an adapter's file, on the CPU."""
         from peft.utils import load_peft_weights
 
         if os.path.isdir(self.path) and not any(name.startswith("adapter_model.") for name in os.listdir(self.path)):
             raise UserError(f"The adapter {self.path} has no weights (adapter_model.safetensors).")
         try:
-            return any(".score." in f".{name}" for name in load_peft_weights(self.path, device="cpu"))
+            return load_peft_weights(self.path, device="cpu")
         except (OSError, SafetensorError, ValueError) as error:
             raise load_error(f"The weights of the adapter {self.path} cannot be read", self.path, error) from error
+
+    @cached_property
+    def has_score_head(self) -> bool:
+        """Whether a trained `score` head comes with an adapter or a full model, as in a reward model."""
+        if self.base is None:
+            return any(name.endswith("ForSequenceClassification") for name in self.config.architectures or [])
+        return any(".score." in f".{name}" for name in self.adapter_weights())
 
 
 def resolve_model(name: str | None, revision: str = "main", trust_remote_code: bool = False) -> ModelSource:
     """Find out what a `model_name_or_path` is, without loading weights.
 
     Raises:
-        UserError: there is no such folder, an adapter's configuration cannot be read, its base folder is gone, or it
-            was trained on another revision of its base than `revision`, or that is given for a folder.
+        UserError: there is no such folder, an adapter's configuration cannot be read, its base folder is gone, or
+            `revision` is given for a folder or is not the one of its base that an adapter was trained on.
     """
     if not name:
         raise UserError("Command line: --model_name_or_path is required.")
     if os.path.isfile(name):
         raise UserError(f"{name} is a file: a model is a folder, or a name on the Hub.")
-    if not os.path.isdir(name) and (not is_hub_name(name) or is_mistyped(name)):
+    if not os.path.isdir(name) and not is_hub_name(name):
         raise UserError(f"There is no folder {name}{place(name)}, and it is not the name of a Hub model.")
-    config = find_adapter_config_file(name)
-    if config is None:
-        refuse_revision_of_folder(revision, name)
-        return ModelSource(name, None, revision, trust_remote_code)
-    try:
-        with open(config, encoding="utf-8") as file:
-            adapter = json.load(file)
-        base = adapter.get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config} cannot be read: {first_line(error)}.") from error
-    if not base:
-        raise UserError(f"{name}/adapter_config.json names no base model (base_model_name_or_path).")
-    if not os.path.isdir(base) and not is_hub_name(base):
+    adapter = adapter_config(name)
+    base, trained_on = adapter.get("base_model_name_or_path"), adapter.get("revision") or revision
+    if base and not os.path.isdir(base) and not is_hub_name(base):
         raise UserError(
             f"{name} is an adapter on the base {base}, and there is no such folder here: "
             f"run from where that path is valid, or correct base_model_name_or_path in its adapter_config.json."
         )
-    trained_on = adapter.get("revision") or revision
     if revision not in ("main", trained_on):
         raise UserError(
             f"--model_revision {revision}: {name} is an adapter on the revision {trained_on} of {base}: leave it out."
         )
-    refuse_revision_of_folder(revision, base)
+    if revision != "main" and os.path.isdir(base or name):
+        raise UserError(
+            f"--model_revision {revision}: {base or name} is a folder, which has no revisions: leave it out."
+        )
     return ModelSource(name, base, trained_on, trust_remote_code, adapter)
 
 
-def refuse_revision_of_folder(revision: str, weights: str) -> None:
-    if revision != "main" and os.path.isdir(weights):
-        raise UserError(f"--model_revision {revision}: {weights} is a folder, which has no revisions: leave it out.")
+def adapter_config(name: str) -> dict[str, Any]:
+    """What the adapter_config.json of a folder or Hub name says; empty where there is none."""
+    try:
+        path = find_adapter_config_file(name)
+    except OSError as error:
+        raise load_error(f"The model {name} could not be loaded", name, error) from error
+    if path is None:
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            adapter = json.load(file)
+        base = adapter.get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
+    if not base:
+        raise UserError(f"{name}/adapter_config.json names no base model (base_model_name_or_path).")
+    return adapter
 
 
 def load_error(what: str, name: str, error: Exception) -> UserError:
     """The error for a model that could not be loaded; for a mistyped folder it names the folder, not the Hub."""
+    reason = first_line(error) or type(error).__name__
     if "trust_remote_code" in str(error):
-        return UserError(f"{what}: it comes with Python code. Read that; --trust_remote_code true then runs it.")
-    if os.path.isdir(name) or not any(word in str(error) for word in ("connect", "offline", "not a local folder")):
-        if os.path.isdir(name) and not {"config.json", "adapter_config.json"} & {*os.listdir(name)}:
-            return UserError(f"{what}: the folder {name} holds no config.json, so it is no model.")
-        return UserError(f"{what}: {first_line(error) or type(error).__name__}")
-    return UserError(f"{what}: there is no folder {name}{place(name)}, and the Hub did not give such a model.")
+        reason = "it comes with Python code. Read that; --trust_remote_code true then runs it."
+    elif os.path.isdir(name) and not {"config.json", "adapter_config.json"} & {*os.listdir(name)}:
+        reason = f"the folder {name} holds no config.json, so it is no model."
+    elif not os.path.isdir(name) and any(word in str(error) for word in ("connect", "offline", "not a local folder")):
+        reason = f"there is no folder {name}{place(name)}, and the Hub did not give such a model."
+    return UserError(f"{what}: {reason}")
 
 
 def place(name: str) -> str:
-    """Where a relative path is looked for, and what is there instead."""
-    if os.path.isabs(name):
-        return ""
-    return f" in {os.getcwd()}{did_you_mean(name)}"
-
-
-def is_mistyped(name: str) -> bool:
-    """Whether a name is nearly that of a folder here, and the Hub, asked once, has no such model.
-
-    Loading it would ask the Hub again and again: without a network for more than a minute.
-    """
-    if not did_you_mean(name) or isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return False
-    try:
-        HfApi().model_info(name, timeout=5)
-    except Exception:  # of the Hub, or of the network below it
-        return True
-    return False
+    """Where a path is looked for, and what is there instead."""
+    return f"{'' if os.path.isabs(name) else f' in {os.getcwd()}'}{did_you_mean(name)}"
 
 
 def is_hub_name(name: str) -> bool:
@@ -195,7 +173,6 @@ def is_hub_name(name: str) -> bool:
 
 def same_weights(a: ModelSource, b: ModelSource) -> bool:
     """Whether two sources have the same weights below their adapters: one folder, or one Hub name and revision."""
-    one, other = a.weights, b.weights
-    if os.path.isdir(one) and os.path.isdir(other):
-        return os.path.samefile(one, other)
-    return (one, a.revision) == (other, b.revision)
+    if os.path.isdir(a.weights) and os.path.isdir(b.weights):
+        return os.path.samefile(a.weights, b.weights)
+    return (a.weights, a.revision) == (b.weights, b.revision)

@@ -24,15 +24,15 @@ PLAIN_CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 
+PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>")
+TURNS = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Tokenizer with a chat template and, where the vocabulary allows, a padding token that is not EOS.
 
     With pad = EOS the end of a response and padding look alike, and a model never learns to stop. Control tokens that
     stand in messages are encoded as ordinary text. An adapter without a tokenizer has its base's.
-
-    Raises:
-        UserError: there is no tokenizer, or none that can be used.
     """
     name = source.path
     if source.base is not None and not os.path.exists(os.path.join(name, "tokenizer_config.json")):
@@ -52,11 +52,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token is None:
         raise UserError(f"The tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json.")
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        vocabulary = tokenizer.get_vocab()
-        candidates = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>", tokenizer.unk_token)
-        spare = (token for token in candidates if token in vocabulary and token != tokenizer.eos_token)
-        tokenizer.pad_token = next(spare, tokenizer.eos_token)
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        spare = [token for token in (*PAD_TOKENS, tokenizer.unk_token) if token in tokenizer.get_vocab()]
+        tokenizer.pad_token = next((token for token in spare if token != tokenizer.eos_token), tokenizer.eos_token)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     keep_control_tokens_text(tokenizer)  # first, since it also bounds the time of the template
@@ -69,8 +67,7 @@ def set_chat_template(
 ) -> None:
     """Give a model's tokenizer the template of a .jinja file, or template and EOS token of another model's tokenizer.
 
-    Raises:
-        UserError: there is no template, or it needs tokens that the model does not have and may not get.
+    That tokenizer's added tokens come with the template.
     """
     other = None
     try:
@@ -82,8 +79,8 @@ def set_chat_template(
     except (OSError, ValueError) as error:
         raise UserError(f"--chat_template_path {path}: no template could be read ({first_line(error)}).") from error
     if other is not None:
-        vocabulary = tokenizer.get_vocab()
-        new = [token for token in other.added_tokens_decoder.values() if token.content not in vocabulary]
+        known = tokenizer.get_vocab()
+        new = [token for token in other.added_tokens_decoder.values() if token.content not in known]
         if new and not may_add_tokens:
             raise UserError(
                 f"--chat_template_path {path} adds {counted(len(new), 'token')} that {source.weights} does not have "
@@ -95,6 +92,14 @@ def set_chat_template(
     stop_at_turn_end(tokenizer, source)
 
 
+def rendered_turns(tokenizer: PreTrainedTokenizerBase, turns: list[dict] = TURNS, **options) -> list[int] | None:
+    """Token ids of a question and an answer; `None` where a template wants more, which the data's rows will tell."""
+    try:
+        return tokenizer.apply_chat_template(turns, return_dict=False, **options)
+    except (TemplateError, TypeError, ValueError):
+        return None
+
+
 def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
     """Make the token that the chat template ends an answer with the EOS token, where generation stops at another.
 
@@ -102,12 +107,9 @@ def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
     ChatML's `<|im_end|>`. SFT would then teach a mark at which nothing stops, and every sample would go on into
     invented turns.
     """
-    user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
-    try:
-        asked = tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template([user, answer], return_dict=False)
-    except (TemplateError, TypeError, ValueError):
-        return  # a template that wants more than a question and an answer; the data's rows will tell
+    asked, whole = rendered_turns(tokenizer, TURNS[:1], add_generation_prompt=True), rendered_turns(tokenizer)
+    if asked is None or whole is None:
+        return
     of_answer = whole[len(os.path.commonprefix([asked, whole])) :]
     if {tokenizer.eos_token_id, *source.stop_ids} & {*of_answer}:
         return
@@ -115,22 +117,21 @@ def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
     marks = [token for token in of_answer if token in tokenizer.added_tokens_decoder and token not in others]
     if marks:
         before, tokenizer.eos_token = tokenizer.eos_token, tokenizer.convert_ids_to_tokens(marks[-1])
-        text = f"The EOS token of {source.path} is now {tokenizer.eos_token}, with which its chat template ends an "
-        text += f"answer; it was {before}."
+        say(
+            f"The EOS token of {source.path} is now {tokenizer.eos_token}, with which its chat template ends an "
+            f"answer; it was {before}."
+        )
     else:
-        text = f"Warning: the chat template of {source.path} ends an answer with no token at which generation stops "
-        text += f"(EOS is {tokenizer.eos_token}): a model trained with it will not stop. Use a template that does."
-    say(text)
+        say(
+            f"Warning: the chat template of {source.path} ends an answer with no token at which generation stops "
+            f"(EOS is {tokenizer.eos_token}): a model trained with it will not stop. Use a template that does."
+        )
 
 
 def render_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Whether two chat templates make the same tokens of a question and an answer; also where one cannot."""
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    try:
-        ids = [tokenizer.apply_chat_template(turns, return_dict=False) for tokenizer in (one, other)]
-    except (TemplateError, TypeError, ValueError):
-        return True
-    return ids[0] == ids[1]
+    ids = [rendered_turns(tokenizer) for tokenizer in (one, other)]
+    return None in ids or ids[0] == ids[1]
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, stops: list[int], **template_arguments) -> list[int]:
@@ -138,7 +139,6 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, stops: list[int], **template_ar
 
     RewardTrainer reads the score after it, so scoring has to put it back after a finished response.
     """
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ids = tokenizer.apply_chat_template(turns, return_dict=False, **template_arguments)
+    ids = rendered_turns(tokenizer, **template_arguments) or []
     ends = [position for position, token in enumerate(ids) if token in stops]
     return ids[ends[-1] + 1 :] if ends else []

@@ -4,23 +4,9 @@ Shapes: B responses of at most T tokens, right padded; `mask` is (B, T) with 1 a
 All tensors are float32 unless a docstring says otherwise.
 """
 
-import textwrap
 from collections.abc import Callable
 
 import torch
-
-# What the model card of a policy cites.
-PAPER = {
-    "title": "Fine-Tuning Language Models from Human Preferences",
-    "id": "1909.08593",
-    "citation": textwrap.dedent("""\
-        @article{ziegler2019finetuning,
-            title = {{Fine-Tuning Language Models from Human Preferences}},
-            author = {Daniel M. Ziegler and Nisan Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and
-                      Dario Amodei and Paul Christiano and Geoffrey Irving},
-            year = 2019, eprint = {arXiv:1909.08593},
-        }"""),
-}
 
 
 def masked_moments(
@@ -113,13 +99,6 @@ def policy_losses(
         "loss/policy_avg": losses,
         "val/ratio": ratio,
     }
-
-
-def explained_variance(values, returns, mask, reduce=lambda x: x) -> torch.Tensor:
-    """`1 - Var(R - V) / Var(R)` over the tokens: 1 is a perfect critic, 0 one that predicts the mean."""
-    _, error = masked_moments(returns - values, mask, reduce)
-    _, spread = masked_moments(returns, mask, reduce)
-    return 1 - error / spread.clamp(min=1e-8)
 
 
 class AdaptiveKL:

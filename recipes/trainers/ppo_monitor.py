@@ -34,10 +34,11 @@ class PPOMonitor:
         `scores` (B, functions) has a column for each of `names`, the reward model's first. A function may pass over a
         response with None, which is NaN here; the reward model may not. One of weight 0 is only logged.
         """
-        passed = scores.isnan() & (torch.arange(scores.size(1), device=scores.device) >= has_reward_model)
-        wrong = ~(scores.isfinite() | passed)
-        logged = [weight == 0 for weight in self.args.reward_weights or [1] * len(names)]
-        unscored = wrong.any(1) | (passed | torch.tensor(logged, device=scores.device)).all(1)
+        wrong = scores.isinf()
+        if has_reward_model:
+            wrong[:, 0] |= scores[:, 0].isnan()
+        counts = torch.tensor(self.args.reward_weights or [1.0] * len(names), device=scores.device) != 0
+        unscored = wrong.any(1) | ~(counts & ~scores.isnan()).any(1)
         if unscored.any():
             at_fault = [name for name, bad in zip(names, wrong.any(0).tolist(), strict=True) if bad] or names
             raise UserError(
@@ -48,37 +49,25 @@ class PPOMonitor:
 
     def rollout(self, kl: torch.Tensor, scores: torch.Tensor, cut_share: float, explained_variance: float) -> None:
         """Check a rollout: `kl` and `scores` of its responses on all processes, (B,)."""
-        mean, error = kl.mean().item(), kl.std().item() / len(kl) ** 0.5 if len(kl) > 1 else 0.0
+        args, mean, error = self.args, kl.mean().item(), kl.std(correction=0).item() / len(kl) ** 0.5
         if mean < -0.1 - 3 * error:
             self.warn_once("negative KL", f"objective/kl is {mean:.2f} nats a response. {self.sampler_cause()}")
-        limit = RUNAWAY_KL if self.args.adaptive_kl_target is None else 5 * self.args.adaptive_kl_target
-        if mean > limit:
-            self.warn_once(
-                "runaway KL",
-                f"objective/kl is {mean:.0f} nats a response: the policy is far from the reference, where the reward "
-                "model is unreliable. Raise kl_coef or lower learning_rate.",
-            )
+        if mean > (RUNAWAY_KL if args.adaptive_kl_target is None else 5 * args.adaptive_kl_target):
+            text = "the policy is where the reward model is unreliable. Raise kl_coef or lower learning_rate."
+            self.warn_once("runaway KL", f"objective/kl is {mean:.0f} nats a response: {text}")
         if cut_share >= 0.5:
-            cause = "The tokenizer pads with EOS: was EOS trained in SFT? " if self.pad_is_eos else ""
-            which = "Every response" if cut_share == 1 else f"A share of {cut_share:.2f} of the responses"
-            self.warn_once(
-                "cut",
-                f"{which} was cut at max_completion_length ({self.args.max_completion_length}), so fragments "
-                f"are scored. {cause}Raise the limit, or teach stopping with missing_eos_penalty.",
-            )
+            text = f"A share of {cut_share:.2f} of the responses was cut at max_completion_length"
+            text += f" ({args.max_completion_length}), so fragments are scored. "
+            text += "The tokenizer pads with EOS: was EOS trained in SFT? " if self.pad_is_eos else ""
+            self.warn_once("cut", text + "Raise the limit, or teach stopping with missing_eos_penalty.")
         if len(scores) > 1 and scores.max() == scores.min():
-            self.warn_once(
-                "equal scores",
-                f"Every response of the rollout scored {scores[0].item():.4g}: there is nothing to learn from. "
-                "Look at the reward's head and functions, and at score_clip.",
-            )
+            text = "there is nothing to learn from. Look at the reward's head and functions, and at score_clip."
+            self.warn_once("equal scores", f"Every response of the rollout scored {scores[0].item():.4g}: {text}")
         self.poor_critic = self.poor_critic + 1 if explained_variance < 0 else 0
         if self.poor_critic == POOR_CRITIC_ROLLOUTS:
-            self.warn_once(
-                "poor critic",
-                f"val/explained_variance was below 0 in {POOR_CRITIC_ROLLOUTS} rollouts running: the critic adds "
-                "noise. Raise critic_learning_rate or critic_warmup_steps.",
-            )
+            text = "the critic adds noise. Raise critic_learning_rate or critic_warmup_steps."
+            count = f"in {POOR_CRITIC_ROLLOUTS} rollouts running"
+            self.warn_once("poor critic", f"val/explained_variance was below 0 {count}: {text}")
 
     def first_minibatch(self, ratio: float) -> None:
         """Check the mean ratio before any update of the rollout, which is 1 where both passes are the same policy."""
@@ -90,17 +79,15 @@ class PPOMonitor:
             )
 
     def sampler_cause(self) -> str:
-        neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-        sampling = {name: getattr(self.args, name) or value for name, value in neutral.items()}
-        filters = [f"{name}={value}" for name, value in sampling.items() if value != neutral[name]]
-        filters += [f"{name}={value}" for name, value in (self.args.generation_kwargs or {}).items()]
-        if filters:
-            return (
-                f"Responses are not sampled from the policy itself but filtered by {', '.join(filters)}: remove that."
-            )
-        if self.args.use_vllm:
-            return "vLLM computes other log-probabilities than training: see sampling/sampling_logp_difference."
-        return "Sampler and log-probabilities disagree: is the generation config's temperature the one of training?"
+        args, neutral = self.args, {"top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
+        filters = {name: getattr(args, name) for name in neutral if getattr(args, name) != neutral[name]}
+        if filters := filters | (args.generation_kwargs or {}):
+            asked = ", ".join(f"{name}={value}" for name, value in filters.items())
+            return f"Responses are not sampled from the policy itself but filtered by {asked}: remove that."
+        return (
+            "Sampler and log-probabilities disagree: is the generation config's temperature the one of training? "
+            "By vLLM, see sampling/sampling_logp_difference."
+        )
 
     def warn_once(self, problem: str, text: str) -> None:
         if problem not in self.warned:

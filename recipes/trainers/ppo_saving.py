@@ -26,9 +26,9 @@ class PPOSaving(WholeCheckpoints, GRPOTrainer):
         output_dir = self.args.output_dir if output_dir is None else output_dir
         os.makedirs(output_dir, exist_ok=True)
         save_trained(self._policy, output_dir, state_dict)
-        for folder in ("", "critic", "ema"):
-            if os.path.isdir(os.path.join(output_dir, folder)):
-                self.processing_class.save_pretrained(os.path.join(output_dir, folder))
+        for folder in (output_dir, os.path.join(output_dir, "critic"), os.path.join(output_dir, "ema")):
+            if os.path.isdir(folder):
+                self.processing_class.save_pretrained(folder)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def running_state(self) -> dict:
@@ -44,26 +44,25 @@ class PPOSaving(WholeCheckpoints, GRPOTrainer):
         super().restore_running_state(state)
         self._step, self._buffered_inputs = state["step"], send_to_device(state["rollout"], self.accelerator.device)
         self.kl_controller.value, self._update_stopped = state["kl_coef"], state["update_stopped"]
-        self._restore_ema(state.get("ema", {}))
+        self._restore_ema(state)
 
     def _sharded_ema(self) -> dict[str, torch.Tensor]:
         """The average of a sharded model, which Accelerate's file leaves out, because it has no gradients."""
         return adapter_parameters(self._policy, "ema") if self.is_fsdp_enabled else {}
 
     @torch.no_grad()
-    def _restore_ema(self, shares: dict[str, torch.Tensor]) -> None:
-        averages = self._sharded_ema()
-        for name, share in shares.items():
-            averages[name].to_local().copy_(share)
+    def _restore_ema(self, state: dict) -> None:
+        for name, average in self._sharded_ema().items():
+            average.to_local().copy_(state["ema"][name])
 
     def _load_best_model(self):
         """Policy, critic and average of the best step; Trainer would load the policy alone."""
+        best = self.state.best_model_checkpoint
         if self.is_fsdp_enabled:  # its file holds all that is trained
             super()._load_best_model()
-            best = self._running_state_file(self.state.best_model_checkpoint)
-            self._restore_ema(torch.load(best, map_location="cpu")["ema"])
+            self._restore_ema(torch.load(self._running_state_file(best), map_location="cpu"))
         else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.model if model is None else model

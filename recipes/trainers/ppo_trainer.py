@@ -11,9 +11,7 @@ needs a value for every token. A rollout has four steps, in this order in the fi
 `docs/ppo.md` explains every metric, and `recipes/trainers/ppo_math.py` has the formulas.
 """
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from accelerate.utils import set_seed
@@ -21,65 +19,29 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOTrainer
 from trl.data_utils import is_conversational
-from trl.models.utils import prepare_fsdp
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import pad
 
 from recipes.cli.errors import UserError, first_line, refusals_in_one_line
-from recipes.models.adapters import (
-    AdapterEMA,
-    adapter_parameters,
-    add_copy,
-    add_score_roles,
-    check_adapter_kind,
-    check_shards,
-    checkpoint_under_roles,
-    float32_adapters,
-    keep_one_embedding_hook,
-    model_with_adapter,
-    train_only,
-    train_text,
-    use_role,
-)
-from recipes.models.dropout import disable_dropout_rates
-from recipes.models.heads import (
-    add_score_forward,
-    add_state_forward,
-    base_of,
-    critic_from_policy,
-    full_critic,
-    use_float32_head,
-)
+from recipes.models.adapters import AdapterEMA, float32_adapters, model_with_adapter, use_role
+from recipes.models.heads import add_score_forward, base_of
 from recipes.models.loading import not_finite
 from recipes.models.tokenization import render_alike, turn_end
-from recipes.models.vllm import send_only_policy
+from recipes.trainers import ppo_math
 from recipes.trainers.checkpoints import EpochSampler
-from recipes.trainers.fast.fast_paths import FastPaths
 from recipes.trainers.ppo_config import PPOConfig
-from recipes.trainers.ppo_math import (
-    PAPER,
-    AdaptiveKL,
-    compute_gae,
-    policy_losses,
-    token_kl,
-    token_rewards,
-    value_losses,
-    whiten,
-)
+from recipes.trainers.ppo_roles import PPORoles
 from recipes.trainers.ppo_saving import PPOSaving
 from recipes.trainers.ppo_tracking import PPOLogging
 from recipes.trainers.ptx import PtxBatches
 from recipes.trainers.reward_functions import checked
-from recipes.trainers.rollout import Results, Rollout, at_responses, sequences
+from recipes.trainers.rollout import Results, Rollout, sequences
 
 
-class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
+class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
     """Proximal policy optimisation (1707.06347) of a language model with a KL penalty (1909.08593, 2203.02155).
 
-    Args:
-        args: [`PPOConfig`].
-        processing_class: tokenizer of the policy; its padding side does not matter.
+    Args that `GRPOTrainer` has not, or takes otherwise:
         model: the policy. A `PeftModel` may already hold the adapters `reward` and `critic` (see
             [`~recipes.models.adapters.add_score_roles`]); one base then plays all roles.
         ref_model: the reference, default a frozen copy of the policy as it is now (an adapter where it has one).
@@ -88,28 +50,25 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
             ids, else the decoded text.
         value_model: sequence classifier with one label to train as the critic. Default: the adapter `critic`; without
             one, the policy with a head of zeros.
-        reward_funcs: functions of TRL's signature `f(prompts, completions, completion_ids, **kwargs) -> list[float]`,
-            added to the reward model's score with `args.reward_weights` (the reward model's weight comes first).
-        train_dataset, eval_dataset: rows with a `prompt`, as text or messages.
+        reward_funcs: functions of TRL's signature, added to the reward model's score with `args.reward_weights` (the
+            reward model's weight comes first).
         ptx_dataset: demonstrations trained beside PPO, for `args.ptx_coef` above 0 (see [`PtxBatches`]).
-        callbacks, optimizers, peft_config: as in `GRPOTrainer`.
 
     Hooks into TRL 1.16, which `tests/trainers/test_trl_contract.py` compares with the installed TRL. For a new rollout
     `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate`,
     `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and `_calculate_rewards`,
-    in this order. `_compute_loss`, `training_step` and `create_optimizer` are the update. `log` (in
+    in this order. `_compute_loss`, `training_step` and `create_optimizer` (in [`PPORoles`]) are the update. `log` (in
     [`PPOLogging`]) makes completions readable. `_get_train_sampler`, and `_save`, `_load_from_checkpoint` and
     `_load_best_model` (in [`PPOSaving`]) make a run go on where it was.
 
     Raises:
-        ValueError: there is nothing to score with.
         UserError: fewer prompts than one rollout, a reward model with several labels, an adapter that cannot share its
             base, a score or a loss that is not a finite number.
     """
 
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
-    _paper = PAPER
+    _paper = {"title": "Fine-Tuning Language Models from Human Preferences", "id": "1909.08593"}
 
     def __init__(
         self,
@@ -130,35 +89,29 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
     ):
         if ref_model is model or (value_model is reward_model and value_model is not None):
             raise UserError("ref_model and model, value_model and reward_model must not be the same object: copy one.")
-        if peft_config is not None and isinstance(model, PeftModel):
-            raise UserError("model is a PeftModel already: leave peft_config out, or merge its adapter first.")
         if peft_config is not None:
+            if isinstance(model, PeftModel):
+                raise UserError("model is a PeftModel already: leave peft_config out, or merge its adapter first.")
             set_seed(args.seed)  # as GRPOTrainer does, before the adapter draws its initial weights
             model = get_peft_model(model, peft_config)
         if isinstance(train_dataset, Dataset):
             args.check_prompts(len(train_dataset))
-        if args.cast_lm_head_to_fp32 and isinstance(model, PeftModel):
-            if model.config.get_text_config().tie_word_embeddings:
-                raise UserError("TRL has no cast_lm_head_to_fp32 for LoRA on a base with tied embeddings.")
         if args.ptx_coef > 0 and ptx_dataset is None:
             raise UserError("ptx_coef needs demonstrations: set ptx_dataset.")
 
-        self._policy, self._is_peft = model, isinstance(model, PeftModel)
-        self._base = base_of(model)
+        self._policy, self._base, self._is_peft = model, base_of(model), isinstance(model, PeftModel)
         ref_model = self._add_reference(ref_model)
         if args.ema_decay is not None:
-            callbacks = [*(callbacks or []), self._add_ema(args.ema_decay)]
+            if not self._is_peft:
+                raise UserError("ema_decay averages the policy's adapter: it needs LoRA (use_peft).")
+            callbacks = [*(callbacks or []), AdapterEMA(model, args.ema_decay)]
         # Last: no adapter of the policy may come into its layers.
         self._add_critic(value_model, args.trust_remote_code)
         self._train_only_roles()
-        reward_tokenizer = reward_processing_class or processing_class
-        columns = [] if args.remove_unused_columns else getattr(train_dataset, "column_names", None)
-        reward_funcs = self._add_rewards(reward_model, reward_tokenizer, processing_class, reward_funcs, columns)
-
         with float32_adapters(model), refusals_in_one_line():
             super().__init__(
                 model=model,
-                reward_funcs=reward_funcs,
+                reward_funcs=self._rewards(reward_model, reward_processing_class, processing_class, reward_funcs),
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -166,11 +119,8 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-
-        if self.use_vllm:
-            send_only_policy(self.vllm_generation)
         self._prepare_models(ref_model)
-        self.kl_controller = AdaptiveKL(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
+        self.kl_controller = ppo_math.AdaptiveKL(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
         self._update_stopped, self._ptx = False, None
         if args.ptx_coef > 0:
             batch_size, max_length = args.per_device_train_batch_size, args.ptx_max_length
@@ -178,102 +128,27 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
             self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed, **options)
         self._start_logging(ratio_tolerance=1e-3 if self._in_float32 else 0.05)
 
-    # Construction
-
-    def _add_reference(self, ref_model: PreTrainedModel | None) -> PreTrainedModel | None:
-        """Give the policy the adapter `ref`, or return the model that is the reference."""
-        self._ref_role = None
-        if self._is_peft:
-            check_adapter_kind(self._policy)
-            if ref_model is None:
-                self._ref_role = "ref"
-                if "ref" not in self._policy.peft_config:
-                    add_copy(self._policy, "default", "ref")
-        elif ref_model is None:
-            ref_model = copy.deepcopy(self._policy)
-        return None if ref_model is None else model_with_adapter(ref_model, "ref_model").requires_grad_(False)
-
-    def _add_critic(self, value_model: PreTrainedModel | None, trust_remote_code: bool) -> None:
-        if self._is_peft and "critic" in self._policy.peft_config:
-            if value_model is not None:
-                raise UserError("value_model and the policy's adapter `critic` are two critics: pass one of them.")
-            return
-        if self._is_peft and value_model is None:
-            add_score_roles(self._policy, {"critic": None})
-            return
-        if value_model is None:
-            value_model = critic_from_policy(self._policy, trust_remote_code)
-        if not isinstance(value_model, PeftModel):
-            train_text(value_model)
-        use_float32_head(model_with_adapter(value_model, "value_model"))
-        self._base.critic = value_model
-
-    def _train_only_roles(self) -> None:
-        """Turn gradients on for policy and critic only; of a critic that is a `PeftModel`, for its adapter."""
-        critic = full_critic(self._policy)
-        if self._is_peft:
-            train_only(self._policy, ("default", "critic"))
-        if isinstance(critic, PeftModel):
-            train_only(critic, critic.active_adapters)
-
-    def _add_ema(self, decay: float) -> TrainerCallback:
-        if not self._is_peft:
-            raise UserError("ema_decay averages the policy's adapter: it needs LoRA (use_peft).")
-        return AdapterEMA(self._policy, decay)
-
-    def _add_rewards(self, reward_model, reward_tokenizer, policy_tokenizer, reward_funcs, columns) -> list[Callable]:
+    def _rewards(self, model, tokenizer, policy_tokenizer, reward_funcs) -> list[Callable]:
         """What TRL calls for rewards: the reward model first, where there is one, then the functions."""
-        functions = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
-        functions = [checked(function, columns) for function in functions]
 
-        def reward_model_function(**kwargs):
+        def reward_model(**kwargs):  # its name in metrics and errors
             return self.score_responses(**kwargs)
 
-        reward_model_function.__name__ = "reward_model"  # its name in metrics and errors
-        self._reward_model, self._reward_tokenizer = reward_model, reward_tokenizer
-        self._other_vocabulary = reward_tokenizer.get_vocab() != policy_tokenizer.get_vocab()
-        self._other_template = not render_alike(reward_tokenizer, policy_tokenizer)
-        self._has_reward_model = reward_model is not None or (self._is_peft and "reward" in self._policy.peft_config)
-        if reward_model is not None:
-            if reward_model.config.num_labels != 1:
-                raise UserError(f"reward_model has num_labels={reward_model.config.num_labels}, PPO needs 1.")
-            self._reward_model = model_with_adapter(reward_model, "reward_model").requires_grad_(False).eval()
-            add_score_forward(self._reward_model)
-        if self._has_reward_model:
-            functions.insert(0, reward_model_function)
+        if model is not None:
+            if model.config.num_labels != 1:
+                raise UserError(f"reward_model has num_labels={model.config.num_labels}, PPO needs 1.")
+            model = model_with_adapter(model, "reward_model").requires_grad_(False).eval()
+            add_score_forward(model)
+        self._reward_model, self._reward_tokenizer = model, tokenizer or policy_tokenizer
+        self._other_vocabulary = self._reward_tokenizer.get_vocab() != policy_tokenizer.get_vocab()
+        self._other_template = not render_alike(self._reward_tokenizer, policy_tokenizer)
+        self._has_reward_model = model is not None or (self._is_peft and "reward" in self._policy.peft_config)
+        given = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
+        functions = [reward_model] * self._has_reward_model + [checked(function) for function in given]
         names = [function.__name__ for function in functions]
         if same := {name for name in names if names.count(name) > 1}:
             raise UserError(f"Two rewards are called {same.pop()}: the log would mix their numbers. Rename one.")
-        if not functions:
-            raise ValueError("PPO needs a reward: reward_model, a policy with the adapter `reward`, or reward_funcs.")
         return functions
-
-    def _prepare_models(self, ref_model: PreTrainedModel | None) -> None:
-        """Give every model the forward that PPO calls, and place frozen ones beside the policy."""
-        args, base = self.args, self._base
-        if self.is_fsdp_enabled:
-            check_shards(self.accelerator.state.fsdp_plugin, self._is_peft)
-        quantized = getattr(base, "is_quantized", False)
-        self._in_float32 = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32 and not quantized
-        self._fast = FastPaths(args, self.accelerator, self._policy, self._in_float32)
-        add_state_forward(base, self.temperature, self._fast.frozen_head(base))
-        if args.disable_dropout:
-            disable_dropout_rates(base)
-        keep_one_embedding_hook(base)
-        if self._is_peft:
-            checkpoint_under_roles(self._policy)
-        if ref_model is not None:
-            add_fused_lm_head(ref_model, self.temperature, args.cast_lm_head_to_fp32)
-            add_state_forward(ref_model, self.temperature, self._fast.frozen_head(ref_model))
-            self.ref_model = self._prepare_frozen(ref_model)
-        if self._reward_model is not None:
-            self._reward_model = self._prepare_frozen(self._reward_model)
-
-    def _prepare_frozen(self, model: PreTrainedModel) -> nn.Module:
-        """`model` on this process's device, or sharded where the policy is, as TRL prepares its reference."""
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(model, self.accelerator)
-        return self.accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
 
     # Step 1: sample
 
@@ -289,37 +164,28 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
         before = self._buffered_inputs
         with self._phase("score"):
             inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before:
-            return inputs
-        self._buffered_inputs = self._fast.sort_by_length(self._buffered_inputs)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        if self._buffered_inputs is not before:
+            self._buffered_inputs = self._fast.sort_by_length(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
 
     def _generate(self, prompts: list):
         """TRL's sampling of B prompts, whose ids the steps after it need."""
+        of_base, training = self._base.generation_config, self.model.training
+        # Without the filters of the base's generation_config.json, which would make another policy of it.
+        self._base.generation_config = GenerationConfig()
         try:
-            with self._fast.sampling(), self._only_own_sampling(), self._phase("sample"):
+            with self._fast.sampling(), self._phase("sample"):
                 samples = super()._generate(prompts)
         except (UserError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not not_finite(self._policy):
                 raise
             self.stop(f"nothing can be sampled ({first_line(error)})")
-        self._begin_table()
-        self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
-        return samples
-
-    @contextlib.contextmanager
-    def _only_own_sampling(self) -> Iterator[None]:
-        """Around generation: hide the base's generation_config.json, whose filters would make another policy of it.
-
-        Continuous batching in TRL leaves the model in training mode; an evaluation stays one.
-        """
-        of_base, self._base.generation_config = self._base.generation_config, GenerationConfig()
-        training = self.model.training
-        try:
-            yield
         finally:
             self._base.generation_config = of_base
-            self.model.train(training)
+            self.model.train(training)  # continuous batching leaves it in training mode
+        self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
+        return samples
 
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
@@ -334,7 +200,12 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
         if self.model.training:
             self._update_stopped = False
             self.kl_controller.update(kl, self.args.generation_batch_size)
-        return batch | rollout.training_tensors()
+        return batch | {
+            "old_per_token_logps": rollout.logps,
+            "old_values": rollout.values,
+            "returns": rollout.returns,
+            "advantages": rollout.advantages,
+        }
 
     # Step 2: score
 
@@ -360,21 +231,17 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
         self._rollout.scores = total[first : first + len(prompts)]
         return rewards
 
-    @torch.no_grad()
     def score_responses(self, prompts, completions, completion_ids, **kwargs) -> list[float]:
-        """The reward model's raw score of each response, read where `RewardTrainer` trains it.
-
-        With the policy's vocabulary and chat template it reads the sampled ids, else the text.
-        """
-        if not (self._other_vocabulary or self._rollout.is_chat and self._other_template):
-            return self.score_sampled_ids(self._rollout)
-        tokenizer = self._reward_tokenizer
-        whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        if self._rollout.is_chat:
-            rows = tokenizer.apply_chat_template(whole, return_dict=False, **self.chat_template_kwargs)
-        else:
-            rows = tokenizer(whole, add_special_tokens=False)["input_ids"]
-        return self._score_rows(rows)
+        """The reward model's raw score of each response, read where `RewardTrainer` trains it."""
+        rollout, tokenizer = self._rollout, self._reward_tokenizer
+        if not (self._other_vocabulary or rollout.is_chat and self._other_template):
+            return self.score_sampled_ids(rollout)
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        if rollout.is_chat:
+            return self._score_rows(
+                tokenizer.apply_chat_template(texts, return_dict=False, **self.chat_template_kwargs)
+            )
+        return self._score_rows(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     def score_sampled_ids(self, rollout: Rollout) -> list[float]:
         """Scores of the sampled ids, with what the chat template writes after a stop token put back: B numbers."""
@@ -390,10 +257,9 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
     def _score_rows(self, rows: list[list[int]]) -> list[float]:
         """Scores of whole sequences of token ids, in their order, at most a micro-batch at a time."""
         pad_token_id, device = self._reward_tokenizer.pad_token_id, self.accelerator.device
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows], device=device)
+        ids = pad([torch.tensor(row) for row in rows], pad_token_id).to(device)
         # transformers' rule for sequence classifiers: the last token that is not the padding token
-        last = (torch.arange(longest, device=device) * (ids != pad_token_id)).argmax(1)
+        last = (torch.arange(ids.size(1), device=device) * (ids != pad_token_id)).argmax(1)
 
         def score(rows: torch.Tensor) -> Results:
             states = torch.arange(len(rows), device=device), last[rows]
@@ -408,59 +274,33 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
 
     def _score(self, rollout: Rollout) -> None:
         """Log-probabilities of policy and reference, values, and the final score of each response."""
-        rows = rollout.ids, rollout.attention_mask, rollout.mask.size(1)
+        args, rows = self.args, (rollout.ids, rollout.attention_mask, rollout.mask.size(1))
         if rollout.logps is None:
             rollout.logps = self._get_per_token_logps_and_entropies(self.model, *rows)[0]
-        with use_role(self._policy, self._ref_role or "default"):
+        with use_role(self._policy, "ref"):
             rollout.ref_logps, _ = self._logps(self.ref_model or self.model, *rows)
         rollout.values = self._values(self.model, *rows) * rollout.mask
         policy, reference = "log-probabilities of the policy", "log-probabilities of the reference"
         total = (rollout.logps - rollout.ref_logps).sum()
         self._check_finite("the KL", total, {policy: rollout.logps, reference: rollout.ref_logps})
         self._check_finite("the sum of values", rollout.values.sum(), {"values": rollout.values})
-        if self.args.missing_eos_penalty is not None:
-            rollout.scores = rollout.scores - self.args.missing_eos_penalty * rollout.is_unfinished(self.eos_token_ids)
-        if self.args.score_clip is not None:
-            rollout.scores = rollout.scores.clamp(-self.args.score_clip, self.args.score_clip)
-
-    def _logps(self, model, ids, attention_mask, width: int, compute_entropy: bool = False) -> Results:
-        """Log p of the last `width` tokens of each row, and entropies or None: (B, width) nats each, 0 at padding."""
-
-        def forward(ids, states, targets):
-            return model(input_ids=ids, states=states, targets=targets, compute_entropy=compute_entropy)
-
-        return self._map_responses(forward, ids, attention_mask, width)
-
-    def _values(self, model: nn.Module, ids, attention_mask, width: int) -> torch.Tensor:
-        """The critic's value of the state before each of the last `width` tokens, (B, width), 0 at padding."""
-
-        def forward(ids, states, targets):
-            return (model(input_ids=ids, states=states, scalar_head="critic"),)
-
-        with use_role(self._policy, "critic"):
-            return self._map_responses(forward, ids, attention_mask, width)[0]
-
-    def _map_responses(self, forward: Callable, ids, attention_mask, width: int) -> Results:
-        """The results of `forward` for all rows, at most a micro-batch at a time, each laid out as (B, width)."""
-
-        def run(rows: torch.Tensor) -> Results:
-            return at_responses(forward, ids[rows], attention_mask[rows], width)
-
-        with self.accelerator.autocast():
-            return self._fast.map_rows(run, attention_mask.sum(1))
+        if args.missing_eos_penalty is not None:
+            rollout.scores = rollout.scores - args.missing_eos_penalty * rollout.is_unfinished(self.eos_token_ids)
+        if args.score_clip is not None:
+            rollout.scores = rollout.scores.clamp(-args.score_clip, args.score_clip)
 
     # Step 3: advantages
 
     def _estimate_advantages(self, rollout: Rollout) -> None:
         """Token rewards with the KL penalty inside, generalised advantages, returns; advantages are whitened."""
         args, mask = self.args, rollout.mask
-        rollout.kl = token_kl(rollout.logps, rollout.ref_logps, mask, args.kl_estimator)
-        rewards = token_rewards(rollout.scores, rollout.kl, mask, self.kl_controller.value)
+        rollout.kl = ppo_math.token_kl(rollout.logps, rollout.ref_logps, mask, args.kl_estimator)
+        rewards = ppo_math.token_rewards(rollout.scores, rollout.kl, mask, self.kl_controller.value)
         if args.whiten_rewards:
-            rewards = whiten(rewards, mask, self._sum_over_processes, shift_mean=False)
-        advantages = compute_gae(rewards, rollout.values, mask, args.gamma, args.lam)
+            rewards = ppo_math.whiten(rewards, mask, self._sum_over_processes, shift_mean=False)
+        advantages = ppo_math.compute_gae(rewards, rollout.values, mask, args.gamma, args.lam)
         rollout.returns = advantages + rollout.values
-        rollout.advantages = whiten(advantages, mask, self._sum_over_processes)
+        rollout.advantages = ppo_math.whiten(advantages, mask, self._sum_over_processes)
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, reduction="sum")
@@ -478,7 +318,8 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
 
         logps, entropies = self._logps(model, ids, attention_mask, width, compute_entropy=True)
         log_ratio = (logps - inputs["old_per_token_logps"]) * mask
-        losses, metrics = policy_losses(log_ratio, inputs["advantages"], self.epsilon_low, self.epsilon_high)
+        advantages = inputs["advantages"]
+        losses, metrics = ppo_math.policy_losses(log_ratio, advantages, self.epsilon_low, self.epsilon_high)
         losses = losses * inputs.get("importance_sampling_ratio", 1)  # of vLLM's sampler, by TRL
         if args.entropy_coef:
             losses = losses - args.entropy_coef * entropies
@@ -489,13 +330,13 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
         if self._ptx is not None and self.model.training:
             loss = loss + self._fast.backward_early(self._ptx_loss(model))
 
-        values = self._values(model, ids, attention_mask, width) * mask
-        critic_losses, clipped = value_losses(values, inputs["old_values"], inputs["returns"], args.cliprange_value)
-        loss = loss + args.vf_coef * (critic_losses * mask).sum() / tokens
+        values, old_values = self._values(model, ids, attention_mask, width) * mask, inputs["old_values"]
+        errors, clipped = ppo_math.value_losses(values, old_values, inputs["returns"], args.cliprange_value)
+        loss = loss + args.vf_coef * (errors * mask).sum() / tokens
         self._check_finite("the loss", loss, {"values": values})
 
-        metrics |= {"policy/entropy_avg": entropies, "loss/value_avg": critic_losses, "val/clipfrac_avg": clipped}
-        means = self._log_update({name: value.detach().float() for name, value in metrics.items()}, mask)
+        metrics |= {"policy/entropy_avg": entropies, "loss/value_avg": errors, "val/clipfrac_avg": clipped}
+        means = self._log_update(metrics, mask)
         if means and self.model.training and args.target_kl is not None:
             self._update_stopped = means["policy/approxkl_avg"] > args.target_kl
         return loss
@@ -524,8 +365,7 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
         return self.args.ptx_coef * loss / self.current_gradient_accumulation_steps
 
     def training_step(self, model, inputs, num_items_in_batch):
-        new_rollout = self._step % self.args.micro_batches_per_rollout == 0
-        if self._update_stopped and not new_rollout:
+        if self._update_stopped and self._step % self.args.micro_batches_per_rollout:  # not the first of a rollout
             # Parameters without a gradient are left alone by the optimizer, its momentum included.
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
@@ -538,20 +378,3 @@ class PPOTrainer(PPOLogging, PPOSaving, GRPOTrainer):
                     parameter.grad = None
         self._log_gradient_norms()
         return loss
-
-    def create_optimizer(self, model=None):
-        """TRL's optimizer, with groups of their own for the critic where it has its own learning rate."""
-        optimizer = super().create_optimizer(model)
-        rate = self.args.critic_learning_rate
-        if rate is not None:
-            critic = self._critic_parameters(model or self.model)
-            for group in list(optimizer.param_groups):
-                moved = [parameter for parameter in group["params"] if id(parameter) in critic]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
-                if moved:
-                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
-        return optimizer
-
-    @staticmethod
-    def _critic_parameters(model: nn.Module) -> set[int]:
-        return {id(parameter) for parameter in adapter_parameters(model, "critic").values()}

@@ -1,12 +1,12 @@
 """Supervised batches beside PPO's, for PPO-ptx (2203.02155), so that the policy forgets less."""
 
-import functools
 import json
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, is_conversational
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from recipes.cli.errors import UserError
 
@@ -40,6 +40,7 @@ class PtxBatches:
         if not len(dataset):
             raise UserError("The ptx dataset has no rows.")
         self.rows = dataset.map(self._tokenize, with_indices=True, remove_columns=dataset.column_names)
+        self.collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
         self.epoch, self.order = -1, [0]
 
     def _tokenize(self, row: dict, index: int) -> dict[str, list[int]]:
@@ -47,10 +48,10 @@ class PtxBatches:
             prompt, ids = [], [*self.tokenizer(row["text"])["input_ids"], self.tokenizer.eos_token_id]
         elif is_conversational(row):
             tools = row.get("tools")
-            options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "return_dict": False}
-            render = functools.partial(self.tokenizer.apply_chat_template, **options, **self.template_arguments)
-            prompt = render(row["prompt"], add_generation_prompt=True)
-            ids = render(row["prompt"] + row["completion"])
+            options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **self.template_arguments}
+            render = self.tokenizer.apply_chat_template
+            prompt = render(row["prompt"], add_generation_prompt=True, return_dict=False, **options)
+            ids = render(row["prompt"] + row["completion"], return_dict=False, **options)
         else:
             prompt = self.tokenizer(row["prompt"])["input_ids"]
             ids = [*self.tokenizer(row["prompt"] + row["completion"])["input_ids"], self.tokenizer.eos_token_id]
@@ -67,17 +68,7 @@ class PtxBatches:
     def __call__(self, step: int, process_index: int, num_processes: int) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` of one process at one micro-step, (batch_size, longest)."""
         first = (step * num_processes + process_index) * self.batch_size
-        rows = [self._row(number) for number in range(first, first + self.batch_size)]
-        longest = max(len(row["input_ids"]) for row in rows)
-
-        def padded(values: list[list[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([value + [fill] * (longest - len(value)) for value in values])
-
-        return {
-            "input_ids": padded([row["input_ids"] for row in rows], self.tokenizer.pad_token_id),
-            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": padded([row["labels"] for row in rows], IGNORED),
-        }
+        return self.collate([self._row(number) for number in range(first, first + self.batch_size)])
 
     def _row(self, number: int) -> dict[str, list[int]]:
         epoch, place = divmod(number, len(self.rows))

@@ -1,9 +1,8 @@
 """Python reward functions: what they give is checked before it becomes a score."""
 
 import functools
-import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -11,32 +10,14 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from recipes.cli.errors import UserError, counted
 
-# What TRL passes to every reward function, beside the columns of the prompts.
-PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
-
-def checked(function: Callable, columns: Iterable[str] | None = None) -> Callable:
+def checked(function: Callable) -> Callable:
     """`function`, of TRL's signature, with an error that names it where it does not give one number a response.
 
     None stands for a response that the function does not judge. Functions may be asynchronous.
-
-    Args:
-        columns: of the prompts, which it gets as keywords, where they are known.
-
-    Raises:
-        UserError: it cannot be called with what it gets.
     """
     name = get_callable_name(function)
     title = f"The reward function {name!r}"
-    try:
-        signature = inspect.signature(function)
-        bind = signature.bind_partial if columns is None else signature.bind
-        bind(**dict.fromkeys({*PASSED, *(columns or ())} - {"prompt"}))
-    except TypeError as error:
-        raise UserError(
-            f"{title}: {error}. It is called as f(prompts, completions, completion_ids, **kwargs); --keep_columns "
-            "passes columns of the prompts on."
-        ) from error
 
     def call(**kwargs):
         return check_rewards(function(**kwargs), title, len(kwargs["completions"]))
@@ -55,18 +36,16 @@ def check_rewards(rewards: Any, title: str, count: int) -> list[float | None]:
     Raises:
         UserError: it is anything else.
     """
-    wanted = (
-        f"expected a list of {counted(count, 'number')}, one for each completion, or None for one it does not judge"
-    )
+    one_each = f"expected a list of {counted(count, 'number')}, one for each completion, or None for one not judged"
     rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
     if not isinstance(rewards, list | tuple):
-        raise UserError(f"{title} returned {rewards!r:.60}; {wanted}.")
+        raise UserError(f"{title} returned {rewards!r:.60}; {one_each}.")
     if len(rewards) != count:
-        raise UserError(f"{title} returned {counted(len(rewards), 'reward')}; {wanted}.")
+        raise UserError(f"{title} returned {counted(len(rewards), 'reward')}; {one_each}.")
     numbers: list[float | None] = []
     for row, reward in enumerate(rewards):
         reward = reward.item() if hasattr(reward, "item") else reward
         if reward is not None and (not isinstance(reward, Real) or math.isnan(reward)):
-            raise UserError(f"{title} returned {reward!r:.60} for completion {row}; {wanted}.")
+            raise UserError(f"{title} returned {reward!r:.60} for completion {row}; {one_each}.")
         numbers.append(None if reward is None else float(reward))
     return numbers

@@ -1,9 +1,9 @@
 """A rollout from its samples to its advantages, and the layout of its rows in a forward pass."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from recipes.models.heads import States
 
@@ -46,15 +46,6 @@ class Rollout:
         """(B,) bool: the response does not end with a stop token."""
         return torch.tensor([ids[-1] not in stop_ids for ids in self.completion_ids], device=self.ids.device)
 
-    def training_tensors(self) -> dict[str, torch.Tensor]:
-        """What the update needs beside the tokens, by the names in a micro-batch; (B, T) each."""
-        return {
-            "old_per_token_logps": self.logps,
-            "old_values": self.values,
-            "returns": self.returns,
-            "advantages": self.advantages,
-        }
-
 
 def sequences(batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids and attention mask of prompt and response, (B, P + T), and the mask of trained tokens, (B, T) float32."""
@@ -84,13 +75,13 @@ def response_states(attention_mask: torch.Tensor, width: int) -> States:
     return response.nonzero()[:, 0], columns
 
 
-def at_responses(
-    forward: Callable[[torch.Tensor, States, torch.Tensor], Results],
-    ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    width: int,
-) -> Results:
-    """Run `forward(ids, states, targets)`, whose results are (N,), and lay each out as (B, width), 0 at padding."""
+def at_responses(model: nn.Module, ids: torch.Tensor, attention_mask: torch.Tensor, width: int, **options) -> Results:
+    """What `model` gives for the last `width` tokens of each row, laid out as (B, width) each, 0 at padding.
+
+    `options` are those of [`~recipes.models.heads.add_state_forward`].
+    """
     mask = attention_mask[:, -width:].bool()
-    flat = forward(right_align(ids, attention_mask), response_states(attention_mask, width), ids[:, -width:][mask])
+    states, targets = response_states(attention_mask, width), ids[:, -width:][mask]
+    flat = model(input_ids=right_align(ids, attention_mask), states=states, targets=targets, **options)
+    flat = flat if isinstance(flat, tuple) else (flat,)
     return tuple(None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)

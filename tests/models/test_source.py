@@ -78,7 +78,7 @@ def test_a_misspelt_folder_is_not_a_matter_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "runs" / "sft").mkdir(parents=True)
     missing = ModelSource("runs/stf")
     loads = [lambda: missing.config, lambda: load_tokenizer(missing), lambda: load_policy(missing, ModelConfig())]
-    for load in (lambda: resolve_model("runs/stf"), *loads):
+    for load in (lambda: resolve_model("runs/stf").config, *loads):
         with pytest.raises(UserError, match=r"here is no folder runs/stf in .*\(did you mean runs/sft\?\)") as error:
             load()
         assert "connect" not in str(error.value) and "\n" not in str(error.value)

@@ -193,7 +193,7 @@ HEALTHY["explained_variance"] = 0.3
         ({}, {"kl": torch.full((3,), -1.0)}, "generation config's temperature"),
         ({}, {"kl": torch.tensor([60.0, 70.0, 80.0])}, r"is 70 nats .* Raise kl_coef"),
         ({"adaptive_kl_target": 2.0}, {"kl": torch.tensor([10.0, 11.0, 12.0])}, r"is 11 nats"),
-        ({}, {"cut_share": 1.0}, r"Every response was cut at max_completion_length \(8\).* pads with EOS"),
+        ({}, {"cut_share": 1.0}, r"A share of 1.00 .* was cut at max_completion_length \(8\).* pads with EOS"),
         ({}, {"cut_share": 0.5}, r"A share of 0.50 of the responses was cut at max_completion_length"),
         ({}, {"scores": torch.full((3,), 0.5)}, "scored 0.5: there is nothing to learn"),
     ],

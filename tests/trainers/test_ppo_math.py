@@ -10,7 +10,6 @@ import torch
 from recipes.trainers.ppo_math import (
     AdaptiveKL,
     compute_gae,
-    explained_variance,
     masked_moments,
     token_kl,
     token_rewards,
@@ -99,13 +98,6 @@ def test_value_loss_takes_the_worse_of_plain_and_clipped():
     losses, clipped = value_losses(values, old, returns, cliprange_value=0.2)
     torch.testing.assert_close(losses, torch.tensor([[0.5 * 0.8**2, 0.5 * 0.9**2]]))
     assert clipped.tolist() == [[True, False]]
-
-
-def test_explained_variance():
-    returns = torch.tensor([[1.0, 2.0, 3.0]])
-    mask = torch.ones(1, 3)
-    assert explained_variance(returns, returns, mask).item() == 1.0
-    assert explained_variance(torch.full((1, 3), 2.0), returns, mask).item() == 0.0
 
 
 @pytest.mark.parametrize(("kl", "expected"), [(12.0, 0.1 * 1.01), (6.6, 0.1 * 1.005), (0.0, 0.1 * 0.99)])

@@ -53,13 +53,20 @@ def test_a_conversation_is_readable():
 
 def test_advantages_are_described_before_whitening():
     mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    rollout = Rollout([[1]], [[1]], False, attention_mask=torch.ones(2, 5), mask=mask)
+    rollout = Rollout([[1]], [[1]], False, mask=mask)
     rollout.values, rollout.returns = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[2.0, 4.0], [6.0, 9.0]])
-    found = describe(rollout, torch.tensor([1.0, 3.0]), Accelerator(cpu=True))
+    found = describe(rollout, torch.tensor([1.0, 3.0]), torch.tensor([3.0, 4.0]), Accelerator(cpu=True).reduce)
     assert found["advantages/mean"] == pytest.approx(2.0) and found["advantages/std"] == pytest.approx(1.0)
     assert found["values/mean"] == pytest.approx(2.0) and found["returns/mean"] == pytest.approx(4.0)
     assert (found["objective/scores_min"], found["objective/scores_max"], found["objective/scores_std"]) == (1, 3, 1)
     assert (found["prompts/mean_length"], found["prompts/max_length"]) == (3.5, 4.0)
+
+
+def test_explained_variance():
+    returns, mask, ones = torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3), torch.ones(1)
+    for values, expected in ((returns, 1.0), (torch.full((1, 3), 2.0), 0.0)):
+        rollout = Rollout([[1]], [[1]], False, mask=mask, values=values, returns=returns)
+        assert describe(rollout, ones, ones, lambda x: x)["val/explained_variance"] == expected
 
 
 def test_gradient_norms_of_policy_and_critic_are_apart():

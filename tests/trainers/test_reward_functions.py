@@ -45,22 +45,6 @@ def test_numbers_of_any_kind(returned, asynchronous):
     assert call(returned, asynchronous) == [1.0, 0.5]
 
 
-def test_a_function_that_cannot_be_called_is_said_before_training():
-    """Else it would be found after the first rollout was sampled."""
-
-    def without(completions):
-        return [0.0] * len(completions)
-
-    def with_answer(completions, answer, **kwargs):
-        return [0.0] * len(completions)
-
-    with pytest.raises(UserError, match="'without': got an unexpected keyword argument .*called as f"):
-        checked(without)
-    with pytest.raises(UserError, match="'with_answer': missing a required argument: 'answer'.*--keep_columns"):
-        checked(with_answer, ["prompt"])
-    checked(with_answer, ["prompt", "answer"])
-
-
 def test_none_passes_over_a_response():
     assert call([None, 2]) == [None, 2.0]
 

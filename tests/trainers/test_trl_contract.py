@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardTrainer, SFTTrainer
 
 from recipes.trainers.checkpoints import WholeCheckpoints
 from recipes.trainers.ppo_config import REFUSED, PPOConfig
+from recipes.trainers.ppo_roles import PPORoles
 from recipes.trainers.ppo_saving import PPOSaving
 from recipes.trainers.ppo_tracking import PPOLogging
 from recipes.trainers.ppo_trainer import PPOTrainer
@@ -49,8 +50,7 @@ CHECKPOINTS = {
     "training_step": ["..."],
     "_get_grad_norm": ["model", "grad_norm"],
     "log": ["logs", "start_time"],
-    "_determine_best_metric": ["metrics", "trial"],
-    "get_eval_dataloader": ["eval_dataset"],
+    "_get_dataloader": ["dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
     "save_model": ["output_dir", "_internal_call"],
     "_save_checkpoint": ["model", "trial"],
     "_push_from_checkpoint": ["checkpoint_folder"],
@@ -89,7 +89,7 @@ def test_every_override_of_a_checkpoint_is_listed():
 
 
 def test_every_override_is_listed():
-    members = {**vars(PPOLogging), **vars(PPOSaving), **vars(PPOTrainer)}
+    members = {**vars(PPORoles), **vars(PPOLogging), **vars(PPOSaving), **vars(PPOTrainer)}
     own = {name for name, value in members.items() if inspect.isfunction(value)}
     assert {name for name in own if hasattr(GRPOTrainer, name)} - {"__init__"} == OVERRIDDEN.keys()
     assert all(f"`{name}`" in PPOTrainer.__doc__ for name in OVERRIDDEN), "the docstring lists every hook"

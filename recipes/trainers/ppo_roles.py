@@ -1,0 +1,138 @@
+"""The roles of PPO: which model or adapter plays each of them, and what it computes."""
+
+import copy
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.models.utils import prepare_fsdp
+from trl.trainer.utils import add_fused_lm_head
+
+from recipes.cli.errors import UserError
+from recipes.models.adapters import (
+    adapter_parameters,
+    add_copy,
+    add_score_roles,
+    check_adapter_kind,
+    check_shards,
+    checkpoint_under_roles,
+    keep_one_embedding_hook,
+    model_with_adapter,
+    train_only,
+    train_text,
+    use_role,
+)
+from recipes.models.dropout import disable_dropout_rates
+from recipes.models.heads import add_state_forward, critic_from_policy, full_critic, use_float32_head
+from recipes.models.vllm import send_only_policy
+from recipes.trainers.fast.fast_paths import FastPaths
+from recipes.trainers.rollout import Results, at_responses
+
+
+class PPORoles(GRPOTrainer):
+    """The part of `PPOTrainer` that gives each role its model or adapter, and calls it.
+
+    Adapters are added before `GRPOTrainer` sees the model, and forwards are changed after it.
+    """
+
+    def _add_reference(self, ref_model: PreTrainedModel | None) -> PreTrainedModel | None:
+        """Give the policy the adapter `ref`, or return the model that is the reference."""
+        if self._is_peft:
+            check_adapter_kind(self._policy)
+        if ref_model is None and self._is_peft:
+            if "ref" not in self._policy.peft_config:
+                add_copy(self._policy, "default", "ref")
+            return None
+        ref_model = copy.deepcopy(self._policy) if ref_model is None else ref_model
+        return model_with_adapter(ref_model, "ref_model").requires_grad_(False)
+
+    def _add_critic(self, value_model: PreTrainedModel | None, trust_remote_code: bool) -> None:
+        """Give the policy the adapter `critic`, or put the model that is the critic into its base."""
+        if self._is_peft and "critic" in self._policy.peft_config:
+            if value_model is not None:
+                raise UserError("value_model and the policy's adapter `critic` are two critics: pass one of them.")
+        elif self._is_peft and value_model is None:
+            add_score_roles(self._policy, {"critic": None})
+        else:
+            if value_model is None:
+                value_model = critic_from_policy(self._policy, trust_remote_code)
+            if not isinstance(value_model, PeftModel):
+                train_text(value_model)
+            use_float32_head(model_with_adapter(value_model, "value_model"))
+            self._base.critic = value_model
+
+    def _train_only_roles(self) -> None:
+        """Turn gradients on for policy and critic only; of a critic that is a `PeftModel`, for its adapter."""
+        critic = full_critic(self._policy)
+        if self._is_peft:
+            train_only(self._policy, ("default", "critic"))
+        if isinstance(critic, PeftModel):
+            train_only(critic, critic.active_adapters)
+
+    def _prepare_models(self, ref_model: PreTrainedModel | None) -> None:
+        """Give every model the forward that PPO calls, and place frozen ones beside the policy."""
+        args, base = self.args, self._base
+        if self.is_fsdp_enabled:
+            check_shards(self.accelerator.state.fsdp_plugin, self._is_peft)
+        if self.use_vllm:
+            send_only_policy(self.vllm_generation)
+        quantized = getattr(base, "is_quantized", False)
+        self._in_float32 = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32 and not quantized
+        self._fast = FastPaths(args, self.accelerator, self._policy, self._in_float32)
+        add_state_forward(base, self.temperature, self._fast.frozen_head(base))
+        if args.disable_dropout:
+            disable_dropout_rates(base)
+        keep_one_embedding_hook(base)
+        if self._is_peft:
+            checkpoint_under_roles(self._policy)
+        if ref_model is not None:
+            add_fused_lm_head(ref_model, self.temperature, args.cast_lm_head_to_fp32)
+            add_state_forward(ref_model, self.temperature, self._fast.frozen_head(ref_model))
+            self.ref_model = self._prepare_frozen(ref_model)
+        if self._reward_model is not None:
+            self._reward_model = self._prepare_frozen(self._reward_model)
+
+    def _prepare_frozen(self, model: PreTrainedModel) -> nn.Module:
+        """`model` on this process's device, or sharded where the policy is, as TRL prepares its reference."""
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
+
+    # What a role computes
+
+    def _logps(self, model, ids, attention_mask, width: int, compute_entropy: bool = False) -> Results:
+        """Log p of the last `width` tokens of each row, and entropies or None: (B, width) nats each, 0 at padding."""
+        return self._at_responses(model, ids, attention_mask, width, compute_entropy=compute_entropy)
+
+    def _values(self, model: nn.Module, ids, attention_mask, width: int) -> torch.Tensor:
+        """The critic's value of the state before each of the last `width` tokens, (B, width), 0 at padding."""
+        with use_role(self._policy, "critic"):
+            return self._at_responses(model, ids, attention_mask, width, scalar_head="critic")[0]
+
+    def _at_responses(self, model: nn.Module, ids, attention_mask, width: int, **options) -> Results:
+        """What `model` gives for all rows, at most a micro-batch at a time, each result laid out as (B, width)."""
+
+        def run(rows: torch.Tensor) -> Results:
+            return at_responses(model, ids[rows], attention_mask[rows], width, **options)
+
+        with self.accelerator.autocast():
+            return self._fast.map_rows(run, attention_mask.sum(1))
+
+    def create_optimizer(self, model=None):
+        """TRL's optimizer, with groups of their own for the critic where it has its own learning rate."""
+        optimizer = super().create_optimizer(model)
+        rate = self.args.critic_learning_rate
+        if rate is not None:
+            critic = self._critic_parameters(model or self.model)
+            for group in list(optimizer.param_groups):
+                moved = [parameter for parameter in group["params"] if id(parameter) in critic]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
+                if moved:
+                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        return optimizer
+
+    @staticmethod
+    def _critic_parameters(model: nn.Module) -> set[int]:
+        return {id(parameter) for parameter in adapter_parameters(model, "critic").values()}
