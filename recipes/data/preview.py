@@ -76,8 +76,7 @@ def check_positions(tokens: int, positions: int | None, completion_length: int =
     """
     if positions is not None and tokens + completion_length > positions:
         completion = f" and --max_completion_length {completion_length}" if completion_length else ""
-        what = "shorten one of them" if completion_length else "shorten it, or lower --max_length"
-        raise RowError(f"{tokens} tokens{completion} are more than the {positions} positions of the model: {what}")
+        raise RowError(f"{tokens} tokens{completion} are more than the {positions} positions of the model")
 
 
 def _ids(tokenizer, messages: list[dict], tools: list | None, **options) -> list[int]:
