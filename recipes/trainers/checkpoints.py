@@ -23,13 +23,6 @@ from recipes.cli.files import is_write_error, sizes, sync_tree, write_text
 from recipes.models.loading import not_finite
 
 
-class EpochSampler(RepeatSampler):
-    """`RepeatSampler` whose order depends on seed and epoch only, so that a resumed run sees the same prompts."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
-
-
 class RunCallback(TrainerCallback):
     """Puts the sums of a resumed run back, and stops a run that got a signal at the end of its step, all processes.
 
@@ -292,6 +285,8 @@ class WholeCheckpoints(Trainer):
             # Where a resumed run skips batches and several processes share them, Trainer does not get through to it,
             # and rows come in the order of the first epoch.
             sampler.set_epoch(epoch)
+        elif isinstance(sampler, RepeatSampler) and sampler.shuffle:  # GRPO's, which would go on where it was
+            sampler.generator.manual_seed(sampler.seed + epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples, start_time):

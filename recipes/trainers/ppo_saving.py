@@ -35,7 +35,7 @@ class PPOSaving(WholeCheckpoints, GRPOTrainer):
         return super().running_state() | {
             "step": self._step,
             "rollout": self._buffered_inputs,
-            "kl_coef": self.kl_controller.value,
+            "kl_coef": self._kl_coef,
             "update_stopped": self._update_stopped,
             "ema": {name: share.to_local() for name, share in self._sharded_ema().items()},
         }
@@ -43,7 +43,7 @@ class PPOSaving(WholeCheckpoints, GRPOTrainer):
     def restore_running_state(self, state: dict) -> None:
         super().restore_running_state(state)
         self._step, self._buffered_inputs = state["step"], send_to_device(state["rollout"], self.accelerator.device)
-        self.kl_controller.value, self._update_stopped = state["kl_coef"], state["update_stopped"]
+        self._kl_coef, self._update_stopped = state["kl_coef"], state["update_stopped"]
         self._restore_ema(state)
 
     def _sharded_ema(self) -> dict[str, torch.Tensor]:
