@@ -148,7 +148,7 @@ class PPOLogging(GRPOTrainer):
         gather = self.accelerator.gather
         if mode == "eval" and self.num_generations_eval == 1:
             gather = self.accelerator.gather_for_metrics  # prompts that fill the last batch up count once
-        everywhere = {name: values.float() for name, values in gather(own).items()}
+        everywhere = dict(zip(own, gather(torch.stack([*own.values()], 1)).T, strict=True))
         for name, values in everywhere.items():
             if name.startswith("objective/"):
                 # The last batch of an evaluation is smaller: each response counts the same, not each batch.
