@@ -24,7 +24,6 @@ class PPOSaving(WholeCheckpoints, GRPOTrainer):
         if not self.args.should_save:
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
-        os.makedirs(output_dir, exist_ok=True)
         save_trained(self._policy, output_dir, state_dict)
         for folder in (output_dir, os.path.join(output_dir, "critic"), os.path.join(output_dir, "ema")):
             if os.path.isdir(folder):
