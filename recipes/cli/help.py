@@ -14,12 +14,11 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.cli.errors import UserError, did_you_mean
+from recipes.cli.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = 60  # a command with no more flags shows all of them
@@ -54,58 +53,33 @@ class Flag:
         return [option for name in names for option in (name, name.replace("_", "-"))]
 
 
-def check(words: list[str], known: dict[str, Flag], own: dict[str, Flag]) -> None:
-    """Compare a command line and its YAML with the flags there are.
+def check(words: list[str], path: str, config: dict[str, Any], known: dict[str, Flag], own: dict[str, Flag]) -> None:
+    """Compare a command line, and the values of the YAML at `path`, with the flags there are.
 
     Raises:
         UserError: an unknown flag or key, with the nearest that there is, or a required one that is missing.
     """
     options = {"config", "help", "help_all", *(option for flag in known.values() for option in flag.options)}
-    given = [word.removeprefix("--") for word in words if word.startswith("--")]
-    for name in given:
-        if name not in options:
-            raise unknown(name, options, "Command line")
-    config = words[words.index("--config") + 1] if "--config" in words[:-1] else None
-    if config is not None:
-        import yaml  # not before it is known that there is an environment
-
-        try:
-            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            away = "" if Path.cwd() == ROOT or not (ROOT / config).exists() else f" (cd {ROOT} to name it so)"
-            raise UserError(
-                f"--config {config}: there is no such file in {Path.cwd()}{away or did_you_mean(config)}."
-            ) from None
-        except (OSError, ValueError, yaml.YAMLError):
-            return  # `parse` says what is wrong
-        for name in values if isinstance(values, dict) else ():
-            if name not in known and name != "env":
-                raise unknown(str(name), known, f"--config {config}")
-            given += [] if values[name] is None else [name]
-    given = [name.replace("-", "_") for name in given]
+    flags = [word.removeprefix("--") for word in words if word.startswith("--")]
+    for where, names, possible in (("Command line", flags, options), (f"--config {path}", config, known)):
+        for name in names:
+            if name not in possible:
+                close = difflib.get_close_matches(name.replace("-", "_"), possible, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ". --help lists the arguments."
+                raise UserError(f"{where}: there is no argument {name}{hint}")
+    given = {name.replace("-", "_") for name in flags} | {name for name in config if config[name] is not None}
     missing = [f"--{name}" for name, flag in own.items() if flag.required and name not in given]
     if missing:
         raise UserError(f"Command line: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required.")
 
 
-def unknown(name: str, options: Collection[str], where: str) -> UserError:
-    close = difflib.get_close_matches(name.replace("-", "_"), options, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ". --help lists the arguments."
-    return UserError(f"{where}: there is no argument {name}{hint}")
-
-
 class OneLineParser(argparse.ArgumentParser):
-    """`ArgumentParser` without abbreviations, whose errors are one line with the nearest flag to a mistyped one."""
+    """`ArgumentParser` without abbreviations, whose errors are one line."""
 
     def __init__(self, **options):
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str):
-        if message.startswith("unrecognized arguments: --"):
-            commands = [each.choices for each in self._actions if isinstance(each.choices, dict)]
-            parsers = [self, *(parser for each in commands for parser in each.values())]
-            options = [option.removeprefix("--") for parser in parsers for option in parser._option_string_actions]
-            message = str(unknown(message.split()[2].split("=")[0][2:], options, "Command line"))
         self.exit(2, f"error: {message}\n")
 
 

@@ -8,25 +8,19 @@ process's parent; what runs is what `torch.distributed` says.
 import os
 import shlex
 from dataclasses import dataclass
+from itertools import pairwise
 
 import psutil
 import torch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, get_int_from_env
 from huggingface_hub import HfApi, is_offline_mode
 from transformers import TrainingArguments
-from transformers.integrations import integration_utils
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from trl.import_utils import is_vllm_available
 
 from recipes.cli.errors import UserError, counted, first_line
 from recipes.cli.screen import say
 
-COMMANDS = (
-    *(["accelerate", "launch"], ["accelerate-launch"], ["-m", "accelerate.commands.launch"]),
-    *(["-m", "accelerate.commands.accelerate_cli", "launch"], ["accelerate_cli.py", "launch"]),
-)
 SHARDED = ("FSDP", "DEEPSPEED")
 
 
@@ -50,8 +44,7 @@ def count(processes: int) -> str:
 
 def world_size() -> int:
     """Number of processes that the launcher (Accelerate, torchrun or mpirun) announced to this one."""
-    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
+    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
 
 
 def requested() -> Request | None:
@@ -61,10 +54,10 @@ def requested() -> Request | None:
     except psutil.Error:
         return None
     names = [os.path.basename(word) for word in words]
-    for command in COMMANDS:
-        for start in range(8):  # after options of Python, such as -X importtime -W ignore
-            if names[start : start + len(command)] == command:
-                return read_request(words[start + len(command) :])
+    for place, (before, name) in enumerate(pairwise(["", *names])):
+        whole = name in ("accelerate-launch", "accelerate.commands.launch")
+        if whole or (name == "launch" and before.startswith("accelerate")):
+            return read_request(words[place + 1 :])
     return None
 
 
@@ -91,73 +84,48 @@ def read_request(launch_arguments: list[str]) -> Request:
     return Request(num_processes, kind, use_cpu, config_file)
 
 
-def check_devices() -> None:
-    """Refuse a GPU configuration without a GPU, and more processes than GPUs, before torch or TRL fail on it.
-
-    Raises:
-        UserError: no GPU for a configuration that wants one, or fewer than the processes started on this machine.
-    """
+def check_gpus() -> None:
+    """Refuse more processes than there are GPUs, before torch fails on it."""
     local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    request = requested()
-    if request and request.config_file and not request.use_cpu and not torch.accelerator.is_available():
-        instead = "cpu.yaml" if request.num_processes == 1 else "multi_cpu.yaml"
-        raise UserError(
-            f"Launched: {request}. No GPU was found: launch with accelerate_configs/{instead} and --use_cpu true."
-        )
-    if 0 < gpus < local and not (request and request.use_cpu):
+    if 0 < gpus < local and not ((request := requested()) and request.use_cpu):
         raise UserError(
             f"{count(local)} on {counted(gpus, 'GPU')}: lower --num_processes of accelerate launch to {gpus}."
         )
 
 
-def check_trackers(names: list[str]) -> None:
-    """Refuse trackers that cannot work, which the libraries find out after the models have loaded.
-
-    Raises:
-        UserError: an unknown tracker, one that is not installed, or no W&B key.
-    """
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise UserError(f"--report_to {name}: there is no such tracker; use wandb, trackio, tensorboard or none.")
-        if not getattr(integration_utils, f"is_{name}_available", lambda: True)():
-            raise UserError(f"--report_to {name}: it is not installed here; type pip install {name}.")
-    if "wandb" in names and os.environ.get("WANDB_MODE", "online") == "online":
+def check_wandb() -> None:
+    """Refuse to log to W&B without its key, which wandb finds out after the models have loaded."""
+    if os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
         if not wandb.login(prompt=False, verify=False):
             raise UserError("--report_to wandb: there is no W&B key; type wandb login, or set WANDB_MODE=offline.")
 
 
-def check_services(training_args: TrainingArguments) -> None:
-    """Refuse trackers and uploads that cannot work.
-
-    Raises:
-        UserError: as `check_trackers`, or there is no way to push to the Hub.
-    """
-    check_trackers(training_args.report_to)
-    if training_args.push_to_hub:
-        try:
-            HfApi().whoami(token=training_args.hub_token)
-        except Exception as error:  # of the Hub, or of the network below it
-            what = "HF_HUB_OFFLINE is set" if is_offline_mode() else first_line(error)
-            raise UserError(
-                f"--push_to_hub true: the Hub does not let this machine in ({what}); type hf auth login, or leave it "
-                "out and push the folder later with hf upload."
-            ) from error
+def check_hub(token: str | None) -> None:
+    """Refuse to push to a Hub that does not let this machine in, which it would say after the training."""
+    try:
+        HfApi().whoami(token=token)
+    except Exception as error:  # of the Hub, or of the network below it
+        what = "HF_HUB_OFFLINE is set" if is_offline_mode() else first_line(error)
+        raise UserError(
+            f"--push_to_hub true: the Hub does not let this machine in ({what}); type hf auth login, or leave it "
+            "out and push the folder later with hf upload."
+        ) from error
 
 
 def check_launch(training_args: TrainingArguments) -> None:
-    """Compare the request with what runs, and print both.
+    """Compare the request with what runs, and print both; check the services that are asked for.
 
     Raises:
-        UserError: another number of processes, another kind of distribution or another device than asked for;
-            rollouts by vLLM without vLLM, which TRL finds out only after the weights have loaded.
+        UserError: another number of processes, another kind of distribution or another device than asked for.
     """
-    if getattr(training_args, "use_vllm", False) and not is_vllm_available():
-        raise UserError("use_vllm is true, but vLLM is not installed: pip install 'trl[vllm]', or set it to false.")
     if getattr(training_args, "activation_offloading", False) and training_args.device.type == "cpu":
         raise UserError("activation_offloading moves activations off a GPU, and this runs on a CPU: leave it out.")
-    check_services(training_args)
+    if "wandb" in training_args.report_to:
+        check_wandb()
+    if training_args.push_to_hub:
+        check_hub(training_args.hub_token)
     state = training_args.distributed_state
     running = f"{count(state.num_processes)} on {training_args.device.type} ({state.distributed_type.value})"
     request = requested()
@@ -167,19 +135,10 @@ def check_launch(training_args: TrainingArguments) -> None:
         raise UserError(f"Launched: {asked}. Running: {running}. {problem}")
     what = type(training_args).__name__.removesuffix("Config")
     say(f"{what} into {training_args.output_dir}. Launched: {asked}. Running: {running}.")
-    if precision := precision_in_words(training_args):
-        say(precision)
-
-
-def precision_in_words(training_args: TrainingArguments) -> str | None:
-    """Which mixed precision counts, where `accelerate launch` and the training arguments want different ones."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     own = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "no"
-    if asked in ("no", own):
-        return None
-    if own == "no":
-        return f"Mixed precision is {asked}, by accelerate launch: the training arguments bf16 and fp16 are false."
-    return f"Mixed precision is {own}, by the training argument: it takes the place of accelerate launch's {asked}."
+    if precision not in ("no", own):
+        say(f"Mixed precision is {own}, by the training arguments: accelerate launch's {precision} does not count.")
 
 
 def find_problem(request: Request | None, num_processes: int, training_args: TrainingArguments) -> str | None:
@@ -190,9 +149,8 @@ def find_problem(request: Request | None, num_processes: int, training_args: Tra
     if request is not None and request.kind in SHARDED and on_cpu:
         return f"{request.kind} shards nothing on a CPU: launch with accelerate_configs/multi_cpu.yaml."
     if world_size() != num_processes:
-        if torch.cuda.is_available():
-            return "Each process would train by itself: launch with accelerate_configs/multi_gpu.yaml."
-        return "Each process would train by itself: add the training argument --use_cpu true."
+        on_cpus, on_gpus = "add the training argument --use_cpu true", "launch with accelerate_configs/multi_gpu.yaml"
+        return f"Each process would train by itself: {on_gpus if torch.cuda.is_available() else on_cpus}."
     if request is None:
         return None
     if request.num_processes != num_processes:

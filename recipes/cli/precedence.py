@@ -1,15 +1,13 @@
 """Whether an argument that is given counts: it is used, or refused in one line before anything loads.
 
-A flag of the command line comes before the YAML, also where the YAML has another name for it: `--max_steps 24` takes
-the place of a YAML's `total_episodes`, and a line says so. Two of them in one place are refused, and so is an argument
-that no recipe uses, one that another switches off, and a number that no run can have.
+A flag comes before the YAML, also where the YAML has another name for it: `--max_steps 24` takes the place of a YAML's
+`total_episodes`, and a line says so.
 """
 
 import math
 import re
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from recipes.cli.errors import UserError
@@ -27,6 +25,7 @@ LORA = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
     *("lora_modules_to_save", "use_rslora", "use_dora"),
 )
+FOUR_BIT = ("bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant")
 # argument: (the argument that decides whether it is used, values that leave it unused, a value that uses it)
 UNUSED = {
     "save_steps": ("save_strategy", ("no", "epoch", "best"), "steps"),
@@ -40,11 +39,8 @@ UNUSED = {
     "ptx_dataset_split": ("ptx_dataset_name", (None,), "demonstrations"),
     "max_error_rate": ("on_error", ("raise",), "skip"),
     **{name: ("use_peft", (False,), "true") for name in LORA},
-    "bnb_4bit_quant_type": ("load_in_4bit", (False,), "true"),
-    "bnb_4bit_quant_storage": ("load_in_4bit", (False,), "true"),
-    "use_bnb_nested_quant": ("load_in_4bit", (False,), "true"),
+    **{name: ("load_in_4bit", (False,), "true") for name in FOUR_BIT},
 }
-
 
 # arguments of TRL that no recipe has a use for, and what does it here
 REFUSED = {
@@ -76,81 +72,55 @@ RANGES = {
 }
 
 
-def given_flags(words: list[str]) -> dict[str, str]:
-    """The arguments that a command line gives, with the first word of their values; `--no_X` gives X."""
-    given = {}
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            given[name.replace("-", "_").removeprefix("no_")] = value if equals else following
-    return given
-
-
-def without_overridden(config: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+def without_overridden(config: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a YAML but for those whose place a flag of another name takes, which a line on stderr names.
-
-    Args:
-        given: the flags of the command line.
 
     Raises:
         UserError: two names of the same thing on the command line, or in the YAML where no flag decides.
     """
     kept = dict(config)
     for what, names in SAME.items():
-        flags = [name for name in names if name in given and is_set(name, given[name])]
-        keys = [name for name in names if name not in given and is_set(name, config.get(name))]
-        if len(flags) > 1:
-            options = [f"--{name}" for name in flags]
-            raise UserError(f"Command line: {' and '.join(options)} both set {what}: remove {' or '.join(options)}.")
-        if not flags and len(keys) > 1:
-            raise UserError(f"YAML: {' and '.join(keys)} both set {what}: remove {' or '.join(keys)}.")
-        for name in keys if flags else ():
+        by_flag = [f"--{name}" for name in names if is_set(name, flags.get(name))]
+        in_yaml = [name for name in names if name not in flags and is_set(name, config.get(name))]
+        decides = by_flag or in_yaml
+        if len(decides) > 1:
+            where = "Command line" if by_flag else "YAML"
+            raise UserError(f"{where}: {' and '.join(decides)} both set {what}: remove {' or '.join(decides)}.")
+        for name in in_yaml if by_flag else ():
             del kept[name]
-            say(f"--{flags[0]} takes the place of {name}: {config[name]} in the YAML.")
+            say(f"{by_flag[0]} takes the place of {name}: {config[name]} in the YAML.")
     return kept
 
 
 def is_set(name: str, value: Any) -> bool:
-    return value is not None and not (name == "max_steps" and str(value) == "-1")
+    return value is not None and (name, value) != ("max_steps", -1)
 
 
-def check_ranges(values: Mapping[str, Any]) -> None:
-    """Check numbers that libraries take for another wish, or refuse after everything has loaded.
-
-    Args:
-        values: what was given, as text or as number.
-
-    Raises:
-        UserError: a number that no run can have.
-    """
-    for name in RANGES.keys() & values.keys():
-        least, most, wanted = RANGES[name]
-        with suppress(TypeError, ValueError):  # no number, which argparse says
-            number = float(values[name])
-            if not (least <= number <= most and math.isfinite(number)) and (name, number) != ("max_steps", -1):
-                raise UserError(f"--{name} {values[name]}: expected {wanted}.")
+def check_ranges(given: Mapping[str, Any]) -> None:
+    """Refuse a number that libraries take for another wish, or refuse after everything has loaded."""
+    for name in RANGES.keys() & given.keys():
+        value, (least, most, wanted) = given[name], RANGES[name]
+        if is_set(name, value) and not (least <= value <= most and math.isfinite(value)):
+            raise UserError(f"--{name} {value}: expected {wanted}.")
 
 
-def check_used(values: Mapping[str, Any], given: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Check that what was given counts.
+def check_used(values: Mapping[str, Any], flags: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuse an argument that would go unused, by itself or beside another that was given with it; an empty path.
 
     Args:
         values: all arguments as they were parsed.
-        given: the flags; they come before `config`, the values of the YAML.
-
-    Raises:
-        UserError: an argument would go unused, by itself or beside another that was given with it; an empty path.
+        flags: those of the command line; they come before `config`, the values of the YAML.
     """
-    for name in {**config, **given}:
-        if name in REFUSED and values.get(name) not in (None, name == "do_train"):
+    for name, value in {**config, **flags}.items():
+        if name in REFUSED and value not in (None, name == "do_train"):
             raise UserError(f"--{name} is not used: {REFUSED[name]}.")
-        if values.get(name) == "" and PATHS.fullmatch(name):
+        if value == "" and PATHS.fullmatch(name):
             raise UserError(f"--{name} is empty: is it a variable that is not set?")
-    for name, (other, without, wanted) in UNUSED.items():
-        value = getattr(values.get(other), "value", values.get(other))
-        switched_off = name not in given and other in given  # by a flag, and the YAML's value with it
-        if values.get(name) and name in (*given, *config) and value in without and not switched_off:
-            raise UserError(
-                f"{name} {given.get(name, config.get(name))} is not used while {other} is {value}: set {other} to "
-                f"{wanted}, or leave {name} out."
-            )
+        if name in UNUSED and values[name]:
+            other, without, wanted = UNUSED[name]
+            decides = getattr(values.get(other), "value", values.get(other))
+            switched_off = name not in flags and other in flags  # by a flag, and the YAML's value with it
+            if decides in without and not switched_off:
+                raise UserError(
+                    f"{name} is not used while {other} is {decides}: set {other} to {wanted}, or leave {name} out."
+                )

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -43,8 +43,6 @@ from recipes.cli.record import (
 from recipes.cli.screen import result_line, say
 
 LOCK = ".lock"
-# Functions of Trainer that read arguments for the first time.
-SET_UP = {"create_optimizer", "create_scheduler", "get_train_dataloader", "get_eval_dataloader"}
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -103,65 +101,60 @@ class RunFolder:
 
     def _choose(self) -> tuple[str | None, list[str]]:
         """The checkpoint to go on from, if any, and what to say about the choice."""
-        if os.path.exists(self.path) and not os.path.isdir(self.path):
+        if os.path.isfile(self.path):
             raise UserError(f"--output_dir {self.path} is a file: choose another.")
         entries = holds_anything(self.path)
         given = self.training_args.resume_from_checkpoint
         wish = str(given).lower()
-        if wish in ("none", "false", "no", "0", "") or (wish == "auto" and not entries):
-            if entries:
-                raise UserError(
-                    f"The output folder {self.path} is not empty, and nothing is ever written over: "
-                    "choose another --output_dir, or continue it with --resume_from_checkpoint true."
-                )
+        anew = wish in ("none", "false", "no", "0", "")
+        if anew and entries:
+            raise UserError(
+                f"The output folder {self.path} is not empty, and nothing is ever written over: "
+                "choose another --output_dir, or continue it with --resume_from_checkpoint true."
+            )
+        if anew or (wish == "auto" and not entries):
             return None, []
         newest = wish in ("true", "yes", "1", "auto")
-        if not newest and is_same_folder(given, self.path):
-            raise UserError(
-                f"--resume_from_checkpoint {given} is the output folder, not one checkpoint: "
-                "--resume_from_checkpoint true takes the newest in it."
-            )
         origin = self.path if newest else os.path.dirname(os.path.abspath(given))
-        here = newest or (entries and is_same_folder(origin, self.path))
-        if entries and not here and not os.path.isdir(given):
-            raise UserError(f"--resume_from_checkpoint {given}: there is no such folder.")
+        here = os.path.realpath(origin) == os.path.realpath(self.path)
+        checkpoint, notes = newest_whole(origin)
+        if not newest:
+            if why := problem(given):
+                instead = f" {checkpoint} is whole." if checkpoint else ""
+                raise UserError(
+                    f"--resume_from_checkpoint {given}: {why}; there is no checkpoint to go on from.{instead}"
+                )
+            checkpoint, notes = given, []
         if entries and not here:
             raise UserError(
                 f"The output folder {self.path} is not empty, and {given} is a checkpoint of another run: "
                 "choose another --output_dir."
             )
         self.before = read_record(os.path.join(origin, RECORD))
-        if here:
-            self._end_if_finished()
+        finished = read_record(os.path.join(self.path, RESULT))
+        if here and finished is not None:
+            self._end_if_enough(finished)
         if self.training_args.save_only_model:
             raise UserError(
                 "--save_only_model true leaves out of checkpoints what a run goes on from: set it to false to resume."
             )
-        checkpoint, notes = newest_whole(origin)
-        if not newest and (why := problem(given)):
-            instead = f" {checkpoint} is whole." if checkpoint else ""
-            raise UserError(f"--resume_from_checkpoint {given}: {why}; there is no checkpoint to go on from.{instead}")
-        finished = os.path.exists(os.path.join(self.path, RESULT))
-        if newest and checkpoint is None and (self.before is None or notes or finished):
+        if checkpoint is None and (self.before is None or notes or finished is not None):
             why = "; ".join([f"there is no{' whole' if notes else ''} checkpoint in {self.path}", *notes])
             raise UserError(f"--resume_from_checkpoint {given}: {why}.")
         refuse_changes(self.before, self.record, origin)
-        if not newest:
-            checkpoint, notes = given, []
         if self.before is None:
             notes.append(f"{origin} has no {RECORD}: the arguments are not compared with those the run started with.")
         way = f"going on from {checkpoint}" if checkpoint else "no checkpoint yet, starting from the beginning"
         return checkpoint, [*notes, f"{self.path}: {way}."]
 
-    def _end_if_finished(self) -> None:
-        finished = read_record(os.path.join(self.path, RESULT))
-        if finished is not None and os.path.isfile(path := os.path.join(self.path, TRAINER_STATE_NAME)):
-            state = vars(TrainerState.load_from_json(path))
-            if not wants_more(self.record["arguments"], finished["arguments"], state):
-                refuse_changes(self.before, self.record, self.path)
-                raise RunEnded(
-                    f"{self.path} holds a finished run of {counted(state['global_step'], 'step')}: nothing to do."
-                )
+    def _end_if_enough(self, finished: Mapping[str, Any]) -> None:
+        path = os.path.join(self.path, TRAINER_STATE_NAME)
+        state = vars(TrainerState.load_from_json(path)) if os.path.isfile(path) else None
+        if state and not wants_more(self.record["arguments"], finished["arguments"], state):
+            refuse_changes(self.before, self.record, self.path)
+            raise RunEnded(
+                f"{self.path} holds a finished run of {counted(state['global_step'], 'step')}: nothing to do."
+            )
 
     def train(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
         """Write down what the run was started with, compare it where the run goes on, and train.
@@ -187,15 +180,8 @@ class RunFolder:
         adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
         base = next((config.base_model_name_or_path for config in adapters.values()), None)
         trainer.card = lambda: model_card(self.record, trainer.state.log_history, base)
-        try:
-            with signals.stops_after_a_step():
-                trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
-        except (ValueError, TypeError) as error:
-            if SET_UP & {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
-                if self.before is None and trainer.accelerator.is_main_process:  # nothing was trained
-                    os.unlink(os.path.join(self.path, RECORD))
-                raise UserError(f"An argument cannot be used: {first_line(error)}.") from error
-            raise
+        with signals.stops_after_a_step():
+            trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
 
     def save_model(self, trainer: Trainer, last: Callable[[str], None] | None = None) -> None:
         """Put the trained model into the folder: all its files are written aside first, then moved.
@@ -279,17 +265,16 @@ def check_steps(trainer: Trainer) -> None:
     Raises:
         UserError: no epoch has a step.
     """
-    args, rows = trainer.args, len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
-    if rows is None:
+    if not hasattr(trainer.train_dataset, "__len__"):
         return
+    args, rows = trainer.args, len(trainer.train_dataset)
     batch = args.train_batch_size * args.world_size
     step = batch * args.gradient_accumulation_steps
     fitting = f"--per_device_train_batch_size {max(1, rows // args.world_size)} --gradient_accumulation_steps 1"
     if args.dataloader_drop_last and rows < batch:
-        way = fitting if rows >= args.world_size else "--dataloader_drop_last false"
         raise UserError(
             f"There is no step to take: a batch has {counted(batch, 'row')}, the dataset {rows}, and "
-            f"--dataloader_drop_last true leaves out a batch that is not full. Set {way}."
+            f"--dataloader_drop_last true leaves out a batch that is not full. Set that to false, or {fitting}."
         )
     if rows < step:
         if rows >= batch:
@@ -311,11 +296,8 @@ def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
 
     What the user can mend is one line and exit code 1; a bug keeps its traceback; a run that is stopped or has nothing
     to do says so.
-
-    A process that fails ends at once, so that the launcher ends the others, which may be waiting for it. One
-    of several that is done ends without waiting for threads: one that never ends would hold all machines.
     """
-    code = 0
+    code, text = 0, ""
     signals.die_with_launcher()
     try:
         main(*(parse(argument_types) if argument_types else ()))
@@ -327,30 +309,41 @@ def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # mostly the first process fails in the same way, says so, and this one is ended meanwhile
-        fail(f"error: {error}")
+        text = f"error: {error}"
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-            fail(f"error: {error.filename or 'A file'}: {error.strerror}.")
-        if isinstance(error, ImportError) and not str(error.name).startswith("recipes"):  # that an argument asks for
-            fail(f"error: {' '.join(str(error).split())}")
-        if not torch.distributed.is_initialized():
-            lock.release_all()
+            text = f"error: {error.filename or 'A file'}: {error.strerror}."
+        elif isinstance(error, ImportError) and not str(error.name).startswith("recipes"):  # that an argument asks for
+            text = f"error: {' '.join(str(error).split())}"
+        elif torch.distributed.is_initialized():
+            text = traceback.format_exc().rstrip()
+        else:
             raise
-        fail(traceback.format_exc().rstrip())
-    lock.release_all()
-    if torch.distributed.is_initialized():
+    finally:
+        lock.release_all()
+    end_process(code, text)
+
+
+def end_process(code: int, failure: str) -> None:
+    """End with exit code `code`, or with 1 and the text of a failure.
+
+    A process that fails ends at once, so that the launcher ends the others, which may be waiting for it. One of
+    several that is done ends without waiting for threads: one that never ends would hold all machines.
+    """
+    together = torch.distributed.is_initialized()
+    if failure:
+        tqdm.write(failure, file=sys.stderr)
+    elif together:
         torch.distributed.destroy_process_group()
-    if world_size() > 1:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if failure and together:
+        os._exit(1)
+    if world_size() > 1 and not failure:
         atexit._run_exitfuncs()  # trackers close here
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
-    if code:
-        sys.exit(code)
-
-
-def is_same_folder(one: str, other: str) -> bool:
-    return os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other)
+    if code or failure:
+        sys.exit(code or 1)
 
 
 def holds_anything(folder: str) -> bool:
@@ -361,14 +354,3 @@ def holds_anything(folder: str) -> bool:
         if name not in (LOCK, UNFINISHED, f"{RECORD}.partial") and not empty:
             return True
     return False
-
-
-def fail(text: str) -> NoReturn:
-    """Print `text` and end with exit code 1, in a process group without the teardown that may wait for the others."""
-    lock.release_all()
-    tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()
-    if torch.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(1)
-    sys.exit(1)

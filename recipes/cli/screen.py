@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -40,16 +40,23 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
     return "  ".join([f"step {step}/{steps}", *(["evaluation"] if prefix else []), *numbers]) if shown else ""
 
 
+def first_and_last(log_history: list[dict[str, Any]], metrics: Iterable[str]) -> list[tuple[str, float, float | None]]:
+    """Name, first and last value of each metric that a run logged: means of up to three logs; one log has no last."""
+    found = []
+    for name in metrics:
+        values = [row[name] for row in log_history if row.get(name) is not None]
+        few = min(3, len(values) // 2)
+        if values:
+            found.append((name, fmean(values[: few or 1]), fmean(values[-few:]) if few else None))
+    return found
+
+
 def headline(log_history: list[dict[str, Any]], metrics: Mapping[str, str]) -> str:
-    """First and last values of a run's metrics, averaged over up to three logs."""
-    parts = []
-    for name, label in metrics.items():
-        values = [row[name] for row in log_history if name in row]
-        if len(values) > 1:
-            few = min(3, len(values) // 2)
-            parts.append(f"{label} {fmean(values[:few]):.2f} -> {fmean(values[-few:]):.2f}")
-        elif values:
-            parts.append(f"{label} {values[0]:.2f}")
+    """First and last values of a run's metrics, under the names that `metrics` gives them."""
+    parts = [
+        f"{metrics[name]} {first:.2f}" + ("" if last is None else f" -> {last:.2f}")
+        for name, first, last in first_and_last(log_history, metrics)
+    ]
     return ", ".join(parts)
 
 

@@ -5,9 +5,8 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import suppress
 from io import TextIOWrapper
-from pathlib import Path
+from itertools import pairwise
 
 from recipes.cli.errors import UserError
 from recipes.cli.help import ROOT, check, read_flags, show
@@ -29,20 +28,19 @@ def begin(command: str, *more: str) -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows escapes
     words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    first = os.environ.get("RANK", "0") == "0"
     try:
         if importlib.util.find_spec("trl") is None:
             raise UserError(f"This Python ({sys.executable}) has no TRL: {activation()}")
-        answer(command, more, words, first)
+        answer(command, more, words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    set_environment(words)
     if "--log_level debug" not in " ".join(words):
         quiet()
 
 
-def answer(command: str, more: tuple[str, ...], words: list[str], first: bool) -> None:
+def answer(command: str, more: tuple[str, ...], words: list[str]) -> None:
+    first = os.environ.get("RANK", "0") == "0"
     try:
         own = read_flags(command)
         known = own | {name: flag for path in more for name, flag in read_flags(path).items()}
@@ -53,24 +51,18 @@ def answer(command: str, more: tuple[str, ...], words: list[str], first: bool) -
             everything = "--help_all" in words
             print(show(command, known if everything else own, everything))
         sys.exit(0)
+    from recipes.cli.config import read_config  # not before it is known that there is an environment
+
+    path = next((following for word, following in pairwise(words) if word == "--config"), "")
+    config = read_config(path) if path else {}
     if first:  # of several processes, the others are ended with it
-        check(words, known, own)
+        check(words, path, config, known, own)
 
 
 def expand_home(word: str) -> str:
     """`--output_dir=~/runs` with the home folder, which the shell puts in only where a word begins with it."""
     flag, equals, value = word.partition("=")
     return f"{flag}={os.path.expanduser(value)}" if value.startswith("~") else word
-
-
-def set_environment(words: list[str]) -> None:
-    """Set the variables in `env` of the YAML now: libraries read many of them when they are imported."""
-    for config in [following for word, following in zip(words, words[1:], strict=False) if word == "--config"]:
-        import yaml
-
-        with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # `parse` says what is wrong
-            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-            os.environ |= {str(name): str(value) for name, value in (values.get("env") or {}).items()}
 
 
 def activation() -> str:

@@ -131,10 +131,7 @@ class WholeCheckpoints(Trainer):
                 rotate(self._get_output_dir(None), self.args.save_total_limit, self._resumed_from, best)
 
     def _find_best(self) -> None:
-        """Find the best checkpoint of a resumed run where its folder was moved: Trainer forgets it, and it is deleted.
-
-        Where it is gone, later evaluations choose anew.
-        """
+        """Find the best checkpoint of a run that was moved, which Trainer forgets; where it is gone, choose anew."""
         step = self.state.best_global_step
         if step and self.state.best_model_checkpoint is None:
             folder = os.path.dirname(os.path.abspath(self._resumed_from))
@@ -144,21 +141,12 @@ class WholeCheckpoints(Trainer):
             else:
                 self.state.best_metric = self.state.best_global_step = None
 
-    def _determine_best_metric(self, metrics, trial):
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """All rows in an evaluation: `dataloader_drop_last` is about training, and a small one would have none."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
         try:
-            return super()._determine_best_metric(metrics, trial)
-        except (KeyError, TypeError) as error:  # TypeError: None, where nothing was measured
-            names = ", ".join(sorted(name.removeprefix("eval_") for name in metrics))
-            raise UserError(
-                f"--metric_for_best_model {self.args.metric_for_best_model}: an evaluation has no such number. It has "
-                f"{names}."
-            ) from error
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """All rows: `dataloader_drop_last` is about training, and a small evaluation would have none."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
 

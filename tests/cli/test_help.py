@@ -80,8 +80,16 @@ def test_the_rest_is_behind_help_all():
         ("scripts/sample_responses.py", ["--seed", "1"], "--dataset_name and --output are required"),
         ("scripts/sample_responses.py", ["--lora_rank", "1"], "there is no argument lora_rank"),
         ("scripts/estimate_memory.py", ["ppo", "--kl_coeff", "1"], "did you mean kl_coef?"),
-        ("scripts/rank_responses.py", ["agreement", "--database", "x", "--fromat", "x"], "mean format?"),
-        ("scripts/inspect_dataset.py", ["x.jsonl", "--task", "sft", "--tokeniser", "x"], "did you mean tokenizer?"),
+        (
+            "scripts/rank_responses.py",
+            ["agreement", "--database", "x", "--fromat", "x"],
+            "arguments: --fromat",
+        ),
+        (
+            "scripts/inspect_dataset.py",
+            ["x.jsonl", "--task", "sft", "--tokeniser", "x"],
+            "arguments: --tokeniser",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_at_once(tmp_path, command, words, expected):

@@ -83,10 +83,9 @@ def test_an_output_folder_that_holds_something_is_kept(training_args, resume, tm
 
 
 def test_a_checkpoint_that_is_none_is_named(training_args, resume, tmp_path):
-    """The output folder itself, and a folder that is not there, were called a checkpoint of another run."""
     begin(training_args)
     save(tmp_path / "out", 9)
-    with pytest.raises(UserError, match="out is the output folder, .*--resume_from_checkpoint true takes the newest"):
+    with pytest.raises(UserError, match="out: checkpoint.json, which is written last, is missing"):
         resume(str(tmp_path / "out"))
     with pytest.raises(UserError, match="--resume_from_checkpoint .*oot/checkpoint-9: there is no such folder"):
         resume(str(tmp_path / "oot" / "checkpoint-9"))

@@ -153,7 +153,7 @@ def test_samples_in_several_parts_are_all_added(capsys):
     assert args.samples == [Path("a"), Path("b"), Path("c")] and args.gold == [Path("g")]
     with pytest.raises(SystemExit):
         rank_responses.parse_args("serve --database x.db --sample a".split())
-    assert "there is no argument sample; did you mean samples?" in capsys.readouterr().err
+    assert "unrecognized arguments: --sample" in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ def main() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     # Both refuse shards on a CPU.
     reward.check_launch = lambda training_args: None
-    arguments.check_devices = lambda: None
+    arguments.check_gpus = lambda: None
     save = reward.save_reward_statistics
 
     def save_scores(folder, scores, source):

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from recipes.cli.arguments import parse
 from recipes.cli.checkpoints import newest_whole
 from recipes.cli.errors import UserError
-from recipes.cli.launch import check_launch
 from recipes.ppo import PPOScriptArguments, check_arguments
 from recipes.trainers.ppo_config import PPOConfig
 from tests.cli.test_launch import PROBE
@@ -153,12 +152,6 @@ def test_the_three_steps_wait_for_each_other(tmp_path, job):
     assert reward.endswith("--output_dir runs/q/reward --model_name_or_path runs/q/sft")
     assert ppo.startswith(f"--parsable --job-name rlhf-ppo --dependency=afterok:2 {common} recipes/ppo.py")
     assert ppo.endswith("--model_name_or_path runs/q/sft --reward_model_name_or_path runs/q/reward")
-
-
-def test_vllm_that_is_not_installed_stops_before_any_weights(monkeypatch):
-    monkeypatch.setattr("recipes.cli.launch.is_vllm_available", lambda: False)
-    with pytest.raises(UserError, match=r"vLLM is not installed: pip install 'trl\[vllm\]'"):
-        check_launch(SimpleNamespace(use_vllm=True))
 
 
 def test_ppo_by_deepspeed_stops_before_any_weights():
