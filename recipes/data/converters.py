@@ -1,12 +1,13 @@
 """Converters: functions that turn a row of a schema into a `Dialogue` (demonstrations and prompts) or a `Ranking`.
 
 A pair is a ranking of two. A converter is pure; it raises `RowError` for a wrong row and `Skip` for a correct row that
-is of no use. Functions that return a `Converter` serve several schemas.
+is of no use. One function serves several schemas, as a `partial` with the names of their columns.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from recipes.cli.errors import counted
@@ -97,15 +98,11 @@ def joined(row: Cells, roles: Roles) -> Dialogue | Ranking:
 
 
 def compared(
-    question: str, first: str, second: str, verdict: Verdict, read_prompt: Reader = prompt_messages
-) -> Converter:
+    question: str, first: str, second: str, verdict: Verdict, row: Cells, roles: Roles, read: Reader = prompt_messages
+) -> Ranking:
     """For a prompt and two columns with responses."""
-
-    def convert(row: Cells, roles: Roles) -> Ranking:
-        responses = (read_messages(row, column, roles) for column in (first, second))
-        return _compare(row, read_prompt(row, question, roles), responses, verdict)
-
-    return convert
+    responses = (read_messages(row, column, roles) for column in (first, second))
+    return _compare(row, read(row, question, roles), responses, verdict)
 
 
 def _compare(row: Cells, prompt: Messages, responses: Iterable[Messages], verdict: Verdict) -> Ranking:
@@ -153,12 +150,11 @@ def _chosen(row: Cells) -> tuple[int, float | None]:
 
 def preferences(question: str | None = None) -> Converter:
     """For `chosen` and `rejected`: answers to a question, or whole conversations that share their first turns."""
-    answers = compared(question or "prompt", *_SIDES, _chosen)
 
     def convert(row: Cells, roles: Roles) -> Ranking:
         if not any(_is_whole(row.get(column), roles) for column in _SIDES):
             if question:
-                return answers(row, roles)
+                return compared(question, *_SIDES, _chosen, row, roles)
             raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
         chosen, rejected = (read_messages(row, column, roles) for column in _SIDES)
         result = _compare_whole(row, chosen, rejected, _chosen)
@@ -204,20 +200,23 @@ def _openai_prompt(row: Cells, column: str, roles: Roles) -> Messages:
     return conversation(asked, "messages", roles)
 
 
-conversations_preference = compared("conversations", *_SIDES, _chosen, conversation)
-openai_preference = compared("input", "preferred_output", "non_preferred_output", _chosen, _openai_prompt)
+conversations_preference = partial(compared, "conversations", *_SIDES, _chosen, read=conversation)
+openai_preference = partial(
+    compared, "input", "preferred_output", "non_preferred_output", _chosen, read=_openai_prompt
+)
 
 
-def _strength(label: str) -> Verdict:
+def _strength(label: str, row: Cells) -> tuple[int, float]:
     """-3 … -1 for the first response, 1 … 3 for the second, 0 is a tie."""
+    value = row.choice(label, range(-3, 4))
+    if value == 0:
+        raise Skip("tie", label)
+    return int(value > 0), abs(value)
 
-    def verdict(row: Cells) -> tuple[int, float]:
-        value = row.choice(label, range(-3, 4))
-        if value == 0:
-            raise Skip("tie", label)
-        return int(value > 0), abs(value)
 
-    return verdict
+def _better(label: str, row: Cells) -> tuple[int, None]:
+    """The number of the better response."""
+    return row.choice(label, (0, 1)), None
 
 
 def _helpsteer_prompt(row: Cells, column: str, roles: Roles) -> Messages:
@@ -226,17 +225,12 @@ def _helpsteer_prompt(row: Cells, column: str, roles: Roles) -> Messages:
     return prompt_messages(row, column, roles)
 
 
-helpsteer2 = compared("prompt", "response_1", "response_2", _strength("preference_strength"), _helpsteer_prompt)
-helpsteer3 = compared("context", "response1", "response2", _strength("overall_preference"), _helpsteer_prompt)
-
-
-def _number_of_better(label: str) -> Verdict:
-    return lambda row: (row.choice(label, (0, 1)), None)
-
-
-pku_saferlhf = compared("prompt", "response_0", "response_1", _number_of_better("better_response_id"))
-pku_saferlhf_safer = compared("prompt", "response_0", "response_1", _number_of_better("safer_response_id"))
-shp = compared("history", "human_ref_A", "human_ref_B", lambda row: (1 - row.choice("labels", (0, 1)), None))
+_helpsteer = partial(compared, read=_helpsteer_prompt)
+helpsteer2 = partial(_helpsteer, "prompt", "response_1", "response_2", partial(_strength, "preference_strength"))
+helpsteer3 = partial(_helpsteer, "context", "response1", "response2", partial(_strength, "overall_preference"))
+pku_saferlhf = partial(compared, "prompt", "response_0", "response_1", partial(_better, "better_response_id"))
+pku_saferlhf_safer = partial(compared, "prompt", "response_0", "response_1", partial(_better, "safer_response_id"))
+shp = partial(compared, "history", "human_ref_B", "human_ref_A", partial(_better, "labels"))  # 1: A is better
 
 
 def _webgpt_question(row: Cells, column: str, roles: Roles) -> Messages:
@@ -250,7 +244,7 @@ def _webgpt_scores(row: Cells) -> tuple[int, float]:
     return int(margin < 0), abs(margin)
 
 
-webgpt = compared("question", "answer_0", "answer_1", _webgpt_scores, _webgpt_question)
+webgpt = partial(compared, "question", "answer_0", "answer_1", _webgpt_scores, read=_webgpt_question)
 
 
 def summaries(row: Cells, roles: Roles) -> Ranking:
@@ -265,7 +259,7 @@ def summaries(row: Cells, roles: Roles) -> Ranking:
     if (count := len(row.entries("summaries"))) != 2:
         raise RowError(f"found {counted(count, 'summary', 'summaries')}, expected 2", "summaries")
     found = ([message("assistant", summary.text("text"))] for summary in row.objects("summaries"))
-    return _compare(row, prompt, found, _number_of_better("choice"))
+    return _compare(row, prompt, found, partial(_better, "choice"))
 
 
 def arena_conversations(row: Cells, roles: Roles) -> Ranking:
@@ -307,20 +301,18 @@ def _battle_winner(row: Cells) -> tuple[int, None]:
     return flags[1], None
 
 
-def rankings(column: str, answer: str, rank: str, question: str = "prompt", scores: bool = False) -> Converter:
+def rankings(
+    question: str, column: str, answer: str, rank: str, row: Cells, roles: Roles, scores: bool = False
+) -> Ranking:
     """For a prompt and a list of objects with an answer and a rank; with `scores`, the highest is the best."""
-
-    def convert(row: Cells, roles: Roles) -> Ranking:
-        found = ((cells, answer, rank) for cells in row.objects(column))
-        return _ranked(prompt_messages(row, question, roles), found, scores)
-
-    return convert
+    found = ((cells, answer, rank) for cells in row.objects(column))
+    return _ranked(prompt_messages(row, question, roles), found, scores)
 
 
-ranking = rankings("responses", "text", "rank")
-nectar = rankings("answers", "answer", "rank")
+ranking = partial(rankings, "prompt", "responses", "text", "rank")
+nectar = partial(rankings, "prompt", "answers", "answer", "rank")
 # overall_score holds parsing errors (10 that means 1)
-ultrafeedback = rankings("completions", "response", "fine-grained_score", "instruction", scores=True)
+ultrafeedback = partial(rankings, "instruction", "completions", "response", "fine-grained_score", scores=True)
 
 
 def distilabel(row: Cells, roles: Roles) -> Ranking:

@@ -115,8 +115,7 @@ class Formatter:
             source = schema.gather(map(self._mapped, source), self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
-            if unread:
-                report.add_unread(unread)
+            report.unread.update(unread)
             for result in results:
                 if not isinstance(result, Kept):
                     self._leave_out(row, result, report)

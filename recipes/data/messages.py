@@ -113,13 +113,12 @@ def _joined_text(content: Any, where: str) -> str:
         return ""
     texts = []
     for block in content if isinstance(content, list) else [content]:
-        block = block if isinstance(block, dict) else {}
-        media = [key for key in sorted(MEDIA & block.keys()) if block[key] not in NOTHING]
-        if block.get("type") != "text" or media or not isinstance(block.get("text"), str):
-            what = f"a block of type {block['type']!r}" if "type" in block else describe(content)
-            what += f" with {media[0]}" if media else ""
+        cells = block if isinstance(block, dict) else {}
+        media = any(cells[key] not in NOTHING for key in MEDIA & cells.keys())
+        if cells.get("type") != "text" or media or not isinstance(cells.get("text"), str):
+            what = f"a block of type {cells['type']!r}" if "type" in cells else describe(block)
             raise RowError(f"found {what}, expected text or a list of text blocks", where)
-        texts.append(block["text"])
+        texts.append(cells["text"])
     return "".join(texts)
 
 
@@ -176,7 +175,9 @@ def read_messages(row: Cells, column: str, roles: Roles, text_role: str = "assis
     if isinstance(value, dict):
         return normalise([value], column, roles)
     if json_messages(value) is not None:
-        raise RowError("found messages written as JSON text, expected the list itself (json.loads gives it)", column)
+        raise RowError(
+            "found messages written as JSON text, expected the list itself (json.loads gives it)", row.where(column)
+        )
     return [message(text_role, row.text(column))]
 
 

@@ -23,13 +23,6 @@ from recipes.cli.files import is_write_error, sizes, sync_tree, write_text
 from recipes.models.loading import not_finite
 
 
-class EpochSampler(RepeatSampler):
-    """`RepeatSampler` whose order depends on seed and epoch only, so that a resumed run sees the same prompts."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
-
-
 class WholeCheckpoints(Trainer):
     """Mixin, before a trainer of TRL: a checkpoint appears under its name only when it is whole.
 
@@ -222,6 +215,8 @@ class WholeCheckpoints(Trainer):
             # Where a resumed run skips batches and several processes share them, Trainer does not get through to it,
             # and rows come in the order of the first epoch.
             sampler.set_epoch(epoch)
+        elif isinstance(sampler, RepeatSampler) and sampler.shuffle:  # GRPO's, which would go on where it was
+            sampler.generator.manual_seed(sampler.seed + epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, start_time=start_time, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):

@@ -20,7 +20,6 @@ from tests.trainers.conftest import config, make_trainer
 
 # Parameters of GRPOTrainer's methods, as in TRL 1.16, without `self`.
 OVERRIDDEN = {
-    "_get_train_sampler": ["dataset"],
     "_prepare_inputs": ["generation_batch"],
     "_generate": ["prompts"],
     "_generate_and_score_completions": ["inputs"],
