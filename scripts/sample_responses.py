@@ -77,8 +77,9 @@ def main(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = {"positions": positions, "completion_length": sampling.max_completion_length}
     prompts = read_prompts(data_args, format_args, tokenizer, **room)
-    output, loading = output_args.output, policy.loading()
-    sample_to_file(model, tokenizer, prompts, sampling, policy.model_name_or_path, output, loading)
+    sample_to_file(
+        model, tokenizer, prompts, sampling, policy.model_name_or_path, output_args.output, **policy.loading()
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from functools import partial
 from itertools import compress, islice
 from typing import Any, NamedTuple
 
-from recipes.data.columns import MEANINGFUL, ReadRow, check_columns, read_tools
+from recipes.data.cells import Cells
+from recipes.data.columns import MEANINGFUL, check_columns, read_tools, unread_columns
 from recipes.data.control_tokens import search_pattern
 from recipes.data.converters import Dialogue, Ranking
 from recipes.data.digests import Digests
@@ -114,8 +115,7 @@ class Formatter:
             source = schema.gather(map(self._mapped, source), self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
-            if unread:
-                report.add_unread(unread)
+            report.unread.update(unread)
             for result in results:
                 if not isinstance(result, Kept):
                     self._leave_out(row, result, report)
@@ -170,7 +170,7 @@ class Formatter:
         try:
             data = row.read()
             gathered = schema is not None and schema.gather is not None  # such rows are mapped already
-            columns = ReadRow(data if gathered else self._mapping.apply(data))
+            columns = Cells(data if gathered else self._mapping.apply(data))
             kept = self._kept_columns(data)
             example = self._example(schema, columns)
             messages = example.messages if isinstance(example, Dialogue) else []
@@ -182,12 +182,12 @@ class Formatter:
                 cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(messages)
                 results += self._checked(output | kept, [CUT] * cut + [UNTRAINED] * masked)
             if not gathered:
-                unread = (columns.unread() | self._mapping.unmapped(data)) - kept.keys()
+                unread = (unread_columns(columns) | self._mapping.unmapped(data)) - kept.keys()
         except RowProblem as problem:
             results.append(problem)
         return row._replace(data=None), results, unread
 
-    def _example(self, schema: Schema, row: ReadRow) -> Dialogue | Ranking:
+    def _example(self, schema: Schema, row: Cells) -> Dialogue | Ranking:
         check_columns(row, self.task, schema.columns)
         example = schema.convert(row, self._mapping.roles)
         if isinstance(example, Ranking):
@@ -197,7 +197,7 @@ class Formatter:
             example.messages = in_context(row, example.messages, schema.columns)
             example.context += len(example.messages) - before if example.context else 0
         example.tools = read_tools(row)
-        idle = (self._mapping.columns.keys() & row.unread()) - MEANINGFUL.union(schema.columns)
+        idle = (self._mapping.columns.keys() - row.seen) - MEANINGFUL.union(schema.columns)
         if idle and not schema.gather:
             name = min(idle)
             raise RowError(f"mapped as {name}, which the schema has no use for", name)

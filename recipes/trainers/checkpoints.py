@@ -23,13 +23,6 @@ from recipes.cli.files import is_write_error, sizes, sync_tree, write_text
 from recipes.models.loading import not_finite
 
 
-class EpochSampler(RepeatSampler):
-    """`RepeatSampler` whose order depends on seed and epoch only, so that a resumed run sees the same prompts."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
-
-
 class RunCallback(TrainerCallback):
     """Puts the sums of a resumed run back, and stops a run that got a signal at the end of its step, all processes.
 
@@ -138,10 +131,7 @@ class WholeCheckpoints(Trainer):
                 rotate(self._get_output_dir(None), self.args.save_total_limit, self._resumed_from, best)
 
     def _find_best(self) -> None:
-        """Find the best checkpoint of a resumed run where its folder was moved: Trainer forgets it, and it is deleted.
-
-        Where it is gone, later evaluations choose anew.
-        """
+        """Find the best checkpoint of a run that was moved, which Trainer forgets; where it is gone, choose anew."""
         step = self.state.best_global_step
         if step and self.state.best_model_checkpoint is None:
             folder = os.path.dirname(os.path.abspath(self._resumed_from))
@@ -151,21 +141,12 @@ class WholeCheckpoints(Trainer):
             else:
                 self.state.best_metric = self.state.best_global_step = None
 
-    def _determine_best_metric(self, metrics, trial):
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """All rows in an evaluation: `dataloader_drop_last` is about training, and a small one would have none."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
         try:
-            return super()._determine_best_metric(metrics, trial)
-        except (KeyError, TypeError) as error:  # TypeError: None, where nothing was measured
-            names = ", ".join(sorted(name.removeprefix("eval_") for name in metrics))
-            raise UserError(
-                f"--metric_for_best_model {self.args.metric_for_best_model}: an evaluation has no such number. It has "
-                f"{names}."
-            ) from error
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """All rows: `dataloader_drop_last` is about training, and a small evaluation would have none."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
 
@@ -292,6 +273,8 @@ class WholeCheckpoints(Trainer):
             # Where a resumed run skips batches and several processes share them, Trainer does not get through to it,
             # and rows come in the order of the first epoch.
             sampler.set_epoch(epoch)
+        elif isinstance(sampler, RepeatSampler) and sampler.shuffle:  # GRPO's, which would go on where it was
+            sampler.generator.manual_seed(sampler.seed + epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples, start_time):

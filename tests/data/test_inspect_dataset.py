@@ -98,7 +98,7 @@ def test_errors_leave_the_report_and_no_rows(tmp_path):
         (("data.jsonl", "--dataset_schema", "nonsense"), "unknown schema 'nonsense'; expected one of auto"),
         (("data.jsonl", "--dataset_mapping", "prompt"), "'prompt' is not KEY=COLUMN"),
         (("data.jsonl", "--dataset_mapping", '{"prompt": '), "--dataset_mapping is not valid JSON"),
-        (("data.jsonl", "--split", "test"), "its only split is 'train'"),
+        (("data.jsonl", "--split", "test"), "data.jsonl has no split 'test'; it has train"),
         (("data.jsonl", "--task", "sft"), "no schema for task 'sft' fits the columns prompt"),
     ],
 )

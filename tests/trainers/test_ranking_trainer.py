@@ -157,7 +157,7 @@ def test_calibration_error_by_hand(tmp_path):
     trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings())
     trainer.model.eval()
     scores, ranks = torch.tensor([2.0, 0.0, 0.0, 2.0, 0.1, 0.0]), torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 2.0])
-    trainer._log_pairs(scores, ranks, torch.tensor([0, 0, 1, 1, 2, 2]), torch.ones(6))
+    trainer._keep_rankings(scores, ranks, torch.tensor([0, 0, 1, 1, 2, 2]), torch.ones(6))
     logs = {}
     trainer.log(logs)
     sure, unsure = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-0.1))
