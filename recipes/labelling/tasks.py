@@ -48,15 +48,14 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
     seen: dict[str, tuple[int, str]] = {}  # by id: where it stands, and what for
     for row in read_text_file(Path(path)):
         try:
-            data = row.read()
-            task = _task(Cells(data), gold, default_id=str(row.line))
+            task, repeated = _task(Cells(row.read()), gold, default_id=str(row.line))
             line, known = seen.setdefault(task.sample_id, (row.line, task.id))
             if known != task.id:
                 raise RowError(f"{task.sample_id!r} stands on line {line} already, with other texts", "id")
         except RowProblem as problem:
             column = f"{problem.column}: " if problem.column else ""
             raise UserError(f"{path}, line {row.line}: {column}{problem.message}") from problem
-        left_out["repeated_responses"] += len(data["responses"]) - len(task.responses)
+        left_out["repeated_responses"] += repeated
         if len(task.responses) < 2:
             left_out["too_few_responses"] += 1
         else:
@@ -64,7 +63,7 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
     return tasks, left_out
 
 
-def _task(row: Cells, gold: bool, default_id: str) -> SampledPrompt:
+def _task(row: Cells, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
     messages = _messages(row)
     given = [] if row.get("responses") == [] else list(row.objects("responses"))
     distinct: dict[str, tuple[int, Cells]] = {}
@@ -91,7 +90,8 @@ def _task(row: Cells, gold: bool, default_id: str) -> SampledPrompt:
         if gold:
             ranks[id] = response.number("rank", text_too=False)
     tiers = tiers_of(ranks) if gold else None
-    return SampledPrompt(prompt_id, str(row.get("id", default_id)), messages, responses, tiers)
+    task = SampledPrompt(prompt_id, str(row.get("id", default_id)), messages, responses, tiers)
+    return task, len(given) - len(distinct)
 
 
 def _messages(row: Cells) -> Messages:
