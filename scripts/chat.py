@@ -53,8 +53,6 @@ class ChatSampling(SamplingArguments):
 
 
 ARGUMENTS = (ChatSampling, PolicyArguments, ChatArguments)
-
-
 COMMANDS = "Type a message. /reset starts a new conversation, /quit ends."
 
 
@@ -67,7 +65,7 @@ class SafeStreamer(TextStreamer):
 
 
 def turns():
-    """The user's messages; `None` for a new conversation."""
+    """The user's messages; `/reset` for a new conversation."""
     print(COMMANDS, file=sys.stderr)
     while True:
         try:
@@ -76,9 +74,7 @@ def turns():
             return
         if text == "/quit":
             return
-        if text == "/reset":
-            yield None
-        elif text.startswith("/"):
+        if text.startswith("/") and text != "/reset":
             print(COMMANDS, file=sys.stderr)
         elif text:
             yield text
@@ -92,7 +88,7 @@ def main(sampling: SamplingArguments, policy: PolicyArguments, chat_args: ChatAr
     opening = [{"role": "system", "content": chat_args.system}] if chat_args.system else []
     conversations = {name: list(opening) for name in policies}
     for number, text in enumerate(turns()):
-        if text is None:
+        if text == "/reset":
             conversations = {name: list(opening) for name in policies}
             continue
         for name, (model, tokenizer) in policies.items():

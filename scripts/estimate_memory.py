@@ -3,9 +3,8 @@
     python scripts/estimate_memory.py --config recipes/configs/qwen3_8b/ppo.yaml --gpu_memory_gb 80
     python scripts/estimate_memory.py ppo --model_name_or_path Qwen/Qwen3-0.6B --use_peft true --gpu_memory_gb 8
 
-Takes every argument of the recipe (`sft`, `reward` or `ppo`, by default the name of the config file), so the arguments
-of a launch line estimate it too. Reward and PPO take a base that is not given, and its adapter, from the sft.yaml
-beside the config. No weights are loaded. Exit code 0: it fits; 1: it does not. More in docs/memory.md.
+Takes the arguments of the recipe (`sft`, `reward` or `ppo`, by default the name of the config file) and those of a
+launch line. Exit code 0: it fits; 1: it does not. More in docs/memory.md.
 """
 
 import os
@@ -23,16 +22,15 @@ from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
-from peft import LoraConfig
 from trl import ModelConfig
 
 from recipes.cli.arguments import RecipeParser, parse
 from recipes.cli.errors import UserError, counted
 from recipes.cli.run import run
 from recipes.models.adapters import new_adapter_config
-from recipes.models.source import ModelSource, resolve_model
+from recipes.models.source import resolve_model
 from recipes.trainers.fast.merged_copy import fits_beside
-from recipes.trainers.memory import GIB, Estimate, Setting, estimate
+from recipes.trainers.memory import GIB, Setting, estimate
 
 STEPS = ("sft", "reward", "ppo")
 # Assumed, not measured: what CUDA's context and libraries take, and the share of the allocator's memory lost to gaps.
@@ -64,54 +62,36 @@ def recipe_arguments(step: str) -> tuple[type, ...]:
     return importlib.import_module(f"recipes.{step}").ARGUMENTS
 
 
-def split_step(words: list[str]) -> tuple[str, str | None, list[str]]:
-    """The step, the config file and the recipe's arguments in a command line."""
-    config = words[words.index("--config") + 1] if "--config" in words[:-1] else None
-    if words and not words[0].startswith("-"):
-        step, words = words[0], words[1:]
-    else:
-        step = os.path.splitext(os.path.basename(config or ""))[0]
-    if step not in STEPS:
-        raise UserError(f"Command line: begin with {', '.join(STEPS)}, or give the --config of one.")
-    return step, config, words
+def parse_on_any_machine(step: str, words: list[str]) -> tuple:
+    """The recipe's arguments and this command's, without the refusal of bf16 where there is no GPU."""
+    return parse((*recipe_arguments(step), *ARGUMENTS), [*words, "--use_cpu", "true"])
 
 
-def parse_on_any_machine(types: tuple[type, ...], words: list[str]) -> tuple:
-    """`parse`, without the refusal of bf16 where there is no GPU."""
-    return parse(types, [*words, "--use_cpu", "true"])
-
-
-def add_base(model_args: ModelConfig, step: str, config: str | None) -> ModelConfig:
+def add_base(model_args: ModelConfig, step: str, config: str) -> ModelConfig:
     """`model_args` with the base and the adapter of the sft.yaml beside the config, where they name none."""
+    beside = os.path.join(os.path.dirname(config), "sft.yaml")
     if model_args.model_name_or_path is not None:
         return model_args
-    beside = os.path.join(os.path.dirname(config or ""), "sft.yaml")
     if step == "sft" or not os.path.exists(beside):
         raise UserError("Command line: --model_name_or_path is required.")
-    sft = parse_on_any_machine(recipe_arguments("sft"), ["--config", beside])[2]
+    sft = parse_on_any_machine("sft", ["--config", beside])[2]
     names = [name for name in vars(sft) if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
-    return replace(
-        model_args, model_name_or_path=sft.model_name_or_path, **{name: getattr(sft, name) for name in names}
-    )
-
-
-def adapter_config(source: ModelSource, model_args: ModelConfig) -> LoraConfig | None:
-    """The adapter that is trained: that of an adapter folder, else a new one."""
-    if not model_args.use_peft or source.base is None:
-        return new_adapter_config(model_args)
-    lora = source.peft_config
-    lora.task_type, lora.modules_to_save, lora.inference_mode = "CAUSAL_LM", None, False
-    return lora
+    return replace(model_args, **{name: getattr(sft, name) for name in ("model_name_or_path", *names)})
 
 
 def read_setting(step: str, training_args, model_args: ModelConfig, args: EstimateArguments, on_cpu: bool) -> Setting:
     source = resolve_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
-    response_tokens = training_args.max_completion_length if step == "ppo" else 0
-    tokens = args.prompt_tokens + response_tokens if step == "ppo" else training_args.max_length
+    lora = new_adapter_config(model_args)
+    if lora is not None and source.base is not None:  # the adapter of a folder is trained on
+        lora = source.peft_config
+        lora.task_type, lora.modules_to_save, lora.inference_mode = "CAUSAL_LM", None, False
+    is_ppo = step == "ppo"
+    response_tokens = training_args.max_completion_length if is_ppo else 0
+    tokens = args.prompt_tokens + response_tokens if is_ppo else training_args.max_length
     if tokens is None:
         raise UserError("max_length: null has no longest row: set --max_length.")
     rows = training_args.per_device_train_batch_size
-    samples_here = step == "ppo" and not training_args.use_vllm
+    samples_here = is_ppo and not training_args.use_vllm
     dtype = model_args.dtype or "float32"
     quantization = "8bit" if model_args.load_in_8bit else None
     if model_args.load_in_4bit:
@@ -123,26 +103,26 @@ def read_setting(step: str, training_args, model_args: ModelConfig, args: Estima
         tokens=tokens,
         response_tokens=response_tokens,
         rollout_rows=rows * training_args.steps_per_generation if samples_here else 0,
-        scoring_rows=training_args.local_rollout_forward_batch_size if step == "ppo" else 0,
+        scoring_rows=training_args.local_rollout_forward_batch_size if is_ppo else 0,
         merged_copy=samples_here and not on_cpu and "merged_copy" in training_args.fast_paths,
-        lora=adapter_config(source, model_args),
+        lora=lora,
         dtype=getattr(torch, dtype) if dtype != "auto" else source.config.dtype or torch.float32,
         autocast=training_args.bf16,
         quantization=quantization,
         trust_remote_code=source.trust_remote_code,
         checkpointing=training_args.gradient_checkpointing,
         attn_implementation=model_args.attn_implementation,
-        optimizer=str(getattr(training_args.optim, "value", training_args.optim)),
+        optimizer=training_args.optim,
         accumulates=training_args.gradient_accumulation_steps > 1,
         buckets=args.num_processes > 1,
         on_cpu=on_cpu,
     )
 
 
-def device_memory(args: EstimateArguments, on_cpu: bool) -> float:
+def device_memory(gpu_memory_gb: float | None, on_cpu: bool) -> float:
     """Bytes of the device that the run has to fit."""
-    if args.gpu_memory_gb is not None:
-        return args.gpu_memory_gb * GIB
+    if gpu_memory_gb is not None:
+        return gpu_memory_gb * GIB
     if on_cpu:
         return psutil.virtual_memory().total
     if torch.cuda.is_available():
@@ -150,75 +130,48 @@ def device_memory(args: EstimateArguments, on_cpu: bool) -> float:
     raise UserError("There is no GPU here: give the memory of the one you mean, as --gpu_memory_gb 24.")
 
 
-def cheaper(setting: Setting) -> dict[str, Setting]:
-    """Flags that take less memory, and the setting they give. All but the last three leave the update as it is."""
-    options = {}
-    if not setting.checkpointing:
-        options["--activation_checkpointing true"] = replace(setting, checkpointing=True)
-    if setting.rows > 1 and setting.step != "reward":
-        half = "half --per_device_train_batch_size, twice --gradient_accumulation_steps"
-        half += " and --steps_per_generation" if setting.step == "ppo" else ""
-        options[half] = replace(setting, rows=setting.rows // 2, accumulates=True)
-    if setting.rollout_rows > setting.rows:
-        options["half --steps_per_generation (a smaller rollout)"] = replace(
-            setting, rollout_rows=setting.rollout_rows // 2
-        )
-    if setting.lora is None:
-        lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        options["--use_peft true --dtype bfloat16"] = replace(setting, lora=lora, dtype=torch.bfloat16)
-    elif setting.quantization is None and not setting.on_cpu:
-        options["--load_in_4bit true"] = replace(setting, quantization="4bit", dtype=torch.bfloat16)
-    return options
-
-
-def show(setting: Setting, model: str, found: Estimate, reserved: dict[str, float]) -> None:
-    """Print the estimate as a table, in GiB."""
-    kind = "full fine-tuning" if setting.lora is None else f"LoRA of rank {setting.lora.r}"
-    weights = setting.quantization or str(setting.dtype).removeprefix("torch.")
-    rows = f"{counted(setting.rows, 'row')} of {counted(setting.tokens, 'token')}"
-    print(f"{setting.step} of {model}: {kind}, {weights}, {rows} at a time")
-    print(f"\n{'all the time':42}{'GiB':>8}")
-    for name, size in (found.held | reserved).items():
+def show(title: str, parts: dict[str, float], note: str = "") -> None:
+    print(f"{title:42}{sum(parts.values()) / GIB:8.2f}{note}")
+    for name, size in parts.items():
         print(f"  {name:40}{size / GIB:8.2f}")
-    for phase, parts in found.phases.items():
-        most = "  <- the most" if phase == found.worst and len(found.phases) > 1 else ""
-        print(f"in {phase:39}{sum(parts.values()) / GIB:8.2f}{most}")
-        for name, size in parts.items():
-            print(f"  {name:40}{size / GIB:8.2f}")
 
 
 def main():
-    step, config, words = split_step(sys.argv[1:])
+    words = sys.argv[1:]
+    config = words[words.index("--config") + 1] if "--config" in words[:-1] else ""
+    named = [words.pop(0)] if words and not words[0].startswith("-") else []
+    step = named[0] if named else os.path.splitext(os.path.basename(config))[0]
+    if step not in STEPS:
+        raise UserError(f"Command line: begin with {', '.join(STEPS)}, or give the --config of one.")
     device, _ = RecipeParser(DeviceArguments, allow_abbrev=False).parse_args_and_config(
         words, return_remaining_strings=True, separate_remaining_strings=False
     )
-    *_, training_args, model_args, _, args = parse_on_any_machine((*recipe_arguments(step), *ARGUMENTS), words)
+    *_, training_args, model_args, _, args = parse_on_any_machine(step, words)
     model_args = add_base(model_args, step, config)
     setting = read_setting(step, training_args, model_args, args, device.use_cpu)
-    memory = device_memory(args, device.use_cpu)
+    memory = device_memory(args.gpu_memory_gb, setting.on_cpu)
     found = estimate(setting)
     copied = found.phases.get("generation", {}).get("merged copy", 0)
     if not fits_beside(copied, memory - sum(found.held.values())):  # PPO then samples without it
         setting = replace(setting, merged_copy=False)
         found = estimate(setting)
-    reserved = {}
+    reserved = {"Python (assumed)": PYTHON} if setting.on_cpu else {}
     if step == "ppo" and training_args.use_vllm and training_args.vllm_mode == "colocate":
         reserved["vLLM"] = training_args.vllm_gpu_memory_utilization * memory
-    if device.use_cpu:
-        reserved["Python"] = PYTHON
-    else:
+    if not setting.on_cpu:
         gaps = FRAGMENTATION * (found.total + sum(reserved.values()))
         reserved["CUDA context and gaps (assumed)"] = CUDA_CONTEXT + gaps
-    show(setting, model_args.model_name_or_path, found, reserved)
+
+    weights = setting.quantization or str(setting.dtype).removeprefix("torch.")
+    kind = "full fine-tuning" if setting.lora is None else f"LoRA of rank {setting.lora.r}"
+    rows = f"{counted(setting.rows, 'row')} of {counted(setting.tokens, 'token')}"
+    print(f"{step} of {model_args.model_name_or_path}: {kind}, {weights}, {rows} at a time; in GiB:\n")
+    show("all the time", found.held | reserved)
+    for phase, parts in found.phases.items():
+        show(f"in {phase}", parts, "  <- the most" if phase == found.worst and len(found.phases) > 1 else "")
     needed = found.total + sum(reserved.values())
-    fits = needed <= memory
-    if not fits:
-        options = {flags: estimate(option).total for flags, option in cheaper(setting).items()}
-        print("\nwhat would help")
-        for flags, size in sorted(options.items(), key=lambda item: item[1]):
-            print(f"  {(needed + size - found.total) / GIB:8.2f} GiB with {flags}")
-    print(f"\n{'fits' if fits else 'does not fit'}: {needed / GIB:.1f} of {memory / GIB:.1f} GiB")
-    sys.exit(0 if fits else 1)
+    print(f"\n{'fits' if needed <= memory else 'does not fit'}: {needed / GIB:.1f} of {memory / GIB:.1f} GiB")
+    sys.exit(0 if needed <= memory else 1)
 
 
 if __name__ == "__main__":

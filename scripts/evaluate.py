@@ -119,9 +119,9 @@ def other_win_rates(
             )
     found = []
     for a, b, judge, shares, more in rows:
-        known = np.isfinite(shares[:, 0])
-        if known.any():
-            found.append({"a": a, "b": b, "judge": judge, **win_rate(shares[known]), **more})
+        known = shares[np.isfinite(shares[:, 0])]
+        if known.size:
+            found.append({"a": a, "b": b, "judge": judge, **win_rate(known), **more})
         else:
             print(f"{judge}: no verdict on {a} against {b}, so no win rate.")
     return found
@@ -145,10 +145,10 @@ def main():
     measured = evaluation.measure()
 
     report = summarise(args, measured, evaluation.conversations, reward.unit)
-    texts = {name: [group[0].text for group in measured[name].samples] for name in args.paths}
+    texts = {name: measured[name].first_texts for name in args.paths}
     report["win_rates"] += other_win_rates(evaluation, texts, judge_args, rankings)
     report["reward_model"] = None
-    if pairs:
+    if not pairs.empty:
         report["reward_model"] = reward_model_quality(reward.pairs(pairs)) | {"trained_on": reward.trained_on(pairs)}
     report["git_revision"] = git_revision()
     write_report(report, args.output_dir)

@@ -26,6 +26,7 @@ from recipes.cli.errors import UserError, first_line
 from recipes.cli.files import is_write_error, move_contents
 from recipes.cli.record import RESULT, read_record
 from recipes.cli.run import holds_anything, run
+from recipes.models.compatibility import check_model
 from recipes.models.loading import TRAINED_PROMPTS, load_policy, load_reward_model, not_finite, statistics_file
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
@@ -49,19 +50,23 @@ class MergeArguments:
 ARGUMENTS = (MergeArguments,)
 
 
-def trained_on_quantized_base(adapter: str) -> bool:
-    """What the record of the run says; `False` where the adapter has none."""
-    arguments = (read_record(os.path.join(adapter, RESULT)) or {"arguments": {}})["arguments"]
-    return bool(arguments.get("load_in_4bit") or arguments.get("load_in_8bit"))
+def refuse_lossy_merge(adapter: str, base: str, base_is_quantized: bool) -> None:
+    accept = "or accept the loss with --allow_quantized_merge true."
+    if base_is_quantized:
+        raise UserError(
+            f"The base {base} is quantised: rounding the sum to its few bits loses part of the adapter. "
+            f"Set base_model_name_or_path in adapter_config.json to the unquantised base, {accept}"
+        )
+    trained_with = (read_record(os.path.join(adapter, RESULT)) or {"arguments": {}})["arguments"]
+    if trained_with.get("load_in_4bit") or trained_with.get("load_in_8bit"):
+        raise UserError(
+            f"The adapter {adapter} was trained on a quantised base: on unquantised weights it answers otherwise. "
+            f"Use it unmerged with --load_in_4bit true, {accept}"
+        )
 
 
 def merge(args: MergeArguments) -> None:
-    """Write the full model; nothing is written where something is wrong.
-
-    Raises:
-        UserError: not an adapter, a quantised base, a reward adapter without head, weights that are not finite, or
-            a folder that is in use.
-    """
+    """Write the full model; nothing is written where something is wrong."""
     adapter, folder = args.model_name_or_path, args.output_dir
     source = resolve_model(adapter, trust_remote_code=args.trust_remote_code)
     if source.base is None:
@@ -70,23 +75,12 @@ def merge(args: MergeArguments) -> None:
         raise UserError(f"The output folder {folder} is in use, and nothing is ever written over: choose another.")
     quantized = getattr(source.config, "quantization_config", None) is not None
     if not args.allow_quantized_merge:
-        accept = "or accept the loss with --allow_quantized_merge true."
-        if quantized:
-            raise UserError(
-                f"The base {source.base} is quantised: rounding the sum to its few bits loses part of the adapter. "
-                f"Set base_model_name_or_path in adapter_config.json to the unquantised base, {accept}"
-            )
-        if trained_on_quantized_base(adapter):
-            raise UserError(
-                f"The adapter {adapter} was trained on a quantised base: on unquantised weights it answers otherwise. "
-                f"Use it unmerged with --load_in_4bit true, {accept}"
-            )
-
+        refuse_lossy_merge(adapter, source.base, quantized)
+    tokenizer = load_tokenizer(source)
+    check_model(source, tokenizer)
     model_args = ModelConfig(dtype="float32")
-    if source.peft_config.task_type == "SEQ_CLS":
-        model, tokenizer = load_reward_model(source, model_args)
-    else:
-        model, tokenizer = load_policy(source, model_args), load_tokenizer(source)
+    is_reward_model = source.peft_config.task_type == "SEQ_CLS"
+    model = load_reward_model(source, model_args)[0] if is_reward_model else load_policy(source, model_args)
     if not quantized:
         model.to(source.config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype))
     if name := not_finite(model):

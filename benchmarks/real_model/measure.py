@@ -10,12 +10,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from trl import ModelConfig
 
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.metrics import mean_interval, ratio_interval
-from recipes.evaluation.reward_quality import Pair, reward_model_quality
+from recipes.evaluation.reward_quality import reward_model_quality, share_right
 from recipes.evaluation.rewards import RewardModel, read_pairs
 from recipes.formatting import RowArguments, load_rows
 from recipes.models.sampling import SamplingArguments, generate, load_generator
@@ -63,10 +64,10 @@ def accuracy(folder: Path, dtype: str) -> dict:
     return results
 
 
-def difference(ours: list[Pair], theirs: list[Pair]) -> dict:
+def difference(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict:
     """Accuracy of one model minus another's on the same pairs, `{"mean", "ci95"}`."""
-    change = [a.right - b.right for a, b in zip(ours, theirs, strict=True)]
-    return ratio_interval(change, [1.0] * len(change), [pair.group for pair in ours])
+    change = share_right(ours["margin"]) - share_right(theirs["margin"])
+    return ratio_interval(change, np.ones(len(change)), ours["group"])
 
 
 @torch.no_grad()

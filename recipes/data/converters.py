@@ -1,36 +1,29 @@
 """Converters: functions that turn a row of a schema into a `Dialogue` (demonstrations and prompts) or a `Ranking`.
 
 A pair is a ranking of two. A converter is pure; it raises `RowError` for a wrong row and `Skip` for a correct row that
-is of no use. Functions that return a `Converter` serve several schemas.
+is of no use. One function serves several schemas, as a `partial` with the names of their columns.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from recipes.cli.errors import counted
+from recipes.data.cells import NOTHING, Cells
 from recipes.data.messages import (
     HUMAN_ASSISTANT,
-    NOTHING,
     Messages,
     Roles,
     add_system,
-    as_object,
-    choice,
     conversation,
     is_turns,
-    items,
     message,
     normalise,
-    number,
-    objects,
-    optional_text,
     prompt_messages,
     read_messages,
-    require,
     split_turns,
-    text,
 )
 from recipes.data.rows import RowError, Skip, describe, join_names
 
@@ -64,9 +57,9 @@ class Ranking:
     tools: list | None = None
 
 
-Converter = Callable[[dict, Roles], Dialogue | Ranking]
-Reader = Callable[[dict, str, Roles], Messages]  # of a column
-Verdict = Callable[[dict], tuple[int, float | None]]  # the better of two responses, 0 or 1, and by how much
+Converter = Callable[[Cells, Roles], Dialogue | Ranking]
+Reader = Callable[[Cells, str, Roles], Messages]  # of a column
+Verdict = Callable[[Cells], tuple[int, float | None]]  # the better of two responses, 0 or 1, and by how much
 
 
 def dialogue(column: str) -> Converter:
@@ -74,14 +67,14 @@ def dialogue(column: str) -> Converter:
     return lambda row, roles: Dialogue(conversation(row, column, roles))
 
 
-def conversation_pairs(row: dict, roles: Roles) -> Dialogue:
+def conversation_pairs(row: Cells, roles: Roles) -> Dialogue:
     turns = []
-    for place, pair in objects(row, "conversation"):
-        turns += [message("user", text(pair, f"{place}.input")), message("assistant", text(pair, f"{place}.output"))]
+    for pair in row.objects("conversation"):
+        turns += [message("user", pair.text("input")), message("assistant", pair.text("output"))]
     return Dialogue(turns)
 
 
-def prompt_completion(row: dict, roles: Roles) -> Dialogue:
+def prompt_completion(row: Cells, roles: Roles) -> Dialogue:
     context = prompt_messages(row, "prompt", roles)
     return Dialogue(context + read_messages(row, "completion", roles), len(context))
 
@@ -94,29 +87,25 @@ def answer_to(question: str, answer: str) -> Converter:
     return lambda row, roles: Dialogue(prompt_messages(row, question, roles) + read_messages(row, answer, roles))
 
 
-def guanaco(row: dict, roles: Roles) -> Dialogue:
-    return Dialogue(split_turns(text(row, "text"), "text", re.compile(r"### (Human|Assistant):"), roles))
+def guanaco(row: Cells, roles: Roles) -> Dialogue:
+    return Dialogue(split_turns(row.text("text"), "text", re.compile(r"### (Human|Assistant):"), roles))
 
 
-def joined(row: dict, roles: Roles) -> Dialogue | Ranking:
+def joined(row: Cells, roles: Roles) -> Dialogue | Ranking:
     """Rows as `recipes.data.oasst` and `recipes.data.label_studio` make them."""
     kinds = {"responses": ranking, "completion": prompt_completion, "messages": dialogue("messages")}
     return next((kinds[column] for column in kinds if column in row), prompt("prompt"))(row, roles)
 
 
 def compared(
-    question: str, first: str, second: str, verdict: Verdict, read_prompt: Reader = prompt_messages
-) -> Converter:
+    question: str, first: str, second: str, verdict: Verdict, row: Cells, roles: Roles, read: Reader = prompt_messages
+) -> Ranking:
     """For a prompt and two columns with responses."""
-
-    def convert(row: dict, roles: Roles) -> Ranking:
-        responses = (read_messages(row, column, roles) for column in (first, second))
-        return _compare(row, read_prompt(row, question, roles), responses, verdict)
-
-    return convert
+    responses = (read_messages(row, column, roles) for column in (first, second))
+    return _compare(row, read(row, question, roles), responses, verdict)
 
 
-def _compare(row: dict, prompt: Messages, responses: Iterable[Messages], verdict: Verdict) -> Ranking:
+def _compare(row: Cells, prompt: Messages, responses: Iterable[Messages], verdict: Verdict) -> Ranking:
     """Ranks two responses. Where they are of no use, as in a tie, the prompt still is, to the task "prompt"."""
     try:
         best, margin = verdict(row)
@@ -126,7 +115,7 @@ def _compare(row: dict, prompt: Messages, responses: Iterable[Messages], verdict
     return Ranking(prompt, [second, first] if best else [first, second], [1, 2], margin)
 
 
-def _compare_whole(row: dict, first: Messages, second: Messages, verdict: Verdict) -> Ranking:
+def _compare_whole(row: Cells, first: Messages, second: Messages, verdict: Verdict) -> Ranking:
     """Ranks two whole conversations: the turns that they share are the prompt."""
     shared = 0
     while shared < min(len(first), len(second)) and first[shared] == second[shared]:
@@ -140,20 +129,20 @@ def _compare_whole(row: dict, first: Messages, second: Messages, verdict: Verdic
     return _compare(row, first[:shared], (first[shared:], second[shared:]), verdict)
 
 
-def _chosen(row: dict) -> tuple[int, float | None]:
+def _chosen(row: Cells) -> tuple[int, float | None]:
     """The first is better, with which the scores and the margin that a row declares must agree."""
     margin = None
     for better in filter(_SCORE.fullmatch, row):
         worse = better.replace("chosen", "rejected")
         if not all(isinstance(row.get(column), int | float | str) and row[column] != "" for column in (better, worse)):
             continue  # there is none, or an object of several
-        margin = number(row, better) - number(row, worse)
+        margin = row.number(better) - row.number(worse)
         if margin < 0:
             raise RowError(f"{row[better]} is lower than {worse} {row[worse]}, yet chosen is the better", better)
         if margin == 0:
             raise Skip("tie: equal scores", better)
     if row.get("margin") not in (None, ""):
-        margin = number(row, "margin")
+        margin = row.number("margin")
         if margin < 0:
             raise RowError(f"{row['margin']} says that rejected is the better", "margin")
     return 0, margin
@@ -161,12 +150,11 @@ def _chosen(row: dict) -> tuple[int, float | None]:
 
 def preferences(question: str | None = None) -> Converter:
     """For `chosen` and `rejected`: answers to a question, or whole conversations that share their first turns."""
-    answers = compared(question or "prompt", *_SIDES, _chosen)
 
-    def convert(row: dict, roles: Roles) -> Ranking:
+    def convert(row: Cells, roles: Roles) -> Ranking:
         if not any(_is_whole(row.get(column), roles) for column in _SIDES):
             if question:
-                return answers(row, roles)
+                return compared(question, *_SIDES, _chosen, row, roles)
             raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
         chosen, rejected = (read_messages(row, column, roles) for column in _SIDES)
         result = _compare_whole(row, chosen, rejected, _chosen)
@@ -184,7 +172,7 @@ def _is_whole(value: Any, roles: Roles) -> bool:
     return next((role for role in said if role != "system"), "assistant") != "assistant"
 
 
-def _system_beside(row: dict, column: str, talk: Messages, roles: Roles) -> str:
+def _system_beside(row: Cells, column: str, talk: Messages, roles: Roles) -> str:
     """The system message of the prompt beside a whole conversation, or ""; skips the row if the prompt is another."""
     if row.get(column) in NOTHING:
         return ""
@@ -199,91 +187,88 @@ def _system_beside(row: dict, column: str, talk: Messages, roles: Roles) -> str:
     return system
 
 
-def transcripts(row: dict, roles: Roles) -> Ranking:
-    sides = (split_turns(text(row, column), column, HUMAN_ASSISTANT, roles) for column in _SIDES)
+def transcripts(row: Cells, roles: Roles) -> Ranking:
+    sides = (split_turns(row.text(column), column, HUMAN_ASSISTANT, roles) for column in _SIDES)
     return _compare_whole(row, *sides, _chosen)
 
 
-def _openai_prompt(row: dict, column: str, roles: Roles) -> Messages:
+def _openai_prompt(row: Cells, column: str, roles: Roles) -> Messages:
     """`input` of OpenAI's fine-tuning file for preferences holds the messages and perhaps tools."""
-    asked = as_object(require(row, column), column)
-    if asked.get(f"{column}.tools") not in NOTHING:
-        raise Skip("tool calls are supported for task 'sft' only", f"{column}.tools")
-    return conversation(asked, f"{column}.messages", roles)
+    asked = row.object(column)
+    if asked.get("tools") not in NOTHING:
+        raise Skip("tool calls are supported for task 'sft' only", asked.where("tools"))
+    return conversation(asked, "messages", roles)
 
 
-conversations_preference = compared("conversations", *_SIDES, _chosen, conversation)
-openai_preference = compared("input", "preferred_output", "non_preferred_output", _chosen, _openai_prompt)
+conversations_preference = partial(compared, "conversations", *_SIDES, _chosen, read=conversation)
+openai_preference = partial(
+    compared, "input", "preferred_output", "non_preferred_output", _chosen, read=_openai_prompt
+)
 
 
-def _strength(label: str) -> Verdict:
+def _strength(label: str, row: Cells) -> tuple[int, float]:
     """-3 … -1 for the first response, 1 … 3 for the second, 0 is a tie."""
-
-    def verdict(row: dict) -> tuple[int, float]:
-        value = choice(row, label, range(-3, 4))
-        if value == 0:
-            raise Skip("tie", label)
-        return int(value > 0), abs(value)
-
-    return verdict
+    value = row.choice(label, range(-3, 4))
+    if value == 0:
+        raise Skip("tie", label)
+    return int(value > 0), abs(value)
 
 
-def _helpsteer_prompt(row: dict, column: str, roles: Roles) -> Messages:
+def _better(label: str, row: Cells) -> tuple[int, None]:
+    """The number of the better response."""
+    return row.choice(label, (0, 1)), None
+
+
+def _helpsteer_prompt(row: Cells, column: str, roles: Roles) -> Messages:
     if isinstance(row.get(column), str):
-        return split_turns(text(row, column), column, _HELPSTEER, roles, first="user")
+        return split_turns(row.text(column), column, _HELPSTEER, roles, first="user")
     return prompt_messages(row, column, roles)
 
 
-helpsteer2 = compared("prompt", "response_1", "response_2", _strength("preference_strength"), _helpsteer_prompt)
-helpsteer3 = compared("context", "response1", "response2", _strength("overall_preference"), _helpsteer_prompt)
+_helpsteer = partial(compared, read=_helpsteer_prompt)
+helpsteer2 = partial(_helpsteer, "prompt", "response_1", "response_2", partial(_strength, "preference_strength"))
+helpsteer3 = partial(_helpsteer, "context", "response1", "response2", partial(_strength, "overall_preference"))
+pku_saferlhf = partial(compared, "prompt", "response_0", "response_1", partial(_better, "better_response_id"))
+pku_saferlhf_safer = partial(compared, "prompt", "response_0", "response_1", partial(_better, "safer_response_id"))
+shp = partial(compared, "history", "human_ref_B", "human_ref_A", partial(_better, "labels"))  # 1: A is better
 
 
-def _number_of_better(label: str) -> Verdict:
-    return lambda row: (choice(row, label, (0, 1)), None)
+def _webgpt_question(row: Cells, column: str, roles: Roles) -> Messages:
+    return [message("user", row.object(column).text("full_text"))]
 
 
-pku_saferlhf = compared("prompt", "response_0", "response_1", _number_of_better("better_response_id"))
-pku_saferlhf_safer = compared("prompt", "response_0", "response_1", _number_of_better("safer_response_id"))
-shp = compared("history", "human_ref_A", "human_ref_B", lambda row: (1 - choice(row, "labels", (0, 1)), None))
-
-
-def _webgpt_question(row: dict, column: str, roles: Roles) -> Messages:
-    return [message("user", text(as_object(require(row, column), column), f"{column}.full_text"))]
-
-
-def _webgpt_scores(row: dict) -> tuple[int, float]:
-    margin = number(row, "score_0") - number(row, "score_1")
+def _webgpt_scores(row: Cells) -> tuple[int, float]:
+    margin = row.number("score_0") - row.number("score_1")
     if margin == 0:
         raise Skip("tie: equal scores", "score_0")
     return int(margin < 0), abs(margin)
 
 
-webgpt = compared("question", "answer_0", "answer_1", _webgpt_scores, _webgpt_question)
+webgpt = partial(compared, "question", "answer_0", "answer_1", _webgpt_scores, read=_webgpt_question)
 
 
-def summaries(row: dict, roles: Roles) -> Ranking:
+def summaries(row: Cells, roles: Roles) -> Ranking:
     """The prompt is laid out as in TRL's conversion of this dataset; the post or article is not changed."""
-    info = as_object(require(row, "info"), "info")
-    title, post, article = (optional_text(info, f"info.{key}") for key in ("title", "post", "article"))
-    subreddit = optional_text(info, "info.subreddit")
+    info = row.object("info")
+    title, post, article, subreddit = map(info.optional_text, ("title", "post", "article", "subreddit"))
     if not post and not article:
-        raise Skip("empty text", "info.post")
+        raise Skip("empty text", info.where("post"))
     body = f"POST: {post}" if post else article
     parts = (f"SUBREDDIT: r/{subreddit}" if subreddit and post else "", f"TITLE: {title}" if title else "", body)
     prompt = [message("user", "\n\n".join((*filter(None, parts), "TL;DR:")))]
-    if (count := len(items(row, "summaries"))) != 2:
+    if (count := len(row.entries("summaries"))) != 2:
         raise RowError(f"found {counted(count, 'summary', 'summaries')}, expected 2", "summaries")
-    found = ([message("assistant", text(cells, f"{place}.text"))] for place, cells in objects(row, "summaries"))
-    return _compare(row, prompt, found, _number_of_better("choice"))
+    found = ([message("assistant", summary.text("text"))] for summary in row.objects("summaries"))
+    return _compare(row, prompt, found, partial(_better, "choice"))
 
 
-def arena_conversations(row: dict, roles: Roles) -> Ranking:
+def arena_conversations(row: Cells, roles: Roles) -> Ranking:
     talks = (conversation(row, column, roles) for column in ("conversation_a", "conversation_b"))
     return _compare_whole(row, *talks, _arena_winner)
 
 
-def _arena_winner(row: dict) -> tuple[int, None]:
-    winner = require(row, "winner")
+def _arena_winner(row: Cells) -> tuple[int, None]:
+    winner = row.require("winner")
     if isinstance(winner, str) and re.fullmatch(r"tie( ?\(both ?bad\))?|both_?bad", winner):
         raise Skip("tie" if winner == "tie" else "both bad", "winner")
     if winner not in ("model_a", "model_b"):
@@ -291,12 +276,12 @@ def _arena_winner(row: dict) -> tuple[int, None]:
     return int(winner == "model_b"), None
 
 
-def arena_battles(row: dict, roles: Roles) -> Ranking:
+def arena_battles(row: Cells, roles: Roles) -> Ranking:
     """Prompts and responses are lists of turns, written as JSON."""
-    questions = items(row, "prompt")
+    questions = row.entries("prompt")
     talks = []
     for column in ("response_a", "response_b"):
-        answers = items(row, column)
+        answers = row.entries(column)
         if len(answers) != len(questions):
             raise RowError(f"found {counted(len(answers), 'turn')}, but prompt has {len(questions)}", column)
         turns = []
@@ -306,9 +291,9 @@ def arena_battles(row: dict, roles: Roles) -> Ranking:
     return _compare_whole(row, *talks, _battle_winner)
 
 
-def _battle_winner(row: dict) -> tuple[int, None]:
+def _battle_winner(row: Cells) -> tuple[int, None]:
     labels = ("winner_model_a", "winner_model_b", "winner_tie")
-    flags = [choice(row, label, (0, 1)) for label in labels]
+    flags = [row.choice(label, (0, 1)) for label in labels]
     if sum(flags) != 1:
         raise RowError(f"found {flags} in {join_names(labels)}, expected exactly one 1", labels[0])
     if flags[2]:
@@ -316,54 +301,53 @@ def _battle_winner(row: dict) -> tuple[int, None]:
     return flags[1], None
 
 
-def rankings(column: str, text_key: str, rank_key: str, question: str = "prompt", scores: bool = False) -> Converter:
-    """For a prompt and a list of {text, rank} objects in any order; with `scores`, the highest is the best."""
-
-    def convert(row: dict, roles: Roles) -> Ranking:
-        found = ((cells, f"{place}.{text_key}", f"{place}.{rank_key}") for place, cells in objects(row, column))
-        return _ranked(prompt_messages(row, question, roles), found, scores)
-
-    return convert
+def rankings(
+    question: str, column: str, answer: str, rank: str, row: Cells, roles: Roles, scores: bool = False
+) -> Ranking:
+    """For a prompt and a list of objects with an answer and a rank; with `scores`, the highest is the best."""
+    found = ((cells, answer, rank) for cells in row.objects(column))
+    return _ranked(prompt_messages(row, question, roles), found, scores)
 
 
-ranking = rankings("responses", "text", "rank")
-nectar = rankings("answers", "answer", "rank")
+ranking = partial(rankings, "prompt", "responses", "text", "rank")
+nectar = partial(rankings, "prompt", "answers", "answer", "rank")
 # overall_score holds parsing errors (10 that means 1)
-ultrafeedback = rankings("completions", "response", "fine-grained_score", "instruction", scores=True)
+ultrafeedback = partial(rankings, "instruction", "completions", "response", "fine-grained_score", scores=True)
 
 
-def distilabel(row: dict, roles: Roles) -> Ranking:
+def distilabel(row: Cells, roles: Roles) -> Ranking:
     return _ranked(prompt_messages(row, "instruction", roles), _rated_generations(row), scores=True)
 
 
-def _rated_generations(row: dict) -> Iterator[tuple[dict, str, str]]:
+def _rated_generations(row: Cells) -> Iterator[tuple[Cells, str, str]]:
     """`ratings` has one number for each of `generations`."""
-    generations, ratings = items(row, "generations"), items(row, "ratings")
+    generations, ratings = row.entries("generations"), row.entries("ratings")
     if len(generations) != len(ratings):
         found = f"found {counted(len(ratings), 'rating')} of {counted(len(generations), 'generation')}"
         raise RowError(found, "ratings")
     for index, (generation, rating) in enumerate(zip(generations, ratings, strict=True)):
         answer, score = f"generations[{index}]", f"ratings[{index}]"
-        yield {answer: generation, score: rating}, answer, score
+        yield Cells({answer: generation, score: rating}), answer, score
 
 
-def _ranked(prompt: Messages, found: Iterable[tuple[dict, str, str]], scores: bool) -> Ranking:
-    """Ranks responses, which are cells with the places of a text and of its rank or score."""
+def _ranked(prompt: Messages, found: Iterable[tuple[Cells, str, str]], scores: bool) -> Ranking:
+    """Ranks responses, each with the keys of its text and of its rank or score."""
     result = Ranking(prompt)
     try:
         found = list(found)
     except Skip as skip:
         return Ranking(prompt, dropped=[skip])
     for cells, answer, rank in found:
-        require(cells, answer)
+        cells.require(answer)
         if scores and cells.get(rank) is None:
-            result.dropped.append(Skip("no score", rank))
+            result.dropped.append(Skip("no score", cells.where(rank)))
             continue
         if rank not in cells:
-            raise RowError("missing: rank the responses first, with scripts/rank_responses.py", rank)
-        value = number(cells, rank, text_too=scores)
+            advice = "missing: rank the responses first, with scripts/rank_responses.py"
+            raise RowError(advice, cells.where(rank))
+        value = cells.number(rank, text_too=scores)
         try:
-            result.responses.append([message("assistant", text(cells, answer))])
+            result.responses.append([message("assistant", cells.text(answer))])
             result.ranks.append(value)
         except Skip as skip:
             result.dropped.append(skip)

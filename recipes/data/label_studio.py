@@ -6,7 +6,8 @@ written answer). A task may have several annotations: each becomes a row.
 
 from collections.abc import Iterable, Iterator
 
-from recipes.data.messages import CONTEXT, MEDIA, as_object, decode_json, flag, items, objects, refuse, require
+from recipes.data.cells import Cells, as_object, decode_json
+from recipes.data.messages import CONTEXT, MEDIA, refuse
 from recipes.data.rows import Row, RowError, RowProblem, Skip, describe, join_names
 
 PROMPTS = ("prompt", "instruction", "question", "query", "text")
@@ -17,17 +18,16 @@ def annotations(rows: Iterable[Row], task: str) -> Iterator[Row]:
     """Rows that `converters.joined` reads. The prompt is the mapping's, or the first of `PROMPTS` that is there."""
     for row in rows:
         try:
-            yield from (row._replace(data=found) for found in _annotations(row.read(), task))
+            yield from (row._replace(data=found) for found in _annotations(Cells(row.read()), task))
         except RowProblem as problem:
             yield row._replace(data=problem)
 
 
-def _annotations(row: dict, task: str) -> Iterator[dict | RowProblem]:
+def _annotations(row: Cells, task: str) -> Iterator[dict | RowProblem]:
     if "annotations" in row:
-        found = as_object(require(row, "data"), "data")
-        data = {name.removeprefix("data."): found[name] for name in found}
+        data = Cells(row.object("data"))
     else:
-        data = {name: row[name] for name in row if name not in OWN}
+        data = Cells({name: row[name] for name in row if name not in OWN})
     refuse(data, MEDIA)
     mapped = "annotations" in row and "prompt" in row
     named = None if mapped else next((name for name in PROMPTS if name in data), None)
@@ -40,27 +40,27 @@ def _annotations(row: dict, task: str) -> Iterator[dict | RowProblem]:
         yield prompt
         return
     used = {*CONTEXT, named, *(name for name in data if mapped and data[name] == row["prompt"])}
-    data = {name: data[name] for name in data if name not in used}
+    data = Cells({name: data[name] for name in data if name not in used})
     wanted = ("textarea",) if task == "sft" else ("pairwise", "ranker")
-    for place, found in objects(row, "annotations") if "annotations" in row else [("", data)]:
+    for found in row.objects("annotations") if "annotations" in row else [data]:
         try:
-            results = [result for result in _results(found, place) if result.get("type") in wanted]
+            results = [result for result in _results(found) if result.get("type") in wanted]
             if len(results) != 1:
-                raise Skip(f"found {len(results)} results of {' or '.join(wanted)}, expected one", place or None)
-            yield prompt | _READERS[results[0]["type"]](results[0], data, place)
+                raise Skip(f"found {len(results)} results of {' or '.join(wanted)}, expected one", found.place or None)
+            yield prompt | _READERS[results[0]["type"]](results[0], data, found.place)
         except RowProblem as problem:
             yield problem
 
 
-def _results(found: dict, place: str) -> list[dict]:
+def _results(found: Cells) -> list[dict]:
     """The results, {type, value, to_name}, of an annotation at a place, or in the columns of JSON-MIN.
 
     There a column has the value, or a list of values, of a tag; written texts are plain columns.
     """
-    if place:
-        if flag(found, f"{place}.was_cancelled"):
-            raise Skip("cancelled", place)
-        return [result for result in items(found, f"{place}.result") if isinstance(result, dict)]
+    if found.place:
+        if found.flag("was_cancelled"):
+            raise Skip("cancelled", found.place)
+        return [result for result in found.entries("result") if isinstance(result, dict)]
     kinds, results = {"selected": "pairwise", "ranker": "ranker"}, []
     for name, cell in found.items():
         if isinstance(cell, str) and cell.startswith(("[{", '{"')):  # in CSV
@@ -72,7 +72,7 @@ def _results(found: dict, place: str) -> list[dict]:
 
 
 def _pairwise(result: dict, data: dict, place: str) -> dict:
-    selected = as_object(result.get("value"), place).get(f"{place}.selected")
+    selected = as_object(result.get("value"), place).get("selected")
     if selected not in ("left", "right"):
         raise RowError(f"found {describe(selected)}, expected left or right", place)
     names = str(result.get("to_name", "answer1,answer2")).replace(" ", "").split(",")
@@ -85,7 +85,7 @@ def _pairwise(result: dict, data: dict, place: str) -> dict:
 
 
 def _ranker(result: dict, data: dict, place: str) -> dict:
-    order = as_object(result.get("value"), place).get(f"{place}.ranker")
+    order = as_object(result.get("value"), place).get("ranker")
     if isinstance(order, dict) and len(order) == 1:
         (order,) = order.values()
     if not isinstance(order, list):
@@ -98,7 +98,7 @@ def _ranker(result: dict, data: dict, place: str) -> dict:
 
 
 def _textarea(result: dict, data: dict, place: str) -> dict:
-    text = as_object(result.get("value"), place).get(f"{place}.text")
+    text = as_object(result.get("value"), place).get("text")
     if isinstance(text, list) and len(text) == 1:
         (text,) = text
     if not isinstance(text, str):

@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from recipes.data.cells import NOTHING
 from recipes.data.columns import MEANINGFUL
-from recipes.data.messages import CONTEXT, NOTHING, ROLES, is_turns
+from recipes.data.messages import CONTEXT, ROLES, is_turns
 from recipes.data.rows import DECODER, DataError, RowError, describe, join_names
 
 

@@ -1,17 +1,16 @@
-"""Functions that converters are written with: they read the cells of a row and make messages out of them.
+"""Functions that converters are written with: they make messages out of the cells of a row.
 
-Each takes the name of the column that it reads, so that errors and skips can name it. The contents of messages are
-never changed; texts that become messages only lose outer whitespace.
+The contents of messages are never changed; texts that become messages only lose outer whitespace.
 """
 
 import json
-import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
-from recipes.data.rows import RowError, Skip, check_surrogates, describe, join_names
+from recipes.data.cells import NOTHING, Cells
+from recipes.data.rows import RowError, Skip, describe, join_names
 
 Messages = list[dict[str, Any]]
 Roles = Mapping[str, str]
@@ -35,98 +34,7 @@ SPEAKER = {"role", "from"}
 MESSAGE = "expected a message {role, content} or {from, value}"
 
 CONTEXT = ("system", "system_prompt", "history")  # columns that come before a conversation, whatever its schema is
-NOTHING = (None, "", "null", [], "[]", {}, "{}")
-FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-
-
-def require(row: dict, column: str) -> Any:
-    """The value of a column that has to be there."""
-    if column not in row:
-        raise RowError(f"missing; there are {join_names(row) or 'no columns'}", column)
-    return row[column]
-
-
-def text(row: dict, column: str) -> str:
-    """A required text without outer whitespace; an empty one skips the row."""
-    require(row, column)
-    value = optional_text(row, column)
-    if not value:
-        raise Skip("empty text", column)
-    return value
-
-
-def optional_text(row: dict, column: str) -> str:
-    value = row.get(column)
-    if value is not None and not isinstance(value, str):
-        raise RowError(f"found {describe(value)}, expected text", column)
-    return (value or "").strip()
-
-
-def decode_json(value: Any, column: str, kind: str) -> Any:
-    """A list or an object, which is JSON text in formats that have neither (CSV)."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowError(f"found {describe(value)}, expected {kind} (as JSON)", column) from None
-        check_surrogates(value, column)
-    return value
-
-
-def items(row: dict, column: str) -> list:
-    """A required list."""
-    value = decode_json(require(row, column), column, "a list")
-    if value in (None, "", []):
-        raise Skip("empty list", column)
-    if not isinstance(value, list):
-        raise RowError(f"found {describe(value)}, expected a list", column)
-    return value
-
-
-def as_object(value: Any, column: str) -> dict:
-    """An object inside a row, to be read like a row: its keys become full places such as `answers[0].rank`."""
-    value = decode_json(value, column, "an object")
-    if not isinstance(value, dict):
-        raise RowError(f"found {describe(value)}, expected an object", column)
-    return {f"{column}.{key}": item for key, item in value.items()}
-
-
-def objects(row: dict, column: str) -> Iterator[tuple[str, dict]]:
-    """The objects of a required list, to be read like rows, each with its place, such as `answers[0]`."""
-    for index, item in enumerate(items(row, column)):
-        place = f"{column}[{index}]"
-        yield place, as_object(item, place)
-
-
-def number(row: dict, column: str, text_too: bool = True) -> float:
-    """A required number. With `text_too` it may be written as text, as all numbers in CSV are."""
-    value = found = require(row, column)
-    if isinstance(value, str) and text_too:
-        with suppress(ValueError):
-            found = float(value)
-    with suppress(OverflowError):  # an integer beyond all floats
-        if isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found):
-            return found
-    raise RowError(f"found {describe(value)}, expected a number", column)
-
-
-def flag(row: dict, column: str) -> bool | None:
-    """An optional yes or no, which may be written as text, as in CSV."""
-    value = row.get(column)
-    found = FLAGS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
-    if found is None and value not in (None, ""):
-        raise RowError(f"found {describe(value)}, expected true or false", column)
-    return found
-
-
-def choice(row: dict, column: str, options: Collection[int]) -> int:
-    """A required whole number out of a few."""
-    value = require(row, column)
-    found = int(value) if isinstance(value, bool) else number(row, column)
-    if found not in options:
-        raise RowError(f"found {describe(value)}, expected one of {join_names(options)}", column)
-    return int(found)
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -150,7 +58,7 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
             raise RowError(f"{found}; or map it: roles.NAME=user", f"{where}.{role_key}")
         if not isinstance(content, str):
             content = _joined_text(content, f"{where}.{content_key}")
-        extras = _extras(turn, role, where) if len(turn) > 2 or content_key not in turn else {}
+        extras = _extras(Cells(turn, where), role) if len(turn) > 2 or content_key not in turn else {}
         if name == "function_call":
             content, extras = "", {"tool_calls": _tool_calls(content, f"{where}.{content_key}")}
         if content.strip() or "tool_calls" in extras or role == "tool":
@@ -160,10 +68,10 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
     return result
 
 
-def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
+def _extras(turn: Cells, role: str) -> dict[str, Any]:
     """The other keys of a message that chat templates know, if they are not empty; `weight` 0 if it is not learned."""
-    refuse(turn, UNUSABLE, f"{where}.")
-    masked = role == "assistant" and not_learned(turn, LEARNED | MASKED, f"{where}.")
+    refuse(turn, UNUSABLE)
+    masked = role == "assistant" and not_learned(turn, LEARNED | MASKED)
     result: dict[str, Any] = {"weight": 0} if masked else {}
     for key, kind in EXTRAS.items():
         value = turn.get(key)
@@ -171,26 +79,23 @@ def _extras(turn: dict, role: str, where: str) -> dict[str, Any]:
             continue
         if not isinstance(value, kind) or (kind is list and not all(isinstance(call, dict) for call in value)):
             wanted = "a list of objects" if kind is list else "text"
-            raise RowError(f"found {describe(value)}, expected {wanted}", f"{where}.{key}")
+            raise RowError(f"found {describe(value)}, expected {wanted}", turn.where(key))
         result[key] = value
     if "tool_calls" not in result and turn.get("function_call"):  # OpenAI's older form
-        result["tool_calls"] = _tool_calls(turn["function_call"], f"{where}.function_call")
+        result["tool_calls"] = _tool_calls(turn["function_call"], turn.where("function_call"))
     return result
 
 
-def refuse(values: dict, keys: set[str], where: str = "") -> None:
-    """Skips a row that has one of the keys (or whose message at `where` has it): it must not be ignored."""
-    for key in sorted(keys & values.keys()):
-        if values.get(key) not in (*NOTHING, False):
-            raise Skip(f"{key} cannot be used", f"{where}{key}")
+def refuse(cells: Cells, keys: set[str]) -> None:
+    """Skips a row that has one of the keys, in itself or in a message: it must not be ignored."""
+    for key in sorted(keys & cells.keys()):
+        if cells[key] not in (*NOTHING, False):
+            raise Skip(f"{key} cannot be used", cells.where(key))
 
 
-def not_learned(values: dict, keys: set[str], where: str = "") -> str | None:
-    """The first of the keys that says not to learn from a row (or from its message at `where`)."""
-    for key in sorted(keys & values.keys()):
-        if flag({where + key: values[key]}, where + key) is (key in MASKED):
-            return where + key
-    return None
+def not_learned(cells: Cells, keys: set[str]) -> str | None:
+    """The first of the keys that says not to learn from a row or a message."""
+    return next((key for key in sorted(keys & cells.keys()) if cells.flag(key) is (key in MASKED)), None)
 
 
 def has_weights(messages: Messages) -> bool:
@@ -208,13 +113,12 @@ def _joined_text(content: Any, where: str) -> str:
         return ""
     texts = []
     for block in content if isinstance(content, list) else [content]:
-        block = block if isinstance(block, dict) else {}
-        media = [key for key in sorted(MEDIA & block.keys()) if block[key] not in NOTHING]
-        if block.get("type") != "text" or media or not isinstance(block.get("text"), str):
-            what = f"a block of type {block['type']!r}" if "type" in block else describe(content)
-            what += f" with {media[0]}" if media else ""
+        cells = block if isinstance(block, dict) else {}
+        media = any(cells[key] not in NOTHING for key in MEDIA & cells.keys())
+        if cells.get("type") != "text" or media or not isinstance(cells.get("text"), str):
+            what = f"a block of type {cells['type']!r}" if "type" in cells else describe(block)
             raise RowError(f"found {what}, expected text or a list of text blocks", where)
-        texts.append(block["text"])
+        texts.append(cells["text"])
     return "".join(texts)
 
 
@@ -258,21 +162,23 @@ def check_order(messages: Messages, column: str | None = None) -> None:
         raise Skip("no user turn", column)
 
 
-def conversation(row: dict, column: str, roles: Roles) -> Messages:
+def conversation(row: Cells, column: str, roles: Roles) -> Messages:
     """A column that holds a list of messages."""
-    return normalise(items(row, column), column, roles)
+    return normalise(row.entries(column), row.where(column), roles)
 
 
-def read_messages(row: dict, column: str, roles: Roles, text_role: str = "assistant") -> Messages:
+def read_messages(row: Cells, column: str, roles: Roles, text_role: str = "assistant") -> Messages:
     """A column that holds a text (the message of `text_role`), one message or a list of messages."""
-    value = require(row, column)
+    value = row.require(column)
     if isinstance(value, list):
         return conversation(row, column, roles)
     if isinstance(value, dict):
         return normalise([value], column, roles)
     if json_messages(value) is not None:
-        raise RowError("found messages written as JSON text, expected the list itself (json.loads gives it)", column)
-    return [message(text_role, text(row, column))]
+        raise RowError(
+            "found messages written as JSON text, expected the list itself (json.loads gives it)", row.where(column)
+        )
+    return [message(text_role, row.text(column))]
 
 
 def json_messages(value: Any) -> list | dict | None:
@@ -287,7 +193,7 @@ def json_messages(value: Any) -> list | dict | None:
     return None
 
 
-def prompt_messages(row: dict, column: str, roles: Roles) -> Messages:
+def prompt_messages(row: Cells, column: str, roles: Roles) -> Messages:
     """The messages of a prompt column.
 
     A text is one user message, unless it is a transcript "\\n\\nHuman: …\\n\\nAssistant:" that ends before the answer.
@@ -295,7 +201,7 @@ def prompt_messages(row: dict, column: str, roles: Roles) -> Messages:
     """
     value = row.get(column)
     if isinstance(value, str) and column in ("instruction", "question"):
-        parts = (text(row, column), optional_text(row, "input"), optional_text(row, "context"))
+        parts = (row.text(column), row.optional_text("input"), row.optional_text("context"))
         return [message("user", "\n\n".join(filter(None, parts)))]
     if isinstance(value, str) and value.startswith("\n\nHuman:") and value.rstrip().endswith("\n\nAssistant:"):
         transcript = value.rstrip().removesuffix("Assistant:")
@@ -314,21 +220,22 @@ def add_system(messages: Messages, system: str, column: str) -> Messages:
     return messages
 
 
-def in_context(row: dict, messages: Messages, own: Collection[str] = ()) -> Messages:
+def in_context(row: Cells, messages: Messages, own: Collection[str] = ()) -> Messages:
     """Messages after the row's optional `system` (or `system_prompt`) and `history` of [user, assistant] texts.
 
     `own` columns are those that the schema reads itself.
     """
     for column in ("system", "system_prompt"):
         if column not in own:
-            messages = add_system(messages, optional_text(row, column), column)
+            messages = add_system(messages, row.optional_text(column), column)
     history = []
-    for index, pair in enumerate([] if "history" in own or row.get("history") in NOTHING else items(row, "history")):
+    pairs = [] if "history" in own or row.get("history") in NOTHING else row.entries("history")
+    for index, pair in enumerate(pairs):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError(f"found {describe(pair)}, expected [user text, assistant text]", f"history[{index}]")
         for role, said in zip(("user", "assistant"), pair, strict=True):
             where = f"history[{index}][{len(history) % 2}]"
-            history.append(message(role, text({where: said}, where)))
+            history.append(message(role, Cells({where: said}).text(where)))
     start = 1 if messages and messages[0]["role"] == "system" else 0
     return messages[:start] + history + messages[start:]
 

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from math import inf
 
-from recipes.data.messages import flag, number, require
+from recipes.data.cells import Cells
 from recipes.data.rows import Row, RowError, RowProblem, Skip, describe
 
 
@@ -19,7 +19,7 @@ def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:
     replies: dict[str | None, list[Row]] = defaultdict(list)  # to a message; those to none begin a tree
     for row in rows:
         try:
-            _check(row.read())
+            _check(Cells(row.read()))
         except RowProblem as problem:
             yield row._replace(data=problem)
         else:
@@ -44,20 +44,20 @@ def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:
         yield row._replace(data=Skip("a reply to a message that is not there", "parent_id"))
 
 
-def _check(data: dict) -> None:
+def _check(data: Cells) -> None:
     for column in ("message_id", "parent_id", "role", "text"):
-        value = require(data, column)
+        value = data.require(column)
         if not isinstance(value, str) and (column, value) != ("parent_id", None):
             raise RowError(f"found {describe(value)}, expected text", column)
     _rank(data)
-    if flag(data, "deleted"):
+    if data.flag("deleted"):
         raise Skip("deleted", "deleted")
-    if flag(data, "review_result") is False:
+    if data.flag("review_result") is False:
         raise Skip("failed review", "review_result")
 
 
 def _rank(data: dict, default: float | None = None) -> float | None:
-    return default if data.get("rank") in (None, "") else number(data, "rank")
+    return default if data.get("rank") in (None, "") else Cells(data).number("rank")
 
 
 def _turn(row: Row) -> dict:

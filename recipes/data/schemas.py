@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from recipes.data import converters as convert
+from recipes.data.cells import Cells
 from recipes.data.converters import Converter
 from recipes.data.label_studio import annotations
 from recipes.data.mapping import suggest_mapping
@@ -45,7 +46,7 @@ class Schema:
             if self.missing(row.keys()):
                 continue
             try:
-                self.convert(row, roles)
+                self.convert(Cells(row), roles)
                 read += 1
             except RowError:
                 wrong += 1

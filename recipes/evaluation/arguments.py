@@ -1,17 +1,22 @@
 """What is evaluated and how: the arguments of scripts/evaluate.py, and the samples they ask for."""
 
 import inspect
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from transformers.trainer_utils import sort_checkpoints
 
 from recipes.cli.arguments import import_function
 from recipes.cli.errors import UserError
-from recipes.evaluation.policies import PolicySpec, checkpoints, named_paths
+from recipes.evaluation.policies import PolicySpec
 from recipes.models.sampling import SamplingArguments
 
-# Names of figures that a judge's scores stand beside in report.json, and of other judges.
+# Names that stand beside a judge's: of figures in report.json, of other judges, and of columns of responses.
 TAKEN = set(
     "reward reward_model people n kl kl_with_ties ci95 length entropy truncated distinct_1 distinct_2 difference "
-    "share_of_gain gain_over_best_of_n beta se effective_samples temperature run step".split()
+    "share_of_gain gain_over_best_of_n beta se effective_samples temperature run step "
+    "prompt text token_ids logps ref_logps k1 k3".split()
 )
 
 
@@ -79,33 +84,64 @@ class EvaluationArguments(SamplingArguments):
                 raise UserError(f"--{flag} {name} is not among --policies {', '.join(names)}.")
         if self.headline == self.reference and len(names) > 1:
             raise UserError(f"--headline {self.headline} is what the others are compared with: name another policy.")
-        self._check_judges()
-
-    def _check_judges(self) -> None:
-        """Before anything is sampled: each can be called, and has a name of its own."""
-        names = set(TAKEN)
+        self.judges_by_name: dict[str, str] = {}
         for path in self.judges:
-            name = path.rpartition(".")[2]
-            if name in names:
-                raise UserError(f"--judges {path}: the report has a figure {name} already: rename the function.")
-            names.add(name)
-            judge = import_function(path, "--judges")
-            try:
-                inspect.signature(judge).bind(prompts=[], completions=[], completion_ids=[])
-            except TypeError as error:
-                raise UserError(
-                    f"--judges {path}: {error}. Its signature has to be f(prompts, completions, **kwargs)."
-                ) from error
+            self._add_judge(path.rpartition(".")[2], path)
+
+    def _add_judge(self, name: str, path: str) -> None:
+        """Before anything is sampled: it can be called, and has a name of its own."""
+        if name in TAKEN or name in self.judges_by_name:
+            raise UserError(f"--judges {path}: the report has a figure {name} already: rename the function.")
+        self.judges_by_name[name] = path
+        judge = import_function(path, "--judges")
+        try:
+            inspect.signature(judge).bind(prompts=[], completions=[], completion_ids=[])
+        except TypeError as error:
+            advice = "Its signature has to be f(prompts, completions, **kwargs)."
+            raise UserError(f"--judges {path}: {error}. {advice}") from error
 
     def plan(self) -> list[PolicySpec]:
         """Everything that is sampled: the policies, the sharpened reference, the checkpoints."""
-        plan = [PolicySpec(name, path, self.num_generations, self.temperature) for name, path in self.paths.items()]
-        place = list(self.paths).index(self.reference)
-        plan[place] = replace(plan[place], num_generations=max(self.best_of_n, self.num_generations))
+        specs = []
+        for name, path in self.paths.items():
+            count = max(self.best_of_n, self.num_generations) if name == self.reference else self.num_generations
+            specs.append(PolicySpec(name, path, count, self.temperature))
+        reference = specs[list(self.paths).index(self.reference)]
         sharper = [temperature for temperature in self.temperatures if temperature != self.temperature]
-        plan += [plan[place].at(temperature, self.curve_generations) for temperature in sharper]
+        specs += [reference.at(temperature, self.curve_generations) for temperature in sharper]
         for run, folder in self.runs.items():
             for step, path in checkpoints(folder, self.num_checkpoints):
                 name = f"{run}@step{step}"
-                plan.append(PolicySpec(name, path, self.curve_generations, self.temperature, run, step))
-        return plan
+                specs.append(PolicySpec(name, path, self.curve_generations, self.temperature, run, step))
+        return specs
+
+
+def checkpoints(run: str, count: int) -> list[tuple[int, str]]:
+    """`(step, folder)` of up to `count` checkpoints of a training run, spread evenly, the last one included.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sort_checkpoints(run)
+    if not found:
+        raise UserError(f"--checkpoints {run}: there is no checkpoint-N folder in it: train with --save_steps.")
+    count = min(count, len(found))
+    chosen = [found[round((number + 1) * len(found) / count) - 1] for number in range(count)]
+    return [(int(path.rpartition("-")[2]), path) for path in chosen]
+
+
+def named_paths(flag: str, items: Iterable[str]) -> dict[str, str]:
+    """`name=path` items as a dictionary in their order.
+
+    Raises:
+        UserError: an item has another form, or a name is given twice.
+    """
+    paths: dict[str, str] = {}
+    for item in items:
+        name, _, path = item.partition("=")
+        if not path or not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"{flag} {item}: write it as NAME=PATH, the name of letters, digits, dots, _ and -.")
+        if name in paths:
+            raise UserError(f"{flag}: the name {name} is given twice.")
+        paths[name] = path
+    return paths

@@ -1,8 +1,8 @@
 """Reward against KL: best-of-n, the best that any policy can do at a KL, and over-optimisation curves.
 
-All from N samples of the reference for each of P prompts and their rewards (P, N). Figures are per prompt, (P,) or
-(P, M) for M points of a curve, so that `recipes.evaluation.metrics` can average them and give intervals. KL is
-KL(policy || reference) of whole responses, in nats.
+All from N samples of the reference for each of P prompts and their rewards (P, N). A curve is a dictionary of columns
+(P, M): a value for each prompt at each of its M points, so that `recipes.evaluation.metrics` can average them and give
+intervals. KL is KL(policy || reference) of whole responses, in nats.
 """
 
 from math import comb
@@ -12,6 +12,7 @@ import numpy as np
 from recipes.evaluation.metrics import interval, prompt_draws
 
 ENOUGH = 5.0  # effective samples a prompt below which a point of the frontier is called uncertain
+Curve = dict[str, np.ndarray]
 
 
 def best_of_n_kl(n: int) -> float:
@@ -29,7 +30,7 @@ def best_of_n_kl_with_ties(rewards: np.ndarray, n: int) -> np.ndarray:
     level or less, and nothing within the level: KL = sum over levels of q log(q / p).
     """
     kls = []
-    for row in np.asarray(rewards, dtype=np.float64):
+    for row in rewards:
         _, counts = np.unique(row, return_counts=True)
         p = counts / len(row)
         upto = np.cumsum(p)
@@ -44,12 +45,9 @@ def best_of_n(rewards: np.ndarray, n: int, values: np.ndarray | None = None) -> 
     The i-th smallest of N is the largest of n drawn without replacement with probability C(i-1, n-1) / C(N, n).
     With `values` (P, N): their mean on the response that the reward picks, ties picked at random.
     """
-    rewards = np.asarray(rewards, dtype=np.float64)
     size = rewards.shape[1]
-    if not 1 <= n <= size:
-        raise ValueError(f"best of {n} cannot be estimated from {size}")
     weights = np.array([comb(place, n - 1) / comb(size, n) for place in range(size)])
-    values = rewards if values is None else np.asarray(values, dtype=np.float64)
+    values = rewards if values is None else values
     return np.array([_mean_of_ties(*row) @ weights for row in zip(rewards, values, strict=True)])
 
 
@@ -59,7 +57,7 @@ def _mean_of_ties(rewards: np.ndarray, values: np.ndarray) -> np.ndarray:
     return (np.bincount(level, weights=values) / np.bincount(level))[np.sort(level)]
 
 
-def tilted(rewards: np.ndarray, betas: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def tilted(rewards: np.ndarray, betas: np.ndarray, scores: Curve) -> Curve:
     """The policy with the highest reward at its KL, `pi_ref(y) exp(r(y) / beta) / Z`, by importance weighting.
 
     Samples of the reference get the weights `softmax(r / beta)`; then reward = sum w r and KL = sum w log(N w). Both
@@ -84,7 +82,7 @@ def tilted(rewards: np.ndarray, betas: np.ndarray, scores: dict[str, np.ndarray]
     return corrected | {"effective_samples": whole["effective_samples"]}
 
 
-def _tilted(rewards: np.ndarray, betas: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _tilted(rewards: np.ndarray, betas: np.ndarray, scores: Curve) -> Curve:
     logits = rewards[:, None] / betas[:, None]  # (P, M, N)
     logits -= logits.max(-1, keepdims=True)
     log_weights = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -98,7 +96,7 @@ def _tilted(rewards: np.ndarray, betas: np.ndarray, scores: dict[str, np.ndarray
 
 def beta_grid(rewards: np.ndarray) -> np.ndarray:
     """Betas (32,) from hardly any tilt to almost the best sample, scaled by the spread of rewards to a prompt."""
-    spread = float(np.asarray(rewards).std(1).mean())
+    spread = float(rewards.std(1).mean())
     return (spread if spread > 0 else 1.0) * np.geomspace(20.0, 0.02, 32)
 
 
@@ -121,54 +119,51 @@ def gain_at_equal_kl(
         each `{"mean", "ci95"}`, over the same drawn prompts; "kl"; "beyond": the curve ends before the policy's KL,
         and its last point is taken.
     """
-    rows = np.column_stack([*policy, reference])
-    weights = np.vstack([np.full((1, len(rows)), 1 / len(rows)), prompt_draws(len(rows))])
-    kl, reward, start = (weights @ rows).T
+    prompts = len(reference)
+    weights = np.vstack([np.full(prompts, 1 / prompts), prompt_draws(prompts)])  # the mean, then the draws
+    kl, reward, start = (weights @ part for part in (*policy, reference))
     curve_kl, curve_reward = (weights @ part for part in curve)
-    distance, curve_distance = np.sqrt(kl.clip(min=0)), np.sqrt(curve_kl.clip(min=0))
-    order = np.argsort(curve_distance, axis=1)
-    at_kl = np.array(
-        [
-            np.interp(x, np.concatenate([[0.0], xs[places]]), np.concatenate([[y0], ys[places]]))
-            for x, y0, xs, ys, places in zip(distance, start, curve_distance, curve_reward, order, strict=True)
-        ]
-    )
-    possible = at_kl - start
+    distance = np.sqrt(kl.clip(min=0))
+    distances = np.column_stack([np.zeros_like(start), np.sqrt(curve_kl.clip(min=0))])
+    rewards = np.column_stack([start, curve_reward])
+    order = np.argsort(distances, axis=1, kind="stable")
+    distances, rewards = (np.take_along_axis(part, order, axis=1) for part in (distances, rewards))
+    at_kl = np.array([np.interp(*row) for row in zip(distance, distances, rewards, strict=True)])
+    difference, possible = reward - at_kl, at_kl - start
     share = np.divide(reward - start, possible, out=np.full_like(possible, np.nan), where=possible > 0)
-    difference, known = reward - at_kl, np.isfinite(share)
-    is_known = known[0] and known[1:].mean() >= 0.975
-    drawn = interval(share[1:][known[1:]], len(rows)) if is_known else None
+    known = np.isfinite(share)
+    found = None
+    if known[0] and known[1:].mean() >= 0.975:
+        found = {"mean": float(share[0]), "ci95": interval(share[1:][known[1:]], prompts)}
     return {
-        "difference": {"mean": float(difference[0]), "ci95": interval(difference[1:], len(rows))},
-        "share": {"mean": float(share[0]), "ci95": drawn} if is_known else None,
+        "difference": {"mean": float(difference[0]), "ci95": interval(difference[1:], prompts)},
+        "share": found,
         "kl": float(kl[0]),
         "beyond": bool(kl[0] > curve_kl[0].max()),
     }
 
 
-def fit_over_optimization(kl: np.ndarray, gain: np.ndarray, form: str) -> dict:
-    """Least-squares fit of the curves of Gao et al. (2210.10760) to gains in reward over the reference.
+def _over_optimization_terms(kl: np.ndarray, form: str) -> np.ndarray:
+    """What alpha and beta are multiplied with in the curves of Gao et al. (2210.10760), at KL (M,) above 0: (M, 2).
 
     With d = sqrt(KL): "bon" is d (alpha - beta d), "rl" is d (alpha - beta log d).
+    """
+    d = np.sqrt(kl)
+    return np.column_stack([d, -d * (d if form == "bon" else np.log(d))])
 
-    Args:
-        kl, gain: (M,), M >= 2 points with KL > 0.
+
+def fit_over_optimization(kl: np.ndarray, gain: np.ndarray, form: str) -> dict:
+    """Least-squares fit of a curve of Gao et al. to gains in reward over the reference, at two or more KLs above 0.
+
     Returns:
         "form", "alpha", "beta", and "residual", the root mean square of what the curve leaves.
     """
-    kl, gain = np.asarray(kl, dtype=np.float64), np.asarray(gain, dtype=np.float64)
-    known = kl > 0
-    if known.sum() < 2:
-        raise ValueError("an over-optimisation curve needs two points with KL above 0")
-    kl, gain = kl[known], gain[known]
-    d = np.sqrt(kl)
-    design = np.column_stack([d, -d * d if form == "bon" else -d * np.log(d)])
-    (alpha, beta), *_ = np.linalg.lstsq(design, gain, rcond=None)
-    residual = float(np.sqrt(np.mean((design @ [alpha, beta] - gain) ** 2)))
-    return {"form": form, "alpha": float(alpha), "beta": float(beta), "residual": residual}
+    terms = _over_optimization_terms(kl, form)
+    fit, *_ = np.linalg.lstsq(terms, gain, rcond=None)
+    residual = float(np.sqrt(np.mean((terms @ fit - gain) ** 2)))
+    return {"form": form, "alpha": float(fit[0]), "beta": float(fit[1]), "residual": residual}
 
 
 def over_optimization_curve(kl: np.ndarray, fit: dict) -> np.ndarray:
     """The fitted gain (M,) at KL (M,) above 0."""
-    d = np.sqrt(np.asarray(kl, dtype=np.float64))
-    return d * (fit["alpha"] - fit["beta"] * (d if fit["form"] == "bon" else np.log(d)))
+    return _over_optimization_terms(kl, fit["form"]) @ [fit["alpha"], fit["beta"]]

@@ -6,14 +6,13 @@ samples, then the reward model scores them.
 
 import asyncio
 import inspect
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from itertools import islice
+from functools import cached_property, partial
 
 import numpy as np
+import pandas as pd
 from trl import ModelConfig
 
 from recipes.cli.arguments import import_function
@@ -21,12 +20,12 @@ from recipes.cli.errors import UserError, counted
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.metrics import kl_k1, kl_k3
 from recipes.evaluation.parts import Parts, fingerprint, identity
-from recipes.evaluation.policies import Conversation, PolicySpec, Sample, token_log_probs, with_prompts
+from recipes.evaluation.policies import Conversation, PolicySpec, token_log_probs
 from recipes.evaluation.rewards import RewardModel
 from recipes.models.heads import base_of
 from recipes.models.loading import check_policy
-from recipes.models.sampling import LoadingArguments, Prompt, Response, check_lengths, load_generator, sample
-from recipes.models.source import resolve_model
+from recipes.models.sampling import LoadingArguments, Prompt, check_lengths, load_generator, sample
+from recipes.models.source import ModelSource, resolve_model
 from recipes.models.tokenization import load_tokenizer
 from recipes.trainers.fast.drop_finished import DropFinishedSampler
 from recipes.trainers.reward_functions import check_rewards
@@ -34,41 +33,51 @@ from recipes.trainers.reward_functions import check_rewards
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of the samples of one policy, as arrays (prompts, responses).
+    """A policy and its responses.
 
     Args:
-        k1, k3: estimates of KL to the reference per response, in nats; `None` where the vocabularies differ, or where
-            it is infinite because the policy was decoded greedily.
-        scores: "reward", the reward model's, and each Python judge's by its name.
+        responses: a row each, those to one prompt together: `prompt`, its number; `text`, `token_ids`; `length`, in
+            tokens, `truncated`, `entropy`; `k1`, `k3`: estimates of KL to the reference in nats, NaN where the
+            vocabularies differ, or where it is infinite because the policy was decoded greedily; and the scores.
+        judges: columns with scores: "reward", of the reward model, and the names of the Python judges.
     """
 
     spec: PolicySpec
-    samples: list[list[Sample]]
-    k1: np.ndarray | None
-    k3: np.ndarray | None
-    scores: dict[str, np.ndarray]
+    responses: pd.DataFrame
+    judges: list[str]
+
+    def array(self, column: str) -> np.ndarray:
+        """A column as (prompts, responses)."""
+        return self.responses[column].to_numpy(np.float64).reshape(self.responses["prompt"].nunique(), -1)
+
+    @cached_property
+    def scores(self) -> dict[str, np.ndarray]:
+        return {name: self.array(name) for name in self.judges}
 
     @property
     def reward(self) -> np.ndarray:
         return self.scores["reward"]
 
-    def each(self, what: Callable[[Sample], float]) -> np.ndarray:
-        return np.array([[what(sample) for sample in group] for group in self.samples], dtype=np.float64)
+    @property
+    def k1(self) -> np.ndarray | None:
+        return None if self.responses["k1"].isna().any() else self.array("k1")
+
+    @property
+    def first_texts(self) -> list[str]:
+        """The first response to each prompt."""
+        return self.responses.groupby("prompt")["text"].first().tolist()
 
 
 class Evaluation:
     """Policies on prompts, with the parts of it that are on disk."""
 
     def __init__(self, args: EvaluationArguments, model_args: ModelConfig, prompts: list[Prompt], reward: RewardModel):
-        self.args, self.model_args, self.reward = args, model_args, reward
-        self.prompts = prompts
+        self.args, self.model_args, self.prompts, self.reward = args, model_args, prompts, reward
         self.conversations: list[Conversation] = [prompt.messages for prompt in prompts]
         self.parts = Parts(args.output_dir)
         self.common = {
             "prompts": fingerprint(self.conversations),
-            "max_completion_length": args.max_completion_length,
-            "seed": args.seed,
-            "generation_batch_size": args.generation_batch_size,
+            **{name: getattr(args, name) for name in ("max_completion_length", "seed", "generation_batch_size")},
             **{field.name: getattr(model_args, field.name) for field in fields(LoadingArguments)},
         }
         self.plan = args.plan()
@@ -79,35 +88,33 @@ class Evaluation:
         """Everything of a plan, by name and in its order; by default of `EvaluationArguments.plan`."""
         plan = self.plan if plan is None else plan
         self.check(plan)
-        samples, ref_logps, measured = {}, {}, {}
+        tables = {}
         for spec in sorted(plan, key=lambda spec: spec.path):  # so that each model is loaded once
-            groups = self.parts.get(f"samples-{spec.name}", self.made_from(spec), partial(self.draw, spec))
-            samples[spec.name] = [[Sample(**row) for row in group] for group in groups]
+            rows = self.parts.get(f"samples-{spec.name}", self.made_from(spec), partial(self.draw, spec))
+            tables[spec.name] = pd.DataFrame(rows)
         for spec in plan:
-            made_from = self.made_from(spec) | {"reference": self.made_from(self.reference)}
-            find = partial(self.reference_logps, spec, samples[spec.name])
-            ref_logps[spec.name] = self.parts.get(f"reference-{spec.name}", made_from, find)
+            table, made_from = tables[spec.name], self.made_from(spec) | {"reference": self.made_from(self.reference)}
+            find = partial(self.reference_logps, spec, table)
+            table["ref_logps"] = self.parts.get(f"reference-{spec.name}", made_from, find)
         self.loaded = (None, None, None)
-        known: dict[str, dict] = defaultdict(dict)  # by what scores, the score of each response
         for spec in plan:
-            groups = samples[spec.name]
-            made_from = self.made_from(spec) | {"reward model": self.reward.made_from}
-            score = partial(self.reward.rewards, self.conversations, groups)
-            rewards = self.parts.get(f"rewards-{spec.name}", made_from, score)
-            k1, k3 = (estimates(which, groups, ref_logps[spec.name]) for which in (kl_k1, kl_k3))
-            texts = [[sample.text for sample in group] for group in groups]
-            whole = [[(sample.text, *sample.token_ids) for sample in group] for group in groups]
-            scores = {"reward": same_for_same(rewards, texts, known["reward"])}
-            for path in self.args.judges:
-                name, judged = path.rpartition(".")[2], judge_scores(path, self.conversations, groups)
-                scores[name] = same_for_same(judged, whole, known[name])
-            measured[spec.name] = Measured(spec, groups, k1, k3, scores)
-        return measured
+            table, made_from = tables[spec.name], self.made_from(spec) | {"reward model": self.reward.made_from}
+            score = partial(self.reward.rewards, self.conversations, table)
+            table["reward"] = self.parts.get(f"rewards-{spec.name}", made_from, score)
+        responses = pd.concat({spec.name: tables[spec.name] for spec in plan})
+        responses["length"], responses["truncated"] = responses["token_ids"].map(len), ~responses.pop("finished")
+        logps = list(zip(responses["logps"], responses["ref_logps"], strict=True))
+        for name, estimate in (("k1", kl_k1), ("k3", kl_k3)):
+            responses[name] = [np.nan if ref is None else estimate(own, ref) for own, ref in logps]
+        for name, path in self.args.judges_by_name.items():
+            responses[name] = judge_scores(path, self.conversations, responses)
+        judges = ["reward", *self.args.judges_by_name]
+        same_for_same(responses, judges)
+        return {spec.name: Measured(spec, responses.loc[spec.name], judges) for spec in plan}
 
     def check(self, plan: Sequence[PolicySpec]) -> None:
         """Before anything is sampled: the policies are there, and all models have room for prompts and responses."""
-        paths = dict.fromkeys(spec.path for spec in plan)
-        policies = [resolve_model(path, trust_remote_code=self.args.trust_remote_code) for path in paths]
+        policies = [self.source(path) for path in dict.fromkeys(spec.path for spec in plan)]
         for source in policies:
             check_policy(source)
         for source in (*policies, self.reward.source):
@@ -122,11 +129,11 @@ class Evaluation:
         return min(sharpened, key=lambda one: abs(one.k1.mean() - kl)).spec.temperature
 
     def made_from(self, spec: PolicySpec) -> dict:
-        return self.common | {
-            "model": identity(spec.path),
-            "num_generations": spec.num_generations,
-            "temperature": spec.temperature,
-        }
+        own = {"num_generations": spec.num_generations, "temperature": spec.temperature}
+        return self.common | {"model": identity(spec.path)} | own
+
+    def source(self, path: str) -> ModelSource:
+        return resolve_model(path, trust_remote_code=self.args.trust_remote_code)
 
     def load(self, path: str):
         if self.loaded[0] != path:
@@ -135,85 +142,64 @@ class Evaluation:
             self.loaded = (path, *load_generator(model_args, self.args.trust_remote_code))
         return self.loaded[1:]
 
-    def draw(self, spec: PolicySpec) -> list[list[dict]]:
-        """The policy's `Sample`s as dictionaries."""
+    def draw(self, spec: PolicySpec) -> list[dict]:
+        """The policy's responses, with the number of the prompt, log-probabilities and mean entropy of the tokens."""
         model, tokenizer = self.load(spec.path)
         sampling = copy(self.args)
         sampling.num_generations, sampling.temperature = spec.num_generations, spec.temperature
         with DropFinishedSampler().installed(base_of(model)):
             groups = sample(model, tokenizer, self.conversations, sampling, f"Sampling {spec.name}")
-        known = self.log_probs(spec.path, groups, spec.temperature or 1.0, f"Log-probs of {spec.name}")
-        return [
-            [
-                vars(response) | {"logps": logps, "entropy": entropy}
-                for response, (logps, entropy) in zip(*pair, strict=True)
-            ]
-            for pair in zip(groups, known, strict=True)
-        ]
+        rows = [{"prompt": row} | vars(response) for row, group in enumerate(groups) for response in group]
+        found = self.log_probs(spec.path, pd.DataFrame(rows), spec.temperature or 1.0, f"Log-probs of {spec.name}")
+        return [row | {"logps": logps, "entropy": entropy} for row, (logps, entropy) in zip(rows, found, strict=True)]
 
-    def reference_logps(self, spec: PolicySpec, samples: list[list[Sample]]) -> list[list[list[float]]] | None:
-        """The reference's log-probabilities of a policy's samples, `None` where there is no KL between them."""
-        if spec == self.reference:
-            return [[sample.logps for sample in group] for group in samples]
+    def reference_logps(self, spec: PolicySpec, responses: pd.DataFrame) -> list[list[float]] | None:
+        """The reference's log-probabilities of a policy's responses, `None` where there is no KL between them."""
+        reference = self.reference
+        if spec == reference:
+            return responses["logps"].tolist()
         if spec.temperature == 0:
             return None
-        own = load_tokenizer(resolve_model(spec.path, trust_remote_code=self.args.trust_remote_code))
-        path, temperature = self.reference.path, self.reference.temperature
-        if own.get_vocab() != self.load(path)[1].get_vocab():  # its token ids mean something else
-            print(f"{spec.name} has another vocabulary than {self.reference.name}: there is no KL between them.")
+        own = load_tokenizer(self.source(spec.path))
+        if own.get_vocab() != self.load(reference.path)[1].get_vocab():  # its token ids mean something else
+            print(f"{spec.name} has another vocabulary than {reference.name}: there is no KL between them.")
             return None
-        known = self.log_probs(path, samples, temperature, f"KL of {spec.name}")
-        return [[logps for logps, _ in group] for group in known]
+        found = self.log_probs(reference.path, responses, reference.temperature, f"KL of {spec.name}")
+        return [logps for logps, _ in found]
 
-    def log_probs(
-        self, path: str, groups: Sequence[Sequence[Response]], temperature: float, title: str
-    ) -> list[list[tuple[list[float], float]]]:
-        """`token_log_probs` by the model at `path` of the responses to each prompt, in the same groups."""
-        pairs = [(prompt, response.token_ids) for prompt, response in with_prompts(self.conversations, groups)]
-        found = iter(token_log_probs(*self.load(path), pairs, temperature, self.args.eval_batch_size, title))
-        return [list(islice(found, len(group))) for group in groups]
+    def log_probs(self, path: str, responses: pd.DataFrame, temperature: float, title: str) -> list:
+        """`token_log_probs` of responses by the model at `path`."""
+        rows = responses[["prompt", "token_ids"]].itertuples(index=False)
+        pairs = [(self.conversations[prompt], ids) for prompt, ids in rows]
+        return token_log_probs(*self.load(path), pairs, temperature, self.args.eval_batch_size, title)
 
 
-def estimates(which: Callable, samples: list[list[Sample]], ref_logps: list | None) -> np.ndarray | None:
-    """An estimator of KL on each sample, (prompts, responses)."""
-    if ref_logps is None:
-        return None
-    groups = zip(samples, ref_logps, strict=True)
-    return np.array(
-        [[which(sample.logps, ref) for sample, ref in zip(group, refs, strict=True)] for group, refs in groups]
-    )
+def same_for_same(responses: pd.DataFrame, judges: Iterable[str]) -> None:
+    """Give equal responses to a prompt the score of the first, whatever policy they are from.
 
-
-def same_for_same(scores: Iterable, responses: Sequence[Sequence], known: dict) -> np.ndarray:
-    """`scores` (prompts, responses), in which equal responses to a prompt have the score of the first.
-
-    In its last digits a model's score depends on the batch, and a response would win or lose against itself. `known`
-    is kept for the next policy.
+    In its last digits a model's score depends on the batch, and a response would win or lose against itself.
     """
-    for row, group in enumerate(zip(responses, scores, strict=True)):
-        for response, score in zip(*group, strict=True):
-            known.setdefault((row, response), score)
-    return np.array([[known[row, response] for response in group] for row, group in enumerate(responses)])
+    key = [responses["prompt"], responses["text"], responses["token_ids"].map(tuple)]
+    for name in judges:  # the reward model reads the text only
+        same = responses.groupby(key[:2] if name == "reward" else key, sort=False)
+        responses[name] = same[name].transform("first")
 
 
-def judge_scores(path: str, prompts: list[Conversation], samples: list[list[Sample]]) -> np.ndarray:
-    """Scores (prompts, responses) by a Python judge, a function of the signature of TRL's reward functions.
+def judge_scores(path: str, prompts: list[Conversation], responses: pd.DataFrame) -> np.ndarray:
+    """Scores (responses,) by a Python judge, a function of the signature of TRL's reward functions.
 
     Raises:
         UserError: it does not return one number per response.
     """
-    judge = import_function(path, "--judges")
-    flat = with_prompts(prompts, samples)
-    scores = judge(
-        prompts=[prompt for prompt, _ in flat],
-        completions=[[{"role": "assistant", "content": sample.text}] for _, sample in flat],
-        completion_ids=[sample.token_ids for _, sample in flat],
+    scores = import_function(path, "--judges")(
+        prompts=[prompts[row] for row in responses["prompt"]],
+        completions=[[{"role": "assistant", "content": text}] for text in responses["text"]],
+        completion_ids=responses["token_ids"].tolist(),
     )
     if inspect.iscoroutine(scores):  # as TRL's reward functions may be
         scores = asyncio.run(scores)
-    values = np.array(check_rewards(scores, f"--judges {path}", len(flat)), dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise UserError(
-            f"--judges {path}: numbers for only {np.isfinite(values).sum()} of {counted(len(flat), 'response')}."
-        )
-    return values.reshape(len(prompts), -1)
+    values = np.array(check_rewards(scores, f"--judges {path}", len(responses)), dtype=np.float64)
+    known = np.isfinite(values)
+    if not known.all():
+        raise UserError(f"--judges {path}: numbers for only {known.sum()} of {counted(len(responses), 'response')}.")
+    return values

@@ -12,16 +12,15 @@ import numpy as np
 RESAMPLES = 1000
 
 
-def prompt_draws(num_prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Weights (resamples, prompts) of prompts drawn with replacement; each row sums to 1."""
-    draws = np.random.default_rng(seed).multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), resamples)
-    return draws / num_prompts
+def prompt_draws(num_prompts: int) -> np.ndarray:
+    """Weights (RESAMPLES, prompts) of prompts drawn with replacement, the same each time; each row sums to 1."""
+    equal = np.full(num_prompts, 1 / num_prompts)
+    return np.random.default_rng(0).multinomial(num_prompts, equal, RESAMPLES) / num_prompts
 
 
 def interval(draws: np.ndarray, num_prompts: int) -> list[float] | None:
-    """The central 95 % of bootstrap draws, (resamples,). `None` for one prompt, whose draws are all the same: it says
-    nothing about others."""
-    return [float(bound) for bound in np.percentile(draws, [2.5, 97.5])] if num_prompts > 1 else None
+    """The central 95 % of bootstrap draws, (RESAMPLES,). `None` for one prompt: its draws are all the same."""
+    return np.percentile(draws, [2.5, 97.5]).tolist() if num_prompts > 1 else None
 
 
 def mean_interval(values: np.ndarray) -> dict:
@@ -34,11 +33,12 @@ def mean_interval(values: np.ndarray) -> dict:
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float], groups: Sequence) -> dict:
     """`{"mean", "ci95"}` of sum(parts) / sum(wholes), where items of one group are resampled together."""
     _, group = np.unique(np.asarray(groups), return_inverse=True)
-    sums = [np.bincount(group, weights=np.asarray(values, dtype=np.float64)) for values in (parts, wholes)]
-    draws = prompt_draws(len(sums[0]))
-    part, whole = draws @ sums[0], draws @ sums[1]
-    drawn = part[whole > 0] / whole[whole > 0]
-    return {"mean": float(sums[0].sum() / sums[1].sum()), "ci95": interval(drawn, len(sums[0]))}
+    part, whole = (np.bincount(group, weights=values) for values in (parts, wholes))
+    draws = prompt_draws(len(part))
+    drawn_part, drawn_whole = draws @ part, draws @ whole
+    known = drawn_whole > 0
+    bounds = interval(drawn_part[known] / drawn_whole[known], len(part))
+    return {"mean": float(part.sum() / whole.sum()), "ci95": bounds}
 
 
 def kl_k1(logps: Sequence[float], ref_logps: Sequence[float]) -> float:
@@ -71,13 +71,12 @@ def distinct_n(token_ids: Sequence[Sequence[int]], n: int) -> float | None:
 
 def outcomes(scores_a: np.ndarray, scores_b: np.ndarray) -> np.ndarray:
     """Shares of wins, ties and losses of a, (prompts, 3), over all pairs of one response of a and one of b."""
-    difference = np.asarray(scores_a)[:, :, None] - np.asarray(scores_b)[:, None, :]
-    return np.stack([(difference > 0).mean((1, 2)), (difference == 0).mean((1, 2)), (difference < 0).mean((1, 2))], 1)
+    sign = np.sign(scores_a[:, :, None] - scores_b[:, None, :])
+    return np.stack([(sign == outcome).mean((1, 2)) for outcome in (1, 0, -1)], 1)
 
 
 def win_rate(shares: np.ndarray) -> dict:
     """From `outcomes` (prompts, 3): `win`, `tie`, `loss`, and `win_rate` = win + tie / 2 with its `ci95`."""
-    shares = np.asarray(shares, dtype=np.float64)
-    win, tie, loss = (float(share) for share in shares.mean(0))
+    win, tie, loss = shares.mean(0).tolist()
     rate = mean_interval(shares[:, 0] + shares[:, 1] / 2)
     return {"win": win, "tie": tie, "loss": loss, "win_rate": rate["mean"], "ci95": rate["ci95"], "n": len(shares)}

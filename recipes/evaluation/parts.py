@@ -9,6 +9,7 @@ from typing import Any
 
 from recipes.cli.errors import UserError
 from recipes.cli.files import write_text
+from recipes.cli.record import digest
 
 
 class Parts:
@@ -49,7 +50,6 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:20]
 
 
-def identity(path: str) -> dict:
-    """A model's name and, of a local one, the sizes and times of its weights."""
-    files = [file for pattern in ("*.safetensors", "*.bin") for file in sorted(Path(path).glob(pattern))]
-    return {"path": path, "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]}
+def identity(path: str) -> list:
+    """A model's name, and a digest of a local one's weights."""
+    return [path, digest(path) if os.path.isdir(path) else None]

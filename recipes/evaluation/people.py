@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -10,6 +9,8 @@ from recipes.cli.errors import UserError
 from recipes.evaluation.parts import fingerprint
 from recipes.evaluation.policies import Conversation
 from recipes.formatting import load_rows
+
+Rankings = dict[str, list[dict[str, float]]]  # for each prompt (as JSON), `{text: rank}` of each labeler
 
 
 def write_ranking_task(path: Path, prompts: list[Conversation], texts: dict[str, list[str]]) -> int:
@@ -29,13 +30,13 @@ def write_ranking_task(path: Path, prompts: list[Conversation], texts: dict[str,
     return len(rows)
 
 
-def read_people(path: str) -> dict[str, list[dict[str, float]]]:
-    """Rankings that the app exported: for each prompt (as JSON), one `{text: rank}` a labeler.
+def read_people(path: str) -> Rankings:
+    """Rankings that the app exported.
 
     Raises:
         UserError: the file cannot be read, or a row is no ranking.
     """
-    rankings: dict[str, list[dict[str, float]]] = {}
+    rankings: Rankings = {}
     for row in load_rows(path):
         try:
             ranks = {response["text"]: float(response["rank"]) for response in row.data["responses"]}
@@ -47,18 +48,16 @@ def read_people(path: str) -> dict[str, list[dict[str, float]]]:
 
 
 def people_outcomes(
-    rankings: dict[str, list[dict[str, float]]], prompts: list[Conversation], texts_a: list[str], texts_b: list[str]
+    rankings: Rankings, prompts: list[Conversation], texts_a: list[str], texts_b: list[str]
 ) -> np.ndarray:
     """Wins, ties and losses of a, (prompts, 3), over the labelers of each prompt; NaN where nobody ranked them.
 
     On a prompt that was ranked because of a third policy, equal texts of a and b are a tie.
     """
-    shares: list[Any] = []
-    for prompt, a, b in zip(prompts, texts_a, texts_b, strict=True):
-        ranks = [ranks for ranks in rankings.get(json.dumps(prompt), []) if a in ranks and b in ranks]
-        signs = [np.sign(row[b] - row[a]) for row in ranks]
-        if signs:
-            shares.append(tuple(float(np.mean([sign == wanted for sign in signs])) for wanted in (1, 0, -1)))
-        else:
-            shares.append((np.nan,) * 3)
-    return np.array(shares)
+    shares = np.full((len(prompts), 3), np.nan)
+    for row, (prompt, a, b) in enumerate(zip(prompts, texts_a, texts_b, strict=True)):
+        labelers = rankings.get(json.dumps(prompt), [])
+        signs = np.array([np.sign(ranks[b] - ranks[a]) for ranks in labelers if a in ranks and b in ranks])
+        if signs.size:
+            shares[row] = [(signs == outcome).mean() for outcome in (1, 0, -1)]
+    return shares

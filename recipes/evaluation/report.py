@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 
 from recipes.cli.errors import counted
 from recipes.cli.screen import aligned
@@ -49,16 +50,13 @@ def write_report(report: dict, output_dir: str) -> None:
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     figures = plots.figures(report)
     plots.save_png(figures, folder)
-    template, svg = Path(__file__).with_name("report.html.jinja"), plots.to_svg(figures)
-    quality = report.get("reward_model")
     page = render(
-        template,
+        Path(__file__).with_name("report.html.jinja"),
         report=report,
-        plots=svg,
+        plots=plots.to_svg(figures),
         judges=judge_names(report),
-        verdict=verdict(report),
-        few=few_prompts(report),
-        warnings=reward_model_warnings(quality) if quality else [],
+        texts=[verdict(report), *few_prompts(report)],
+        warnings=reward_model_warnings(report),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -69,12 +67,9 @@ def verdict(report: dict) -> str:
     if headline == reference:
         return f"Only {reference} was measured."
     found = report["policies"][headline]["difference"]
-    judge = next(iter(judge_names(report)), "reward")
-    text = sentence(headline, reference, judge, found[judge])
-    if judge == "reward":
-        return text
-    text += " " + sentence(headline, reference, "reward", found["reward"])
-    proxy, true = found["reward"]["ci95"], found[judge]["ci95"]
+    judges = [*judge_names(report)[:1], "reward"]
+    text = " ".join(sentence(headline, reference, judge, found[judge]) for judge in judges)
+    proxy, true = found["reward"]["ci95"], found[judges[0]]["ci95"]
     if proxy and proxy[0] > 0 > true[1]:
         text += " The policy exploits errors of the reward model: over-optimisation."
     return text
@@ -104,33 +99,34 @@ def table(report: dict) -> str:
     judges = judge_names(report)
     rows = [["", "reward", *judges, f"KL from {report['reference']}", "length", "cut off", "share of gain"]]
     for name, values in report["policies"].items():
-        kl = values["kl"] and values["kl"]["k1"]
-        judged = [estimate(values[judge]) for judge in judges]
+        scores = [estimate(values[judge]) for judge in ("reward", *judges)]
         share = estimate(values["share_of_gain"]) if values.get("share_of_gain") else ""
-        reward, length, cut = estimate(values["reward"]), values["length"]["mean"], values["truncated"]["mean"]
-        rows.append([name, reward, *judged, estimate(kl), f"{length:.1f}", f"{cut:.2f}", share])
-    lines = [verdict(report), "", aligned(rows), *filter(None, [few_prompts(report)])]
+        length, cut = values["length"]["mean"], values["truncated"]["mean"]
+        rows.append(
+            [name, *scores, estimate(values["kl"] and values["kl"]["k1"]), f"{length:.1f}", f"{cut:.2f}", share]
+        )
+    lines = [verdict(report), "", aligned(rows), *few_prompts(report)]
     if quality := report.get("reward_model"):
         lines.append(
             f"Reward model: right on {estimate(quality['accuracy'])} of {counted(quality['n_pairs'], 'pair')}; the "
             f"longer response on {quality['longer_wins_baseline']:.2f}."
         )
-        lines += reward_model_warnings(quality)
-    return "\n".join(lines)
+    return "\n".join([*lines, *reward_model_warnings(report)])
 
 
-def few_prompts(report: dict) -> str:
-    """A warning where there are too few prompts for the percentiles of a bootstrap; else empty."""
+def few_prompts(report: dict) -> list[str]:
+    """A warning where there are too few prompts for the percentiles of a bootstrap."""
     if not 1 < report["n_prompts"] < ENOUGH_PROMPTS:
-        return ""
-    return (
-        f"Warning: with only {report['n_prompts']} prompts the 95 % intervals are too narrow. Take {ENOUGH_PROMPTS} "
-        "or more, better hundreds."
-    )
+        return []
+    few = f"with only {report['n_prompts']} prompts the 95 % intervals are too narrow"
+    return [f"Warning: {few}. Take {ENOUGH_PROMPTS} or more, better hundreds."]
 
 
-def reward_model_warnings(quality: dict) -> list[str]:
-    """What is wrong with a reward model, or with the pairs that it was measured on, one sentence each."""
+def reward_model_warnings(report: dict) -> list[str]:
+    """What is wrong with the reward model, or with the pairs that it was measured on, one sentence each."""
+    quality = report.get("reward_model")
+    if not quality:
+        return []
     warnings = [no_better_than_length(quality["accuracy"]["mean"], quality["longer_wins_baseline"])]
     if seen := quality.get("trained_on"):
         shown = ", ".join(dict.fromkeys(seen[:3])) + (", …" if len(seen) > 3 else "")
@@ -148,20 +144,19 @@ def log_to_wandb(report: dict, output_dir: str, run_name: str | None) -> None:
 
     project = os.environ.get("WANDB_PROJECT", "huggingface")
     run = wandb.init(project=project, name=run_name, job_type="evaluation", dir=output_dir)
-    names = ["reward", *judge_names(report), "kl", "length", "truncated"]
-    summary, policies = {}, []
+    means = {}
     for policy, values in report["policies"].items():
-        figures = values | {"kl": values["kl"]["k1"] if values["kl"] else {"mean": None}}
-        means = {name: figures[name]["mean"] for name in names}
-        policies.append({"policy": policy, **means})
-        summary |= {f"eval/{policy}/{name}": mean for name, mean in means.items() if mean is not None}
+        figures = values | (values["kl"] or {})  # k1 and k3 beside the others
+        means[policy] = {
+            name: value["mean"] for name, value in figures.items() if isinstance(value, dict) and "mean" in value
+        }
+    logged = {f"eval/{policy}/{name}": mean for policy, own in means.items() for name, mean in own.items()}
     tables = {
-        "policies": (policies, ["policy", *names]),
-        "win_rates": (report["win_rates"], ["a", "b", "judge", "win", "tie", "loss", "win_rate"]),
-        "samples": (report["samples"], ["prompt", "change", *report["policies"]]),
+        "policies": pd.DataFrame.from_dict(means, orient="index").reset_index(names="policy"),
+        "win_rates": pd.DataFrame(report["win_rates"]).drop(columns="ci95", errors="ignore"),
+        "samples": pd.DataFrame(report["samples"]),
     }
-    for name, (rows, columns) in tables.items():
-        summary[f"eval/{name}"] = wandb.Table(columns, [[row[column] for column in columns] for row in rows])
-    images = {f"eval/{path.stem}": wandb.Image(str(path)) for path in sorted(Path(output_dir).glob("*.png"))}
-    run.log(summary | images)
+    logged |= {f"eval/{name}": wandb.Table(dataframe=table) for name, table in tables.items() if not table.empty}
+    logged |= {f"eval/{path.stem}": wandb.Image(str(path)) for path in sorted(Path(output_dir).glob("*.png"))}
+    run.log(logged)
     run.finish()

@@ -1,133 +1,101 @@
-"""How well a reward model orders pairs that people (or programs) ordered, as pure functions."""
+"""How well a reward model orders pairs of responses that people (or programs) ordered.
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import permutations
-from math import comb
-from statistics import fmean
+Pairs are a data frame, a row for two responses to one prompt:
+
+* `group`: equal for pairs of one prompt;
+* `chosen`, `rejected`: their texts;
+* `margin`, `length_difference`: the reward model's score, and the tokens, of the better one minus those of the other;
+* `source`, and `annotator` or None: where the pair is from, and who ordered it.
+"""
 
 import numpy as np
+import pandas as pd
 
 from recipes.evaluation.metrics import ratio_interval
-from recipes.models.sampling import Response
 
 LENGTH_BINS = 5
 CALIBRATION_BINS = 10
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One ordered pair of responses to a prompt. Scores are the reward model's; lengths in tokens."""
-
-    group: str  # equal for pairs of one prompt
-    chosen: str
-    rejected: str
-    chosen_score: float
-    rejected_score: float
-    chosen_length: int
-    rejected_length: int
-    source: str = ""
-    annotator: str | None = None
-
-    @property
-    def margin(self) -> float:
-        return self.chosen_score - self.rejected_score
-
-    @property
-    def right(self) -> float:
-        """1 if the better response has the higher score, 0.5 for equal scores."""
-        return (self.margin > 0) + 0.5 * (self.margin == 0)
-
-    @property
-    def length_difference(self) -> int:
-        return self.chosen_length - self.rejected_length
-
-    @property
-    def longer_wins(self) -> float:
-        """1 if the better response is the longer one, 0.5 for equal lengths."""
-        return (self.length_difference > 0) + 0.5 * (self.length_difference == 0)
-
-
-def sampled_pairs(samples: Sequence[Sequence[Response]], scores: np.ndarray, quality: np.ndarray) -> list[Pair]:
-    """All pairs of responses to the same prompt that differ in `quality`, the better one first.
+def sampled_pairs(responses: pd.DataFrame, quality: str) -> pd.DataFrame:
+    """All pairs of responses to the same prompt that differ in the column `quality`, as `ordering` takes them.
 
     Args:
-        scores: the reward model's, (prompts, responses).
-        quality: what is to be found again by the scores, (prompts, responses): a judge's scores, or minus the rank.
+        responses: as in `recipes.evaluation.measure.Measured`, with `prompt`, `reward` and `length`.
     """
-    return [
-        Pair(str(row), a.text, b.text, scores[row, i], scores[row, j], len(a.token_ids), len(b.token_ids))
-        for row, group in enumerate(samples)
-        for (i, a), (j, b) in permutations(enumerate(group), 2)
-        if quality[row, i] > quality[row, j]
-    ]
+    pairs = responses.merge(responses, on="prompt", suffixes=("", "_of_other"))
+    pairs = pairs[pairs[quality] > pairs[f"{quality}_of_other"]]
+    return pd.DataFrame(
+        {
+            "group": pairs["prompt"],
+            "margin": pairs["reward"] - pairs["reward_of_other"],
+            "length_difference": pairs["length"] - pairs["length_of_other"],
+        }
+    )
 
 
-def reward_model_quality(pairs: Sequence[Pair]) -> dict:
+def reward_model_quality(pairs: pd.DataFrame) -> dict:
     """Accuracy with its interval (prompts are resampled whole), the baseline, and where the model is right."""
     result = ordering(pairs)
     result |= {"by_length_difference": by_length_difference(pairs), "calibration": calibration(pairs)}
-    sources, annotators = {pair.source for pair in pairs}, {pair.annotator for pair in pairs} - {None}
-    if len(sources) > 1:
-        result["by_source"] = {name: ordering([p for p in pairs if p.source == name]) for name in sorted(sources)}
-    if annotators:
-        parts = {name: [p for p in pairs if p.annotator == name] for name in sorted(annotators)}
-        result["labelers"] = {name: ordering(part) for name, part in parts.items()}
+    if pairs["source"].nunique() > 1:
+        result["by_source"] = {name: ordering(part) for name, part in pairs.groupby("source")}
+    if pairs["annotator"].notna().any():
+        result["labelers"] = {name: ordering(part) for name, part in pairs.groupby("annotator")}
         result["labelers_with_each_other"] = labeler_agreement(pairs)
     return result
 
 
-def ordering(pairs: Sequence[Pair]) -> dict:
+def share_right(difference: pd.Series) -> pd.Series:
+    """Of differences between the better and the worse response: 1 where above 0, 0.5 where equal to 0, else 0."""
+    return (np.sign(difference) + 1) / 2
+
+
+def ordering(pairs: pd.DataFrame) -> dict:
     """The share of pairs that the scores order as the labels do, `{"mean", "ci95"}`, and what longer-wins gets."""
-    accuracy = ratio_interval([pair.right for pair in pairs], [1.0] * len(pairs), [pair.group for pair in pairs])
-    baseline = fmean(pair.longer_wins for pair in pairs)
+    accuracy = ratio_interval(share_right(pairs["margin"]), np.ones(len(pairs)), pairs["group"])
+    baseline = float(share_right(pairs["length_difference"]).mean())
     return {"accuracy": accuracy, "longer_wins_baseline": baseline, "n_pairs": len(pairs)}
 
 
-def by_length_difference(pairs: Sequence[Pair]) -> list[dict]:
+def by_length_difference(pairs: pd.DataFrame) -> list[dict]:
     """Accuracy in bins of about equally many pairs, by how much longer (in tokens) the better response is."""
-    differences = np.array([pair.length_difference for pair in pairs])
-    edges = np.unique(np.quantile(differences, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]))
-    places = np.searchsorted(edges, differences, side="left")
+    lengths = pairs["length_difference"]
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]))
     rows = []
-    for place in np.unique(places):
-        part = [pairs[row] for row in np.flatnonzero(places == place).tolist()]
-        lengths = [pair.length_difference for pair in part]
-        found = {"accuracy": ordering(part)["accuracy"], "n_pairs": len(part)}
-        rows.append({"from": min(lengths), "to": max(lengths), **found})
+    for _, part in pairs.groupby(np.searchsorted(edges, lengths)):
+        ends = {"from": int(part["length_difference"].min()), "to": int(part["length_difference"].max())}
+        rows.append(ends | {"accuracy": ordering(part)["accuracy"], "n_pairs": len(part)})
     return rows
 
 
-def calibration(pairs: Sequence[Pair]) -> dict:
+def calibration(pairs: pd.DataFrame) -> dict:
     """Whether the model is right as often as it claims.
 
     It claims to be right with probability `sigmoid(|margin|)`, between 0.5 and 1. For equal bins of it: the mean
     claim, how often the model was right, and the number of pairs. "error" is the mean distance between the two, over
     pairs (the expected calibration error).
     """
-    claims = 1 / (1 + np.exp(-np.abs([pair.margin for pair in pairs])))
-    right = np.array([pair.right for pair in pairs])
-    places = np.minimum(((claims - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    curve = []
-    for place in np.unique(places):
-        mean = [float(values[places == place].mean()) for values in (claims, right)]
-        curve.append({"claimed": mean[0], "right": mean[1], "n_pairs": int((places == place).sum())})
-    error = sum(abs(row["claimed"] - row["right"]) * row["n_pairs"] for row in curve) / len(pairs)
-    return {"error": float(error), "curve": curve}
+    claimed = 1 / (1 + np.exp(-pairs["margin"].abs()))
+    bins = ((claimed - 0.5) * 2 * CALIBRATION_BINS).astype(int).clip(upper=CALIBRATION_BINS - 1)
+    table = pd.DataFrame({"claimed": claimed, "right": share_right(pairs["margin"])})
+    curve = table.groupby(bins).mean().assign(n_pairs=bins.value_counts())
+    error = np.average((curve["claimed"] - curve["right"]).abs(), weights=curve["n_pairs"])
+    return {"error": float(error), "curve": curve.to_dict("records")}
 
 
-def labeler_agreement(pairs: Sequence[Pair]) -> dict | None:
+def labeler_agreement(pairs: pd.DataFrame) -> dict | None:
     """How often two labelers who both ordered two responses did it the same way; `None` if nobody shared any."""
-    opinions: dict[tuple, list[bool]] = defaultdict(list)
-    for pair in pairs:
-        if pair.annotator is not None:
-            first, second = sorted((pair.chosen, pair.rejected))
-            opinions[pair.group, first, second].append(pair.chosen == first)
-    same, compared, groups = [], [], []
-    for (group, _, _), votes in opinions.items():
-        if len(votes) > 1:
-            compared.append(comb(len(votes), 2))
-            same.append(comb(votes.count(True), 2) + comb(votes.count(False), 2))
-            groups.append(group)
-    return ratio_interval(same, compared, groups) | {"n_pairs": sum(compared)} if same else None
+    pairs = pairs.dropna(subset="annotator")
+    chosen, rejected = pairs["chosen"], pairs["rejected"]
+    in_order = chosen < rejected  # so that both opinions on two texts stand under the same key
+    key = [pairs["group"], chosen.where(in_order, rejected), rejected.where(in_order, chosen)]
+    votes = in_order.groupby(key).agg(["sum", "count"])
+    votes = votes[votes["count"] > 1]
+    if votes.empty:
+        return None
+    first, second = votes["sum"], votes["count"] - votes["sum"]
+    same = (first * (first - 1) + second * (second - 1)) / 2
+    compared = votes["count"] * (votes["count"] - 1) / 2
+    agreement = ratio_interval(same, compared, votes.index.get_level_values("group"))
+    return agreement | {"n_pairs": int(compared.sum())}

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.cli.errors import UserError
-from recipes.data.messages import Messages, number, objects, require
+from recipes.data.cells import Cells
+from recipes.data.messages import Messages
 from recipes.data.rows import RowError, RowProblem, describe
 from recipes.data.text_files import read_text_file
 from recipes.labelling.answers import tiers_of
@@ -15,9 +15,8 @@ from recipes.labelling.answers import tiers_of
 MAX_RESPONSES = 26  # they are called A to Z
 
 
-@dataclass(frozen=True)
-class Response:
-    """One response. `id` depends on prompt and text alone; `sample_id` is its name in the file it came from."""
+class Response(NamedTuple):
+    """`id` depends on prompt and text alone; `sample_id` is its name in the file it came from."""
 
     id: str
     sample_id: str
@@ -26,15 +25,14 @@ class Response:
     sampling: dict | None
 
 
-@dataclass(frozen=True)
-class SampledPrompt:
+class SampledPrompt(NamedTuple):
     """A prompt with its responses; `gold` holds tiers of response ids, best first, when the ranking is known."""
 
     id: str
     sample_id: str
     messages: Messages
     responses: list[Response]
-    gold: list[list[str]] | None = None
+    gold: list[list[str]] | None
 
 
 def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt], dict[str, int]]:
@@ -50,7 +48,7 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
     seen: dict[str, tuple[int, str]] = {}  # by id: where it stands, and what for
     for row in read_text_file(Path(path)):
         try:
-            task, repeated = _task(row.read(), gold, default_id=str(row.line))
+            task, repeated = _task(Cells(row.read()), gold, default_id=str(row.line))
             line, known = seen.setdefault(task.sample_id, (row.line, task.id))
             if known != task.id:
                 raise RowError(f"{task.sample_id!r} stands on line {line} already, with other texts", "id")
@@ -65,45 +63,44 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
     return tasks, left_out
 
 
-def _task(row: dict, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
+def _task(row: Cells, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
     messages = _messages(row)
-    given = [] if row.get("responses") == [] else list(objects(row, "responses"))
-    distinct: dict[str, tuple[int, str, dict]] = {}
-    for index, (place, response) in enumerate(given):
-        text = _string(require(response, f"{place}.text"), f"{place}.text")
-        distinct.setdefault(text, (index, place, response))
+    given = [] if row.get("responses") == [] else list(row.objects("responses"))
+    distinct: dict[str, tuple[int, Cells]] = {}
+    for index, response in enumerate(given):
+        text = _string(response.require("text"), response.where("text"))
+        distinct.setdefault(text, (index, response))
     if len(distinct) > MAX_RESPONSES:
         raise RowError(f"found {len(distinct)}, and a person can rank at most {MAX_RESPONSES}", "responses")
 
     prompt_id = _hash(messages, sorted(distinct))
     responses, ranks = [], {}
-    for text, (index, place, response) in distinct.items():
+    for text, (index, response) in distinct.items():
         id = _hash(prompt_id, text)
-        model = response.get(f"{place}.model", row.get("model"))
+        model = response.get("model", row.get("model"))
         responses.append(
             Response(
                 id=id,
-                sample_id=str(response.get(f"{place}.id", index)),
+                sample_id=str(response.get("id", index)),
                 text=text,
-                model=None if model is None else _string(model, f"{place}.model"),
-                sampling=response.get(f"{place}.sampling", row.get("sampling")),
+                model=None if model is None else _string(model, response.where("model")),
+                sampling=response.get("sampling", row.get("sampling")),
             )
         )
         if gold:
-            ranks[id] = number(response, f"{place}.rank", text_too=False)
+            ranks[id] = response.number("rank", text_too=False)
     tiers = tiers_of(ranks) if gold else None
     task = SampledPrompt(prompt_id, str(row.get("id", default_id)), messages, responses, tiers)
     return task, len(given) - len(distinct)
 
 
-def _messages(row: dict) -> Messages:
+def _messages(row: Cells) -> Messages:
     """The prompt as it stands: people rank what was sampled for it, and its id is a hash of its messages."""
-    prompt = require(row, "prompt")
+    prompt = row.require("prompt")
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     keys = ("role", "content")
-    turns = objects(row, "prompt")
-    return [{key: _string(require(turn, f"{at}.{key}"), f"{at}.{key}") for key in keys} for at, turn in turns]
+    return [{key: _string(turn.require(key), turn.where(key)) for key in keys} for turn in row.objects("prompt")]
 
 
 def _string(value: Any, column: str) -> str:

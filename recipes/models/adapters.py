@@ -69,10 +69,9 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
 
 def train_only(model: PeftModel, adapters: Iterable[str]) -> None:
     """Turn gradients on for these adapters, their heads included, and off for everything else."""
-    trained = {id(parameter) for adapter in adapters for parameter in adapter_parameters(model, adapter).values()}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # packed 4-bit weights have no gradients to turn off
-            parameter.requires_grad_(id(parameter) in trained)
+            parameter.requires_grad_(not {*adapters}.isdisjoint(name.split(".")))
 
 
 @torch.no_grad()
@@ -235,10 +234,9 @@ def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
     lm_head = base.get_output_embeddings()
     # Not always hidden_size: OPT-350M projects before its head. A head that PEFT wraps may know its weights only.
     width = getattr(lm_head, "in_features", None) or lm_head.weight.size(-1)
-    base.score = ScoreHead(width, base.device)
+    base.score = ScoreHead(width, 1, bias=False, device=base.device, dtype=torch.float32)
     # PEFT keeps this as the wrapper's unused original: trainable, it would break DDP.
-    nn.init.zeros_(base.score.weight)
-    base.score.requires_grad_(False)
+    nn.init.zeros_(base.score.weight).requires_grad_(False)
     for role, folder in adapters.items():
         if folder is None:
             add_copy(model, "default", role, seq_cls_config(model.peft_config["default"]))

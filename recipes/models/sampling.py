@@ -4,9 +4,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -144,11 +143,11 @@ def generate(
     """One response for each conversation, all in one batch; a `streamer` sees the tokens of a single one at once."""
     ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
-    options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    options: dict[str, Any] = {"max_new_tokens": sampling.max_completion_length, "do_sample": sampling.temperature > 0}
     if options["do_sample"]:
         options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     set_seed(seed)
-    output = model.generate(**batch, **options, max_new_tokens=sampling.max_completion_length, streamer=streamer)
+    output = model.generate(**batch, **options, streamer=streamer)
     ends = set(model.generation_config.eos_token_id)
     responses = []
     for tokens in output[:, batch["input_ids"].size(1) :].tolist():
@@ -172,10 +171,8 @@ def sample(
     responses: list[list[Response]] = [[] for _ in conversations]
     for start in tqdm(range(0, len(rows), sampling.generation_batch_size), desc=title, disable=None):
         batch = rows[start : start + sampling.generation_batch_size]
-        seed = derived_seed(sampling.seed, start)
-        for row, response in zip(
-            batch, generate(model, tokenizer, [conversations[row] for row in batch], sampling, seed), strict=True
-        ):
+        prompts, seed = [conversations[row] for row in batch], derived_seed(sampling.seed, start)
+        for row, response in zip(batch, generate(model, tokenizer, prompts, sampling, seed), strict=True):
             responses[row].append(response)
     return responses
 
@@ -196,7 +193,7 @@ def sample_to_file(
     sampling: SamplingArguments,
     model_name: str,
     output: str,
-    loading: Mapping[str, Any] = MappingProxyType({}),
+    **loading: Any,
 ) -> None:
     """Append one JSON line per prompt to `output`; a run that was stopped goes on where it was.
 
@@ -207,8 +204,7 @@ def sample_to_file(
         loading: how the model was loaded and what its weights are, which is kept with the sampling arguments.
 
     Raises:
-        UserError: `output` was made from other prompts, with another model or other arguments, is in use, or cannot be
-            written; a prompt does not fit into the model.
+        UserError: `output` was made otherwise, is in use or cannot be written; a prompt does not fit into the model.
     """
     plan = sorted(prompts, key=lambda prompt: (-prompt_length(prompt.messages), prompt.id))
     check_lengths(model, tokenizer, plan, sampling)
@@ -270,11 +266,7 @@ def sample_distinct(model, tokenizer, batch: list[Prompt], sampling: SamplingArg
 
 
 def read_done(output: str, plan: list[Prompt], made_from: dict) -> tuple[int, int]:
-    """How many prompts of the plan `output` holds, and in how many bytes; only a line cut short may follow them.
-
-    Raises:
-        UserError: it is not a file of these samples.
-    """
+    """How many prompts of the plan `output` holds, and in how many bytes; only a line cut short may follow them."""
     if not os.path.exists(output):
         return 0, 0
     if not os.path.isfile(output):
@@ -282,9 +274,9 @@ def read_done(output: str, plan: list[Prompt], made_from: dict) -> tuple[int, in
     with open(output, "rb") as file:
         *lines, cut = file.read().split(b"\n")
     for number, line in enumerate([*lines, *([cut] if cut else [])]):
-        begin = line_of(plan[number])[:-1].encode() if number < len(plan) else b"no prompt is left"
+        begin = line_of(plan[number])[:-1].encode() if number < len(plan) else None
         is_cut = number == len(lines)
-        if not (line.startswith(begin) or is_cut and begin.startswith(line)):
+        if begin is None or not (line.startswith(begin) or is_cut and begin.startswith(line)):
             raise UserError(f"{output}:{number + 1}: not a line of samples of these prompts: choose another --output.")
         if not is_cut:
             refuse_changes(output, json.loads(line), made_from)
@@ -302,11 +294,7 @@ def refuse_changes(output: str, row: dict, made_from: dict) -> None:
 
 
 def check_lengths(model, tokenizer, plan: list[Prompt], sampling: SamplingArguments) -> None:
-    """Check that the template takes every prompt, and that the model has room for it and a response.
-
-    Raises:
-        UserError: names the first prompt for which it is not so.
-    """
+    """Check that the template takes every prompt, and that the model has room for it and a response."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for prompt in plan:
         try:

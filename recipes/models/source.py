@@ -27,27 +27,19 @@ if TYPE_CHECKING:
 class ModelSource:
     """A base or a full model, or an adapter and the base it was trained on; made by [`resolve_model`].
 
-    Args:
-        path: folder or Hub name, as it was given.
-        base: folder or Hub name of an adapter's base; `None` for a model that is no adapter.
-        revision: of the weights on the Hub, the base's for an adapter.
-        adapter: what an adapter's adapter_config.json says.
+    What cannot be read is a `UserError`.
     """
 
-    path: str
-    base: str | None = None
-    revision: str = "main"
+    path: str  # folder or Hub name, as it was given
+    base: str | None = None  # folder or Hub name of an adapter's base
+    revision: str = "main"  # of the weights on the Hub, an adapter's base
     trust_remote_code: bool = False
-    adapter: dict[str, Any] = field(default_factory=dict, repr=False)
+    adapter: dict[str, Any] = field(default_factory=dict, repr=False)  # an adapter's adapter_config.json
 
     @property
     def weights(self) -> str:
         """Folder or Hub name of the model that the weights of all layers come from."""
         return self.base or self.path
-
-    @property
-    def weights_in_words(self) -> str:
-        return self.weights if self.revision == "main" else f"{self.weights} (revision {self.revision})"
 
     @property
     def without_adapter(self) -> ModelSource:
@@ -61,19 +53,14 @@ class ModelSource:
         except (OSError, ValueError):
             return []
         ids = config.eos_token_id
-        return ids if isinstance(ids, list) else [] if ids is None else [ids]
+        return ids if isinstance(ids, list) else [ids]
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The configuration of the weights; copy it before changing it.
-
-        Raises:
-            UserError: there is none, or transformers cannot read it.
-        """
+        """The configuration of the weights; copy it before changing it."""
+        trusted = self.trust_remote_code
         try:
-            return AutoConfig.from_pretrained(
-                self.weights, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
+            return AutoConfig.from_pretrained(self.weights, revision=self.revision, trust_remote_code=trusted)
         except (OSError, ValueError, TypeError) as error:
             what = f"The configuration of {self.weights} could not be loaded"
             raise load_error(what, self.weights, error) from error
@@ -85,11 +72,7 @@ class ModelSource:
 
     @property
     def peft_config(self) -> PeftConfig:
-        """The configuration of an adapter, a new object each time; it names the revision of the base too.
-
-        Raises:
-            UserError: PEFT cannot read it.
-        """
+        """The configuration of an adapter, a new object each time; it names the revision of the base too."""
         from peft import PeftConfig, PeftType
 
         kind = self.adapter.get("peft_type")
@@ -98,11 +81,7 @@ class ModelSource:
         return PeftConfig.from_peft_type(**self.adapter | {"revision": self.revision})
 
     def adapter_weights(self) -> dict[str, torch.Tensor]:
-        """The tensors in an adapter's file, on the CPU.
-
-        Raises:
-            UserError: there is no such file, or it cannot be read.
-        """
+        """The tensors in an adapter's file, on the CPU."""
         from peft.utils import load_peft_weights
 
         if os.path.isdir(self.path) and not any(name.startswith("adapter_model.") for name in os.listdir(self.path)):

@@ -33,9 +33,6 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
     With pad = EOS the end of a response and padding look alike, and a model never learns to stop. Control tokens that
     stand in messages are encoded as ordinary text. An adapter without a tokenizer has its base's.
-
-    Raises:
-        UserError: there is no tokenizer, or none that can be used.
     """
     name = source.path
     if source.base is not None and not os.path.exists(os.path.join(name, "tokenizer_config.json")):
@@ -70,8 +67,7 @@ def set_chat_template(
 ) -> None:
     """Give a model's tokenizer the template of a .jinja file, or template and EOS token of another model's tokenizer.
 
-    Raises:
-        UserError: there is no template, or it needs tokens that the model does not have and may not get.
+    That tokenizer's added tokens come with the template.
     """
     other = None
     try:

@@ -2,22 +2,20 @@
 
     python -m recipes.tiny_world.evaluate --output_dir runs/quickstart --seed 0
 
-What is measured and how is `recipes.evaluation`'s: samples at temperature 1 and greedy ones, gold and its parts as
-Python judges, the reward model's scores in the standardised units that PPO optimised, KL of whole responses to the SFT
-policy. Here stand the policies, the prompts, the judges, and the form of the result. No choice is made on held-out
-prompts.
+`recipes.evaluation` measures. Here stand the policies, the prompts, the judges (gold and its parts) and the form of
+the result. No choice is made on held-out prompts.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 from trl import ModelConfig
 
 from recipes.cli.run import run
 from recipes.evaluation.arguments import EvaluationArguments
-from recipes.evaluation.measure import Evaluation, Measured
+from recipes.evaluation.measure import Evaluation
 from recipes.evaluation.reward_quality import ordering, sampled_pairs
 from recipes.evaluation.rewards import RewardModel
 from recipes.formatting import format_dataset, load_rows
@@ -51,15 +49,16 @@ def evaluation(folder: Path, split: str, seed: int) -> Evaluation:
     return Evaluation(args, ModelConfig(), prompts, RewardModel(args, ModelConfig()))
 
 
-def reward_model_accuracy(sft: Measured, prompts: list[Prompt], seed: int) -> dict[str, float]:
+def reward_model_accuracy(responses: pd.DataFrame, prompts: list[Prompt], seed: int) -> dict[str, float]:
     """How often the reward model orders two held-out SFT samples as the labeler does, and as gold does."""
     ranks = []
-    for prompt, group in zip(prompts, sft.samples, strict=True):
-        rows = [{"id": str(i), "text": sample.text, "finished": sample.finished} for i, sample in enumerate(group)]
+    for prompt, (_, group) in zip(prompts, responses.groupby("prompt"), strict=True):
+        texts = zip(group["text"], ~group["truncated"], strict=True)
+        rows = [{"id": str(i), "text": text, "finished": finished} for i, (text, finished) in enumerate(texts)]
         line = {"id": f"heldout-{prompt.id}", "prompt": prompt.messages, "responses": rows, "model": "sft"}
-        ranks.append([response["rank"] for response in labeler.rank(line, seed)["responses"]])
-    labelled = ordering(sampled_pairs(sft.samples, sft.reward, -np.array(ranks)))
-    by_gold = ordering(sampled_pairs(sft.samples, sft.reward, sft.scores["gold"]))
+        ranks += [response["rank"] for response in labeler.rank(line, seed)["responses"]]
+    labelled = ordering(sampled_pairs(responses.assign(quality=[-rank for rank in ranks]), "quality"))
+    by_gold = ordering(sampled_pairs(responses, "gold"))
     return {
         "accuracy": labelled["accuracy"]["mean"],
         "accuracy_on_gold_order": by_gold["accuracy"]["mean"],
@@ -76,16 +75,17 @@ def evaluate(folder: Path, seed: int) -> dict:
     # SFT at the lower temperature with the KL of PPO: what a lower temperature alone gains.
     temperature = evaluation(folder, "validation", seed).temperature_at(measured["ppo"].k1.mean(), TEMPERATURES)
     (sharpened,) = heldout.measure([heldout.reference.at(temperature, 4)]).values()
-    policies = {}
+    policies, questions = {}, [prompt.messages[-1]["content"] for prompt in heldout.prompts]
     for name in POLICIES:
         one = measured[name]
         policies[name] = {part: float(one.scores[part].mean()) for part in judge.REWARD_FUNCTIONS} | {
-            "proxy_reward": float(one.scores["reward"].mean()),
+            "proxy_reward": float(one.reward.mean()),
             "kl": float(one.k1.mean()),
-            "length": float(one.each(lambda sample: len(sample.token_ids)).mean()),
+            "length": float(one.array("length").mean()),
             "gold_greedy": float(measured[greedy[name].name].scores["gold"].mean()),
-            "n": one.k1.size,
+            "n": len(one.responses),
         }
+    samples = pd.DataFrame({"prompt": questions, **{name: measured[name].first_texts for name in POLICIES}})
     return {
         "policies": policies,
         "sft_low_temperature": {
@@ -93,12 +93,8 @@ def evaluate(folder: Path, seed: int) -> dict:
             "gold": float(sharpened.scores["gold"].mean()),
             "kl": float(sharpened.k1.mean()),
         },
-        "reward_model": reward_model_accuracy(measured["sft"], heldout.prompts, seed),
-        "samples": [
-            {"prompt": prompt.messages[-1]["content"]}
-            | {name: measured[name].samples[row][0].text for name in POLICIES}
-            for row, prompt in list(enumerate(heldout.prompts))[:: max(1, len(heldout.prompts) // SHOWN)]
-        ],
+        "reward_model": reward_model_accuracy(measured["sft"].responses, heldout.prompts, seed),
+        "samples": samples[:: max(1, len(samples) // SHOWN)].to_dict("records"),
     }
 
 

@@ -1,14 +1,12 @@
-"""Peak memory of a training step, found by running it on tensors that have shapes and no data.
+"""Peak memory of a training step, found by running it on tensors that have shapes and no data (`FakeTensorMode`).
 
-The model is built from its configuration alone on torch's meta device, gets its adapters by PEFT, and runs the passes
-of a step under `FakeTensorMode`, forward and backward, while every storage that lives is counted. So the architecture,
-the attention implementation, autocast and activation checkpointing count as they will in the run; nothing is known of
-any model by name.
+The model is built from its configuration alone, gets its adapters by PEFT, and runs the passes of a step, forward and
+backward, while every storage that lives is counted. So architecture, attention, autocast and activation checkpointing
+count as they will in the run; nothing is known of any model by name.
 """
 
 import contextlib
 import copy
-import math
 import weakref
 from dataclasses import dataclass, replace
 
@@ -32,7 +30,7 @@ from recipes.models.adapters import (
     use_role,
 )
 from recipes.models.heads import base_of, use_float32_head
-from recipes.trainers.fast.frozen_head import LOGITS_PER_BLOCK, FrozenHeadLogProbs
+from recipes.trainers.fast.frozen_head import LOGITS_PER_BLOCK
 from recipes.trainers.fast.lora_linear import fuse_adapters
 from recipes.trainers.fast.packed_weights import FEW_ROWS, linear_layers
 
@@ -130,17 +128,12 @@ def estimate(setting: Setting) -> Estimate:
     Raises:
         UserError: the architecture cannot run on tensors without data, or there is no place for the adapter.
     """
-    kind = setting.config.model_type
     try:
         model, critic = build(setting)
-        return Estimate(held_parts(setting, model, critic), phases(setting, model, measure_deep(setting, model)))
-    except (DynamicOutputShapeException, RuntimeError) as error:
-        raise UserError(
-            f"A {kind} in {str(setting.dtype).removeprefix('torch.')} cannot be run without data, as some models "
-            f"that route tokens to experts ({first_line(error)})."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"A model of type {kind} could not be built: {first_line(error)}") from error
+        return Estimate(held_parts(setting, model, critic), phases(setting, model, measure(setting, model, critic)))
+    except (DynamicOutputShapeException, RuntimeError, ValueError) as error:
+        kind = f"{setting.config.model_type} in {str(setting.dtype).removeprefix('torch.')}"
+        raise UserError(f"A {kind} cannot be run without data: {first_line(error)}") from error
 
 
 # What is held
@@ -175,19 +168,6 @@ def build(setting: Setting) -> tuple[nn.Module, PreTrainedModel | None]:
         return model, None
 
 
-def materialize(model: nn.Module) -> None:
-    """Move parameters and buffers from the meta device to the CPU, under `FakeTensorMode` and so without data."""
-    moved = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in moved:  # tied weights stay tied
-                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = tensor, nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-                tensors[name] = None if tensor is None else moved[id(tensor)][1]
-
-
 def size(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -196,15 +176,15 @@ def trained_parameters(*models: nn.Module | None) -> list[nn.Parameter]:
     return [p for model in filter(None, models) for p in model.parameters() if p.requires_grad]
 
 
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of the base's linear layers, its LM head included."""
+    return [getattr(layer, "base_layer", layer).weight for layer in linear_layers(base_of(model))]
+
+
 def quantized_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Weights that bitsandbytes replaces: of all linear layers of the base but its head."""
-    base = base_of(model)
-    kept = {id(module) for module in (base.get_output_embeddings(), getattr(base, "score", None)) if module}
-    return [
-        module.weight
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in kept and "lora_" not in name and ".score" not in name
-    ]
+    """Weights that bitsandbytes replaces: all matrices but the head."""
+    head = base_of(model).get_output_embeddings()
+    return [weight for weight in matrices(model) if head is None or weight is not head.weight]
 
 
 def held_parts(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
@@ -236,78 +216,45 @@ def optimizer_bytes(name: str, trained: list[nn.Parameter]) -> int:
     return copies * (sum(parameter.numel() for parameter in trained) if "8bit" in name else size(trained))
 
 
-def copy_bytes(setting: Setting, model: nn.Module) -> int:
-    """What a GPU samples from: the weights that an adapter changes, or all of them in another precision."""
-    if not setting.merged_copy:
-        return 0
-    if setting.compute_dtype() == setting.dtype:
-        weights = [layer.get_base_layer().weight for layer in model.modules() if isinstance(layer, LoraLayer)]
+def sampled_weights(setting: Setting, model: nn.Module) -> dict[str, int]:
+    """What is sampled from beside the policy: on a GPU a merged copy, on a CPU packed matrices."""
+    dtype = setting.compute_dtype()
+    if setting.merged_copy and dtype == setting.dtype:  # what no adapter changes is shared
+        name, layers = "merged copy", model.modules()
+        weights = [layer.get_base_layer().weight for layer in layers if isinstance(layer, LoraLayer)]
+    elif setting.merged_copy:
+        name, named = "merged copy", base_of(model).named_parameters()
+        weights = [weight for each, weight in named if "lora_" not in each and "score" not in each]
+    elif setting.on_cpu and dtype == torch.float32 and not setting.quantization and setting.rollout_rows <= FEW_ROWS:
+        name, weights = "packed weights", matrices(model)
     else:
-        weights = [p for name, p in base_of(model).named_parameters() if "lora_" not in name and "score" not in name]
-    return sum(weight.numel() for weight in weights) * setting.compute_dtype().itemsize
-
-
-def packed_bytes(setting: Setting, model: nn.Module) -> int:
-    """What a CPU samples from, see `recipes.trainers.fast.packed_weights`."""
-    in_float32 = setting.compute_dtype() == torch.float32 and setting.quantization is None
-    if not (setting.on_cpu and in_float32 and setting.rollout_rows <= FEW_ROWS):
-        return 0
-    return size(getattr(layer, "base_layer", layer).weight for layer in linear_layers(base_of(model)))
+        return {}
+    return {name: sum(weight.numel() for weight in weights) * dtype.itemsize} if weights else {}
 
 
 # Passes
 
 
-def measure_deep(setting: Setting, model: nn.Module) -> dict[str, int]:
-    """`measure`, extrapolated from two shallow models to the depth of `model` where its layers repeat.
-
-    While gradients are held all along, the peaks grow by the same bytes with every layer.
-    """
-    config = setting.config.get_text_config()
-    depth, types = config.num_hidden_layers, getattr(config, "layer_types", None) or [None]
-    period = next(p for p in range(1, depth + 1) if all(a == b for a, b in zip(types, types[p:], strict=False)))
-    few = period * math.ceil(2 / period)
-    if setting.accumulates and 2 * few < depth:
-        small = [replace(setting, config=shallow(setting.config, layers)) for layers in (few, 2 * few)]
-        counts = [sum(p.numel() for p in build(each)[0].parameters()) for each in small]
-        deep_count = sum(p.numel() for p in model.parameters())
-        if deep_count - counts[1] == (counts[1] - counts[0]) * (depth - 2 * few) / few:
-            low, high = map(measure, small)
-            return {name: high[name] + (high[name] - low[name]) * (depth - 2 * few) // few for name in low}
-    return measure(setting)
-
-
-def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """`config` with its first `layers` layers."""
-    config = copy.deepcopy(config)
-    text_config = config.get_text_config()
-    text_config.num_hidden_layers = layers
-    if getattr(text_config, "layer_types", None):
-        text_config.layer_types = text_config.layer_types[:layers]
-    return config
-
-
-def measure(setting: Setting) -> dict[str, int]:
+def measure(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
     """Run the passes of a step without data.
 
     Returns peaks, and what is left: `cache` and `prefill` of the prompts' pass in sampling, `scoring` without
     gradients, `activations` after the forward passes of an update and `update`, its peak.
     """
-    model, critic = build(setting)
     sampler = model
     if setting.merged_copy:
         sampler, _ = build(replace(setting, step="sft", lora=None, dtype=setting.compute_dtype()))
-    with FakeTensorMode() as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         for module in {model, critic, sampler} - {None}:
-            materialize(module)
-        with mode:
-            found = measure_prefill(setting, sampler) if setting.rollout_rows else {}
-            if setting.step == "ppo":
-                rows = setting.scoring_rows or setting.rows
-                with torch.no_grad(), LiveBytes() as live, use_role(model, "default"), setting.computing():
-                    last_hidden_state(model, rows, setting.tokens)
-                found["scoring"] = live.peak
-            return found | measure_update(setting, model, critic)
+            module.to_empty(device="cpu")
+            base_of(module).tie_weights()
+        found = measure_prefill(setting, sampler) if setting.rollout_rows else {}
+        if setting.step == "ppo":
+            rows = setting.scoring_rows or setting.rows
+            with torch.no_grad(), LiveBytes() as live, use_role(model, "default"), setting.computing():
+                last_hidden_state(model, rows, setting.tokens)
+            found["scoring"] = live.peak
+        return found | measure_update(setting, model, critic)
 
 
 def measure_prefill(setting: Setting, sampler: nn.Module) -> dict[str, int]:
@@ -337,12 +284,12 @@ def measure_update(setting: Setting, model: nn.Module, critic: PreTrainedModel |
     if setting.accumulates:
         for parameter in trained_parameters(model, critic):
             parameter.grad = torch.zeros_like(parameter)
-    passes = [policy_loss, critic_loss] if setting.step == "ppo" else [policy_loss]
+    passes = [(model, "default")] + ([(critic or model, "critic")] if setting.step == "ppo" else [])
     loss, kept = 0, 0
     with LiveBytes() as live:
-        for number, forward in enumerate(passes, 1):
+        for number, (module, role) in enumerate(passes, 1):
             with setting.computing():
-                loss = loss + forward(setting, model, critic)
+                loss = loss + pass_loss(setting, module, role)
             kept = max(kept, live.now)
             if number == len(passes) or not setting.buckets:  # one process needs no backward of all at once
                 loss.backward()
@@ -350,50 +297,19 @@ def measure_update(setting: Setting, model: nn.Module, critic: PreTrainedModel |
     return {"activations": kept, "update": live.peak}
 
 
-def policy_loss(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> torch.Tensor:
-    """A scalar with the graph of the LM head's pass, or of the reward's."""
-    if setting.step == "reward":
-        ids = torch.zeros(setting.rows, setting.tokens, dtype=torch.long)
-        return model(input_ids=ids, use_cache=False).logits.float().sum()
-    with use_role(model, "default"):
+def pass_loss(setting: Setting, model: nn.Module, role: str) -> torch.Tensor:
+    """A scalar with the graph of one role's pass; its logits are `head_bytes`, save those of TRL's head on a CPU."""
+    base = base_of(model)
+    with use_role(model, role):
         hidden = last_hidden_state(model, setting.rows, setting.tokens)
-    # Off a GPU TRL's head scores every position, which `FrozenHeadLogProbs` spares.
-    response_only = setting.step == "ppo" and not (setting.on_cpu and setting.lora is None)
-    states = hidden[:, -setting.response_tokens :] if response_only else hidden[:, :-1]
-    states, weight = states.reshape(-1, hidden.size(-1)), base_of(model).get_output_embeddings().weight
-    if not setting.on_cpu:
-        return TiledHead.apply(states, weight, head_bytes(setting, setting.rows))
-    targets = torch.zeros(len(states), dtype=torch.long)
-    if setting.has_frozen_head():
-        return FrozenHeadLogProbs.apply(states, weight, targets, 1.0, False)[0].sum()
-    return ChunkedLogProbFunction.apply(states, weight, None, targets, 1.0, HEAD_VOCABULARY)[0].sum()
-
-
-def critic_loss(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> torch.Tensor:
-    with use_role(model, "critic"):
-        hidden = last_hidden_state(critic or model, setting.rows, setting.tokens)
-    score = critic.score if critic is not None else base_of(model).score.modules_to_save["critic"]
-    return score(hidden[:, -setting.response_tokens :].reshape(-1, hidden.size(-1))).sum()
-
-
-class TiledHead(torch.autograd.Function):
-    """Allocates what TRL's `ChunkedLogProbFunction` does with Triton: a tile, and gradients in float32."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, tile_bytes):
-        ctx.save_for_backward(hidden, weight)
-        ctx.tile_bytes = tile_bytes
-        torch.empty(tile_bytes, dtype=torch.uint8)
-        return hidden.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        hidden, weight = ctx.saved_tensors
-        tile = torch.empty(ctx.tile_bytes, dtype=torch.uint8)
-        for_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        del tile
-        return for_hidden.to(hidden.dtype), None if for_weight is None else for_weight.to(weight.dtype), None
+        if role == "critic" or setting.step == "reward":
+            return base.score(hidden[:, -setting.response_tokens :]).sum()
+    weight = base.get_output_embeddings().weight
+    if setting.on_cpu and not setting.has_frozen_head():
+        states = hidden[:, :-1].reshape(-1, hidden.size(-1))
+        targets = torch.zeros(len(states), dtype=torch.long)
+        return ChunkedLogProbFunction.apply(states, weight, None, targets, 1.0, HEAD_VOCABULARY)[0].sum()
+    return hidden.sum() + weight.sum()
 
 
 def head_bytes(setting: Setting, rows: int) -> int:
@@ -411,14 +327,21 @@ def phases(setting: Setting, model: nn.Module, measured: dict[str, int]) -> dict
         full = measured["cache"] * setting.tokens // (setting.tokens - setting.response_tokens)
         sampling = SAMPLING_TENSORS * 4 * setting.rollout_rows * config.vocab_size
         growing = full // config.num_hidden_layers  # a layer's cache is copied to grow
-        weights = {"merged copy": copy_bytes(setting, model), "packed weights": packed_bytes(setting, model)}
-        found["generation"] = {"KV cache": full} | {name: each for name, each in weights.items() if each}
+        found["generation"] = {"KV cache": full} | sampled_weights(setting, model)
         found["generation"]["decoding"] = max(measured["prefill"] - full, growing + sampling)
     if "scoring" in measured:
         logits = head_bytes(setting, setting.scoring_rows or setting.rows)
         found["scoring"] = {"forward passes": measured["scoring"], "logits": logits}
-    activations = measured["activations"]
-    found["update"] = {"activations": activations, "backward": measured["update"] - activations}
+    activations, backward = measured["activations"], measured["update"] - measured["activations"]
+    if setting.step != "reward":
+        # The gradients of states, and of a trained head, are float32: beside a tile, then beside what they are rounded
+        # to.
+        head = base_of(model).get_output_embeddings().weight
+        states = setting.rows * (setting.response_tokens or setting.tokens) * head.size(1)
+        gradients = states + head.numel() * head.requires_grad
+        rounded = 0 if setting.dtype == torch.float32 else gradients * setting.dtype.itemsize
+        backward = max(backward, 4 * gradients + max(head_bytes(setting, setting.rows), rounded))
+    found["update"] = {"activations": activations, "backward": backward}
     if setting.quantization is not None:  # bitsandbytes unpacks one layer's weight at a time
         unpacked = max(size([weight]) for weight in quantized_weights(model))
         found = {name: parts | {"unpacked weight": unpacked} for name, parts in found.items()}

@@ -7,16 +7,16 @@ made their reward model overfit in a single epoch.
 
 import itertools
 import json
-import math
 import textwrap
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
 from trl import RewardTrainer
 from trl.trainer.utils import pad
 
@@ -27,46 +27,47 @@ logger = get_logger(__name__)
 CALIBRATION_BINS = 10
 
 
+@dataclass
 class RankingCollator:
-    """Flattens rankings into one batch of responses.
+    """Flattens R rankings into one batch of their N responses.
 
-    `[{"response_ids": [[int]], "ranks": [float]}]` → `input_ids`, `attention_mask` (N, T), `ranks` (N,) and `group`
-    (N,), the row of each response's prompt, where N is the number of responses of all prompts.
+    `[{"response_ids": [[int]], "ranks": [float]}]` → `input_ids`, `attention_mask` (N, T) and `ranks` (R, K), NaN
+    where a ranking has fewer than K responses.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None):
-        self.pad_token_id, self.pad_to_multiple_of = pad_token_id, pad_to_multiple_of
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = [torch.tensor(response) for example in examples for response in example["response_ids"]]
-        padding = {"padding_side": "right", "pad_to_multiple_of": self.pad_to_multiple_of}
+        ranks = [torch.tensor(example["ranks"], dtype=torch.float) for example in examples]
+        multiple = self.pad_to_multiple_of
         return {
-            "input_ids": pad(ids, padding_value=self.pad_token_id, **padding),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0, **padding),
-            "ranks": torch.tensor([rank for example in examples for rank in example["ranks"]], dtype=torch.float),
-            "group": torch.tensor([row for row, example in enumerate(examples) for _ in example["ranks"]]),
+            "input_ids": pad(ids, self.pad_token_id, pad_to_multiple_of=multiple),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], pad_to_multiple_of=multiple),
+            "ranks": pad(ranks, torch.nan),
         }
 
 
-def strict_pairs(ranks: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (P,), (P,) of the better and the worse response of every pair of one prompt with unequal ranks."""
-    return torch.nonzero((group[:, None] == group[None]) & (ranks[:, None] < ranks[None]), as_tuple=True)
+def strict_pairs(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Row, better and worse response, (P,) each, of every pair of one ranking with unequal `ranks` (R, K)."""
+    return torch.nonzero(ranks[:, :, None] < ranks[:, None], as_tuple=True)
 
 
 def ranking_loss(
-    scores: torch.Tensor, ranks: torch.Tensor, group: torch.Tensor, center_rewards_coefficient: float | None = None
+    scores: torch.Tensor, ranks: torch.Tensor, center_rewards_coefficient: float | None = None
 ) -> torch.Tensor:
     """`-log sigmoid(better - worse)`, averaged over the strict pairs of each prompt, then over prompts.
 
-    Scores, ranks (1 is best, equal is a tie) and group are (N,). `center_rewards_coefficient` adds TRL's
+    Scores and ranks (1 is best, equal is a tie, NaN is none) are (R, K). `center_rewards_coefficient` adds TRL's
     `coefficient * (better + worse)^2` to each pair (2312.09244).
     """
-    better, worse = strict_pairs(ranks, group)
-    losses = -nn.functional.logsigmoid(scores[better] - scores[worse])
+    row, better, worse = strict_pairs(ranks)
+    losses = -nn.functional.logsigmoid(scores[row, better] - scores[row, worse])
     if center_rewards_coefficient is not None:
-        losses = losses + center_rewards_coefficient * (scores[better] + scores[worse]) ** 2
-    pairs = torch.bincount(group[better], minlength=int(group.max()) + 1).to(losses)
-    return (losses / pairs[group[better]]).sum() / pairs.count_nonzero().clamp(min=1)
+        losses = losses + center_rewards_coefficient * (scores[row, better] + scores[row, worse]) ** 2
+    pairs = row.bincount(minlength=len(ranks)).to(losses)
+    return (losses / pairs[row]).sum() / pairs.count_nonzero().clamp(min=1)
 
 
 def majority_rankings(dataset: Dataset) -> Dataset:
@@ -112,16 +113,16 @@ def conversations(row: dict, tokenizer) -> list[list[int]]:
     return tokenizer.apply_chat_template([row["prompt"] + text for text in row["completions"]], return_dict=False)
 
 
-def scores_in_words(row: dict, scores: list[float], title: str) -> str:
-    """A ranking as lines of text: rank, score and beginning of each response."""
-    lines = [f"{title}: {short(row['prompt'][-1]['content'])}"]
-    for rank, score, completion in zip(row["ranks"], scores, row["completions"], strict=True):
-        lines.append(f"  rank {rank:g}  score {score:+.3f}  {short(completion[-1]['content'])}")
-    return "\n".join(lines)
-
-
-def short(text: str) -> str:
-    return visible(textwrap.shorten(text, 90, placeholder=" …")) or repr(text)
+def results_in_words(row: dict, scores: list[float], metrics: dict[str, float] | None) -> str:
+    """Rank, score and beginning of each response of a ranking, and what an evaluation found, where there was one."""
+    shown = [
+        visible(textwrap.shorten(messages[-1]["content"], 90, placeholder=" …"))
+        for messages in (row["prompt"], *row["completions"])
+    ]
+    lines = [f"{'A held-out prompt' if metrics else 'A prompt of the training data'}: {shown[0]}"]
+    for rank, score, text in zip(row["ranks"], scores, shown[1:], strict=True):
+        lines.append(f"  rank {rank:g}  score {score:+.3f}  {text}")
+    return "\n".join([*lines, accuracy_in_words(metrics)] if metrics else lines)
 
 
 def accuracy_in_words(metrics: dict[str, float]) -> str:
@@ -147,13 +148,40 @@ def no_better_than_length(accuracy: float, baseline: float) -> str:
     )
 
 
+def ranking_metrics(rankings: list[torch.Tensor]) -> dict[str, float]:
+    """What is logged of rankings (K, 3) of score, rank and length in tokens, where every strict pair weighs the same.
+
+    `longer_wins` is the accuracy of preferring the longer response, a tie counting one half; `margin` the better minus
+    the worse score; `calibration_error` how far the confidence `sigmoid(|margin|)` is from the accuracy, in ten bins
+    (expected calibration error, 1706.04599).
+    """
+    scores, ranks, lengths = pad(rankings, padding_value=torch.nan).double().unbind(-1)
+    row, better, worse = strict_pairs(ranks)
+    margin = scores[row, better] - scores[row, worse]
+    longer = (lengths[row, better] - lengths[row, worse]).sign()
+    right, confidence = (margin > 0).double(), margin.abs().sigmoid()
+    bins = (confidence * 2 * CALIBRATION_BINS - CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    overconfidence = torch.zeros(CALIBRATION_BINS).double().index_add(0, bins, confidence - right)
+    metrics = {
+        "accuracy": right.mean(),
+        "longer_wins": (1 + longer).mean() / 2,
+        "margin": margin.mean(),
+        "calibration_error": overconfidence.abs().sum() / len(margin),
+        "mean_reward": scores.nanmean(),
+        "std_reward": scores[~ranks.isnan()].std(correction=0),
+        "pairs": len(margin),
+    }
+    gap = (ranks[row, worse] - ranks[row, better]).round().clamp(1, 3)
+    for distance, name in enumerate(("1", "2", "3_or_more"), 1):
+        if (gap == distance).any():
+            metrics[f"margin/rank_gap_{name}"] = margin[gap == distance].mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
 class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
     """TRL's `RewardTrainer` on rows `{"prompt": messages, "completions": [messages], "ranks": [number]}`.
 
-    `per_device_train_batch_size` counts prompts. All other arguments are `RewardTrainer`'s. Over strict pairs it logs
-    `accuracy`, `longer_wins` (the accuracy of preferring the longer response, a tie counting one half), `margin`
-    (better minus worse score), `margin/rank_gap_N` by distance in rank, and `calibration_error`, how far the
-    confidence `sigmoid(|margin|)` is from the accuracy, in ten bins (expected calibration error, 1706.04599).
+    `per_device_train_batch_size` counts prompts. All other arguments are `RewardTrainer`'s. It logs `ranking_metrics`.
 
     Raises:
         ValueError: no row has two responses of unequal rank within `max_length`.
@@ -172,15 +200,15 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
             raise UserError(f"--pad_token {self.args.pad_token} is the EOS token, before which scores would be read.")
         if data_collator is None:
             self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
-        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._signature_columns = ["response_ids", "ranks"]
+        self._rankings: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}  # since the last log
 
     def running_state(self) -> dict[str, Any]:
-        return super().running_state() | {"pairs": {mode: dict(sums) for mode, sums in self._sums.items()}}
+        return super().running_state() | {"rankings": self._rankings}
 
     def restore_running_state(self, state: dict[str, Any]) -> None:
         super().restore_running_state(state)
-        for mode, sums in state["pairs"].items():
-            self._sums[mode].update(sums)
+        self._rankings = state["rankings"]
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name) -> Dataset:
         def tokenize(row):
@@ -207,49 +235,33 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
             )
         return usable
 
-    def _set_signature_columns_if_needed(self):
-        if self._signature_columns is None:
-            self._signature_columns = ["response_ids", "ranks"]
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ranks, group = inputs.pop("ranks"), inputs.pop("group")
+        ranks = inputs.pop("ranks")
         outputs = model(**inputs, use_cache=False)
-        scores = outputs.logits.squeeze(-1).float()
-        loss = ranking_loss(scores, ranks, group, self.args.center_rewards_coefficient)
-        self._log_pairs(scores.detach(), ranks, group, inputs["attention_mask"].sum(1))
+
+        def by_ranking(values: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(ranks, torch.nan).masked_scatter(~ranks.isnan(), values.to(ranks))
+
+        scores, lengths = by_ranking(outputs.logits), by_ranking(inputs["attention_mask"].sum(1))
+        loss = ranking_loss(scores, ranks, self.args.center_rewards_coefficient)
+        self._keep_rankings(torch.stack([scores.detach(), ranks, lengths], 2))
         return (loss, outputs) if return_outputs else loss
 
-    def _log_pairs(self, scores, ranks, group, lengths) -> None:
-        """Add this batch's pairs to the sums that `log` turns into means, so that every pair weighs the same."""
-        mode = "train" if self.model.training else "eval"
-        better, worse = strict_pairs(ranks, group)
-        margin = scores[better] - scores[worse]
-        right, one = (margin > 0).float(), torch.ones_like(margin)
-        longer = (lengths[better] > lengths[worse]).float() + 0.5 * (lengths[better] == lengths[worse])
-        sums = {"pairs": one, "accuracy": right, "longer_wins": longer, "margin": margin}
-        gap = (ranks[worse] - ranks[better]).round().clamp(1, 3)
-        for distance in (1, 2, 3):
-            sums |= {
-                f"gap_pairs_{distance}": one * (gap == distance),
-                f"gap_margin_{distance}": margin * (gap == distance),
-            }
-        confidence = margin.abs().sigmoid()
-        deciles = (confidence * 2 * CALIBRATION_BINS - CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-        for decile in range(CALIBRATION_BINS):
-            sums[f"overconfidence_{decile}"] = (confidence - right) * (deciles == decile)
-        of_scores = {"reward": scores, "squares": scores**2, "responses": torch.ones_like(scores)}
-        by_ranking = [
-            scores.new_zeros(int(group.max()) + 1).index_add_(0, rankings, value)
-            for rankings, values in ((group[better], sums), (group, of_scores))
-            for value in values.values()
-        ]
-        totals = torch.stack(by_ranking, 1)
-        if mode == "eval":  # rankings that fill the last batch up count once
-            totals = self.accelerator.gather_for_metrics(totals).sum(0)
+    def _keep_rankings(self, rankings: torch.Tensor) -> None:
+        """Keep rankings (R, K, 3) of all processes for the next log, but none that only fills the last batch up."""
+        for dim in (0, 1):
+            rankings = self.accelerator.pad_across_processes(rankings, dim=dim, pad_index=torch.nan)
+        if self.model.training:
+            self._rankings["train"] += self.accelerator.gather(rankings).cpu()
         else:
-            totals = self.accelerator.reduce(totals.sum(0), reduction="sum")
-        for name, total in zip([*sums, *of_scores], totals.tolist(), strict=True):
-            self._sums[mode][name] += total
+            self._rankings["eval"] += self.accelerator.gather_for_metrics(rankings).cpu()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
+        if self._rankings[mode]:
+            logs |= {prefix + name: value for name, value in ranking_metrics(self._rankings[mode]).items()}
+            self._rankings[mode].clear()
+        super().log(logs, start_time)
 
     def final_evaluation(self) -> dict[str, float] | None:
         """Metrics of the final model: the last evaluation's, if it was at the final step, else those of a new one."""
@@ -260,7 +272,6 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         rows = (row for row in reversed(self.state.log_history) if row["step"] == step and "eval_pairs" in row)
         return next(rows, None) or self.evaluate()
 
-    @torch.no_grad()
     def score(self, rows: list[list[int]]) -> list[float]:
         """Scores of token rows, in their order. Every process computes a share, as a sharded model needs it.
 
@@ -268,43 +279,12 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
             UserError: a score is not a finite number.
         """
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # similar lengths waste no padding
-        with self.accelerator.split_between_processes(order, apply_padding=True) as own:
-            size = self.args.per_device_eval_batch_size
-            batches = [own[start : start + size] for start in range(0, len(own), size)]
-        self.model.eval()
-        found = []
-        quiet = self.args.disable_tqdm or not self.accelerator.is_main_process
-        for batch in tqdm(batches, desc="Scoring", disable=quiet):
-            inputs = self.processing_class.pad(
-                {"input_ids": [rows[row] for row in batch]}, padding_side="right", return_tensors="pt"
-            ).to(self.accelerator.device)
-            with self.compute_loss_context_manager():
-                scores = self.model(**inputs, use_cache=False).logits.squeeze(-1).double()
-            found.append(torch.stack([torch.tensor(batch, device=scores.device, dtype=torch.double), scores], 1))
-        # Some rows come twice, so that every process has as many.
-        numbered = self.accelerator.gather(torch.cat(found)).tolist()
-        by_row = {int(row): score for row, score in numbered}
-        if wrong := sum(not math.isfinite(score) for score in by_row.values()):
-            share = f"{wrong} of {counted(len(by_row), 'score')}"
+        alone = Dataset.from_dict({"response_ids": [[rows[row]] for row in order], "ranks": [[1.0]] * len(rows)})
+        found = self.evaluation_loop(self.get_test_dataloader(alone), "Prediction", prediction_loss_only=False)
+        self.callback_handler.on_predict(self.args, self.state, self.control, {})  # ends the progress bar
+        self._rankings["eval"].clear()
+        scores = np.concatenate(found.predictions).reshape(-1)
+        if wrong := (~np.isfinite(scores)).sum():
+            share = f"{wrong} of {counted(len(scores), 'score')}"
             raise UserError(f"Scores that are not finite numbers: {share}. Train in float32 or bfloat16.")
-        return [by_row[row] for row in range(len(rows))]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        sums, prefix = self._sums[mode], "eval_" if mode == "eval" else ""
-        if sums["pairs"]:
-            for name in ("accuracy", "longer_wins", "margin"):
-                logs[prefix + name] = sums[name] / sums["pairs"]
-            if mode == "eval":
-                logs["eval_pairs"] = sums["pairs"]
-            bins = (sums[f"overconfidence_{decile}"] for decile in range(CALIBRATION_BINS))
-            logs[prefix + "calibration_error"] = sum(map(abs, bins)) / sums["pairs"]
-            for distance in (1, 2, 3):
-                if sums[f"gap_pairs_{distance}"]:
-                    name = f"margin/rank_gap_{distance}{'_or_more' * (distance == 3)}"
-                    logs[prefix + name] = sums[f"gap_margin_{distance}"] / sums[f"gap_pairs_{distance}"]
-            mean = sums["reward"] / sums["responses"]
-            logs[prefix + "mean_reward"] = mean
-            logs[prefix + "std_reward"] = max(sums["squares"] / sums["responses"] - mean**2, 0.0) ** 0.5
-            sums.clear()
-        super().log(logs, start_time)
+        return scores[np.argsort(order)].tolist()

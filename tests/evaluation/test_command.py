@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,7 +25,7 @@ from recipes.evaluation import policies
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.llm_judge import LLMJudge
 from recipes.evaluation.measure import Evaluation, judge_scores
-from recipes.evaluation.policies import Sample, token_log_probs
+from recipes.evaluation.policies import token_log_probs
 from recipes.evaluation.report import verdict
 from recipes.evaluation.rewards import RewardModel
 from recipes.models.sampling import Prompt, load_generator
@@ -244,11 +245,9 @@ def main(arguments, monkeypatch) -> None:
 
 def count_equal(report, output) -> int:
     """Prompts to which both policies gave the same first response: no judge is asked about them."""
-    first = [
-        [group[0]["text"] for group in json.loads((output / "parts" / f"samples-{name}.json").read_text())["values"]]
-        for name in report["policies"]
-    ]
-    return sum(a == b for a, b in zip(*first, strict=True))
+    parts = [json.loads((output / "parts" / f"samples-{name}.json").read_text()) for name in report["policies"]]
+    a, b = (pd.DataFrame(part["values"]).groupby("prompt")["text"].first() for part in parts)
+    return (a == b).sum()
 
 
 @pytest.mark.parametrize(("temperature", "at_once"), [(1.0, 2**28), (0.5, 64 * 20)])
@@ -324,11 +323,15 @@ def none_judge(completions, **kwargs):
     return [None for _ in completions]
 
 
+def responses(*texts: str) -> pd.DataFrame:
+    """One to each prompt."""
+    return pd.DataFrame({"prompt": range(len(texts)), "text": texts, "token_ids": [[1]] * len(texts)})
+
+
 @pytest.mark.parametrize("judge", ["scalar_judge", "nan_judge", "none_judge"])
 def test_a_judge_that_gives_no_numbers_is_one_line(judge):
-    samples = [[Sample("w1", True, [1], [0.0], 0.0)]] * 2
     with pytest.raises(UserError, match=rf"--judges {__name__}.{judge}.* numbers?"):
-        judge_scores(f"{__name__}.{judge}", CASES[:2], samples)
+        judge_scores(f"{__name__}.{judge}", CASES[:2], responses("w1", "w1"))
 
 
 async def waiting_judge(completions, **kwargs):
@@ -337,8 +340,7 @@ async def waiting_judge(completions, **kwargs):
 
 def test_a_judge_may_be_asynchronous_and_return_integers():
     """TRL's reward functions may."""
-    samples = [[Sample("w1", True, [1], [0.0], 0.0)], [Sample("w1 w2", True, [1], [0.0], 0.0)]]
-    assert judge_scores(f"{__name__}.waiting_judge", CASES[:2], samples).tolist() == [[2.0], [5.0]]
+    assert judge_scores(f"{__name__}.waiting_judge", CASES[:2], responses("w1", "w1 w2")).tolist() == [2.0, 5.0]
 
 
 CASES = [[{"role": "user", "content": f"q{number}"}] for number in range(4)]

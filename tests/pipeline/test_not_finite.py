@@ -130,14 +130,6 @@ def test_policy_critic_and_average_are_those_of_the_best_step(data, runs, tmp_pa
     assert not_finite(trainer.model) is None
 
 
-def test_a_number_that_an_evaluation_does_not_have_is_one_line(data, tmp_path):
-    own = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 2, "test_split_size": 0.2}
-    own |= {"save_strategy": "steps"}
-    own |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
-    with pytest.raises(UserError, match="--metric_for_best_model accuracy: an evaluation has no such number.*loss"):
-        run_recipe("sft", **sft_arguments(data, tmp_path / "run", **own))
-
-
 def test_the_best_checkpoint_of_a_run_that_was_moved_is_found_and_kept(data, tmp_path):
     """The state names it by its old path: Trainer forgets it, the rotation deletes it, and the last one is saved."""
     own = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2, "test_split_size": 0.2}

@@ -11,7 +11,7 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -19,8 +19,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.cli.arguments import parse
-from recipes.evaluation.measure import Measured
-from recipes.evaluation.policies import PolicySpec, Sample
 from recipes.models.sampling import Prompt
 from recipes.tiny_world import evaluate, judge, labeler, quickstart
 from recipes.tiny_world.report import NAMES, table, write_report
@@ -86,8 +84,13 @@ def test_the_report_keeps_its_contract(report):
 
 
 def part(finished, name: str) -> list:
-    """What the evaluation kept for the held-out prompts."""
+    """What the evaluation kept for the held-out prompts, of each response."""
     return json.loads((finished / "measured" / "heldout" / "parts" / f"{name}.json").read_text())["values"]
+
+
+def by_prompt(values: list) -> list[list]:
+    """Four responses to each prompt."""
+    return [values[start : start + 4] for start in range(0, len(values), 4)]
 
 
 def questions(count: int) -> list[str]:
@@ -120,22 +123,23 @@ def test_log_probs_are_those_of_the_saved_adapter_alone(finished, report, tiny_b
 
     samples, reference = part(finished, f"samples-{known}"), part(finished, f"reference-{known}")
     for row, question in enumerate(questions(5)):
-        sample, ids = samples[row][0], samples[row][0]["token_ids"]
+        sample, ids = samples[4 * row], samples[4 * row]["token_ids"]
         assert sum(sample["logps"]) == pytest.approx(sum(alone(name, question, ids, temperature)), abs=1e-3)
-        assert sum(reference[row][0]) == pytest.approx(sum(alone("sft", question, ids, 1.0)), abs=1e-3)
+        assert sum(reference[4 * row]) == pytest.approx(sum(alone("sft", question, ids, 1.0)), abs=1e-3)
 
 
 @pytest.mark.slow
 def test_the_figures_are_those_of_the_samples(finished, report):
     for name, values in report["policies"].items():
         gold = [
-            judge.judge(question, group[0]["text"], group[0]["finished"])["gold"]
-            for question, group in zip(questions(24), part(finished, f"samples-{name}@T0"), strict=True)
+            judge.judge(question, sample["text"], sample["finished"])["gold"]
+            for question, sample in zip(questions(24), part(finished, f"samples-{name}@T0"), strict=True)
         ]
         assert values["gold_greedy"] == pytest.approx(sum(gold) / 24)
         assert part(finished, f"reference-{name}@T0") is None  # a greedy policy has no finite KL
     right = longer = pairs = 0
-    rows = zip(questions(24), part(finished, "samples-sft"), part(finished, "rewards-sft"), strict=True)
+    samples, rewards = (by_prompt(part(finished, f"{kind}-sft")) for kind in ("samples", "rewards"))
+    rows = zip(questions(24), samples, rewards, strict=True)
     for number, (question, group, rewards) in enumerate(rows):
         responses = [{"id": str(i), **sample} for i, sample in enumerate(group)]
         line = {"id": f"heldout-{number}", "prompt": [{"role": "user", "content": question}], "model": "sft"}
@@ -154,17 +158,14 @@ def test_reward_model_accuracy_of_known_scores():
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompts = [Prompt(str(number), messages, "here") for number in range(3)]
     texts = ["Paris.", "The capital of France is Paris.", "You are stupid.", "The capital of France is Rome, I think."]
-    group = [Sample(text, True, list(range(len(text))), [], 0.0) for text in texts]
-    groups = [group, group[::-1], [group[0]] * 4]
+    responses = pd.DataFrame(
+        {"prompt": [0] * 4 + [1] * 4 + [2] * 4, "text": [*texts, *texts[::-1], *texts[:1] * 4], "truncated": False}
+    )
     gold = {text: judge.judge(messages[0]["content"], text, True)["gold"] for text in texts}
+    responses = responses.assign(length=responses["text"].map(len), gold=responses["text"].map(gold))
 
     def accuracy(score) -> dict:
-        scores = {
-            name: np.array([[which(sample.text) for sample in group] for group in groups])
-            for name, which in (("reward", score), ("gold", gold.get))
-        }
-        sft = Measured(PolicySpec("sft", "sft", 4, 1.0), groups, None, None, scores)
-        return evaluate.reward_model_accuracy(sft, prompts, seed=0)
+        return evaluate.reward_model_accuracy(responses.assign(reward=responses["text"].map(score)), prompts, seed=0)
 
     by_gold = accuracy(gold.get)
     assert by_gold["accuracy_on_gold_order"] == 1 and by_gold["accuracy"] > 0.8

@@ -61,12 +61,6 @@ def test_measured_runs_take_what_was_estimated(tmp_path):
         assert cases[name]["estimated_gib"] == pytest.approx(cases[name]["measured_gib"], rel=0.1), name
 
 
-@pytest.mark.parametrize("setting", [PPO, replace(PPO, lora=None, checkpointing=True)], ids=["lora", "full"])
-def test_a_deep_model_is_extrapolated_from_shallow_ones(setting):
-    deep = replace(setting, config=models.llama_config(num_hidden_layers=5))
-    assert memory.measure_deep(deep, memory.build(deep)[0]) == memory.measure(deep)
-
-
 def test_what_saves_memory_is_seen_to():
     plain = estimate(PPO)
     assert estimate(replace(PPO, rows=8)).total > plain.total
@@ -161,7 +155,6 @@ def test_the_command_says_whether_it_fits(monkeypatch, capsys, tmp_path):
     code, output = command(monkeypatch, capsys, *line, "--gpu_memory_gb", 0.0001)
     assert "merged copy" not in output  # PPO makes it only where it fits
     assert code == 1 and output.strip().splitlines()[-1].startswith("does not fit: ")
-    assert "GiB with --load_in_4bit true" in output and "steps_per_generation" in output
 
 
 @pytest.mark.slow
@@ -190,7 +183,7 @@ def test_the_page_of_a_config_has_the_estimates(base, monkeypatch, capsys, tmp_p
     assert row.endswith(largest[max(largest)])
 
 
-def test_the_base_and_its_adapter_come_from_the_config_beside_or_the_folder(monkeypatch, tmp_path):
+def test_the_base_and_its_adapter_come_from_the_config_beside_or_the_folder(monkeypatch, capsys, tmp_path):
     models.llama_config().save_pretrained(tmp_path / "base")
     (tmp_path / "sft.yaml").write_text(
         f"model_name_or_path: {tmp_path / 'base'}\nuse_peft: true\nlora_r: 3\nlora_target_modules: all-linear\n"
@@ -200,8 +193,8 @@ def test_the_base_and_its_adapter_come_from_the_config_beside_or_the_folder(monk
     found = estimate_memory.add_base(model_args, "ppo", str(tmp_path / "ppo.yaml"))
     assert (found.model_name_or_path, found.lora_r) == (str(tmp_path / "base"), 3)
     LoraConfig(r=5, base_model_name_or_path=str(tmp_path / "base")).save_pretrained(tmp_path / "sft")
-    found = estimate_memory.adapter_config(estimate_memory.resolve_model(str(tmp_path / "sft")), model_args)
-    assert found.r == 5
+    line = ["sft", "--model_name_or_path", tmp_path / "sft", "--use_peft", "true", "--gpu_memory_gb", 8]
+    assert "LoRA of rank 5" in command(monkeypatch, capsys, *line)[1]
 
 
 @pytest.mark.parametrize(

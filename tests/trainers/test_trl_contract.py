@@ -20,7 +20,6 @@ from tests.trainers.conftest import config, make_trainer
 
 # Parameters of GRPOTrainer's methods, as in TRL 1.16, without `self`.
 OVERRIDDEN = {
-    "_get_train_sampler": ["dataset"],
     "_prepare_inputs": ["generation_batch"],
     "_generate": ["prompts"],
     "_generate_and_score_completions": ["inputs"],
@@ -50,13 +49,13 @@ CHECKPOINTS = {
     "training_step": ["..."],
     "_get_grad_norm": ["model", "grad_norm"],
     "log": ["logs", "start_time"],
-    "_determine_best_metric": ["metrics", "trial"],
-    "get_eval_dataloader": ["eval_dataset"],
+    "_get_dataloader": ["dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
     "save_model": ["output_dir", "_internal_call"],
     "_save_checkpoint": ["model", "trial"],
     "_push_from_checkpoint": ["checkpoint_folder"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_run_epoch": ["model", "epoch", "train_dataloader", "..."],
+    "_maybe_log_save_evaluate": ["..."],
     "_finalize_training": ["trial", "num_train_samples", "start_time"],
 }
 

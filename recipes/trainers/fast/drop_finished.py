@@ -29,12 +29,11 @@ class PreallocatedLayer(DynamicLayer):
         seen = self.get_seq_length()
         length = seen + key_states.shape[-2]
         if self.buffers is None or self.buffers[0].shape[-2] < length:
-            room = length + max(16, length // 4)
-            held = [(self.keys, key_states), (self.values, value_states)]
-            self.buffers = [new.new_empty(*new.shape[:-2], room, new.shape[-1]) for _, new in held]
-            for buffer, (old, _) in zip(self.buffers, held, strict=True):
-                if seen:
-                    buffer[..., :seen, :] = old
+            room = length - seen + max(16, length // 4)
+            self.buffers = [
+                torch.cat([held, new.new_empty(*new.shape[:-2], room, new.shape[-1])], -2)
+                for held, new in ((self.keys, key_states), (self.values, value_states))
+            ]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[..., seen:length, :] = new
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
@@ -88,12 +87,14 @@ class DropFinishedSampler:
         temperature, pad_token_id = generation_config.temperature or 1.0, generation_config._pad_token_tensor.item()
         rows = torch.arange(len(input_ids), device=input_ids.device)
         live = torch.ones_like(rows, dtype=torch.bool)
-        prompts, samples, logps = input_ids, [], []
+        start, stop = input_ids.size(1), generation_config.max_length
+        ids = input_ids.new_full((len(rows), stop), pad_token_id)
+        ids[:, :start], logps = input_ids, torch.zeros_like(ids, dtype=torch.float32)
         # Every pass over the vocabulary goes here: memory taken anew for each token would cost more than the pass.
         buffer = None
         outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
         with model._optimize_model_for_decode():
-            while True:
+            for place in range(start, stop):
                 model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
                 logits = outputs.logits[:, -1].float()
                 buffer = torch.empty_like(logits) if buffer is None else buffer[: len(logits)]
@@ -105,9 +106,8 @@ class DropFinishedSampler:
                     weights = kept.sub_(kept.amax(1, keepdim=True)).exp_()
                 tokens = draw(weights)
                 token_logps = (logits.gather(1, tokens) - top) / temperature - total.log()
-                self._append(samples, tokens[:, 0], rows[live], live, len(prompts), pad_token_id)
-                self._append(logps, token_logps[:, 0], rows[live], live, len(prompts), 0.0)
-                input_ids = torch.cat([input_ids, tokens], 1)
+                ids[rows[live], place], logps[rows[live], place] = tokens[live, 0], token_logps[live, 0]
+                input_ids = ids[rows, : place + 1]
                 live = live & ~stopping_criteria(input_ids, None)
                 if not live.any():
                     break
@@ -117,19 +117,13 @@ class DropFinishedSampler:
                     input_ids, rows, live = input_ids[live], rows[live], live[live]
                 inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
                 outputs = model(**inputs, return_dict=True)
-        self.logps = torch.stack(logps, 1)
+        self.logps = logps[:, start : place + 1]
         if not self.logps.isfinite().all():
             raise UserError(
                 "Sampling: the policy's logits are not finite numbers. An update has diverged, or half precision has "
                 "overflowed: lower learning_rate, or go back to an earlier checkpoint."
             )
-        return torch.cat([prompts, torch.stack(samples, 1)], 1)
-
-    @staticmethod
-    def _append(columns: list, values: torch.Tensor, rows: torch.Tensor, live: torch.Tensor, count: int, fill) -> None:
-        column = values.new_full((count,), fill)
-        column[rows] = values[live]
-        columns.append(column)
+        return ids[:, : place + 1]
 
 
 def draw(weights: torch.Tensor) -> torch.Tensor:

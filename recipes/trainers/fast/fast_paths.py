@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from recipes.models.heads import base_of
 from recipes.models.merged import unmergeable
 from recipes.trainers.fast.drop_finished import DropFinishedSampler
 from recipes.trainers.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
@@ -41,37 +42,33 @@ class FastPaths:
     def __init__(
         self, args: PPOConfig, accelerator: Accelerator, policy: PreTrainedModel | PeftModel, in_float32: bool
     ):
-        self.args, self.accelerator, self.policy = args, accelerator, policy
-        self.base = base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-        self.on = set(args.fast_paths)
+        self.args, self.accelerator, self.policy, self.base = args, accelerator, policy, base_of(policy)
         on_cpu, is_alone = accelerator.device.type == "cpu", accelerator.distributed_type == "NO"
         # Processes that share a model must make as many passes as each other.
         self.in_shares = accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU")
-        if self.in_shares:
-            self.on -= {"drop_finished", "packed_weights", "fused_adapters", "merged_copy"}
-        if args.generation_kwargs:  # beams and their like are transformers' own work
-            self.on -= {"drop_finished"}
-        if not on_cpu:  # a GPU has TRL's kernels for the head, and no packed layout
-            self.on -= {"response_logps", "packed_weights"}
         halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        self.compute_dtype = halves.get(accelerator.mixed_precision, base.dtype)
-        copy_differs = isinstance(policy, PeftModel) or self.compute_dtype != base.dtype
+        self.compute_dtype = halves.get(accelerator.mixed_precision, self.base.dtype)
+        copy_differs = isinstance(policy, PeftModel) or self.compute_dtype != self.base.dtype
         # On a CPU `packed_weights` are such a copy already.
-        wants_copy = copy_differs and (not on_cpu or args.use_transformers_continuous_batching)
-        if not wants_copy or unmergeable(policy):
-            self.on -= {"merged_copy"}
-        if args.entropy_coef:  # the bonus needs gradients of the entropy, which only TRL's head has
-            self.on -= {"response_logps"}
+        copy_helps = not args.use_vllm and (not on_cpu or args.use_transformers_continuous_batching)
+        fits = {
+            # A GPU has TRL's kernels for the head, and only they have gradients of the entropy.
+            "response_logps": on_cpu and not args.entropy_coef,
+            "drop_finished": not self.in_shares and not args.generation_kwargs,  # beams are transformers' own work
+            "packed_weights": not self.in_shares and on_cpu,
+            "fused_adapters": not self.in_shares,
+            "merged_copy": not self.in_shares and copy_differs and copy_helps and not unmergeable(policy),
+            "early_backward": is_alone,  # DDP reduces gradients once, in one backward
+        }
+        self.on = {path for path in args.fast_paths if fits.get(path, True)}
         # What a merged copy, or a decoding step in half precision, computes is not what training would.
         if not in_float32 or "merged_copy" in self.on:
             self.on -= {"sampling_logps"}
-        if not is_alone:  # DDP reduces gradients once, in one backward
-            self.on -= {"early_backward"}
         # A GPU is idle while one more bucket starts, and DDP wants one forward for one backward.
-        self.overhead = bucket_overhead(base) if on_cpu and is_alone else UNLIMITED
+        self.overhead = bucket_overhead(self.base) if on_cpu and is_alone else UNLIMITED
         self.sampler = DropFinishedSampler() if "drop_finished" in self.on else None
         if "fused_adapters" in self.on:
-            fuse_adapters(base)
+            fuse_adapters(self.base)
 
     def frozen_head(self, model: PreTrainedModel) -> Callable | None:
         """What computes log-probabilities under a frozen LM head; `None` leaves them to TRL's fused head."""

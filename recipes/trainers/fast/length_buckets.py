@@ -50,20 +50,14 @@ def map_buckets(run: Callable[[torch.Tensor], Results], buckets: list[torch.Tens
 
 def even_buckets(lengths: torch.Tensor, count: int) -> list[torch.Tensor]:
     """Row numbers in `count` buckets of similar length, none empty; the largest has as few tokens as can be."""
-    ordered, order = lengths.sort(stable=True)
-    ordered = ordered.tolist()
-
-    def cuts(budget: int) -> list[int]:
-        starts = [0]
-        for row in range(1, len(ordered)):
-            is_full = ordered[row] * (row + 1 - starts[-1]) > budget
-            if is_full or len(ordered) - row == count - len(starts):  # one row for each bucket that is left
-                starts.append(row)
-        return starts
-
-    sizes = range(ordered[-1], ordered[-1] * len(ordered))
-    budget = sizes.start + bisect.bisect_left(sizes, True, key=lambda size: len(cuts(size)) <= count)
-    return [order[start:end] for start, end in itertools.pairwise([*cuts(budget), len(ordered)])]
+    longest = int(lengths.max())
+    sizes = range(longest, longest * len(lengths))
+    few_enough = bisect.bisect_left(sizes, True, key=lambda size: len(length_buckets(lengths, size)) <= count)
+    buckets = length_buckets(lengths, longest + few_enough)
+    while len(buckets) < count:
+        most = max(range(len(buckets)), key=lambda bucket: len(buckets[bucket]))
+        buckets[most : most + 1] = buckets[most].tensor_split(2)
+    return buckets
 
 
 def sort_by_length(batches: list[dict]) -> list[dict]:

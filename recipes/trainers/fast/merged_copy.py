@@ -7,7 +7,6 @@ the training model.
 """
 
 import contextlib
-import functools
 
 import torch
 from peft import PeftModel
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from recipes.models.heads import base_of
 from recipes.models.merged import empty_copy, merged_copy
 
 logger = logging.get_logger(__name__)
@@ -38,28 +38,15 @@ def free_bytes(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def sampling_from_copy(policy: PreTrainedModel | PeftModel, dtype: torch.dtype):
-    """Let the policy generate from a copy, made when first asked; where it does not fit, from the policy itself."""
-    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-
-    @functools.cache
-    def sampler() -> PreTrainedModel | None:
-        if base.device.type == "cuda" and not fits_beside(copy_bytes(base, dtype), free_bytes(base.device)):
-            logger.warning_once("A merged copy of the policy does not fit beside it: sampling is slower without.")
-            return None
-        return merged_copy(policy, dtype)
-
-    def through_copy(name: str):
-        own = getattr(base, name)
-
-        def generate(*args, **kwargs):
-            if (model := sampler()) is None:
-                return own(*args, **kwargs)
-            model.generation_config = base.generation_config
-            return getattr(model, name)(*args, **kwargs)
-
-        return generate
-
-    base.generate, base.generate_batch = through_copy("generate"), through_copy("generate_batch")
+    """Let the policy generate from a copy; where that does not fit, from the policy itself."""
+    base = base_of(policy)
+    if base.device.type == "cuda" and not fits_beside(copy_bytes(base, dtype), free_bytes(base.device)):
+        logger.warning_once("A merged copy of the policy does not fit beside it: sampling is slower without.")
+        yield
+        return
+    copied = merged_copy(policy, dtype)
+    copied.generation_config = base.generation_config
+    base.generate, base.generate_batch = copied.generate, copied.generate_batch
     try:
         yield
     finally:
