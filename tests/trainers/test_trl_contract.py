@@ -55,6 +55,7 @@ CHECKPOINTS = {
     "_push_from_checkpoint": ["checkpoint_folder"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_run_epoch": ["model", "epoch", "train_dataloader", "..."],
+    "_maybe_log_save_evaluate": ["..."],
     "_finalize_training": ["trial", "num_train_samples", "start_time"],
 }
 
