@@ -3,10 +3,10 @@
 import io
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-import pandas as pd
 from markupsafe import Markup
 
 matplotlib.use("Agg")
@@ -50,8 +50,6 @@ def plain(text: str) -> str:
 def figures(report: dict) -> dict[str, Figure]:
     """All figures that the report has data for, by name."""
     drawn = {"reward_kl": plot_reward_kl({"": report})}
-    if report["win_rates"]:
-        drawn["win_rates"] = plot_win_rates(report["win_rates"])
     if report["over_optimization"]:
         drawn["over_optimization"] = plot_over_optimization({"": report})
     if report.get("reward_model"):
@@ -121,7 +119,7 @@ def draw_reward_kl(axes: Axes, report: dict) -> None:
     axes.fill_between(kl, reward - 1.96 * se, reward + 1.96 * se, color=GREY, alpha=0.2, linewidth=0)
     axes.plot(kl, reward, ":", color=GREY, linewidth=2)
     axes.plot(kl[sure], reward[sure], color=GREY, linewidth=2, label="best possible (tilted reference)")
-    line = {"markersize": 4, "linewidth": 1}
+    line: dict[str, Any] = {"markersize": 4, "linewidth": 1}
     rows = data["best_of_n"]
     label = f"best of n = 1 … {rows[-1]['n']}"
     axes.plot(*columns(rows, "kl_with_ties", "reward"), "s-", color=ORANGE, label=label, **line)
@@ -138,25 +136,11 @@ def draw_reward_kl(axes: Axes, report: dict) -> None:
         axes.plot(*columns(rows, "kl", "reward"), ".-", color=color, alpha=0.8, label=label, **line)
     for name, values in policies.items():
         if values["kl"]:
-            kl, reward = max(0, values["kl"]["k1"]["mean"]), values["reward"]
+            kl, reward = max(0.0, values["kl"]["k1"]["mean"]), values["reward"]
             look = {"fmt": "o", "color": colors[name], "markersize": 8, "zorder": 3, "label": plain(name)}
             axes.errorbar(kl, reward["mean"], error_bars([reward]), **look)
     square_root_axis(axes, reference)
     axes.set_ylabel("reward")
-
-
-def plot_win_rates(rows: list[dict]) -> Figure:
-    table = pd.DataFrame(rows[::-1])
-    parts, colors = table[["win", "tie", "loss"]], [BLUE, "#b8b8b8", ORANGE]
-    axes = parts.plot.barh(stacked=True, width=0.72, color=colors, figsize=(8, 0.6 + 0.34 * len(table)))
-    bars = error_bars([{"mean": row["win_rate"], "ci95": row["ci95"]} for row in rows[::-1]])
-    look = {"fmt": "D", "color": "black", "markersize": 4, "label": "win + tie / 2"}
-    axes.errorbar(table["win_rate"], table.index, xerr=bars, **look)
-    axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
-    axes.set_yticklabels(plain(f"{row['a']} against {row['b']} ({row['judge']})") for row in rows[::-1])
-    axes.set_xlim(0, 1)
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return axes.figure
 
 
 def plot_over_optimization(reports: dict[str, dict]) -> Figure:

@@ -437,7 +437,7 @@ def test_a_report_of_hardly_anything(tmp_path, prompts, equal, kl):
     write_report(report, str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     text = verdict(report)
-    assert (tmp_path / "report.html").read_text().count("<svg") == 3 + (report["over_optimization"] is not None)
+    assert (tmp_path / "report.html").read_text().count("<svg") == 2 + (report["over_optimization"] is not None)
     assert (report["policies"]["ppo"]["reward"]["ci95"] is None) == (prompts == 1)
     assert ("on the only prompt, which says nothing about others" in text) == (prompts == 1)
     assert ("ppo scores the same as sft" in text) == equal and "could be chance" not in text
