@@ -5,7 +5,7 @@ fixture to tests/data/fixtures and a section to docs/datasets.md, which has a co
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from recipes.data import converters as convert
@@ -34,7 +34,7 @@ class Schema:
     order: int | None = 0  # if several schemas fit, the lowest wins; None is never detected and must be named
     gather: Callable[[Iterable, str], Iterable] | None = None  # joins the rows of a source into those to convert
 
-    def missing(self, columns: set[str]) -> list[str]:
+    def missing(self, columns: Collection[str]) -> list[str]:
         return [name for name in self.columns if name not in columns]
 
     def reads(self, sample: list[dict], roles: Roles) -> bool:
@@ -89,7 +89,7 @@ def detect(
     raise DataError(f"{found}; name the columns, perhaps: {suggest_mapping(unmapped or sample, task)}")
 
 
-def _near_misses(schemas: Mapping[str, Schema], columns: set[str]) -> str:
+def _near_misses(schemas: Mapping[str, Schema], columns: Collection[str]) -> str:
     """The two schemas of which the smallest share of columns is missing."""
     near = []
     for name, schema in schemas.items():
