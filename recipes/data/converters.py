@@ -93,8 +93,13 @@ def guanaco(row: Cells, roles: Roles) -> Dialogue:
 
 def joined(row: Cells, roles: Roles) -> Dialogue | Ranking:
     """Rows as `recipes.data.oasst` and `recipes.data.label_studio` make them."""
-    kinds = {"responses": ranking, "completion": prompt_completion, "messages": dialogue("messages")}
-    return next((kinds[column] for column in kinds if column in row), prompt("prompt"))(row, roles)
+    if "responses" in row:
+        return ranking(row, roles)
+    if "completion" in row:
+        return prompt_completion(row, roles)
+    return Dialogue(
+        conversation(row, "messages", roles) if "messages" in row else prompt_messages(row, "prompt", roles)
+    )
 
 
 def compared(

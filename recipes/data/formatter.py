@@ -118,8 +118,12 @@ class Formatter:
             if unread:
                 report.add_unread(unread)
             for result in results:
-                if not isinstance(result, Kept):
-                    self._leave_out(row, result, report)
+                if isinstance(result, RowProblem):
+                    kind = "skipped" if isinstance(result, Skip) else "errors"
+                    report.add(kind, row, result.message, self._mapping.source_column(result.column))
+                    report.lost = report.lost or isinstance(result, LostRows)
+                    if self.fail_fast:
+                        self._check_errors(report)
                     continue
                 duplicate = seen.add(result.digest)
                 if duplicate and self.dedup == "drop":
@@ -144,13 +148,6 @@ class Formatter:
     def features(self, tools: bool = False):
         """The `datasets.Features` of the output rows; `tools` where conversations have tool calls."""
         return features(self.task, self.prompt_completion, self.margin, tools, self.keep_columns)
-
-    def _leave_out(self, row: Row, problem: RowProblem, report: Report) -> None:
-        kind = "skipped" if isinstance(problem, Skip) else "errors"
-        report.add(kind, row, problem.message, self._mapping.source_column(problem.column))
-        report.lost = report.lost or isinstance(problem, LostRows)
-        if self.fail_fast:
-            self._check_errors(report)
 
     def _check_errors(self, report: Report) -> None:
         errors = report.counts["errors"].total()
