@@ -5,15 +5,11 @@ This module may import `recipes.data` and `recipes.cli`: it needs no model, at m
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from recipes.cli.errors import counted
 from recipes.cli.screen import say
-from recipes.data.control_tokens import control_tokens
 from recipes.data.formatter import Formatter, as_rows
 from recipes.data.loading import Rows, list_splits, load_rows
 from recipes.data.mapping import parse_mapping
@@ -27,8 +23,6 @@ from recipes.data.tasks import has_tools
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-BATCH = 1000  # rows that are written at a time
-
 __all__ = [
     "DataError", "FormattedDatasets", "Formatter", "FormattingArguments", "Report", "RowArguments", "check_leakage",
     "detect", "format_dataset", "has_test_split", "list_splits", "load_formatted", "load_rows", "split_by_group",
@@ -38,15 +32,13 @@ __all__ = [
 def format_dataset(
     rows: Rows | Iterable[dict], task: str, streaming: bool = False, num_proc: int | None = None, **options
 ) -> tuple["Dataset | IterableDataset", Report]:
-    """Formats rows for a task.
+    """Formats rows, of `load_rows` or any list or `datasets` dataset of dictionaries, for a task.
 
     Args:
-        rows: from `load_rows`, or any list or `datasets` dataset of dictionaries.
-        task: "sft", "preference", "ranking" or "prompt".
         streaming: formats while the result is iterated: an IterableDataset, whose report fills up on the way and
             whose errors are raised at the row where they are met.
         num_proc: processes that format; the result is the same for any number. Streams take one.
-        options: of `Formatter`: schema, mapping, on_error, on_special, dedup, margin, prompt_completion and others.
+        options: of `Formatter`.
     Returns:
         The dataset, memory-mapped from a file that lives as long as the process, and the report.
     Raises:
@@ -55,7 +47,8 @@ def format_dataset(
     rows = as_rows(rows)
     formatter, report = Formatter(task, fail_fast=streaming, **options), Report(rows.source, task)
     if not streaming:
-        return _write(formatter, rows, report, num_proc or 1), report
+        launched = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes, each of which formats all rows
+        return _write(formatter, rows, report, (num_proc or 1) // launched), report
     from datasets import IterableDataset
 
     known = None if task == "sft" else formatter.features()  # sft rows may have tool calls, or not
@@ -76,15 +69,15 @@ def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int, tool
     columns = formatter.features(tools)
     folder = datasets.fingerprint.get_temporary_cache_files_directory()
     path = os.path.join(folder, f"formatted-{os.urandom(8).hex()}.arrow")
-    outputs = (output for _, output in formatter(rows, report, num_proc))
     with ArrowWriter(features=columns, path=path) as writer:
-        while batch := list(islice(outputs, BATCH)):
-            if not tools and any(map(has_tools, batch)):  # known only now: begin again with other columns
+        for _, output in formatter(rows, report, num_proc):
+            if not tools and has_tools(output):  # known only now: begin again with other columns
                 return _write(formatter, rows, report, num_proc, tools=True)
-            cells = {name: [row.get(name) for row in batch] for name in columns}
-            if tools or formatter.keep_columns:  # there is free JSON, which Arrow cannot take as it is
-                cells = {name: columns.encode_column(cells[name], name) for name in cells}
-            writer.write_table(pyarrow.Table.from_pydict(cells, columns.arrow_schema))
+            if tools or formatter.keep_columns:  # there is free JSON, of which `write` would round the numbers
+                encoded = columns.encode_example(output)
+                writer.write_row(pyarrow.Table.from_pylist([encoded], columns.arrow_schema))
+            else:
+                writer.write(output)
         writer.finalize()
     dataset = datasets.Dataset.from_file(path)
     dataset._fingerprint = report.fingerprint  # of the content, so that it is the same in the next run
@@ -121,7 +114,7 @@ class RowArguments:
     def options(self) -> dict[str, Any]:
         """As keyword arguments of `format_dataset`."""
         given = {name: getattr(self, name) for name in ("on_error", "max_error_rate", "on_special", "dedup")}
-        return {"schema": self.dataset_schema, "mapping": parse_mapping(self.dataset_mapping), **given}
+        return given | {"schema": self.dataset_schema, "mapping": parse_mapping(self.dataset_mapping)}
 
 
 @dataclass
@@ -150,7 +143,6 @@ class FormattedDatasets(dict):
     """Datasets by split ("train", perhaps "eval"), and `reports` on their rows."""
 
     def __init__(self):
-        super().__init__()
         self.reports: dict[str, Report] = {}
 
 
@@ -188,57 +180,48 @@ def load_formatted(
     Raises:
         DataError: there is no dataset, or it cannot be used.
     """
-    own = {"tokenizer": tokenizer, "special_tokens": control_tokens(tokenizer)} if tokenizer else {}
-    options = {**format_args.options(), **own, **options}
-    options["streaming"] = streaming = script_args.dataset_streaming
-    # Here transformers cannot tell a template's control tokens from those that stand in a message.
-    drop_special = options.get("assistant_only_loss", False) and format_args.on_special == "flag"
-    if drop_special:
-        options["on_special"] = "drop"
-    if options.get("num_proc"):  # each process of a launch formats all rows
-        options["num_proc"] //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    sources = {"train": parse_sources(format_args.datasets or ())}
-    if not sources["train"]:
-        if script_args.dataset_name is None:
-            raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")
-        train = Source(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
-        sources = {"train": [train]}
-        if evaluate and has_test_split(train.path, script_args.dataset_test_split, train.name):
-            sources["eval"] = [replace(train, split=script_args.dataset_test_split)]
-    elif (script_args.dataset_config, script_args.dataset_train_split) != (None, "train"):
-        raise DataError(
-            "datasets: a source of a mixture has its own name and split: leave out dataset_config and "
-            "dataset_train_split"
-        )
-    has_test = "eval" in sources
-    if evaluate and streaming and not has_test:
-        raise DataError("a stream cannot be split: evaluate on a source with a test split, or do not stream")
-
+    streaming = script_args.dataset_streaming
+    options = {**format_args.options(), "tokenizer": tokenizer, "streaming": streaming, **options}
     datasets = FormattedDatasets()
-    for key, parts in sources.items():
+    for key, sources in _sources(script_args, format_args, evaluate).items():
         formatted = []
-        for number, part in enumerate(parts, 1):
-            own = {"schema": part.schema, "mapping": parse_mapping(part.mapping)}
-            rows = load_rows(part.path, part.split, part.name, part.data_files, streaming)
-            dataset, report = format_dataset(rows, task, **options | {name: own[name] for name in own if own[name]})
+        for number, source in enumerate(sources, 1):
+            rows = load_rows(source.path, source.split, source.name, source.data_files, streaming)
+            dataset, report = format_dataset(rows, task, **options | source.options())
             formatted.append(dataset)
-            datasets.reports[key if len(parts) == 1 else f"{key} {number}"] = report
-        datasets[key] = combine(formatted, parts, streaming, seed)
-    if has_test and not streaming:
+            datasets.reports[key if len(sources) == 1 else f"{key} {number}"] = report
+        datasets[key] = combine(formatted, sources, streaming, seed)
+    if streaming:
+        return datasets
+    if "eval" in datasets:
         datasets.reports["leakage"] = check_leakage(datasets["train"], datasets["eval"])
-    elif evaluate and not has_test:
+    elif evaluate:
         datasets["train"], held_out = split_by_group(datasets["train"], format_args.test_split_size, seed)
-        if held_out is not None:
+        if held_out is None:
+            say("There is only one prompt: it is trained on, and nothing is held out to evaluate.")
+        else:
             datasets["eval"] = held_out
-    if not streaming:
-        say("\n".join(map(str, datasets.reports.values())))
-    if evaluate and "eval" not in datasets:
-        say("There is only one prompt: it is trained on, and nothing is held out to evaluate.")
-    skipped = sum((report.counts["skipped"] for report in datasets.reports.values()), Counter())
-    dropped = sum(count for what, count in skipped.items() if what.startswith("special token"))
-    if drop_special and (dropped or streaming):  # of a stream the number is not known yet
-        say(
-            f"{counted(dropped, 'row') if dropped else 'Rows'} with the text of a control token left out "
-            "(--on_special drop): with --assistant_only_loss true it would pass for the end of a turn."
-        )
+    say("\n".join(map(str, datasets.reports.values())))
     return datasets
+
+
+def _sources(script_args, format_args: FormattingArguments, evaluate: bool) -> dict[str, list[Source]]:
+    """The sources of "train" and, where there is a split to evaluate on, of "eval"."""
+    path, name = script_args.dataset_name, script_args.dataset_config
+    train = Source(path, name, script_args.dataset_train_split)
+    if format_args.datasets:
+        if (name, train.split) != (None, "train"):
+            raise DataError(
+                "datasets: a source of a mixture has its own name and split: leave out dataset_config and "
+                "dataset_train_split"
+            )
+        sources = {"train": parse_sources(format_args.datasets)}
+    elif path is None:
+        raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")
+    else:
+        sources = {"train": [train]}
+        if evaluate and has_test_split(path, script_args.dataset_test_split, name):
+            sources["eval"] = [replace(train, split=script_args.dataset_test_split)]
+    if evaluate and script_args.dataset_streaming and "eval" not in sources:
+        raise DataError("a stream cannot be split: evaluate on a source with a test split, or do not stream")
+    return sources

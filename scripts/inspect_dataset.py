@@ -4,9 +4,8 @@
     python scripts/inspect_dataset.py demonstrations.jsonl --task sft --tokenizer runs/sft --max_length 512
 
 Exits with 0, or with 1 and the errors; the report is written either way. With a tokenizer, every row is rendered and
-measured: one that the chat template refuses, or a prompt of more tokens than the model has positions, is an error.
-The first rows are shown as the model will see them; ⟦…⟧ is the part that is trained on (sft: the last turn) or scored
-(preference).
+measured, and the first ones are shown as the model will see them; ⟦…⟧ is the part that is trained on (sft: the last
+turn) or scored (preference).
 """
 
 import os
@@ -21,16 +20,15 @@ if __name__ == "__main__":
 
 import argparse
 import json
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from recipes.cli.errors import UserError, visible
+from recipes.cli.errors import UserError, counted, visible
+from recipes.cli.files import complete_file
 from recipes.cli.help import OneLineParser
-from recipes.data.control_tokens import control_tokens
-from recipes.data.preview import render
+from recipes.data.preview import sequences
 from recipes.data.report import Report
 from recipes.data.schemas import TASKS
 from recipes.formatting import Formatter, RowArguments, load_rows
@@ -59,8 +57,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, RowArguments
     args = parser.parse_args(argv)
     if args.max_length is not None and not args.tokenizer:
         parser.error("--max_length counts tokens: it needs --tokenizer")
-    if {"file", "line"} & set(args.keep_columns):
-        parser.error("--keep_columns: file and line tell where a row is from; rename these columns")
     written = [path for path in (args.output, args.report) if path]
     for path in written:
         if Path(args.source).exists() and path.resolve().is_relative_to(Path(args.source).resolve()):
@@ -72,78 +68,63 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, RowArguments
     return args, RowArguments(**{each.name: getattr(args, each.name) for each in fields(RowArguments)})
 
 
-def formatted(args: argparse.Namespace, format_args: RowArguments, report: Report, **model) -> Iterator[dict]:
+def inspect(args: argparse.Namespace, format_args: RowArguments, report: Report) -> None:
     options = {**format_args.options(), "keep_columns": args.keep_columns, "max_length": args.max_length}
     options["prompt_completion"] = args.task == "sft"  # as recipes/sft.py
-    formatter = Formatter(args.task, **model, **options)
+    tokenizer = None
+    if args.tokenizer:
+        # These import torch, which takes seconds.
+        from recipes.models.source import resolve_model
+        from recipes.models.tokenization import load_tokenizer
+
+        source = resolve_model(args.tokenizer, trust_remote_code=args.trust_remote_code == "true")
+        tokenizer = load_tokenizer(source)
+        if args.task == "prompt":  # other rows are cut in training
+            with suppress(UserError):  # a folder with nothing but a tokenizer
+                options["positions"] = source.positions
     rows = load_rows(args.source, args.split, args.dataset_config)
-    for row, output in formatter(rows, report, args.num_proc):
-        output.pop("group_id", None)
-        if "completion" in output:
-            output = {"messages": output.pop("prompt") + output.pop("completion"), **output}
-        yield {"file": row.file, "line": row.line, **output}
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    shown = []
+    with complete_file(args.output) if args.output else open(os.devnull, "w", encoding="utf-8") as file:
+        for row, output in Formatter(args.task, tokenizer=tokenizer, **options)(rows, report, args.num_proc):
+            output.pop("group_id", None)
+            if "completion" in output:
+                output = {"messages": output.pop("prompt") + output.pop("completion"), **output}
+            file.write(json.dumps({"file": row.file, "line": row.line, **output}, ensure_ascii=False) + "\n")
+            if len(shown) < SHOWN:
+                shown.append(f"{row.file}:{row.line}\n{preview(output, tokenizer)}")
+    print(visible("\n".join([*shown, str(report)])))
 
 
-def write(path: Path | None, rows: Iterator[dict]) -> list[dict]:
-    """Writes the rows to a file, which appears only once it is complete, and returns the first ones."""
-    first = []
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{path}.partial" if path else os.devnull)
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for row in rows:
-                first += [row] if len(first) < SHOWN else []
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if path:
-            partial.replace(path)
-    finally:
-        if path:
-            partial.unlink(missing_ok=True)
-    return first
-
-
-def show(rows: list[dict], tokenizer) -> None:
-    for row in rows:
-        shown = [f"{row['file']}:{row['line']}"]
-        if tokenizer:
-            shown += map(str, render(row, tokenizer))
-        else:
-            shown.append(json.dumps({key: row[key] for key in row if key not in ("file", "line")}, ensure_ascii=False))
-        print(visible("\n".join(shown)))
+def preview(row: dict, tokenizer) -> str:
+    """The row as the model will see it; without a tokenizer, as JSON."""
+    if tokenizer is None:
+        return json.dumps(row, ensure_ascii=False)
+    lines = []
+    for name, ids, shared in sequences(row, tokenizer):
+        lines.append(f"{name}: {counted(len(ids), 'token')}, {len(ids) - shared} of them in the marked part")
+        lines.append(f"{tokenizer.decode(ids[:shared])}⟦{tokenizer.decode(ids[shared:])}⟧")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     args, format_args = parse_args(argv)
     report = Report(args.source, args.task)
-    failed = False
     try:
-        model = {"tokenizer": None}
-        if args.tokenizer:
-            # These import torch, which takes seconds.
-            from recipes.models.source import resolve_model
-            from recipes.models.tokenization import load_tokenizer
-
-            source = resolve_model(args.tokenizer, trust_remote_code=args.trust_remote_code == "true")
-            tokenizer = load_tokenizer(source)
-            model = {"tokenizer": tokenizer, "special_tokens": control_tokens(tokenizer)}
-            if args.task == "prompt":  # other rows are cut in training
-                with suppress(UserError):  # a folder with nothing but a tokenizer
-                    model["positions"] = source.positions
-        show(write(args.output, formatted(args, format_args, report, **model)), model["tokenizer"])
-        print(report)
+        try:
+            inspect(args, format_args, report)
+        except (UserError, OSError) as error:
+            if not report.errors:
+                report.errors.append({"file": args.source, "line": None, "column": None, "message": str(error)})
+            raise
+        finally:
+            if args.report:
+                report.save(args.report)
     except (UserError, OSError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
-        if not report.errors:
-            report.errors.append({"file": args.source, "line": None, "column": None, "message": str(error)})
-        failed = True
-    try:
-        if args.report:
-            report.save(args.report)
-    except OSError as error:
-        print(f"error: --report {visible(str(error))}", file=sys.stderr)
-        failed = True
-    return 1 if failed else 0
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from recipes.cli.errors import UserError, first_line
 from recipes.cli.files import is_write_error, move_contents
 from recipes.cli.record import RESULT, read_record
 from recipes.cli.run import holds_anything, run
-from recipes.models.compatibility import check_adapter
+from recipes.models.compatibility import check_model
 from recipes.models.loading import TRAINED_PROMPTS, load_policy, load_reward_model, not_finite, statistics_file
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
@@ -76,13 +76,11 @@ def merge(args: MergeArguments) -> None:
     quantized = getattr(source.config, "quantization_config", None) is not None
     if not args.allow_quantized_merge:
         refuse_lossy_merge(adapter, source.base, quantized)
-    check_adapter(source)
-
+    tokenizer = load_tokenizer(source)
+    check_model(source, tokenizer)
     model_args = ModelConfig(dtype="float32")
-    if source.peft_config.task_type == "SEQ_CLS":
-        model, tokenizer = load_reward_model(source, model_args)
-    else:
-        model, tokenizer = load_policy(source, model_args), load_tokenizer(source)
+    is_reward_model = source.peft_config.task_type == "SEQ_CLS"
+    model = load_reward_model(source, model_args)[0] if is_reward_model else load_policy(source, model_args)
     if not quantized:
         model.to(source.config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype))
     if name := not_finite(model):

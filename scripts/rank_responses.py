@@ -15,7 +15,6 @@ if __name__ == "__main__":
     begin(__file__)
 
 import argparse
-import getpass
 import json
 import sqlite3
 from pathlib import Path
@@ -33,6 +32,7 @@ from recipes.labelling.tasks import read_tasks
 from recipes.labelling.terminal import rank_in_terminal
 
 MAX_NUMBER = 1_000_000
+USER = os.environ.get("USER", "labeler")
 GUIDELINES = Path(labelling.__file__).with_name("guidelines.txt")
 
 
@@ -43,13 +43,6 @@ def at_least(minimum):
         return int(text)
 
     return parse
-
-
-def user_name():
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # in a container, this user may have a number and no name
-        return "labeler"
 
 
 def parse_args(argv):
@@ -66,7 +59,7 @@ def parse_args(argv):
     serve.add_argument("--host", default="127.0.0.1", help="%(default)s unless other machines may come in")
     serve.add_argument("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
     terminal = command(run_terminal, "terminal", "rank in this shell")
-    terminal.add_argument("--labeler", default=user_name(), help="whose rankings these are; default %(default)s")
+    terminal.add_argument("--labeler", default=USER, help="whose rankings these are; default %(default)s")
     for ranking in (serve, terminal):
         several = {"nargs": "+", "action": "extend", "default": [], "type": Path}
         ranking.add_argument("--samples", help="files of sampled responses to add", **several)
@@ -92,10 +85,7 @@ def parse_args(argv):
 
 def open_store(args):
     """The store of `args.database` with every file of samples in it; made where it is missing."""
-    try:
-        guidelines = args.guidelines.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{args.guidelines}: cannot be read ({error})") from error
+    guidelines = args.guidelines.read_text(encoding="utf-8").strip()
     files = [(path, False) for path in args.samples] + [(path, True) for path in args.gold]
     read = [(path, *read_tasks(path, gold)) for path, gold in files]  # all of them before anything is made or changed
     options = {name: getattr(args, name) for name in ("overlap", "gold_every", "justifications")}
@@ -117,8 +107,7 @@ def run_serve(args):
     store = open_store(args)
     known = labelers(store)
     if not known:
-        name = user_name()
-        print(f"First labeler {name!r}, log in with this token (shown only now): {add_labeler(store, name)}")
+        print(f"First labeler {USER!r}, log in with this token (shown only now): {add_labeler(store, USER)}")
     else:
         print(f"Labelers: {', '.join(labeler.name for labeler in known)}. This makes a first or another token:")
         print(f"  python scripts/rank_responses.py add-labeler NAME --new_token --database {args.database}")
@@ -146,10 +135,7 @@ def run_export(args):
     rankings, prompts = counted(found["rankings"], "ranking"), counted(found["prompts"], "prompt")
     print(f"{args.output}: {rankings} of {prompts} by {counted(found['labelers'], 'labeler')}")
     print(f"{counted(found['pairs'], 'pair')} to learn from; tied pairs, which give nothing: {found['tied_pairs']}")
-    if found["all_tied"]:
-        print(f"Rankings that are all ties: {found['all_tied']}")
-    if found["gold_left_out"]:
-        print(f"Rankings of gold tasks left out (--include_gold): {found['gold_left_out']}")
+    print(f"Rankings that are all ties: {found['all_tied']}; of gold tasks, left out: {found['gold_left_out']}")
 
 
 def run_agreement(args):
@@ -157,11 +143,10 @@ def run_agreement(args):
     from recipes.labelling.report import as_html, as_text
 
     report = agreement_report(Database(args.database))
-    text = {
-        "text": lambda: as_text(report),
-        "json": lambda: json.dumps(report, indent=2, ensure_ascii=False) + "\n",
-        "html": lambda: as_html(report, f"Agreement in {args.database.name}"),
-    }[args.format]()
+    if args.format == "json":
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    else:
+        text = as_text(report) if args.format == "text" else as_html(report, f"Agreement in {args.database.name}")
     if args.output is None:
         sys.stdout.write(text)
     else:
@@ -178,18 +163,16 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         args.function(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 0
     except ModuleNotFoundError as error:
         print(f"error: {args.command} needs a package: {error}; type pip install -e '.[labelling]'", file=sys.stderr)
-        return 1
+    except (UserError, OSError, UnicodeDecodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
     except sqlite3.Error as error:
         print(f"error: {args.database}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -42,15 +45,26 @@ def sizes(folder: str) -> dict[str, int]:
     return found
 
 
-def write_text(path: str, text: str) -> None:
-    """Write a file that has either its old content or the new one, never a part of it."""
+@contextmanager
+def complete_file(path: str | os.PathLike) -> Iterator[TextIO]:
+    """A text file to write that has either its old content or the new one, never a part of it."""
     partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.remove(partial)
+        raise
     os.replace(partial, path)
     sync(os.path.dirname(path) or ".")
+
+
+def write_text(path: str, text: str) -> None:
+    with complete_file(path) as file:
+        file.write(text)
 
 
 def move_contents(source: str, target: str, last: str) -> None:

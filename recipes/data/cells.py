@@ -1,12 +1,11 @@
 """The cells of a row, each read by name as what it should be; errors and skips name its place."""
 
-import json
 import math
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
-from recipes.data.rows import RowError, Skip, check_surrogates, describe, join_names
+from recipes.data.rows import DECODER, RowError, Skip, check_surrogates, describe, join_names
 
 NOTHING = (None, "", "null", [], "[]", {}, "{}")
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
@@ -108,7 +107,7 @@ def decode_json(value: Any, place: str, kind: str) -> Any:
     """A list or an object, which is JSON text in formats that have neither (CSV)."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = DECODER.decode(value)
         except (ValueError, RecursionError):
             raise RowError(f"found {describe(value)}, expected {kind} (as JSON)", place) from None
         check_surrogates(value, place)

@@ -16,11 +16,5 @@ class Digests:
 
     def add(self, digest: bytes) -> bool:
         """Adds a digest; returns whether it was there before."""
-        return self._file.execute("INSERT OR IGNORE INTO seen VALUES (?)", (_number(digest),)).rowcount == 0
-
-    def __contains__(self, digest: bytes) -> bool:
-        return self._file.execute("SELECT 1 FROM seen WHERE digest = ?", (_number(digest),)).fetchone() is not None
-
-
-def _number(digest: bytes) -> int:
-    return int.from_bytes(digest, signed=True)
+        number = int.from_bytes(digest, signed=True)
+        return self._file.execute("INSERT OR IGNORE INTO seen VALUES (?)", (number,)).rowcount == 0

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from recipes.data.cells import Cells
 from recipes.data.columns import MEANINGFUL, check_columns, read_tools, unread_columns
-from recipes.data.control_tokens import search_pattern
+from recipes.data.control_tokens import control_tokens, search_pattern
 from recipes.data.converters import Dialogue, Ranking
 from recipes.data.digests import Digests
 from recipes.data.loading import Rows, as_rows
@@ -67,7 +67,7 @@ class Formatter:
     on_error: str = "raise"
     max_error_rate: float = 0.01
     on_special: str = "flag"
-    special_tokens: Iterable[str] = ()  # to look for, in addition to the marks of common chat templates
+    special_tokens: Iterable[str] = ()  # to look for, beside those of the tokenizer and of common chat templates
     dedup: str = "flag"
     margin: bool = False  # adds the column `margin`, which TRL's RewardTrainer subtracts in its loss
     prompt_completion: bool = False  # for sft, `prompt` and `completion`, the last turn, instead of `messages`
@@ -97,7 +97,11 @@ class Formatter:
             if name in RESERVED:
                 raise DataError(f"keep_columns: {name!r} has a meaning of its own for TRL; rename that column")
         self._mapping = ColumnMapping(self.mapping, keep_others=self.schema != "auto")
-        self._control_tokens = search_pattern(self.special_tokens)
+        # There transformers cannot tell a template's control tokens from those that stand in a message.
+        if self.assistant_only_loss and self.on_special == "flag":
+            self.on_special = "drop"
+        own = () if self.tokenizer is None else control_tokens(self.tokenizer)
+        self._control_tokens = search_pattern([*self.special_tokens, *own])
         self._left_out = {} if self.tokenizer is None else left_out(self.tokenizer)
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
@@ -115,8 +119,7 @@ class Formatter:
             source = schema.gather(map(self._mapped, source), self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
-            if unread:
-                report.add_unread(unread)
+            report.unread.update(unread)
             for result in results:
                 if isinstance(result, RowProblem):
                     kind = "skipped" if isinstance(result, Skip) else "errors"
@@ -216,7 +219,8 @@ class Formatter:
         if special and self.on_special == "fail":
             raise RowError(f"found {special}; remove it, or pass --on_special flag or drop")
         if special and self.on_special == "drop":
-            return [Skip(special)]
+            why = ", which --assistant_only_loss true takes for the end of a turn" if self.assistant_only_loss else ""
+            return [Skip(special + why)]
         flags = [special] if special else []
         skips, tokens = self._measure(output, flags) if self.tokenizer is not None else ([], 0)
         flags += notes

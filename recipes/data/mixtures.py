@@ -1,10 +1,12 @@
 """Several formatted datasets as one, with weights."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.data.mapping import parse_mapping
 from recipes.data.rows import DataError, describe, join_names
 
 
@@ -26,26 +28,29 @@ class Source:
     @classmethod
     def parse(cls, item: str | Mapping) -> "Source":
         """From `PATH`, `PATH=FRACTION` or a mapping of the fields."""
-        if isinstance(item, str) and not Path(item).expanduser().exists():  # else "=" belongs to its name
-            path, _, fraction = item.rpartition("=")
-            item = {"path": path, "fraction": fraction} if path else item
         if isinstance(item, str):
-            item = {"path": item}
-        if not isinstance(item, Mapping) or "path" not in item or item.keys() - cls.__dataclass_fields__.keys():
-            fields = join_names(cls.__dataclass_fields__)
-            found = join_names(item) if isinstance(item, Mapping) else describe(item)
-            raise DataError(f"datasets: a source has path and perhaps more of {fields}; found {found}")
-        source = cls(**item)
-        for name in ("path", "name", "split", "schema"):
-            if not isinstance(value := getattr(source, name), str | None):
-                raise DataError(f"datasets: {name} of {source.path} is {describe(value)}, not a text")
+            path, equals, fraction = item.rpartition("=")
+            named = not equals or Path(item).expanduser().exists()  # then "=" belongs to the name of a file
+            item = {"path": item} if named else {"path": path, "fraction": fraction}
         try:
-            source.fraction = None if source.fraction is None else float(source.fraction)
-        except (TypeError, ValueError):
-            raise DataError(f"datasets: the fraction of {source.path} is {source.fraction!r}, not a number") from None
-        if source.fraction is not None and not 0 < source.fraction < float("inf"):
-            raise DataError(f"datasets: the fraction of {source.path} is {source.fraction}; expected more than 0")
+            source = cls(**item)
+        except TypeError:
+            fields = join_names(cls.__dataclass_fields__)
+            raise DataError(
+                f"datasets: a source has path and perhaps more of {fields}; found {describe(item)}"
+            ) from None
+        if source.fraction is not None:
+            with suppress(TypeError, ValueError):
+                source.fraction = float(source.fraction)
+            if not (isinstance(source.fraction, float) and 0 < source.fraction < float("inf")):
+                found = f"the fraction of {source.path} is {source.fraction!r}"
+                raise DataError(f"datasets: {found}; expected a number above 0")
         return source
+
+    def options(self) -> dict[str, Any]:
+        """Those keyword arguments of `format_dataset` that the source has for itself."""
+        own = {"schema": self.schema, "mapping": parse_mapping(self.mapping)}
+        return {name: value for name, value in own.items() if value}
 
 
 def parse_sources(items: Iterable[str | Mapping]) -> list[Source]:
@@ -69,13 +74,11 @@ def combine(parts: list, sources: list[Source], streaming: bool, seed: int):
     if streaming:
         return interleave_datasets(parts, shares, seed) if shares else concatenate_datasets(parts)
     with_tools = next((part.features for part in parts if "tools" in part.column_names), None)
-    if with_tools:
-        parts = [part if part.features == with_tools else part.map(_no_tools, features=with_tools) for part in parts]
+    for index, part in enumerate(parts):
+        # All columns of a row are given, so that `datasets` casts the messages too.
+        if with_tools and part.features != with_tools:
+            parts[index] = part.map(lambda row: {**row, "tools": None}, features=with_tools)
     if shares:
         total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
         parts = [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]
     return concatenate_datasets(parts)
-
-
-def _no_tools(row: dict) -> dict:
-    return {**row, "tools": None}  # with all columns, so that `datasets` casts the messages too

@@ -5,12 +5,9 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any
-
-from recipes.data.rows import DataError
 
 BATCH = 1000  # rows that a process gets at a time
 AHEAD = 4 * BATCH  # rows for each process that are read before the first result is asked for
@@ -28,11 +25,8 @@ def map_in_order(work: Callable[[Any], Any], rows: Iterable, num_proc: int) -> I
         return
     rows = iter(rows)
     with ProcessPoolExecutor(num_proc, get_context("fork"), _start, (work,)) as pool:
-        try:
-            while window := list(islice(rows, AHEAD * num_proc)):
-                yield from pool.map(_run, window, chunksize=BATCH)
-        except BrokenProcessPool:
-            raise DataError("a process that formats rows was killed, perhaps for want of memory; use fewer") from None
+        while window := list(islice(rows, AHEAD * num_proc)):
+            yield from pool.map(_run, window, chunksize=BATCH)
 
 
 def _start(work: Callable) -> None:

@@ -1,4 +1,4 @@
-"""A formatted row as the model will see it: the rendered text, the part that is trained on, the number of tokens."""
+"""A formatted row as the model will see it, rendered by the chat template."""
 
 import json
 import os
@@ -8,31 +8,17 @@ from typing import NamedTuple
 
 from jinja2 import TemplateError
 
-from recipes.cli.errors import counted
 from recipes.data.rows import RowError
 
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # of templates
 PROBE = "probe0"  # a text that no template holds
 
 
-class Rendered(NamedTuple):
-    """`prompt` is context; `response` is what is trained on (sft) or scored (preference); `tokens` counts both."""
-
-    name: str
-    prompt: str
-    response: str
-    tokens: int
-    response_tokens: int
-
-    def __str__(self) -> str:
-        counts = f"{counted(self.tokens, 'token')}, {self.response_tokens} of them in the marked part"
-        return (
-            f"{self.name}: {counts}\n{self.prompt}⟦{self.response}⟧" if self.response else f"{counts}\n{self.prompt}"
-        )
-
-
 class Sequence(NamedTuple):
-    """One sequence of a row as TRL's trainers see it: token ids, the first `shared` of which are the prompt's."""
+    """One sequence of a row as TRL's trainers see it: token ids, the first `shared` of which are the prompt's.
+
+    What follows them is trained on (sft) or scored (preference).
+    """
 
     name: str
     ids: list[int]
@@ -63,30 +49,23 @@ def sequences(row: dict, tokenizer) -> Iterator[Sequence]:
 def left_out(tokenizer) -> dict[str, str]:
     """What a chat template leaves out without an error, and its name: many know no tools, some no system message."""
     user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
-    call = {"type": "function", "function": {"name": PROBE, "arguments": {}}}
-    calling, result = {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "7"}
+    system, result = {"role": "system", "content": PROBE}, {"role": "tool", "content": PROBE}
+    call, probe = ({"type": "function", "function": {"name": name, "arguments": {}}} for name in ("f", PROBE))
+    calling, probing = ({"role": "assistant", "content": "", "tool_calls": [each]} for each in (call, probe))
     tool = {"type": "function", "function": {"name": PROBE, "description": "", "parameters": {"type": "object"}}}
     probes: dict[str, tuple[str, list, list | None]] = {
-        "system": ("system messages", [{"role": "system", "content": PROBE}, user, answer], None),
-        "tool": ("tool results", [user, calling, {**result, "content": f"{PROBE}:"}, answer], None),
-        "tool_calls": ("tool calls", [user, calling], None),
+        "system": ("system messages", [system, user, answer], None),
+        "tool": ("tool results", [user, calling, result, answer], None),
+        "tool_calls": ("tool calls", [user, probing], None),
         "tools": ("the list of tools", [user, answer], [tool]),
         "reasoning_content": ("reasoning", [user, {**answer, "reasoning_content": PROBE}], None),
     }
     found = {}
     for part, (name, messages, tools) in probes.items():
-        wanted = f"{PROBE}:" if part == "tool" else PROBE
         with suppress(*REFUSALS):  # then it refuses the rows too
-            if wanted not in tokenizer.apply_chat_template(messages, tools=tools, tokenize=False):
+            if PROBE not in tokenizer.apply_chat_template(messages, tools=tools, tokenize=False):
                 found[part] = name
     return found
-
-
-def render(row: dict, tokenizer) -> Iterator[Rendered]:
-    """Renders each sequence of a row as TRL's trainers do: prompt, generation prompt, response."""
-    for name, ids, shared in sequences(row, tokenizer):
-        texts = tokenizer.decode(ids[:shared]), tokenizer.decode(ids[shared:])
-        yield Rendered(name, *texts, len(ids), len(ids) - shared)
 
 
 def check_positions(tokens: int, positions: int | None, completion_length: int = 0) -> None:
@@ -97,8 +76,7 @@ def check_positions(tokens: int, positions: int | None, completion_length: int =
     """
     if positions is not None and tokens + completion_length > positions:
         completion = f" and --max_completion_length {completion_length}" if completion_length else ""
-        what = "shorten one of them" if completion_length else "shorten it, or lower --max_length"
-        raise RowError(f"{tokens} tokens{completion} are more than the {positions} positions of the model: {what}")
+        raise RowError(f"{tokens} tokens{completion} are more than the {positions} positions of the model")
 
 
 def _ids(tokenizer, messages: list[dict], tools: list | None, **options) -> list[int]:

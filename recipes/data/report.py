@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from recipes.data.rows import DataError, Row, join_names
 KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # the lists, and the key of the text in each
 KEPT = 10_000  # entries of each list, and different texts that are counted; sums are always complete
 SHOWN = 5  # errors in the text of a DataError
-UNREAD = 20  # names of unused columns in the text of a report
 
 
 @dataclass
@@ -54,9 +52,6 @@ class Report:
             place = {"file": row.file, "line": row.line, **({} if kind == "flags" else {"column": column})}
             entries.append({**place, KINDS[kind]: what})
 
-    def add_unread(self, names: Iterable[str]) -> None:
-        self.unread.update(name if name in self.unread or len(self.unread) < KEPT else "others" for name in names)
-
     def finish(self) -> None:
         """Counts the errors, which were accepted, as skipped rows; raises DataError if no row is left."""
         self.counts["skipped"].update(self.counts["errors"])
@@ -91,8 +86,7 @@ class Report:
             for what, count in self.counts[kind].most_common(10):
                 lines.append(f"  {verb} {count}: {what}{self._first(kind, what)}")
         if self.unread:
-            names = sorted(self.unread)
-            lines.append(f"  not used: {join_names(names[:UNREAD])}{', …' if len(names) > UNREAD else ''}")
+            lines.append(f"  not used: {join_names(sorted(self.unread))}")
         return visible("\n".join(lines))
 
     def _first(self, kind: str, what: str) -> str:

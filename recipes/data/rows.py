@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterable
-from json.decoder import WHITESPACE  # type: ignore[attr-defined]
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, first_line
 
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
 
@@ -15,6 +16,21 @@ class DataError(UserError):
     """Data that cannot be used. `report` is the formatting report where formatting had begun, else None."""
 
     report: Any = None
+
+
+@contextmanager
+def failures_as_data_error(source: str | Path) -> Iterator[None]:
+    """Failures of the Hub, `datasets` and decoders have dozens of types; the user needs the source and one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        generating = type(error).__name__ == "DatasetGenerationError"
+        cause = error.__cause__ if generating and error.__cause__ else error
+        unknown = isinstance(error, FileNotFoundError | ConnectionError) and not Path(source).expanduser().exists()
+        missing = f"no file or folder {str(source)!r} is here, and " if unknown else ""
+        raise DataError(f"{missing}could not load {source}: {type(cause).__name__}: {first_line(cause)}") from error
 
 
 class RowProblem(Exception):
@@ -59,6 +75,14 @@ class Row(NamedTuple):
             return self._replace(data=problem)
 
 
+def or_error(read: Callable[..., dict], *arguments) -> dict | RowProblem:
+    """What `read` gives, or the `RowProblem` that it raises."""
+    try:
+        return read(*arguments)
+    except RowProblem as problem:
+        return problem
+
+
 def join_names(names: Iterable) -> str:
     """Names for a message, separated by commas."""
     return ", ".join(map(str, names))
@@ -85,19 +109,6 @@ def _read_json_line(raw: bytes) -> dict:
         return check_row(DECODER.decode(text))
     except (ValueError, RecursionError) as error:
         raise RowError(not_json(error)) from None
-
-
-def skip_space(text: str, position: int) -> int:
-    return WHITESPACE.match(text, position).end()
-
-
-def decode_object(text: str, position: int) -> tuple[dict | RowError, int]:
-    """The object that starts at `position`, or what is wrong with it, and where it ends."""
-    try:
-        value, end = DECODER.raw_decode(text, position)
-        return check_row(value), end
-    except RowError as error:
-        return error, json.JSONDecoder().raw_decode(text, position)[1]
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:

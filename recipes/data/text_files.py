@@ -3,58 +3,49 @@
 `datasets` would guess types (dates become timestamps, "NA" becomes null, 007 becomes 7.0) and name no line.
 """
 
-import bz2
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 from recipes.cli.errors import counted
+from recipes.data.cells import decode_json
 from recipes.data.messages import json_messages
 from recipes.data.rows import (
-    DECODER,
     NOT_UTF8,
     DataError,
     LostRows,
     Row,
     RowError,
     RowProblem,
-    check_surrogates,
-    decode_object,
+    failures_as_data_error,
     not_json,
     not_utf8,
-    skip_space,
+    or_error,
 )
 
-try:
-    from compression import zstd  # Python 3.14
-except ImportError:
-    try:
-        from backports import zstd
-    except ImportError:
-        zstd = None
-
-TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
-PROMPTS_SUFFIX = ".txt"  # one prompt a line
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd and zstd.open}
-DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, *([zstd.ZstdError] if zstd else []))
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # with their names in fsspec
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK = 2**16  # characters of a JSON list that are read at a time; more where an element is larger
 LIMIT = 2**26  # bytes of a line, characters of a cell of CSV or of an element of a JSON list; memory has to hold them
-# How files of other kinds begin, which may have been given the wrong suffix.
-NO_TEXT = {b"\x1f\x8b": "a .gz file", b"\xfd7zXZ": "a .xz file", b"\x28\xb5\x2f\xfd": "a .zst file"}
-NO_TEXT |= {b"PAR1": "a .parquet file", b"PK\x03\x04": "a .zip file or a workbook"}
 TOO_LONG = f"longer than {LIMIT >> 20} MiB, which no row may be"
+LOST = "nothing after it was read"
 # Messages in a cell of CSV: as JSON, or with single quotes in Python's notation, as pandas writes them.
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|tool_calls)["']\s*:""")
-_SPACE = r"[ \t\n\r]*"
-_OPENING = re.compile(rf"{_SPACE}\[{_SPACE}(?P<closing>\])?{_SPACE}")  # of a JSON list
-_SEPARATOR = re.compile(rf"{_SPACE}(?:,|(?P<closing>\])){_SPACE}")
+_SPACE = re.compile(r"[ \t\n\r]*")
+_OPENING = re.compile(r"\s*\[\s*(?P<closing>\])?\s*", re.ASCII)  # of a JSON list
+_SEPARATOR = re.compile(r"\s*(?:,|(?P<closing>\]))\s*", re.ASCII)
+_SCANNER = json.JSONDecoder(parse_int=str)  # finds where an element ends, with however many digits
+
+Places = Iterator[tuple[int, dict | bytes | RowProblem]]  # lines of the file, and what `Row.data` is there
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that says what a file holds, below the one that says how it is compressed."""
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
 
 
 def read_text_file(path: Path) -> Iterator[Row]:
@@ -63,202 +54,151 @@ def read_text_file(path: Path) -> Iterator[Row]:
     Raises:
         DataError: nothing of the file can be read, or its compressed form is damaged.
     """
-    packed = path.suffix.lower()
-    if packed == ".zst" and zstd is None:
-        raise DataError(f"{path}: there is no package for {packed} files; pip install backports.zstd")
-    try:
-        with COMPRESSED.get(packed, open)(path, "rb") as stream:
-            yield from _read_text(path, stream)
-    except DAMAGED as error:
-        reason = getattr(error, "strerror", None) or f"the file is damaged: {error}"
-        raise DataError(f"{path}: {reason}") from error
+    from fsspec.compression import compr
+
+    packing = COMPRESSED.get(path.suffix.lower())
+    if packing not in compr:
+        raise DataError(f"{path}: there is no package for {path.suffix} files; pip install backports.zstd")
+    suffix = suffix_of(path)
+    with failures_as_data_error(path), path.open("rb") as packed, compr[packing](packed, mode="rb") as stream:
+        head = stream.read(CHUNK)
+        _check_is_text(path, head)
+        stream.seek(len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0)
+        if suffix == ".csv":
+            rows = _read_csv(stream)
+        elif suffix == ".txt":
+            rows = _read_prompts(stream)
+        elif head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+            rows = _read_json_list(stream)
+        else:
+            rows = _read_lines(stream)
+        for line, data in rows:
+            yield Row(str(path), line, data)
 
 
-def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
-    file = str(path)
-    suffix = Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
-    head = stream.read(CHUNK)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{file}: this is UTF-16; convert it, e.g. iconv -f UTF-16 -t UTF-8 {path.name}")
-    for mark, what in NO_TEXT.items():
-        if head.startswith(mark):
-            raise DataError(f"{file}: this is {what}, whatever its name says")
+def _check_is_text(path: Path, head: bytes) -> None:
+    """Refuses files that begin like no text; a .txt among them would be taken for prompts."""
+    if b"\0" in head:
+        kinds = "perhaps UTF-16, compressed, Parquet or a workbook"
+        raise DataError(f"{path}: this is no text in UTF-8, whatever its name says, but {kinds}; convert it")
     if head.startswith(b"version https://git-lfs"):
-        raise DataError(f"{file}: this is the address of a file in Git LFS; fetch the file itself, e.g. git lfs pull")
+        raise DataError(f"{path}: this is the address of a file in Git LFS; fetch the file itself, e.g. git lfs pull")
     if b"\r" in head and b"\n" not in head:
-        raise DataError(f"{file}: lines end with carriage returns alone; convert them, e.g. tr '\\r' '\\n'")
-    start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
-    stream.seek(start)
-    if suffix == ".csv":
-        yield from _read_csv(file, stream)
-    elif suffix == PROMPTS_SUFFIX:
-        yield from (row._replace(data=_prompt(row.data)) for row in _read_lines(file, stream))
-    elif head[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _read_json_list(file, stream)
-    elif suffix == ".json" and not _first_line(stream).endswith(b"}"):
-        yield Row(file, 1, RowError("one JSON object over many lines; expected a list [...] or an object per line"))
-    else:
-        stream.seek(start)
-        yield from _read_lines(file, stream)
+        raise DataError(f"{path}: lines end with carriage returns alone; convert them, e.g. tr '\\r' '\\n'")
 
 
-def _first_line(stream: BinaryIO) -> bytes:
-    """The first line that is not blank; an empty file has as many objects as one that begins with "}"."""
-    lines = iter(lambda: stream.readline(LIMIT), b"")
-    return next((line.strip() for line in lines if line.strip()), b"}")
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file.
 
-
-def _read_lines(file: str, stream: BinaryIO) -> Iterator[Row]:
-    """Rows whose data are lines that are not blank, or an error for a line that is too long."""
-    for number, line in enumerate(_lines(stream), 1):
-        if line is None:
-            yield Row(file, number, RowError(f"the line is {TOO_LONG}"))
-        elif not line.isspace():
-            yield Row(file, number, line)
-
-
-def _lines(stream: IO) -> Iterator:
-    """The lines of a stream of bytes or text; None for one of more than LIMIT, which is never held as a whole."""
-    while line := stream.readline(LIMIT + 1):
-        whole = len(line) <= LIMIT
-        yield line if whole else None
-        while not whole and line and line[-1:] not in ("\n", b"\n"):
-            line = stream.readline(CHUNK)
-
-
-def _prompt(line: bytes | RowProblem) -> dict | RowProblem:
-    if isinstance(line, RowProblem):
-        return line
-    text = line.decode("utf-8", "surrogateescape")
-    bad = NOT_UTF8.search(text)
-    return RowError(not_utf8(bad)) if bad else {"prompt": text}
-
-
-def _characters(stream: BinaryIO) -> io.TextIOWrapper:
-    """The text of a file. Bytes that are not UTF-8 become surrogates, so that their place can be told."""
-    return io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="\n")
-
-
-def _read_json_list(file: str, stream: BinaryIO) -> Iterator[Row]:
-    """The elements of one JSON list, each at the line it starts on. Nothing after the first syntax error is read.
-
-    Not by `ijson`: it gives no lines, keeps the last of two equal keys and reads half a surrogate pair as "?".
+    Raises:
+        LostRows: a line is longer than LIMIT; it is never held as a whole.
     """
-    characters = _characters(stream)
+    while line := stream.readline(LIMIT + 1):
+        if len(line) > LIMIT:
+            raise LostRows(f"the line is {TOO_LONG}; {LOST}")
+        yield line
+
+
+def _read_lines(stream: BinaryIO) -> Places:
+    """The lines that are not blank, still as bytes: `Row.read` decodes JSON, perhaps in another process."""
+    number = 0
+    try:
+        for number, line in enumerate(_lines(stream), 1):
+            if not line.isspace():
+                yield number, line
+    except LostRows as error:
+        yield number + 1, error
+
+
+def _read_prompts(stream: BinaryIO) -> Places:
+    for number, line in _read_lines(stream):
+        yield number, or_error(_prompt, line) if isinstance(line, bytes) else line
+
+
+def _prompt(line: bytes) -> dict:
+    text = line.decode("utf-8", "surrogateescape")
+    if bad := NOT_UTF8.search(text):
+        raise RowError(not_utf8(bad))
+    return {"prompt": text}
+
+
+def _read_json_list(stream: BinaryIO) -> Places:
+    """The elements of one JSON list, as `_read_lines` gives lines, each at the line it starts on.
+
+    Nothing after the first syntax error is read. Not by `ijson`, which gives no lines.
+    """
+    # Bytes that are not UTF-8 become surrogates, and in the element that holds them bytes again.
+    characters = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="\n")
     text, line, column, ended = "", 1, 0, False  # what is in memory, and where in the file it begins
     before = _OPENING
     while True:
         try:
-            value, start, end = _next_element(text, before)
+            start, end = _next_element(text, before)
+            if end == len(text) and not ended:
+                raise json.JSONDecodeError("the element may go on", text, end)
         except json.JSONDecodeError as error:
-            cut = error.pos > len(text) - 16 or error.msg.startswith("Unterminated string")
-            if ended or not cut:
-                error.colno += column if error.lineno == 1 else 0
-                yield Row(file, line + error.lineno - 1, _lost(error))
-                return
-            end = len(text)
-        if end == len(text) and not ended:  # the rest of the element may follow
-            if len(text) > LIMIT:
-                yield Row(file, line, LostRows(f"an element of the list is {TOO_LONG}; nothing after it was read"))
-                return
-            more = characters.read(max(CHUNK, len(text)))
-            if bad := NOT_UTF8.search(more):
-                line += text.count("\n") + more.count("\n", 0, bad.start())
-                yield Row(file, line, LostRows(not_utf8(bad)))
-                return
-            text, ended = text + more, not more
-            continue
-        if value is not None:
-            yield Row(file, line + text.count("\n", 0, start), value)
-        if value is None or isinstance(value, LostRows):
+            if not ended and len(text) <= LIMIT:  # perhaps an element that is not yet read to its end
+                more = characters.read(max(CHUNK, len(text)))
+                text, ended = text + more, not more
+                continue
+            error.colno += column if error.lineno == 1 else 0
+            reason = not_json(error) if ended else f"an element of the list is {TOO_LONG}, or {not_json(error)}"
+            yield line + error.lineno - 1, LostRows(f"{reason}; {LOST}")
             return
+        if start == end:
+            return
+        yield line + text.count("\n", 0, start), text[start:end].encode("utf-8", "surrogateescape")
         newline = text.rfind("\n", 0, end)
         line, column = line + text.count("\n", 0, end), end - newline - 1 + (column if newline < 0 else 0)
         text, before = text[end:], _SEPARATOR
 
 
-def _next_element(text: str, before: re.Pattern) -> tuple[dict | RowError | None, int, int]:
-    """The next element, or None where the list ends; and where in the text it starts and ends."""
+def _next_element(text: str, before: re.Pattern) -> tuple[int, int]:
+    """Where in the text the next element starts and ends; the same place twice where the list ends."""
     found = before.match(text)
     if found is None:
-        raise json.JSONDecodeError("expected ',' or ']' after an element", text, skip_space(text, 0))
+        raise json.JSONDecodeError("expected ',' or ']' after an element", text, _SPACE.match(text).end())
     start = found.end()
     if found["closing"]:
         if start < len(text):
             raise json.JSONDecodeError("text after the end of the list", text, start)
-        return None, start, start
+        return start, start
     try:
-        value, end = decode_object(text, start)
-    except json.JSONDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        value, end = _lost(error), start
-    return value, start, end
+        return start, _SCANNER.raw_decode(text, start)[1]
+    except RecursionError:
+        raise json.JSONDecodeError("the JSON is nested too deeply", text, start) from None
 
 
-def _lost(error: ValueError | RecursionError) -> LostRows:
-    return LostRows(f"{not_json(error)}; nothing after it was read")
-
-
-def _read_csv(file: str, stream: BinaryIO) -> Iterator[Row]:
-    reader = csv.reader(_csv_lines(_characters(stream)), strict=True)
+def _read_csv(stream: BinaryIO) -> Places:
+    reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in _lines(stream)), strict=True)
     csv.field_size_limit(LIMIT)
     header: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            hint = "are columns separated by commas?" if header is None else "is a quote left open?"
-            yield Row(file, line, LostRows(f"not valid CSV: {error}; {hint} Nothing after it was read"))
-            return
-        if not cells:
-            continue
-        if header is None:
-            header = _check_header(file, line, cells)
-        else:
-            yield Row(file, line, _csv_row(header, cells))
+    line = 1
+    try:
+        for cells in reader:
+            if cells and header is None:
+                header = cells
+                for name in header:
+                    if header.count(name) > 1:
+                        raise csv.Error(f"two columns are called {name!r}")
+            elif cells:
+                yield line, or_error(_csv_row, header, cells)
+            line = reader.line_num + 1
+    except (csv.Error, LostRows) as error:
+        hint = "is a quote left open, or are columns not separated by commas?"
+        yield line, LostRows(f"not valid CSV: {error}; {hint} {LOST}")
 
 
-def _csv_lines(characters: IO[str]) -> Iterator[str]:
-    for line in _lines(characters):
-        if line is None:
-            raise csv.Error(f"the line is {TOO_LONG}")
-        yield line
-
-
-def _check_header(file: str, line: int, header: list[str]) -> list[str]:
-    problem = None
-    if len(set(header)) < len(header):
-        problem = f"two columns are called {next(name for name in header if header.count(name) > 1)!r}"
-    elif not all(name.strip() for name in header):
-        problem = "a column has no name; name it, or leave out pandas' index with to_csv(index=False)"
-    elif len(header) == 1 and re.search("[;\t|]", header[0]):
-        problem = f"the only column is {header[0]!r}: columns must be separated by commas"
-    if problem:
-        raise DataError(f"{file}:{line}: CSV header: {problem}")
-    return header
-
-
-def _csv_row(header: list[str], cells: list[str]) -> dict | RowError:
+def _csv_row(header: list[str], cells: list[str]) -> dict:
     if len(cells) != len(header):
-        return RowError(
+        raise RowError(
             f"found {counted(len(cells), 'field')}, expected {len(header)} as in the header; "
             "quote fields that hold a comma"
         )
     row = dict(zip(header, cells, strict=True))
     for column, cell in row.items():
         if bad := NOT_UTF8.search(cell):
-            return RowError(not_utf8(bad), column)
+            raise RowError(not_utf8(bad), column)
         if json_messages(cell) is not None or _MESSAGES.match(cell):
-            try:
-                row[column] = DECODER.decode(cell)
-                check_surrogates(row[column], column)
-            except RowError as error:
-                return error
-            except (ValueError, RecursionError):
-                wanted = "messages that are not valid JSON; write them with json.dumps"
-                return RowError(f"found {cell[:40]!r}, {wanted}", column)
+            row[column] = decode_json(cell, column, "messages that json.dumps wrote")
     return row

@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from recipes.cli.errors import UserError
 from recipes.labelling.database import Database
@@ -14,8 +14,7 @@ TOKEN_LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"  # without i, l, o and u, whi
 MISREAD = str.maketrans("ilo", "110")
 
 
-@dataclass(frozen=True)
-class Labeler:
+class Labeler(NamedTuple):
     id: int
     name: str
 

@@ -1,18 +1,25 @@
 """What a labeler says about one prompt, and what makes it complete."""
 
-import hashlib
-import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
 
 from recipes.cli.errors import UserError
 
-ACTIONS = ("draft", "submit", "skip", "flag")
-FLAGS = {"harmful": "harmful", "untruthful": "untruthful", "did_not_answer": "did not answer"}
 JUSTIFICATIONS = ("required", "optional", "off")
 MAX_TEXT = 4000
-
+MAX_ID = 2**63 - 1  # the largest integer that SQLite keeps
+Action = Literal["draft", "submit", "skip", "flag"]
+Flag = Literal["harmful", "untruthful", "did_not_answer"]
+FLAGS: tuple[Flag, ...] = get_args(Flag)
+# Bounds for what the page sends.
+Key = Annotated[str, Field(min_length=16, max_length=64)]
+PromptId = Annotated[str, Field(max_length=64)]
+EventId = Annotated[int, Field(ge=0, le=MAX_ID)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # Separators, control and format characters (zero width among them), marks without a letter; and what Unicode calls
 # letters and symbols although nothing is seen of them.
@@ -28,44 +35,50 @@ class AnswerError(UserError):
     """The answer cannot be stored as it is: the text says what is missing or wrong."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Review:
-    """About one response: a sentence of reason, a quality from 1 (worst) to 7, and names from `FLAGS`, each once.
+    """About one response; `rating` is its quality from 1 (worst) to 7."""
 
-    A reason of which nothing can be seen is none.
-    """
+    __pydantic_config__ = {"extra": "forbid"}  # the server reads requests into these classes
 
     justification: str = ""
-    rating: int | None = None
-    flags: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        object.__setattr__(self, "justification", "" if is_blank(self.justification) else self.justification)
-        object.__setattr__(self, "flags", list(dict.fromkeys(self.flags)))
+    rating: Annotated[int, Field(strict=True, ge=1, le=7)] | None = None
+    flags: list[Flag] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
     """`tiers`: lists of response ids, best first; ids in one list are tied."""
+
+    __pydantic_config__ = {"extra": "forbid"}
 
     tiers: list[list[str]]
     reviews: dict[str, Review] = field(default_factory=dict)
     comment: str = ""
 
-    def __post_init__(self):
-        object.__setattr__(self, "comment", "" if is_blank(self.comment) else self.comment)
 
-    def digest(self, *context) -> str:
-        """Hash of the answer and of what it answers; equal for a request and its repetition."""
-        text = json.dumps([context, asdict(self)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+@dataclass
+class Submission:
+    """An answer on its way to be stored, which the same `key` does once.
+
+    `revision` is the event that the labeler's screen was based on (None: do not check), `active_seconds` is the time
+    spent since the last event, and `client_time` is in seconds since 1970.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    prompt_id: PromptId
+    action: Action
+    answer: Answer
+    key: Key
+    revision: EventId | None = None
+    active_seconds: Seconds = 0.0
+    client_time: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
-def check(answer: Answer, action: str, response_ids: Iterable[str], justifications: str = "required") -> None:
+def check(answer: Answer, action: Action, response_ids: Iterable[str], justifications: str = "required") -> None:
     """Raises `AnswerError` unless `answer` fits a prompt with these responses and is complete enough for `action`."""
     expected = sorted(response_ids)
-    if action not in ACTIONS:
-        raise AnswerError(f"unknown action {action!r}: use one of {', '.join(ACTIONS)}")
     if sorted(id for tier in answer.tiers for id in tier) != expected or not all(answer.tiers):
         raise AnswerError("the ranking must hold every response of the prompt exactly once")
     if not set(answer.reviews) <= set(expected):
@@ -77,26 +90,18 @@ def check(answer: Answer, action: str, response_ids: Iterable[str], justificatio
         "".join(texts).encode()
     except UnicodeEncodeError as error:
         raise AnswerError("a text holds half a character, or bytes that are not UTF-8") from error
-    for review in answer.reviews.values():
-        if review.rating is not None and not (type(review.rating) is int and 1 <= review.rating <= 7):
-            raise AnswerError(f"a rating is a whole number from 1 to 7, not {review.rating!r}")
-        if not set(review.flags) <= set(FLAGS):
-            raise AnswerError(f"unknown flag in {review.flags}: use {', '.join(FLAGS)}")
-    if action == "submit" and justifications == "required":
-        missing = [id for id in expected if not answer.reviews.get(id, Review()).justification]
-        if missing:
-            raise AnswerError(f"no reason for the rank of {len(missing)} of {len(expected)} responses")
-    if action == "flag" and not answer.comment:
+    missing = [id for id in expected if is_blank(answer.reviews.get(id, Review()).justification)]
+    if action == "submit" and justifications == "required" and missing:
+        raise AnswerError(f"no reason for the rank of {len(missing)} of {len(expected)} responses")
+    if action == "flag" and is_blank(answer.comment):
         raise AnswerError("say what is wrong with the prompt")
 
 
 def ranks_of(tiers: Sequence[Sequence[str]]) -> dict[str, int]:
     """Competition ranks, 1 = best; tied responses share one: `[[a], [b, c], [d]]` gives 1, 2, 2, 4."""
     ranks: dict[str, int] = {}
-    place = 1
     for tier in tiers:
-        ranks.update(dict.fromkeys(tier, place))
-        place += len(tier)
+        ranks |= dict.fromkeys(tier, len(ranks) + 1)
     return ranks
 
 

@@ -11,7 +11,13 @@ from recipes.labelling.files import new_file
 
 BUSY_SECONDS = 10
 VERSION = 2
-TABLES, STATE = (Path(__file__).with_name(f"{name}.sql").read_text(encoding="utf-8") for name in ("tables", "state"))
+WRITTEN_ONCE = ("prompt", "response", "gold", "guideline", "assignment", "event", "review", "reading")
+SCHEMA = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8") + "".join(
+    f"CREATE TRIGGER IF NOT EXISTS {table}_no_{change} BEFORE {change} ON {table}"
+    f" BEGIN SELECT RAISE(ABORT, '{table} is written once'); END;"
+    for table in WRITTEN_ONCE
+    for change in ("update", "delete")
+)
 
 
 class Database:
@@ -29,7 +35,9 @@ class Database:
         # Writers of this process wait in turn. SQLite lets those who wait look again now and then, and some starve.
         self._writing = threading.Lock()
         if create and not self.path.exists():
-            self._create()
+            with _new_database(self.path) as part, closing(sqlite3.connect(part, isolation_level=None)) as db:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
         if not self.path.exists():
             raise UserError(f"{self.path}: no such database; `serve --samples FILE` makes one")
         try:
@@ -37,19 +45,12 @@ class Database:
             self._anchor = self._connect()
             version = self._anchor.execute("PRAGMA user_version").fetchone()[0]
             if version == 1:
-                self._anchor.executescript(f"BEGIN IMMEDIATE; {STATE} COMMIT;")
+                self._anchor.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
                 version = VERSION
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"{self.path}: cannot be opened as a labelling database ({error})") from error
         if version != VERSION:
             raise UserError(f"{self.path}: not a labelling database of version {VERSION} (its version is {version})")
-
-    def _create(self):
-        with _new_database(self.path) as part:
-            db = sqlite3.connect(part, isolation_level=None)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.executescript(f"BEGIN; {TABLES} {STATE} COMMIT;")
-            db.close()
 
     def _connect(self):
         uri = f"file:{quote(str(self.path.absolute()))}?mode=rw"  # rw: a file that vanished is never made anew
@@ -74,9 +75,8 @@ class Database:
 
     def backup(self, output: str | Path) -> None:
         """Writes a consistent copy, even while people work. Never overwrites."""
-        with _new_database(output) as part:
-            with closing(self._connect()) as source, closing(sqlite3.connect(part)) as copy:
-                source.backup(copy)
+        with _new_database(output) as part, closing(self._connect()) as source, closing(sqlite3.connect(part)) as copy:
+            source.backup(copy)
 
     def close(self) -> None:
         self._anchor.close()

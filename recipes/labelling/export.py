@@ -2,86 +2,16 @@
 
 import json
 import shlex
-from collections import Counter, defaultdict
+from collections import defaultdict
 from itertools import count
 from math import comb
 from pathlib import Path
-from typing import NamedTuple
 
 from recipes.cli.errors import UserError
 from recipes.labelling.answers import Answer, Review, ranks_of
 from recipes.labelling.database import Database
 from recipes.labelling.files import new_file
-from recipes.labelling.store import stored_answer
-
-
-class Ranking(NamedTuple):
-    """A ranking that counts: whose prompt it is, whether that is an attention task, and what is exported of it."""
-
-    prompt_id: str
-    is_gold: bool
-    row: dict
-
-
-def read_rankings(database: Database) -> list[Ranking]:
-    """In the order the prompts were imported, then by labeler."""
-    with database.transaction() as db:
-        responses = defaultdict(list)
-        for response in db.execute("SELECT * FROM response ORDER BY rowid"):
-            responses[response["prompt_id"]].append(response)
-        rows = db.execute(
-            "SELECT c.*, p.sample_id, p.messages, l.name, s.active_seconds AS seconds,"
-            " EXISTS (SELECT 1 FROM gold AS g WHERE g.prompt_id = p.id) AS is_gold FROM current_ranking AS c"
-            " JOIN task_state AS s ON s.event_id = c.id JOIN prompt AS p ON p.id = c.prompt_id"
-            " JOIN labeler AS l ON l.id = c.labeler_id ORDER BY p.position, l.name"
-        ).fetchall()
-        return [
-            Ranking(
-                prompt_id=row["prompt_id"],
-                is_gold=bool(row["is_gold"]),
-                row=ranking_row(row, stored_answer(db, row), responses[row["prompt_id"]]),
-            )
-            for row in rows
-        ]
-
-
-def ranking_row(event, answer: Answer, shown: list) -> dict:
-    """The row that is exported: equal `rank` is a tie, 1 is best; what was not given is left out.
-
-    `event` and `shown` (the responses) are rows of the database.
-    """
-    ranks = ranks_of(answer.tiers)
-    responses = []
-    for response in sorted(shown, key=lambda response: ranks[response["id"]]):
-        review = answer.reviews.get(response["id"], Review())
-        responses.append(
-            {"id": response["sample_id"], "text": response["text"], "rank": ranks[response["id"]]}
-            | _given(rating=review.rating, flags=review.flags, model=response["model"])
-            | _given(justification=review.justification.strip())
-        )
-    return {
-        "id": f"{event['sample_id']}:{event['name']}",
-        "prompt_id": event["sample_id"],
-        "prompt": json.loads(event["messages"]),
-        "responses": responses,
-        "annotator": event["name"],
-        **_given(justification=answer.comment.strip()),
-        "seconds": round(event["seconds"], 1),
-        **_given(guideline_version=event["guideline_version"]),
-    }
-
-
-def export_command(database: Path) -> str:
-    """The command that exports to a new file beside the database."""
-    names = (f"rankings{number or ''}.jsonl" for number in count())
-    output = next(path for name in names if not (path := database.with_name(name)).exists())
-    return shlex.join(
-        ["python", "scripts/rank_responses.py", "export", "--database", str(database), "--output", str(output)]
-    )
-
-
-def _given(**values):
-    return {name: value for name, value in values.items() if value not in (None, "", [])}
+from recipes.labelling.store import standing_answers, stored_answer
 
 
 def export(database: Database, output: str | Path, include_gold: bool = False) -> dict[str, int]:
@@ -93,22 +23,62 @@ def export(database: Database, output: str | Path, include_gold: bool = False) -
     Raises:
         UserError: nothing to export, or `output` exists.
     """
-    everything = read_rankings(database)
-    rankings = [ranking for ranking in everything if include_gold or not ranking.is_gold]
-    if not rankings:
+    with database.transaction() as db:
+        everything = standing_answers(db, "submit", "edit")
+        rankings = [ranking for ranking in everything if include_gold or ranking["gold"] is None]
+        responses = defaultdict(list)
+        for response in db.execute("SELECT * FROM response ORDER BY rowid"):
+            responses[response["prompt_id"]].append(response)
+        rows = [_row(ranking, stored_answer(db, ranking), responses[ranking["prompt_id"]]) for ranking in rankings]
+    if not rows:
         raise UserError(f"{database.path}: no submitted rankings to export; nothing was written")
     with new_file(output) as part:
-        lines = (json.dumps(ranking.row, ensure_ascii=False) + "\n" for ranking in rankings)
-        part.write_text("".join(lines), encoding="utf-8")
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
-    tiers = [Counter(response["rank"] for response in ranking.row["responses"]) for ranking in rankings]
-    tied = sum(comb(size, 2) for counts in tiers for size in counts.values())
+    sizes = [list(map(len, json.loads(ranking["tiers"]))) for ranking in rankings]
+    tied = sum(comb(size, 2) for tiers in sizes for size in tiers)
     return {
         "rankings": len(rankings),
-        "prompts": len({ranking.prompt_id for ranking in rankings}),
-        "labelers": len({ranking.row["annotator"] for ranking in rankings}),
-        "pairs": sum(comb(counts.total(), 2) for counts in tiers) - tied,
+        "prompts": len({ranking["prompt_id"] for ranking in rankings}),
+        "labelers": len({ranking["labeler"] for ranking in rankings}),
+        "pairs": sum(comb(sum(tiers), 2) for tiers in sizes) - tied,
         "tied_pairs": tied,
-        "all_tied": sum(len(counts) == 1 for counts in tiers),
+        "all_tied": sum(len(tiers) == 1 for tiers in sizes),
         "gold_left_out": len(everything) - len(rankings),
     }
+
+
+def _row(ranking, answer: Answer, responses: list) -> dict:
+    """What is exported: equal `rank` is a tie, 1 is best; what was not given is left out."""
+    ranks = ranks_of(answer.tiers)
+    ranked = []
+    for response in sorted(responses, key=lambda response: ranks[response["id"]]):
+        review = answer.reviews.get(response["id"], Review())
+        ranked.append(
+            {"id": response["sample_id"], "text": response["text"], "rank": ranks[response["id"]]}
+            | _given(rating=review.rating, flags=review.flags, model=response["model"])
+            | _given(justification=review.justification.strip())
+        )
+    return {
+        "id": f"{ranking['sample_id']}:{ranking['labeler']}",
+        "prompt_id": ranking["sample_id"],
+        "prompt": json.loads(ranking["messages"]),
+        "responses": ranked,
+        "annotator": ranking["labeler"],
+        **_given(justification=answer.comment.strip()),
+        "seconds": round(ranking["seconds"], 1),
+        **_given(guideline_version=ranking["guideline_version"]),
+    }
+
+
+def _given(**values):
+    return {name: value for name, value in values.items() if value not in (None, "", [])}
+
+
+def export_command(database: Path) -> str:
+    """The command that exports to a new file beside the database."""
+    names = (f"rankings{number or ''}.jsonl" for number in count())
+    output = next(path for name in names if not (path := database.with_name(name)).exists())
+    return shlex.join(
+        ["python", "scripts/rank_responses.py", "export", "--database", str(database), "--output", str(output)]
+    )

@@ -25,7 +25,7 @@ def new_file(path: str | Path, mode: int = 0o666) -> Iterator[Path]:
     try:
         if path.exists():
             raise FileExistsError
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        part.touch(mode, exist_ok=False)
         yield part
         sync(part)
         try:

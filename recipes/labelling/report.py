@@ -29,15 +29,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def labeler_table(report: dict) -> list[list[str]]:
     """A header and one row per labeler, the cells as people read them."""
-    table = [
-        "labeler,ranked,skipped,flagged,median s,per hour,tied,left as shown,with others,with gold tasks".split(",")
-    ]
+    table = ["labeler,ranked,skipped,flagged,median s,tied,left as shown,with others,with gold tasks".split(",")]
     for name, labeler in report["labelers"].items():
         counts = [str(labeler[count]) for count in ("ranked", "skipped", "flagged")]
-        pace = [number(labeler[figure], 0) for figure in ("median_seconds", "rankings_per_hour")]
-        habits = [percent(labeler[figure]) for figure in ("tied", "left_as_shown")]
+        habits = [number(labeler["median_seconds"], 0), percent(labeler["tied"]), percent(labeler["left_as_shown"])]
         gold = f"{interval(labeler['gold'])} of {labeler['gold']['tasks']}"
-        table.append([name, *counts, *pace, *habits, interval(labeler["with_others"]), gold])
+        table.append([name, *counts, *habits, interval(labeler["with_others"]), gold])
     return table
 
 

@@ -3,33 +3,42 @@
 Functions that store something return after the commit; what they return is safe.
 """
 
+import hashlib
 import json
 import random
+import sqlite3
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from recipes.cli.errors import UserError
-from recipes.labelling.answers import Answer, Review, check
+from recipes.labelling.answers import MAX_ID, Answer, Review, Submission, check, is_blank
 from recipes.labelling.database import Database
 from recipes.labelling.tasks import SampledPrompt
 
-MAX_ID = 2**63 - 1  # the largest integer that SQLite keeps
 LEASE_SECONDS = 3600  # an open task that nobody touches for this long is offered to somebody else
 
-# Prompts that labeler :me has not met and that fewer than :overlap people have answered or are working on.
+# Prompts that labeler :me has not met: attention tasks, and others that fewer than :overlap people have answered or
+# are working on.
 _AVAILABLE = """
-FROM prompt AS p
-WHERE NOT EXISTS (SELECT 1 FROM gold AS g WHERE g.prompt_id = p.id)
-  AND NOT EXISTS (SELECT 1 FROM task_state AS s WHERE s.prompt_id = p.id AND s.labeler_id = :me)
-  AND :overlap > (
+SELECT p.id FROM prompt AS p LEFT JOIN gold AS g ON g.prompt_id = p.id
+WHERE NOT EXISTS (SELECT 1 FROM task_state AS s WHERE s.prompt_id = p.id AND s.labeler_id = :me)
+  AND CASE WHEN g.prompt_id IS NOT NULL THEN :gold_every > 0 ELSE :overlap > (
     SELECT count(*) FROM task_state AS s
-    WHERE s.prompt_id = p.id AND CASE WHEN s.kind IS NULL THEN s.touched > :stale ELSE s.kind != 'skip' END)
+    WHERE s.prompt_id = p.id AND CASE WHEN s.kind IS NULL THEN s.touched > :stale ELSE s.kind != 'skip' END) END
+"""
+_IN_TURN = " ORDER BY (g.prompt_id IS NOT NULL) != :gold_turn, p.position"
+
+# Over rows of task_state.
+COUNTS = """
+count(*) FILTER (WHERE kind IN ('submit', 'edit')) AS ranked,
+count(*) FILTER (WHERE kind = 'skip') AS skipped,
+count(*) FILTER (WHERE kind = 'flag') AS flagged
 """
 
-_UNSEEN_GOLD = """
-FROM prompt AS p JOIN gold AS g ON g.prompt_id = p.id
-WHERE NOT EXISTS (SELECT 1 FROM task_state AS s WHERE s.prompt_id = p.id AND s.labeler_id = :me)
+_TASK = """
+SELECT s.*, a.shown, p.messages FROM task_state AS s
+JOIN assignment AS a USING (prompt_id, labeler_id) JOIN prompt AS p ON p.id = s.prompt_id
+WHERE s.labeler_id = :me AND s.prompt_id = :prompt
 """
 
 
@@ -45,8 +54,9 @@ class NotAssignedError(UserError):
 class Task:
     """A prompt as one labeler sees it; no model name, no gold ranking.
 
-    `responses` are (id, text) in this labeler's fixed order, `answer` is where the labeler left off, `revision` the id
-    of the last event (0: none) and `standing` what counts now: None while open, else submit, edit, skip or flag.
+    `responses` are (id, text) in this labeler's fixed order, `answer` is where the labeler left off, with a review of
+    each, `revision` the id of the last event (0: none) and `standing` what counts now: None while open, else submit,
+    edit, skip or flag.
     """
 
     prompt_id: str
@@ -59,7 +69,20 @@ class Task:
     active_seconds: float
 
 
-def stored_answer(db, event) -> Answer:
+def standing_answers(db: sqlite3.Connection, *kinds: str) -> list[sqlite3.Row]:
+    """The answers of these kinds that count, in the order the prompts were imported, then by labeler: rows of `event`
+    with the prompt's `sample_id` and `messages`, the order `shown`, the task's `seconds` and `gold` tiers or None."""
+    return db.execute(
+        "SELECT e.*, p.sample_id, p.messages, l.name AS labeler, a.shown, s.active_seconds AS seconds, g.tiers AS gold"
+        " FROM task_state AS s JOIN event AS e ON e.id = s.event_id JOIN prompt AS p ON p.id = s.prompt_id"
+        " JOIN labeler AS l ON l.id = s.labeler_id JOIN assignment AS a USING (prompt_id, labeler_id)"
+        " LEFT JOIN gold AS g ON g.prompt_id = p.id"
+        f" WHERE s.kind IN ({', '.join('?' * len(kinds))}) ORDER BY p.position, l.name",
+        kinds,
+    ).fetchall()
+
+
+def stored_answer(db: sqlite3.Connection, event: sqlite3.Row) -> Answer:
     """The content of an `event` row (an undo has none)."""
     reviews = db.execute("SELECT * FROM review WHERE event_id = ?", (event["id"],))
     return Answer(
@@ -76,13 +99,12 @@ class Store(Database):
     def __init__(self, path, create=False, overlap=1, gold_every=10, justifications="required", guidelines=""):
         super().__init__(path, create)
         self.overlap, self.gold_every, self.justifications = overlap, gold_every, justifications
-        self.guidelines = guidelines
-        self.guideline_version = self._guideline_version(guidelines) if guidelines else None
-
-    def _guideline_version(self, text):
-        with self.transaction(write=True) as db:
-            db.execute("INSERT OR IGNORE INTO guideline (text) VALUES (?)", (text,))
-            return db.execute("SELECT version FROM guideline WHERE text = ?", (text,)).fetchone()["version"]
+        self.guidelines, self.guideline_version = guidelines, None
+        if guidelines:
+            with self.transaction(write=True) as db:
+                db.execute("INSERT OR IGNORE INTO guideline (text) VALUES (?)", (guidelines,))
+                version = db.execute("SELECT version FROM guideline WHERE text = ?", (guidelines,)).fetchone()
+                self.guideline_version = version["version"]
 
     def add_tasks(self, tasks: list[SampledPrompt], source: str) -> int:
         """Adds the new ones, all or none, and returns how many. A `gold` ranking makes its prompt an attention task.
@@ -93,16 +115,16 @@ class Store(Database):
         added, present = 0, {task.id for task in tasks}
         with self.transaction(write=True) as db:
             for task in tasks:
-                if not db.execute("SELECT 1 FROM prompt WHERE id = ?", (task.id,)).fetchone():
+                is_new = db.execute(
+                    "INSERT OR IGNORE INTO prompt (id, sample_id, messages, source) VALUES (?, ?, ?, ?)",
+                    (task.id, task.sample_id, json.dumps(task.messages), source),
+                ).rowcount
+                if is_new:
+                    added += 1
                     _refuse_corrected(db, task, source, present)
-                    db.execute(
-                        "INSERT INTO prompt (id, sample_id, messages, source) VALUES (?, ?, ?, ?)",
-                        (task.id, task.sample_id, json.dumps(task.messages), source),
-                    )
                     for r in task.responses:
                         values = (r.id, task.id, r.sample_id, r.text, r.model, json.dumps(r.sampling))
                         db.execute("INSERT INTO response VALUES (?, ?, ?, ?, ?, ?)", values)
-                    added += 1
                 if task.gold:
                     tiers = json.dumps([sorted(tier) for tier in task.gold])
                     db.execute("INSERT OR IGNORE INTO gold VALUES (?, ?)", (task.id, tiers))
@@ -115,49 +137,42 @@ class Store(Database):
         with self.transaction() as db:
             return {t: db.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in ("prompt", "gold", "labeler")}
 
-    def has_tasks(self, labeler_id: int) -> bool:
-        """Whether the labeler has ever been given one."""
-        with self.transaction() as db:
-            return bool(db.execute("SELECT 1 FROM task_state WHERE labeler_id = ?", (labeler_id,)).fetchone())
-
     def next_task(self, labeler_id: int) -> Task | None:
         """The labeler's oldest open task, else a new one; None when nothing is left."""
-        oldest_open = (
-            "SELECT s.prompt_id FROM task_state AS s JOIN assignment AS a USING (prompt_id, labeler_id)"
+        open_task = (
+            "SELECT s.prompt_id AS id FROM task_state AS s JOIN assignment AS a USING (prompt_id, labeler_id)"
             " WHERE s.labeler_id = ? AND s.kind IS NULL ORDER BY a.assigned_at LIMIT 1"
         )
         with self.transaction() as db:
-            row = db.execute(oldest_open, (labeler_id,)).fetchone()
-            found = None if row else self._find(db, labeler_id)
-        if found:  # searched while others could write: looked at again, from there on, while they wait
-            with self.transaction(write=True) as db:
-                row = db.execute(oldest_open, (labeler_id,)).fetchone()
-                if row is None and (
-                    free := self._find(db, labeler_id, found["position"]) or self._find(db, labeler_id)
-                ):
-                    row, shown = free, json.dumps(self._unused_order(db, free["prompt_id"]))
-                    values = (row["prompt_id"], labeler_id, shown, time.time())
-                    db.execute("INSERT INTO assignment VALUES (?, ?, ?, ?)", values)
-        return self.task(labeler_id, row["prompt_id"]) if row else None
+            task = db.execute(open_task, (labeler_id,)).fetchone()
+            available = [] if task else self._available(db, labeler_id)
+        if not available:
+            return self.task(labeler_id, task["id"]) if task else None
+        with self.transaction(write=True) as db:  # the long search let others write: which is still to be had?
+            id = next((id for id in available if self._available(db, labeler_id, id)), None)
+            if id and not db.execute(open_task, (labeler_id,)).fetchone():
+                values = (id, labeler_id, json.dumps(self._unused_order(db, id)), time.time())
+                db.execute("INSERT INTO assignment VALUES (?, ?, ?, ?)", values)
+        return self.next_task(labeler_id)
 
-    def _find(self, db, labeler_id, position=0):
-        for pool in self._pools(db, labeler_id):
-            find = f"SELECT p.id AS prompt_id, p.position {pool} AND p.position >= :from ORDER BY p.position LIMIT 1"
-            if row := db.execute(find, self._availability(labeler_id) | {"from": position}).fetchone():
-                return row
+    def _available(self, db, labeler_id, only=None):
+        """Ids of the prompts that the labeler can be given, the next one first (of `only` this prompt, if given).
 
-    def _availability(self, labeler_id):
-        return {"me": labeler_id, "overlap": self.overlap, "stale": time.time() - LEASE_SECONDS}
-
-    def _pools(self, db, labeler_id):
-        """Where to look for a task, in this order. One unforeseeable task in every `gold_every` is an attention task;
-        those left over come last, so that the count of tasks left goes down evenly and gives none of them away."""
-        if not self.gold_every:
-            return [_AVAILABLE]
-        done = db.execute("SELECT count(*) FROM task_state WHERE labeler_id = ?", (labeler_id,)).fetchone()[0]
-        block, place = divmod(done, self.gold_every)
-        is_gold_turn = place == random.Random(f"{labeler_id} {block}").randrange(self.gold_every)
-        return [_UNSEEN_GOLD, _AVAILABLE] if is_gold_turn else [_AVAILABLE, _UNSEEN_GOLD]
+        One unforeseeable task in every `gold_every` is an attention task; those left over come last, so that the count
+        of tasks left goes down evenly and gives none of them away.
+        """
+        given = db.execute("SELECT count(*) FROM task_state WHERE labeler_id = ?", (labeler_id,)).fetchone()[0]
+        block, place = divmod(given, self.gold_every or 1)
+        values = {
+            "me": labeler_id,
+            "overlap": self.overlap,
+            "stale": time.time() - LEASE_SECONDS,
+            "gold_every": self.gold_every,
+            "gold_turn": place == random.Random(f"{labeler_id} {block}").randrange(self.gold_every or 1),
+            "only": only,
+        }
+        query = _AVAILABLE + (" AND p.id = :only" if only else "") + _IN_TURN
+        return [id for (id,) in db.execute(query, values)]
 
     def _unused_order(self, db, prompt_id):
         """A random order, while possible one that no other labeler of this prompt sees."""
@@ -172,172 +187,136 @@ class Store(Database):
 
     def task(self, labeler_id: int, prompt_id: str) -> Task:
         """A task the labeler has been given before, with the content it was left with."""
-        key = (prompt_id, labeler_id)
         with self.transaction() as db:
-            row = db.execute(
-                "SELECT p.messages, a.shown, s.kind, s.event_id, s.active_seconds FROM assignment AS a"
-                " JOIN task_state AS s USING (prompt_id, labeler_id) JOIN prompt AS p ON p.id = a.prompt_id"
-                " WHERE a.prompt_id = ? AND a.labeler_id = ?",
-                key,
-            ).fetchone()
-            if row is None:
-                raise NotAssignedError("you have no such task")
-            shown = json.loads(row["shown"])
+            state = self._state(db, labeler_id, prompt_id)
             texts = dict(db.execute("SELECT id, text FROM response WHERE prompt_id = ?", (prompt_id,)).fetchall())
-            events = "SELECT * FROM event WHERE prompt_id = ? AND labeler_id = ?"
-            last = db.execute(f"{events} ORDER BY id DESC LIMIT 1", key).fetchone()
-            content = last
-            if last is not None and last["kind"] == "undo":
-                # What was changed since the undone answer stays on the screen. Else back to what counts again; with
-                # nothing before it, the undone answer stays to be changed.
-                content = db.execute(f"{events} AND kind != 'undo' ORDER BY id DESC LIMIT 1", key).fetchone()
-                if content["kind"] != "draft":
-                    event_id = row["event_id"] or last["undoes"]
-                    content = db.execute("SELECT * FROM event WHERE id = ?", (event_id,)).fetchone()
+            shown = json.loads(state["shown"])
+            events = "SELECT * FROM event WHERE prompt_id = ? AND labeler_id = ? {} ORDER BY id DESC LIMIT 1"
+            last = db.execute(events.format(""), (prompt_id, labeler_id)).fetchone()
+            content = db.execute(events.format("AND kind != 'undo'"), (prompt_id, labeler_id)).fetchone()
+            has_draft = content is not None and content["kind"] == "draft"
+            if content and not has_draft:
+                # The answer that counts; after an undo with nothing before it, the undone answer, to be changed.
+                event_id = state["event_id"] or last["undoes"]
+                content = db.execute("SELECT * FROM event WHERE id = ?", (event_id,)).fetchone()
+            answer = stored_answer(db, content) if content else Answer([[id] for id in shown])
+            answer.reviews = {id: Review() for id in shown} | answer.reviews
             return Task(
                 prompt_id=prompt_id,
-                messages=json.loads(row["messages"]),
+                messages=json.loads(state["messages"]),
                 responses=[(id, texts[id]) for id in shown],
-                answer=stored_answer(db, content) if content else Answer([[id] for id in shown]),
+                answer=answer,
                 revision=last["id"] if last else 0,
-                standing=row["kind"],
-                has_draft=bool(content) and content["kind"] == "draft",
-                active_seconds=row["active_seconds"],
+                standing=state["kind"],
+                has_draft=has_draft,
+                active_seconds=state["active_seconds"],
             )
-
-    def record(
-        self,
-        labeler_id: int,
-        prompt_id: str,
-        action: str,
-        answer: Answer,
-        key: str,
-        revision: int | None = None,
-        active_seconds: float = 0.0,
-        client_time: float | None = None,
-    ) -> int:
-        """Stores an answer and returns its event id; the same `key` again stores nothing and returns the same id.
-
-        `revision` is the event the labeler's screen was based on (None: do not check). `active_seconds` since the last
-        event counts up to the time that has really passed.
-
-        Raises:
-            AnswerError: incomplete or malformed. NotAssignedError: not this labeler's task.
-            ConflictError: the task has changed since `revision`, or `key` was used for something else.
-        """
-        digest = answer.digest(labeler_id, prompt_id, action)
-        with self.transaction(write=True) as db:
-            if (stored := self._replayed(db, key, digest)) is not None:
-                return stored
-            state = self._state(db, prompt_id, labeler_id)
-            check(answer, action, json.loads(state["shown"]), self.justifications)
-            last = "SELECT coalesce(max(id), 0) FROM event WHERE prompt_id = ? AND labeler_id = ?"
-            if revision not in (None, db.execute(last, (prompt_id, labeler_id)).fetchone()[0]):
-                raise ConflictError("this task was changed in another tab or window: reload to see what is stored")
-            kind = "edit" if action == "submit" and state["kind"] in ("submit", "edit") else action
-            event_id = self._insert_event(
-                db,
-                prompt_id=prompt_id,
-                labeler_id=labeler_id,
-                kind=kind,
-                tiers=json.dumps(answer.tiers),
-                comment=answer.comment,
-                active_seconds=_credible(active_seconds, state),
-                key=key,
-                digest=digest,
-                client_time=client_time,
-            )
-            db.executemany(
-                "INSERT INTO review VALUES (?, ?, ?, ?, ?)",
-                [(event_id, id, r.justification, r.rating, json.dumps(r.flags)) for id, r in answer.reviews.items()],
-            )
-        return event_id
-
-    def add_reading(self, labeler_id: int, prompt_id: str, active_seconds: float) -> None:
-        """Counts time that was spent on a task without changing anything; what is stored of it stays the same."""
-        with self.transaction(write=True) as db:
-            state = self._state(db, prompt_id, labeler_id)
-            seconds = _credible(active_seconds, state)
-            db.execute("INSERT INTO reading VALUES (?, ?, ?, ?)", (prompt_id, labeler_id, seconds, time.time()))
 
     @staticmethod
-    def _state(db, prompt_id, labeler_id):
-        state = db.execute(
-            "SELECT s.kind, s.touched, a.shown FROM task_state AS s JOIN assignment AS a USING (prompt_id, labeler_id)"
-            " WHERE s.prompt_id = ? AND s.labeler_id = ?",
-            (prompt_id, labeler_id),
-        ).fetchone()
+    def _state(db, labeler_id, prompt_id):
+        state = db.execute(_TASK, {"me": labeler_id, "prompt": prompt_id}).fetchone()
         if state is None:
             raise NotAssignedError("you have no such task")
         return state
 
+    def record(self, labeler_id: int, sent: Submission) -> int:
+        """Stores an answer and returns its event id; the same key again stores nothing and returns the same id.
+
+        Raises:
+            AnswerError: incomplete or malformed. NotAssignedError: not this labeler's task.
+            ConflictError: the task has changed since the revision, or the key was used for something else.
+        """
+        request = json.dumps([labeler_id, asdict(sent)], sort_keys=True)
+        digest = hashlib.sha256(request.encode()).hexdigest()
+        with self.transaction(write=True) as db:
+            known = db.execute("SELECT id, digest FROM event WHERE key = ?", (sent.key,)).fetchone()
+            if known and known["digest"] != digest:
+                raise ConflictError("this request's key was used before, for something else")
+            if known:
+                return known["id"]
+            state = self._state(db, labeler_id, sent.prompt_id)
+            check(sent.answer, sent.action, json.loads(state["shown"]), self.justifications)
+            last = "SELECT coalesce(max(id), 0) FROM event WHERE prompt_id = ? AND labeler_id = ?"
+            if sent.revision not in (None, db.execute(last, (sent.prompt_id, labeler_id)).fetchone()[0]):
+                raise ConflictError("this task was changed in another tab or window: reload to see what is stored")
+            is_edit = sent.action == "submit" and state["kind"] in ("submit", "edit")
+            event_id = self._insert_event(
+                db,
+                prompt_id=sent.prompt_id,
+                labeler_id=labeler_id,
+                kind="edit" if is_edit else sent.action,
+                tiers=json.dumps(sent.answer.tiers),
+                comment=_seen(sent.answer.comment),
+                active_seconds=_credible(sent.active_seconds, state),
+                key=sent.key,
+                digest=digest,
+                client_time=sent.client_time,
+            )
+            for id, review in sent.answer.reviews.items():
+                flags = json.dumps(list(dict.fromkeys(review.flags)))  # each once
+                values = (event_id, id, _seen(review.justification), review.rating, flags)
+                db.execute("INSERT INTO review VALUES (?, ?, ?, ?, ?)", values)
+        return event_id
+
     def undo(self, labeler_id: int, event_id: int, key: str) -> str:
         """Takes back an answer that counts, so that the one before it counts again; returns its prompt's id."""
-        digest = Answer([]).digest(labeler_id, event_id, "undo")
         with self.transaction(write=True) as db:
-            prompt = db.execute("SELECT prompt_id FROM event WHERE id = ?", (event_id,)).fetchone()
-            if self._replayed(db, key, digest) is None:
-                mine = "SELECT 1 FROM standing WHERE id = ? AND labeler_id = ?"
-                if db.execute(mine, (event_id, labeler_id)).fetchone() is None:
-                    raise ConflictError("that answer does not stand any more: nothing was undone")
-                self._insert_event(
-                    db,
-                    prompt_id=prompt["prompt_id"],
-                    labeler_id=labeler_id,
-                    kind="undo",
-                    undoes=event_id,
-                    comment="",
-                    active_seconds=0.0,
-                    key=key,
-                    digest=digest,
-                )
-        return prompt["prompt_id"]
-
-    @staticmethod
-    def _replayed(db, key, digest):
-        row = db.execute("SELECT id, digest FROM event WHERE key = ?", (key,)).fetchone()
-        if row and row["digest"] != digest:
-            raise ConflictError("this request's key was used before, for something else")
-        return row["id"] if row else None
+            repeated = "SELECT prompt_id FROM event WHERE undoes = ? AND labeler_id = ? AND key = ?"
+            if done := db.execute(repeated, (event_id, labeler_id, key)).fetchone():
+                return done["prompt_id"]
+            standing = "SELECT prompt_id FROM standing WHERE id = ? AND labeler_id = ?"
+            if (answer := db.execute(standing, (event_id, labeler_id)).fetchone()) is None:
+                raise ConflictError("that answer does not stand any more: nothing was undone")
+            self._insert_event(
+                db,
+                prompt_id=answer["prompt_id"],
+                labeler_id=labeler_id,
+                kind="undo",
+                undoes=event_id,
+                comment="",
+                active_seconds=0.0,
+                key=key,
+                digest="",
+            )
+        return answer["prompt_id"]
 
     def _insert_event(self, db, **columns):
         columns |= {"guideline_version": self.guideline_version, "server_time": time.time()}
         names, marks = ", ".join(columns), ", ".join(f":{name}" for name in columns)
         return db.execute(f"INSERT INTO event ({names}) VALUES ({marks})", columns).lastrowid
 
-    def progress(self, labeler_id: int) -> dict:
-        """How many tasks the labeler has `ranked`, `skipped`, `flagged` and `left`, the `active_seconds` spent on all,
-        and `last`: the (event id, kind) that undo would take back, or None."""
-        with self.transaction() as db:
-            rows = db.execute(
-                "SELECT coalesce(kind, 'open') AS kind, count(*) AS tasks, max(event_id) AS last,"
-                " total(active_seconds) AS seconds FROM task_state WHERE labeler_id = ? GROUP BY kind",
-                (labeler_id,),
-            ).fetchall()
-            tasks = Counter({row["kind"]: row["tasks"] for row in rows})
-            args = self._availability(labeler_id)
-            new = [db.execute(f"SELECT count(*) {pool}", args).fetchone()[0] for pool in self._pools(db, labeler_id)]
-        last = max((row["last"], row["kind"]) for row in [*rows, {"last": 0, "kind": None}] if row["last"] is not None)
-        return {
-            "ranked": tasks["submit"] + tasks["edit"],
-            "skipped": tasks["skip"],
-            "flagged": tasks["flag"],
-            "left": tasks["open"] + sum(new),
-            "active_seconds": sum(row["seconds"] for row in rows),
-            "last": last if last[0] else None,
-        }
+    def add_reading(self, labeler_id: int, prompt_id: str, active_seconds: float) -> None:
+        """Counts time that was spent on a task without changing anything; what is stored of it stays the same."""
+        with self.transaction(write=True) as db:
+            seconds = _credible(active_seconds, self._state(db, labeler_id, prompt_id))
+            db.execute("INSERT INTO reading VALUES (?, ?, ?, ?)", (prompt_id, labeler_id, seconds, time.time()))
 
-    def history(self, labeler_id: int, before: int = MAX_ID, limit: int = MAX_ID) -> list[dict]:
-        """The labeler's answers that stand, newest first, and earlier than event `before`: `id` of the event,
-        `prompt_id`, `kind`, `messages`, `server_time`."""
+    def has_tasks(self, labeler_id: int) -> bool:
+        """Whether the labeler has ever been given one."""
         with self.transaction() as db:
-            rows = db.execute(
-                "SELECT s.id, s.prompt_id, s.kind, s.server_time, p.messages FROM standing AS s"
-                " JOIN prompt AS p ON p.id = s.prompt_id WHERE s.labeler_id = ? AND s.id < ?"
-                " ORDER BY s.id DESC LIMIT ?",
+            return bool(db.execute("SELECT 1 FROM task_state WHERE labeler_id = ?", (labeler_id,)).fetchone())
+
+    def progress(self, labeler_id: int) -> dict:
+        """How many tasks the labeler has `ranked`, `skipped`, `flagged` and `left`, the active `seconds` spent on all,
+        and the event (`last`) and its kind (`last_kind`) that undo would take back, or None."""
+        with self.transaction() as db:
+            done = db.execute(
+                f"SELECT {COUNTS}, count(*) FILTER (WHERE kind IS NULL) AS left, total(active_seconds) AS seconds,"
+                " max(event_id) AS last, kind AS last_kind FROM task_state WHERE labeler_id = ?",
+                (labeler_id,),
+            ).fetchone()
+            return dict(done) | {"left": done["left"] + len(self._available(db, labeler_id))}
+
+    def history(self, labeler_id: int, before: int = MAX_ID, limit: int = MAX_ID) -> list[sqlite3.Row]:
+        """The labeler's answers that stand, newest first, and earlier than event `before`: `id` of the event,
+        `prompt_id`, `kind`, `text` of the last message."""
+        with self.transaction() as db:
+            return db.execute(
+                "SELECT s.id, s.prompt_id, s.kind, json_extract(p.messages, '$[#-1].content') AS text"
+                " FROM standing AS s JOIN prompt AS p ON p.id = s.prompt_id"
+                " WHERE s.labeler_id = ? AND s.id < ? ORDER BY s.id DESC LIMIT ?",
                 (labeler_id, before, limit),
             ).fetchall()
-        return [dict(row) | {"messages": json.loads(row["messages"])} for row in rows]
 
 
 def _refuse_corrected(db, task, source, present):
@@ -350,6 +329,11 @@ def _refuse_corrected(db, task, source, present):
                 f"{source}: {task.sample_id!r} has other texts than when it was added. People may have ranked those:"
                 " give the corrected row another id, or start another --database"
             )
+
+
+def _seen(text):
+    """A text of which nothing can be seen is none."""
+    return "" if is_blank(text) else text
 
 
 def _credible(active_seconds, state):

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.cli.errors import UserError
 from recipes.data.cells import Cells
@@ -16,9 +15,8 @@ from recipes.labelling.answers import tiers_of
 MAX_RESPONSES = 26  # they are called A to Z
 
 
-@dataclass(frozen=True)
-class Response:
-    """One response. `id` depends on prompt and text alone; `sample_id` is its name in the file it came from."""
+class Response(NamedTuple):
+    """`id` depends on prompt and text alone; `sample_id` is its name in the file it came from."""
 
     id: str
     sample_id: str
@@ -27,15 +25,14 @@ class Response:
     sampling: dict | None
 
 
-@dataclass(frozen=True)
-class SampledPrompt:
+class SampledPrompt(NamedTuple):
     """A prompt with its responses; `gold` holds tiers of response ids, best first, when the ranking is known."""
 
     id: str
     sample_id: str
     messages: Messages
     responses: list[Response]
-    gold: list[list[str]] | None = None
+    gold: list[list[str]] | None
 
 
 def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt], dict[str, int]]:

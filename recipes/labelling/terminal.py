@@ -3,18 +3,17 @@
 import re
 import secrets
 import time
-from dataclasses import replace
 from string import ascii_uppercase
 
 from recipes.cli.errors import visible
-from recipes.labelling.answers import AnswerError, Review
+from recipes.labelling.answers import AnswerError, Flag, Submission, is_blank
 from recipes.labelling.export import export_command
 from recipes.labelling.store import ConflictError, Store, Task
 
 COMMANDS = ("skip", "flag", "undo", "guidelines", "quit")
-FLAG_LETTERS = {"h": "harmful", "u": "untruthful", "n": "did_not_answer"}
+FLAG_LETTERS: dict[str, Flag] = {"h": "harmful", "u": "untruthful", "n": "did_not_answer"}
 IDLE_SECONDS = 300  # somebody who takes longer over one question has left the keyboard
-HELP = "  Best first, `=` for a tie: B > A = C > D. Or a word: " + ", ".join(COMMANDS) + "."
+HELP = f"Best first, `=` for a tie: B > A = C > D. Or a word: {', '.join(COMMANDS)}."
 
 
 class _Command(Exception):
@@ -27,20 +26,17 @@ def parse_ranking(text: str, letters: str) -> list[list[str]]:
     Raises:
         AnswerError: anything but every letter once.
     """
-    if not re.fullmatch(r"[A-Z]([\s>,]*=?[\s>,]*[A-Z])*", text.strip().upper()):
+    compact = re.sub(r"[\s>,]", "", text.upper())
+    tiers = re.findall(r"[A-Z](?:=[A-Z])*", compact)
+    if "".join(tiers) != compact:
         raise AnswerError(f"not a ranking; write {' > '.join(letters)} or the like, with = for a tie")
-    tiers = []
-    for tied, letter in re.findall(r"(=?)[\s>,]*([A-Z])", text.upper()):
-        if tied:
-            tiers[-1].append(letter)
-        else:
-            tiers.append([letter])
-    if sorted(letter for tier in tiers for letter in tier) != sorted(letters):
+    ranking = [tier.split("=") for tier in tiers]
+    if sorted(letter for tier in ranking for letter in tier) != sorted(letters):
         raise AnswerError(f"use each of {', '.join(letters)} once")
-    return tiers
+    return ranking
 
 
-def parse_marks(text: str, letters: str) -> dict[str, tuple[int | None, list[str]]]:
+def parse_marks(text: str, letters: str) -> dict[str, tuple[int | None, list[Flag]]]:
     """By letter: `"A6 b2u Chn"` rates A 6 and B 2, calls B untruthful and C harmful and no answer.
 
     Raises:
@@ -48,50 +44,35 @@ def parse_marks(text: str, letters: str) -> dict[str, tuple[int | None, list[str
     """
     marks = {}
     for word in text.split():
-        match = re.fullmatch(
-            rf"([{letters}])([1-7]?)([{''.join(FLAG_LETTERS)}]*)", word[:1].upper() + word[1:].lower()
-        )
+        match = re.fullmatch(rf"([{letters}])([1-7]?)([{''.join(FLAG_LETTERS).upper()}]*)", word.upper())
         if not match:
             raise AnswerError(
                 f"{word!r}: write a letter, a rating from 1 to 7 and problems (h, u, n), as in A6 or B2hu"
             )
         letter, rating, flags = match.groups()
-        marks[letter] = (int(rating) if rating else None, [FLAG_LETTERS[flag] for flag in flags])
+        marks[letter] = (int(rating) if rating else None, [FLAG_LETTERS[flag] for flag in flags.lower()])
     return marks
 
 
 def rank_in_terminal(store: Store, labeler_id: int) -> int:
     """Asks until nothing is left or the labeler quits; returns how many rankings were submitted. Drafts are kept."""
-    submitted, prompt_id = 0, None
+    submitted = 0
     print(f"\n{visible(store.guidelines)}")
-    while True:
-        task = store.task(labeler_id, prompt_id) if prompt_id else store.next_task(labeler_id)
-        prompt_id = None
-        if task is None:
-            print("\nNothing is left to rank. Thank you! The next step:")
-            print(export_command(store.path))
-            return submitted
-        session = _TaskSession(store, labeler_id, task)
+    while task := store.next_task(labeler_id):
         try:
-            name = session.run()
-            if name == "submit":
-                submitted += 1
-                print("  Saved.")
-            elif name == "quit":
-                return submitted
-            elif name == "undo" and (last := store.progress(labeler_id)["last"]):
-                prompt_id = store.undo(labeler_id, last[0], secrets.token_urlsafe(24))
-            elif name == "undo":
-                print("  There is nothing to undo.")
-            elif name == "guidelines":
-                print(f"\n{visible(store.guidelines)}")
-            else:
-                session.leave(name)
+            _TaskSession(store, labeler_id, task).run()
+            submitted += 1
+            print("  Saved.")
+        except _Command:
+            pass
+        except ConflictError as conflict:
+            print(f"  {conflict}")
         except (EOFError, KeyboardInterrupt):
             print("\n  Stopped. What you had entered is kept as a draft.")
             return submitted
-        except ConflictError as conflict:
-            print(f"  {conflict}")
+    print("\nNothing is left to rank. Thank you! The next step:")
+    print(export_command(store.path))
+    return submitted
 
 
 class _TaskSession:
@@ -105,15 +86,12 @@ class _TaskSession:
         self.letters = "".join(self.ids)
         self.seconds = 0.0
 
-    def run(self) -> str:
-        """Asks for everything and submits it; returns "submit", or the command that was typed instead of an answer."""
-        try:
-            self.ask_for_all()
-        except _Command as command:
-            return str(command)
-        return "submit"
+    def run(self):
+        """Returns once the ranking is submitted.
 
-    def ask_for_all(self):
+        Raises:
+            _Command: the labeler typed one; it was carried out.
+        """
         progress = self.store.progress(self.labeler_id)
         print(f"\n{'─' * 78}\n{progress['ranked']} ranked, {progress['left']} left\n")
         for message in self.task.messages:
@@ -124,49 +102,47 @@ class _TaskSession:
         self.ask_until_valid(self.rank)
         if self.store.justifications != "off":
             for id in [id for tier in self.answer.tiers for id in tier]:
-                self.ask_until_valid(lambda id=id: self.justify(id))
+                self.ask_until_valid(self.justify, id)
         self.ask_until_valid(self.mark)
         self.ask_until_valid(self.submit)
 
-    def leave(self, action):
-        """Skips the task, or flags it with a reason."""
-        if action == "flag":
-            self.answer = replace(self.answer, comment=self.ask("What is wrong with the prompt? ", commands=False))
-        try:
-            self.record(action)
-        except AnswerError as error:
-            print(f"  Not saved: {error}")
+    def ask_until_valid(self, step, *args):
+        while True:
+            try:
+                return step(*args)
+            except AnswerError as error:
+                print(f"  {error}")
 
     def rank(self):
         has_content = self.task.revision > 0
-        before = " > ".join("=".join(self.letter[id] for id in tier) for tier in self.answer.tiers)
         if has_content:
+            before = " > ".join("=".join(self.letter[id] for id in tier) for tier in self.answer.tiers)
             text = self.ask(f"Ranking [{before}] (Enter keeps it, ? for help): ")
         else:
             best, *others = reversed(self.letters)
             text = self.ask(f"Ranking, best first, = for a tie (as in {best} > {'='.join(others)}; ? for help): ")
-        if text in ("", "?"):
-            if text == "?" or not has_content:
-                raise AnswerError(HELP.strip())
-            return
-        tiers = [[self.ids[letter] for letter in tier] for tier in parse_ranking(text, self.letters)]
-        self.answer = replace(self.answer, tiers=tiers)
-        self.record("draft")
+        if text == "?" or not (text or has_content):
+            raise AnswerError(HELP)
+        if text:
+            self.answer.tiers = [[self.ids[letter] for letter in tier] for tier in parse_ranking(text, self.letters)]
+            self.record("draft")
 
     def justify(self, id):
-        review = self.answer.reviews.get(id, Review())
-        needed = "one sentence" if self.store.justifications == "required" else "one sentence, or Enter for none"
-        hint = f"[{visible(review.justification)}] (Enter keeps it)" if review.justification else f"({needed})"
+        review, required = self.answer.reviews[id], self.store.justifications == "required"
+        hint = "(one sentence)" if required else "(one sentence, or Enter for none)"
+        if review.justification:
+            hint = f"[{visible(review.justification)}] (Enter keeps it)"
         text = self.ask(f"Why is {self.letter[id]} there? {hint}: ", commands=False) or review.justification
-        if not text and self.store.justifications == "required":
+        if required and is_blank(text):
             raise AnswerError("one sentence of reason, please")
-        self.review(id, justification=text)
+        review.justification = text
         self.record("draft")
 
     def mark(self):
         marks = "Ratings 1-7 and problems, h(armful) u(ntruthful) n(o answer), as in A6 B2u (Enter for none): "
         for letter, (rating, flags) in parse_marks(self.ask(marks), self.letters).items():
-            self.review(self.ids[letter], rating=rating, flags=flags)
+            review = self.answer.reviews[self.ids[letter]]
+            review.rating, review.flags = rating, flags
         self.record("draft")
 
     def submit(self):
@@ -174,26 +150,32 @@ class _TaskSession:
             raise AnswerError(f"press Enter to submit, or type one of {', '.join(COMMANDS)}")
         self.record("submit")
 
-    def review(self, id, **changes):
-        changed = replace(self.answer.reviews.get(id, Review()), **changes)
-        self.answer = replace(self.answer, reviews=self.answer.reviews | {id: changed})
-
     def ask(self, question, commands=True):
         start = time.monotonic()
         text = input(question).strip()
         self.seconds += min(time.monotonic() - start, IDLE_SECONDS)
         if commands and text.lower() in COMMANDS:
-            raise _Command(text.lower())
+            self.obey(text.lower())
+            raise _Command
         return text
 
-    def ask_until_valid(self, step):
-        while True:
-            try:
-                return step()
-            except AnswerError as error:
-                print(f"  {error}")
+    def obey(self, command):
+        last = self.store.progress(self.labeler_id)["last"]
+        if command == "quit":
+            raise EOFError
+        if command == "guidelines":
+            print(f"\n{visible(self.store.guidelines)}")
+        elif command == "undo" and last:
+            self.store.undo(self.labeler_id, last, secrets.token_urlsafe(24))
+        elif command == "undo":
+            print("  There is nothing to undo.")
+        else:
+            if command == "flag":
+                self.answer.comment = self.ask("What is wrong with the prompt? ", commands=False)
+            self.record(command)
 
     def record(self, action):
-        sent = (secrets.token_urlsafe(24), self.revision, self.seconds, time.time())
-        self.revision = self.store.record(self.labeler_id, self.task.prompt_id, action, self.answer, *sent)
+        key, revision = secrets.token_urlsafe(24), self.revision
+        sent = Submission(self.task.prompt_id, action, self.answer, key, revision, self.seconds, time.time())
+        self.revision = self.store.record(self.labeler_id, sent)
         self.seconds = 0.0

@@ -1,7 +1,6 @@
 """Checks that base, adapters and tokenizer fit together, from their small files and before any weights load."""
 
 import copy
-import os
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -19,23 +18,31 @@ from recipes.models.adapters import new_adapter_config, only_on_text
 from recipes.models.source import ModelSource, same_weights
 from recipes.models.tokenization import load_tokenizer, render_alike
 
-SELECTIONS = ("target_modules", "modules_to_save", "target_parameters")  # fields of LoraConfig that name parts
-LORA_FLAGS = (
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "use_dora",
-    *(f"lora_{name}" for name in SELECTIONS),
-)
+LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+SELECTIONS = ("lora_target_modules", "lora_modules_to_save", "lora_target_parameters")  # of parts of the model
 
 
 def check_model(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check the model that a step trains: its tokenizer and, where it is an adapter, its base."""
+    """Check a model with its tokenizer, and an adapter with its base and with the base's tokenizer.
+
+    The tokenizer of an adapter may add tokens, but not give one another id.
+    """
     check_vocabulary(tokenizer, source.config, source.path)
+    if source.base is None:
+        return
     check_adapter(source)
-    if source.base is not None:
-        check_same_tokens(tokenizer, source.path, own_tokenizer(source.without_adapter), source.base)
+    try:
+        of_base = load_tokenizer(source.without_adapter).get_vocab()
+    except UserError:
+        return  # a base without a tokenizer
+    vocabulary = tokenizer.get_vocab()
+    for token, index in of_base.items():
+        if vocabulary.get(token) != index:
+            raise UserError(
+                f"The tokenizer in {source.path} is another than that of {source.base}: the token {token!r} is "
+                f"{index} there and {vocabulary.get(token, 'missing')} here. Copy the one that the adapter was "
+                "trained with."
+            )
 
 
 def check_reward_base(source: ModelSource) -> None:
@@ -53,7 +60,7 @@ def check_ppo_models(
 ) -> None:
     """Check the policy with its `tokenizer`, and the reward model beside it.
 
-    A reward adapter on the policy's base has to read the tokens and the chat template that the policy writes.
+    A reward adapter on the policy's base has to read the chat template that the policy writes.
     """
     check_model(policy, tokenizer)
     if not use_peft and not has_classifier(policy.config):
@@ -65,7 +72,8 @@ def check_ppo_models(
     if reward is None:
         return
     check_score_head(reward)
-    check_adapter(reward)
+    reward_tokenizer = load_tokenizer(reward)
+    check_model(reward, reward_tokenizer)
     if reward.base is None or separate:
         return
     if not same_weights(reward, policy):
@@ -74,9 +82,7 @@ def check_ppo_models(
             f"{policy.weights} (revisions {reward.revision} and {policy.revision}). Train it on that, or load it on "
             "its own base beside the policy with --separate_reward_model true (it then scores decoded text)."
         )
-    own = own_tokenizer(reward)
-    check_same_tokens(own, reward.path, tokenizer, policy.weights)
-    if own is not None and not render_alike(own, tokenizer):
+    if not render_alike(reward_tokenizer, tokenizer):
         raise UserError(
             f"The reward adapter {reward.path} was trained with another chat template than that of {policy.path}: "
             "train it from the SFT model, or let it read text by its own template with --separate_reward_model true."
@@ -136,9 +142,7 @@ def adapter_shapes(source: ModelSource, config: PeftConfig) -> dict[str, list[in
 
 
 def check_adapter(source: ModelSource) -> None:
-    """Compare the tensors of an adapter, if it is one, with those it would have on its base."""
-    if source.base is None:
-        return
+    """Compare the tensors of an adapter with those it would have on its base."""
     wrong = f"The adapter {source.path} does not fit the base {source.base}: it was trained on another"
     try:
         expected = adapter_shapes(source, source.peft_config)
@@ -158,13 +162,13 @@ def refuse_other_adapter(source: ModelSource, model_args: ModelConfig) -> None:
     """Check that `lora_*` arguments, which make new adapters, do not ask for another than the one that goes on."""
     if source.base is None or not model_args.use_peft or not isinstance(source.peft_config, LoraConfig):
         return
-    for flag in LORA_FLAGS:
+    for flag in LORA_FLAGS + SELECTIONS:
         value, is_given = getattr(model_args, flag), flag in getattr(model_args, "given", ())
         if value == getattr(ModelConfig, flag) and not is_given:
             continue
         name = flag if flag in LoraConfig.__dataclass_fields__ else flag.removeprefix("lora_")
         stored = getattr(source.peft_config, name)
-        if not (value == stored or name in SELECTIONS and trains_the_same(source, name, model_args)):
+        if not (value == stored or flag in SELECTIONS and trains_the_same(source, name, model_args)):
             value, stored = (" ".join(sorted(x)) if isinstance(x, list | set) else x for x in (value, stored))
             raise UserError(
                 f"--{flag} {value}: {source.path} is an adapter with {stored}, and goes on so. Leave {flag} out, "
@@ -185,28 +189,3 @@ def trains_the_same(source: ModelSource, name: str, model_args: ModelConfig) -> 
         return adapter_shapes(source, asked).keys() == adapter_shapes(source, source.peft_config).keys()
     except ValueError:
         return False
-
-
-def own_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a model's own folder or repository, where it has one."""
-    if os.path.isdir(source.path) and not os.path.exists(os.path.join(source.path, "tokenizer_config.json")):
-        return None
-    try:
-        return load_tokenizer(source)
-    except UserError:
-        return None
-
-
-def check_same_tokens(
-    own: PreTrainedTokenizerBase | None, adapter: str, theirs: PreTrainedTokenizerBase | None, base: str
-) -> None:
-    """The tokenizer of an adapter may add tokens to its base's, but not give one another id."""
-    if own is None or theirs is None:
-        return
-    vocabulary = own.get_vocab()
-    for token, index in theirs.get_vocab().items():
-        if vocabulary.get(token) != index:
-            raise UserError(
-                f"The tokenizer in {adapter} is another than that of {base}: the token {token!r} is {index} there and "
-                f"{vocabulary.get(token, 'missing')} here. Copy the tokenizer that the adapter was trained with."
-            )

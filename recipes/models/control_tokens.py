@@ -25,9 +25,7 @@ def keep_control_tokens_text(tokenizer):
     ids as before. Two uses cannot be covered, and keep what transformers does: `tokenize=False`, whose text does not
     tell who wrote a token, and `return_assistant_tokens_mask=True` (`assistant_only_loss`). Leave such rows out there,
     with `on_special=drop`. A template that computes for longer than `RENDER_SECONDS` is stopped with a `UserError`.
-
-    Returns:
-        The tokenizer, which was changed in place; the change is not saved with it.
+    The tokenizer is changed in place, and the change is not saved with it.
     """
     # A partial holds the tokenizer where a closure would hide it, so that copies and pickles of both belong together.
     tokenizer.apply_chat_template = functools.partial(_apply_chat_template, tokenizer)

@@ -52,17 +52,13 @@ def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_h
     """Give a causal LM with TRL's fused head a forward that computes chosen states of right-aligned rows only.
 
     - `model(input_ids=ids, states=(rows, columns), targets=tokens, compute_entropy=bool)` gives log p of each target
-      at `temperature`, and the entropy (None where it was not asked for), both (N,) float32;
+      at `temperature`, and the entropy (None where it was not asked for), both (N,) float32. A `frozen_head` computes
+      them instead of TRL's: `(hidden (N, H), weight (V, H), targets, temperature, compute_entropy)`;
     - `model(input_ids=ids, states=(rows, columns), scalar_head=role)` gives scores, (N,) float32: from the module
       `model.critic` for the role `"critic"` where there is one (full fine-tuning), else from the last hidden state and
       the head that the role's adapter carries.
 
-    TRL's fused calls keep their form, and count positions from the first real token, as `generate` does: absolute
-    positions would otherwise see left padding.
-
-    Args:
-        frozen_head: `(hidden (N, H), weight (V, H), targets, temperature, compute_entropy) → (log p, entropy)`, taken
-            instead of TRL's fused head.
+    TRL's fused calls keep their form, and count positions from the first real token.
     """
     causal_lm_forward = model.forward
     lm_head = model.get_output_embeddings()
@@ -72,7 +68,8 @@ def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_h
 
     def lm_forward(*args, **kwargs):
         if takes_positions and kwargs.get("fused_lm_head"):
-            kwargs.setdefault("position_ids", token_positions(kwargs["attention_mask"]))
+            # As in `generate`: absolute positions would otherwise see left padding.
+            kwargs.setdefault("position_ids", (kwargs["attention_mask"].cumsum(1) - 1).clamp(min=0))
         return causal_lm_forward(*args, **kwargs)
 
     def at_states(input_ids, states, targets=None, compute_entropy=False, scalar_head=None, **of_peft):
@@ -120,11 +117,6 @@ def scores_at(
     return (model.score if head is None else head)(hidden).squeeze(-1)
 
 
-def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position of each token among the real ones, (B, T); padding gets 0."""
-    return (attention_mask.cumsum(1) - 1).clamp(min=0)
-
-
 def critic_from_policy(policy: PreTrainedModel, trust_remote_code: bool = False) -> PreTrainedModel:
     """A full critic with the policy's backbone and a head of zeros, so it values every state at 0."""
     config = copy.deepcopy(policy.config)
@@ -137,7 +129,7 @@ def critic_from_policy(policy: PreTrainedModel, trust_remote_code: bool = False)
 
 
 def full_critic(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
-    """The critic that is a model of its own, beside the policy; `None` where it is an adapter."""
+    """The critic that is a model of its own; `None` where it is an adapter."""
     return getattr(base_of(model), "critic", None)
 
 
@@ -155,8 +147,7 @@ def without_critic(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedMod
 def save_trained(model: PreTrainedModel | PeftModel, folder: str, state_dict: dict | None = None) -> None:
     """`save_pretrained` of what PPO trains: the policy, loadable by plain peft or transformers, `critic/` and `ema/`.
 
-    Args:
-        state_dict: whole weights, where the model holds shares of them (FSDP).
+    `state_dict` has the whole weights, where the model holds shares of them (FSDP).
     """
     weights = model.state_dict() if state_dict is None else state_dict
     prefix, adapters = "critic.", {}

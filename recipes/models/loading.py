@@ -34,7 +34,7 @@ from recipes.models.adapters import (
     seq_cls_config,
     train_text,
 )
-from recipes.models.compatibility import check_adapter, check_score_head, refuse_other_adapter
+from recipes.models.compatibility import check_model, check_score_head, refuse_other_adapter
 from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource, load_error
 from recipes.models.tokenization import load_tokenizer
@@ -154,10 +154,7 @@ def new_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelSource)
 
 
 def disable_router_logits(model: nn.Module) -> None:
-    """Undo what the load-balancing loss of SFT sets in the configuration of a mixture of experts to generate again.
-
-    `generate` passes one new token a row with the mask of all, a pair that the load-balancing loss does not take.
-    """
+    """Undo what SFT sets in the configuration of a mixture of experts: its load-balancing loss cannot generate."""
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
@@ -211,11 +208,11 @@ def report_half_precision(model: nn.Module) -> None:
 def load_reward_model(source: ModelSource, model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A trained reward model on its own base with its tokenizer, frozen, an adapter merged into the weights."""
     check_score_head(source)
-    check_adapter(source)
+    tokenizer = load_tokenizer(source)
+    check_model(source, tokenizer)
     model = _load_classifier(source, replace(model_args, load_in_4bit=False, load_in_8bit=False))
     if source.base is not None:
         model = PeftModel.from_pretrained(model, source.path, config=source.peft_config).merge_and_unload()
-    tokenizer = load_tokenizer(source)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.requires_grad_(False).eval(), tokenizer
 
@@ -296,11 +293,7 @@ def statistics_file(name: str) -> str | None:
 
 
 def read_reward_statistics(name: str) -> dict | None:
-    """`{"mean", "std", "n", "source"}` as `save_reward_statistics` stored it in a folder or Hub repository, or `None`.
-
-    Raises:
-        UserError: the numbers cannot be used.
-    """
+    """`{"mean", "std", "n", "source"}`, if `save_reward_statistics` stored it in this folder or Hub repository."""
     path = statistics_file(name)
     if path is None:
         return None

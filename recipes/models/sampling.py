@@ -4,9 +4,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -194,7 +193,7 @@ def sample_to_file(
     sampling: SamplingArguments,
     model_name: str,
     output: str,
-    loading: Mapping[str, Any] = MappingProxyType({}),
+    **loading: Any,
 ) -> None:
     """Append one JSON line per prompt to `output`; a run that was stopped goes on where it was.
 

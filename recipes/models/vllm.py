@@ -8,11 +8,7 @@ from recipes.models.merged import OTHER_ROLES, policy_parameters, unmergeable
 
 
 def send_only_policy(vllm_generation: VLLMGeneration) -> None:
-    """Let TRL send vLLM the policy only, and leave the base as it is, where TRL merges into it for each sync.
-
-    Raises:
-        UserError: an adapter that cannot be merged into new tensors, or one whose base is sharded.
-    """
+    """Let TRL send vLLM the policy only, and leave the base as it is, where TRL merges into it for each sync."""
     model = vllm_generation.model
     if isinstance(model, PeftModel):
         if vllm_generation._dist.is_fsdp:

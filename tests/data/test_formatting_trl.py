@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import RewardConfig, RewardTrainer, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 from recipes.data.control_tokens import control_tokens
-from recipes.data.preview import render
+from recipes.data.preview import sequences
 from recipes.formatting import DataError, FormattingArguments, format_dataset, load_formatted, load_rows
 from recipes.models.control_tokens import keep_control_tokens_text
 from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
@@ -50,11 +50,9 @@ def test_sft_trainer_sees_the_preview_and_no_injected_turn(tiny_base, tokenizer,
     trainer = SFTTrainer(model, config(SFTConfig, tmp_path), train_dataset=dataset, processing_class=tokenizer)
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     for row, prepared in zip(dataset, trainer.train_dataset, strict=True):
-        (shown,) = render(row, tokenizer)
-        trained = [label for label in prepared["labels"] if label != -100]
-        assert len(prepared["input_ids"]) == shown.tokens and len(trained) == shown.response_tokens
-        assert tokenizer.decode(trained) == shown.response
-        assert tokenizer.decode(prepared["input_ids"]) == shown.prompt + shown.response
+        (shown,) = sequences(row, tokenizer)
+        assert prepared["input_ids"] == shown.ids
+        assert [label for label in prepared["labels"] if label != -100] == shown.ids[shown.shared :]
         assert prepared["input_ids"].count(end) == len(row["prompt"]) + len(row["completion"])
     trainer.train()
 
@@ -74,9 +72,9 @@ def test_reward_trainer_sees_each_prompt_once(tiny_base, tokenizer, tmp_path):
     trainer = RewardTrainer(model, config(RewardConfig, tmp_path), train_dataset=dataset, processing_class=tokenizer)
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     for row, prepared in zip(dataset, trainer.train_dataset, strict=True):
-        for shown in render(row, tokenizer):
+        for shown in sequences(row, tokenizer):
             ids = prepared[f"{shown.name}_ids"]
-            assert tokenizer.decode(ids) == shown.prompt + shown.response and len(ids) == shown.tokens
+            assert ids == shown.ids
             assert ids.count(end) == len(row["prompt"]) + len(row[shown.name])
     trainer.train()
 
@@ -100,7 +98,7 @@ def test_tool_calls_reach_the_chat_template(tiny_base, tokenizer, tmp_path):
     texts = [tokenizer.decode(row["input_ids"]) for row in trainer.train_dataset]
     assert texts[0].startswith("<|user|>Name a pet.<|end|>") and texts[1].startswith("[{")
     assert texts[1].count("Oslo") == 2 and "null" not in texts[1]
-    assert texts == [shown.prompt + shown.response for row in dataset for shown in render(row, tokenizer)]
+    assert texts == [tokenizer.decode(shown.ids) for row in dataset for shown in sequences(row, tokenizer)]
 
 
 def test_control_tokens_in_messages_become_text(tokenizer):

@@ -137,12 +137,12 @@ def test_hub_datasets(hub, tmp_path):
     assert found["slice"] == [["owner/data", 2, talks[1]]] and found["test"] == [["owner/data", 1, talks[3]]]
     assert found["formatted"] == talks[:3]
     expected = [
-        """could not load 'owner/data': ValueError: Unknown split "dev". Should be one of ['train', 'test']""",
-        "could not load 'owner/data': ValueError: BuilderConfig 'none' not found. Available: ['chat', 'broken']",
-        "could not load 'owner/data': ",
-        "could not load 'owner/script': RuntimeError: Dataset scripts are no longer supported, but found script.py",
-        "could not load 'owner/empty': EmptyDatasetError: ",
-        "no file or folder 'owner/nothing' is here, and `datasets` could not load 'owner/nothing': DatasetNotF",
+        """could not load owner/data: ValueError: Unknown split "dev". Should be one of ['train', 'test']""",
+        "could not load owner/data: ValueError: BuilderConfig 'none' not found. Available: ['chat', 'broken']",
+        "could not load owner/data: ",
+        "could not load owner/script: RuntimeError: Dataset scripts are no longer supported, but found script.py",
+        "could not load owner/empty: EmptyDatasetError: ",
+        "no file or folder 'owner/nothing' is here, and could not load owner/nothing: DatasetNotF",
     ]
     for message, part in zip(found["errors"], expected, strict=True):
         assert part in message and "\n" not in message and "An error occurred while generating" not in message

@@ -102,9 +102,7 @@ def test_messages_in_csv_that_are_not_json_are_no_prompt(tmp_path, cell):
     path = tmp_path / "data.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["prompt"], ["first"], [cell]])
-    with pytest.raises(
-        DataError, match="data.csv:3:prompt: found .*messages that are not valid JSON; write them with"
-    ):
+    with pytest.raises(DataError, match="data.csv:3:prompt: found .*expected messages that json.dumps wrote"):
         format_dataset(load_rows(path), "prompt")
 
 

@@ -115,12 +115,15 @@ class Client:
         return TaskPage(page.text)
 
     def body(self, task, action="submit", **changes):
-        return {
-            "prompt_id": task.prompt_id,
-            "action": action,
+        answer = {
             "tiers": [[id] for id in task.ids],
             "reviews": {id: {"justification": f"reason {id}"} for id in task.ids},
             "comment": "",
+        }
+        return {
+            "prompt_id": task.prompt_id,
+            "action": action,
+            "answer": {name: changes.pop(name, value) for name, value in answer.items()},
             "key": secrets.token_hex(16),
             "revision": task.revision,
             "active_seconds": 0.0,

@@ -21,8 +21,15 @@ import pytest
 from recipes.cli.errors import UserError
 from recipes.formatting import format_dataset, load_rows
 from recipes.labelling import accounts, store
-from recipes.labelling.agreement import agreement_report, compare_with_gold, kendalls_w, krippendorff_alpha, outcomes
-from recipes.labelling.answers import Answer, AnswerError, Review, ranks_of, tiers_of
+from recipes.labelling.agreement import (
+    agreement_report,
+    agrees_with_gold,
+    kendalls_w,
+    krippendorff_alpha,
+    mean_ranks,
+    outcomes,
+)
+from recipes.labelling.answers import Answer, AnswerError, Review, Submission, ranks_of, tiers_of
 from recipes.labelling.export import export
 from recipes.labelling.markdown import render
 from recipes.labelling.report import as_html, as_text
@@ -62,7 +69,7 @@ def reviewed(task, tiers=None, reason="because"):
 
 
 def submit(job, labeler, task, tiers=None):
-    return job.record(labeler, task.prompt_id, "submit", reviewed(task, tiers), key=os.urandom(16).hex())
+    return job.record(labeler, Submission(task.prompt_id, "submit", reviewed(task, tiers), key=os.urandom(16).hex()))
 
 
 def by_text(task):
@@ -191,7 +198,7 @@ def test_where_labelers_stand_is_what_their_events_say(make):
             job.add_reading(me, task.prompt_id, 0.01)
         elif action != "undo":
             answer = replace(reviewed(task), comment="because")
-            job.record(me, task.prompt_id, action, answer, key=f"k{step}", active_seconds=0.01)
+            job.record(me, Submission(task.prompt_id, action, answer, key=f"k{step}", active_seconds=0.01))
     with job.transaction() as db:
         events = [dict(row) for row in db.execute("SELECT * FROM event ORDER BY id")]
         undone = {event["undoes"] for event in events}
@@ -309,14 +316,14 @@ def test_overlap_counts_people_at_work_and_frees_what_was_skipped_or_left(make, 
     job, (ann, bob, cyd) = make(prompts=1, labelers=3, overlap=1)
     task = job.next_task(ann)
     assert job.next_task(bob) is None, "ann works on the only prompt"
-    job.record(ann, task.prompt_id, "skip", task.answer, key="k1")
+    job.record(ann, Submission(task.prompt_id, "skip", task.answer, key="k1"))
     assert job.next_task(ann) is None, "what was skipped does not come back by itself"
     assert job.next_task(bob).prompt_id == task.prompt_id
     assert job.next_task(cyd) is None
     later = time.time() + store.LEASE_SECONDS + 1
     monkeypatch.setattr(store.time, "time", lambda: later)
     assert job.next_task(cyd).prompt_id == task.prompt_id, "bob has left it lying"
-    job.record(cyd, task.prompt_id, "flag", Answer(task.answer.tiers, comment="nonsense"), key="k2")
+    job.record(cyd, Submission(task.prompt_id, "flag", Answer(task.answer.tiers, comment="nonsense"), key="k2"))
     assert job.progress(ann)["left"] == 0
 
 
@@ -383,13 +390,13 @@ def test_undo_keeps_what_was_changed_since(make):
     ids = [id for id, _ in task.responses]
     answers = [[[id] for id in ids], [ids], [ids[:2], ids[2:]]]
     first, second = (submit(job, ann, task, tiers) for tiers in answers[:2])
-    job.record(ann, task.prompt_id, "draft", Answer(answers[2]), key="d")
+    job.record(ann, Submission(task.prompt_id, "draft", Answer(answers[2]), key="d"))
     for number, event in enumerate((second, first)):
         job.undo(ann, event, f"u{number}")
         now = job.task(ann, task.prompt_id)
         assert now.answer.tiers == answers[2] and now.has_draft
     submit(job, ann, task, answers[2])
-    job.undo(ann, job.progress(ann)["last"][0], "u2")
+    job.undo(ann, job.progress(ann)["last"], "u2")
     now = job.task(ann, task.prompt_id)
     assert now.answer.tiers == answers[2] and not now.has_draft, "the draft was submitted: it is none any more"
 
@@ -399,7 +406,7 @@ def test_a_draft_over_a_submitted_ranking_does_not_count(make):
     task = job.next_task(ann)
     ids = [id for id, _ in task.responses]
     submit(job, ann, task, [[id] for id in ids])
-    job.record(ann, task.prompt_id, "draft", Answer([ids]), key="d")
+    job.record(ann, Submission(task.prompt_id, "draft", Answer([ids]), key="d"))
     now = job.task(ann, task.prompt_id)
     assert now.answer.tiers == [ids] and now.standing == "submit" and now.has_draft
     (row,) = (ranking for ranking in export_rows(job))
@@ -417,9 +424,9 @@ def test_justifications_may_be_optional_or_off(make):
     task = job.next_task(ann)
     for reason in ("", "  \n"):
         with pytest.raises(AnswerError, match="no reason for the rank of 4 of 4 responses"):
-            job.record(ann, task.prompt_id, "submit", reviewed(task, reason=reason), key="k")
+            job.record(ann, Submission(task.prompt_id, "submit", reviewed(task, reason=reason), key="k"))
     job.justifications = "optional"
-    job.record(ann, task.prompt_id, "submit", Answer(task.answer.tiers), key="k")
+    job.record(ann, Submission(task.prompt_id, "submit", Answer(task.answer.tiers), key="k"))
     assert "justification" not in export_rows(job)[0]["responses"][0]
 
 
@@ -427,7 +434,7 @@ def test_nobody_can_answer_what_was_not_assigned(make):
     job, (ann, bob) = make(labelers=2)
     task = job.next_task(ann)
     with pytest.raises(NotAssignedError):
-        job.record(bob, task.prompt_id, "submit", reviewed(task), key="k")
+        job.record(bob, Submission(task.prompt_id, "submit", reviewed(task), key="k"))
     with pytest.raises(NotAssignedError):
         job.task(bob, task.prompt_id)
 
@@ -439,7 +446,7 @@ def test_time_is_summed_over_events_and_never_more_than_has_passed(make, monkeyp
     task = job.next_task(ann)
     for number, (passed, claimed) in enumerate([(10, 4), (10, 7.5), (5, 1000)]):
         now += passed
-        job.record(ann, task.prompt_id, "draft", task.answer, key=str(number), active_seconds=claimed)
+        job.record(ann, Submission(task.prompt_id, "draft", task.answer, key=str(number), active_seconds=claimed))
     assert job.task(ann, task.prompt_id).active_seconds == pytest.approx(4 + 7.5 + 5)
 
 
@@ -517,28 +524,26 @@ def test_krippendorff_alpha_gives_the_published_values():
     counts = np.array([[unit.count(value) for value in "12345"] for unit in zip(*table, strict=True)])
     published = {"nominal": 0.743, "ordinal": 0.815, "interval": 0.849}
     assert {level: round(krippendorff_alpha(counts, level), 3) for level in published} == published
-    assert krippendorff_alpha(np.array([[2, 0], [2, 0]])) is None
-    assert krippendorff_alpha(np.array([[1, 0], [0, 1]])) is None, "nobody to agree with"
-    assert krippendorff_alpha(np.array([[2, 0], [0, 2]])) == 1
+    assert krippendorff_alpha(np.array([[2, 0], [2, 0]]), "nominal") is None
+    assert krippendorff_alpha(np.array([[1, 0], [0, 1]]), "nominal") is None, "nobody to agree with"
+    assert krippendorff_alpha(np.array([[2, 0], [0, 2]]), "nominal") == 1
 
 
 def test_kendalls_w_gives_the_published_values():
     """Three executives and six applicants, W = .16: Siegel, Nonparametric Statistics (1956), chapter 9."""
 
-    def tiers(ranks):
-        return tiers_of(dict(enumerate(ranks)))
+    def w(*rankings):
+        return kendalls_w(np.stack([mean_ranks(tiers_of(dict(enumerate(ranks)))) for ranks in rankings]))
 
-    executives = [[1, 6, 3, 2, 5, 4], [1, 5, 6, 4, 2, 3], [6, 3, 2, 5, 4, 1]]
-    assert round(kendalls_w([tiers(ranks) for ranks in executives]), 2) == 0.16
+    assert round(w([1, 6, 3, 2, 5, 4], [1, 5, 6, 4, 2, 3], [6, 3, 2, 5, 4, 1]), 2) == 0.16
     # With ties: Friedman's chi-square over m (n - 1), which scipy corrects for ties the same way.
-    tied = [[1, 2, 2, 4], [1, 1, 3, 4], [1, 2, 2, 2]]
-    assert kendalls_w([tiers(ranks) for ranks in tied]) == pytest.approx(0.8194444444)
-    assert kendalls_w([[["a", "b"]], [["a", "b"]]]) is None
-    assert kendalls_w([[["a"], ["b"]], [["b"], ["a"]]]) == 0
+    assert w([1, 2, 2, 4], [1, 1, 3, 4], [1, 2, 2, 2]) == pytest.approx(0.8194444444)
+    assert w([1, 1], [1, 1]) is None
+    assert w([1, 2], [2, 1]) == 0
 
 
 def test_pair_outcomes():
-    assert outcomes([["b"], ["a", "c"]]) == {("a", "b"): -1, ("a", "c"): 0, ("b", "c"): 1}
+    assert outcomes(mean_ranks([["b"], ["a", "c"]])).tolist() == [-1, 0, 1], "a and b, a and c, b and c"
 
 
 def test_agreement_report_counts_by_hand(make, tmp_path):
@@ -575,9 +580,9 @@ def test_agreement_report_counts_by_hand(make, tmp_path):
     assert first["gold"] == {"tasks": 1, "share": 1.0, "ci95": None, "pairs": 3, "disagreed": []}
     assert second["gold"]["share"] == 0 and second["gold"]["disagreed"] == ["g0"]
     assert first["ranked"] == 3 and second["tied"] == pytest.approx(1 / 9)
-    order, ties = outcomes([["a"], ["b"], ["c"]]), outcomes([["a", "b", "c"]])
-    assert compare_with_gold(order, ties) == (3, 0, 3, 0), "who ties everything has not passed an attention task"
-    assert compare_with_gold(ties, order) == (0, 0, 0, 0), "and what gold leaves open, nobody can get wrong"
+    order, ties = (outcomes(mean_ranks(tiers)) for tiers in ([["a"], ["b"], ["c"]], [["a", "b", "c"]]))
+    assert agrees_with_gold(ties, order).tolist() == [False] * 3, "who ties everything has not passed"
+    assert agrees_with_gold(order, ties).size == 0, "and what gold leaves open, nobody can get wrong"
     assert report["prompts_shared"] == 2, "gold tasks do not flatter the agreement"
 
     text = as_text(report)
@@ -613,7 +618,9 @@ def test_what_is_wrong_with_a_flagged_prompt_is_reported(make):
     task = job.next_task(ann)
     for labeler, comment in ((ann, "holds a\x1b[31m phone number"), (bob, "a mistake")):
         job.next_task(labeler)
-        flag = job.record(labeler, task.prompt_id, "flag", Answer(task.answer.tiers, comment=comment), key=comment)
+        flag = job.record(
+            labeler, Submission(task.prompt_id, "flag", Answer(task.answer.tiers, comment=comment), key=comment)
+        )
     job.undo(bob, flag, "u")
     report = agreement_report(job)
     assert report["flagged"] == [{"prompt": "p0", "labeler": "labeler 0", "comment": "holds a\x1b[31m phone number"}]

@@ -13,14 +13,29 @@ const DRAFT_MS = 700;
 const KEEPALIVE_BYTES = 60000; // browsers let 64 kB outlive a closed page, and refuse to send more that way
 
 const task = document.getElementById("task");
-const storedAs = `outbox ${task.dataset.account}`;
-const revisionAs = `revision ${task.dataset.account} ${task.dataset.prompt}`;
-const outbox = readOutbox();
+const OUTBOX = `outbox ${task.dataset.account}`;
+const REVISION = `revision ${task.dataset.account} ${task.dataset.prompt}`;
+const outbox = kept(OUTBOX) ?? [];
 let revision = Number(task.dataset.revision);
 let dirty = false; // changed since the last snapshot
 let stopped = false; // nothing can be saved from this page any more
 let trouble = "", problem = "", isQuestion = false;
 let draftTimer = null, sending = null;
+
+// What outlives the page. There may be no room for it, or it may not be allowed: then it lives as long as the page.
+function keep(name, value) {
+  try {
+    sessionStorage.setItem(name, JSON.stringify(value));
+  } catch { /* as said */ }
+}
+
+function kept(name) {
+  try {
+    return JSON.parse(sessionStorage.getItem(name));
+  } catch {
+    return null;
+  }
+}
 
 const status = (text) => { document.getElementById("status").textContent = text; };
 
@@ -32,50 +47,19 @@ function show() {
   alert.classList.toggle("question", isQuestion && !trouble);
 }
 
-function setTrouble(text) {
-  trouble = text;
-  show();
-}
-
 export function complain(text, question = false) {
-  problem = text;
-  isQuestion = question;
+  [problem, isQuestion] = [text, question];
   show();
-}
-
-function readOutbox() {
-  try {
-    return JSON.parse(sessionStorage.getItem(storedAs)) ?? [];
-  } catch {
-    return [];
-  }
-}
-
-function storeOutbox() {
-  try {
-    sessionStorage.setItem(storedAs, JSON.stringify(outbox));
-  } catch { /* no room, or not allowed: then it lives as long as the page */ }
 }
 
 const fitsKeepalive = (text) => new TextEncoder().encode(text).length <= KEEPALIVE_BYTES;
 
-function setRevision(number) {
-  revision = number;
-  try {
-    sessionStorage.setItem(revisionAs, number);
-  } catch { /* as above */ }
-}
-
 // Whether the server had stored more for this tab than it rendered: the page before may have saved, and heard of it,
-// while this one was on its way.
+// while this one was on its way. Asked once, so that no page loads for ever.
 function isOutdated() {
-  try {
-    const known = Number(sessionStorage.getItem(revisionAs));
-    sessionStorage.removeItem(revisionAs); // asked once, so that no page loads for ever
-    return known > revision;
-  } catch {
-    return false;
-  }
+  const known = kept(REVISION) ?? 0;
+  keep(REVISION, 0);
+  return known > revision;
 }
 
 // Whether something is not on the server yet, and still can get there.
@@ -101,9 +85,7 @@ function snapshot(action) {
   return {
     prompt_id: task.dataset.prompt,
     action,
-    tiers: tiers(),
-    reviews,
-    comment: document.getElementById("comment").value,
+    answer: { tiers: tiers(), reviews, comment: document.getElementById("comment").value },
     key: Array.from(random, (byte) => byte.toString(16).padStart(2, "0")).join(""),
     revision: null, // the one before it, once that is known
     active_seconds: takeSeconds(),
@@ -128,7 +110,7 @@ export async function save(action) {
     body.active_seconds += outbox.pop().active_seconds;
   }
   outbox.push(body);
-  storeOutbox();
+  keep(OUTBOX, outbox);
   return (await send()).has(body.key);
 }
 
@@ -159,26 +141,31 @@ async function emptyOutbox() {
     const body = outbox[0];
     const isHere = body.prompt_id === task.dataset.prompt;
     body.revision ??= revision;
-    storeOutbox();
+    keep(OUTBOX, outbox);
     status("Saving …");
     const { ok, reply, retry } = await post("/api/answer", body);
     if (retry) {
       status("");
-      setTrouble(`${reply.error}. Trying again; keep this page open.`);
+      trouble = `${reply.error}. Trying again; keep this page open.`;
+      show();
       await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
       continue;
     }
     outbox.shift();
     if (ok) {
       stored.add(body.key);
-      if (isHere) setRevision(Math.max(revision, reply.revision));
+      if (isHere) {
+        revision = Math.max(revision, reply.revision);
+        keep(REVISION, revision);
+      }
       stopped ||= isHere && body.action !== "draft";
     } else {
       outbox.length = 0; // what follows builds on it
       dirty = isHere;
     }
-    storeOutbox();
-    setTrouble(ok ? "" : reply.error);
+    keep(OUTBOX, outbox);
+    trouble = ok ? "" : reply.error;
+    show();
     status(ok && !dirty ? `Saved at ${new Date().toLocaleTimeString()}` : "");
   }
   return stored;
