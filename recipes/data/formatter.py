@@ -20,7 +20,7 @@ from recipes.data.messages import REASONING, has_weights, in_context
 from recipes.data.parallel import map_in_order
 from recipes.data.preview import check_positions, left_out, sequences
 from recipes.data.report import Report
-from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names
+from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names, or_error
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
 from recipes.data.tasks import features, outputs, row_messages
 
@@ -116,7 +116,8 @@ class Formatter:
         schema = SCHEMAS.get(report.schema)
         source: Iterable[Row] = self._source(rows, report)
         if schema and schema.gather:
-            source = schema.gather(map(self._mapped, source), self.task)
+            mapped = (row._replace(data=or_error(self._mapped, row)) for row in source)
+            source = schema.gather(mapped, self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
             report.unread.update(unread)
@@ -307,8 +308,5 @@ class Formatter:
             with suppress(RowProblem):
                 yield row.read(), self._mapping.apply(row.read())
 
-    def _mapped(self, row: Row) -> Row:
-        try:
-            return row._replace(data=self._mapping.apply(row.read()))
-        except RowProblem as problem:
-            return row._replace(data=problem)
+    def _mapped(self, row: Row) -> dict:
+        return self._mapping.apply(row.read())
