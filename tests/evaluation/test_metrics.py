@@ -371,7 +371,6 @@ def test_what_is_planned():
         ({"temperatures": [0.0]}, "must be above 0"),
         ({"best_of_n": 1}, "--best_of_n 1"),
         ({"num_prompts": 0}, "--num_prompts 0"),
-        ({"headline": "sft"}, "--headline sft is what the others are compared with"),
         ({"judges": [f"{__name__}.reward"]}, "the report has a figure reward already"),
         ({"judges": [f"{__name__}.brief", "tests.evaluation.test_command.brief"]}, "a figure brief already"),
         ({"judges": [f"{__name__}.missing"]}, "--judges .*missing: write it as module.function"),
