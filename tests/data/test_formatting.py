@@ -384,9 +384,9 @@ def test_mixed_sources_have_their_own_schema_and_mapping(tmp_path):
     "sources, message",
     [
         (["a.jsonl=0.5", "b.jsonl"], "give every source a fraction, or none"),
-        (["a.jsonl=much"], "the fraction of a.jsonl is 'much'; expected a number above 0"),
-        ([{"path": "a.jsonl", "fraction": -1}], "the fraction of a.jsonl is -1.0; expected a number above 0"),
-        ([{"path": "a.jsonl", "weight": 1}], "found an object with path, weight"),
+        (["a.jsonl=much"], "a.jsonl=much: no such file or folder"),
+        ([{"path": "a.jsonl", "fraction": -1}], "the fraction of a.jsonl is -1; expected more than 0"),
+        ([{"path": "a.jsonl", "weight": 1}], "found {'path': 'a.jsonl', 'weight': 1}"),
         ([{"name": "a.jsonl"}], "a source has path"),
         ([5], "a source has path and perhaps more .*found 5"),
         (["missing.jsonl"], "missing.jsonl: no such file or folder"),
