@@ -30,9 +30,6 @@ class EvaluationArguments(SamplingArguments):
     reference: str | None = field(
         default=None, metadata={"help": "The policy that KL is measured from; default: sft, else the first."}
     )
-    headline: str | None = field(
-        default=None, metadata={"help": "The policy that the page is about; default: ppo, else the last."}
-    )
     normalize_scores: bool = field(
         default=True, metadata={"help": "Standardise scores as PPO does, where recipes/reward.py stored how."}
     )
@@ -77,13 +74,10 @@ class EvaluationArguments(SamplingArguments):
         self.runs = named_paths("--checkpoints", self.checkpoints)
         names = list(self.paths)
         self.reference = self.reference or ("sft" if "sft" in names else names[0])
+        if self.reference not in names:
+            raise UserError(f"--reference {self.reference} is not among --policies {', '.join(names)}.")
         others = [name for name in names if name != self.reference] or names
-        self.headline = self.headline or ("ppo" if "ppo" in others else others[-1])
-        for flag, name in (("reference", self.reference), ("headline", self.headline)):
-            if name not in self.paths:
-                raise UserError(f"--{flag} {name} is not among --policies {', '.join(names)}.")
-        if self.headline == self.reference and len(names) > 1:
-            raise UserError(f"--headline {self.headline} is what the others are compared with: name another policy.")
+        self.headline = "ppo" if "ppo" in others else others[-1]  # the policy that the page is about
         self.judges_by_name: dict[str, str] = {}
         for path in self.judges:
             self._add_judge(path.rpartition(".")[2], path)

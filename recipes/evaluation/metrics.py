@@ -8,6 +8,7 @@ several figures use the same draws, so that differences between policies are pai
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 RESAMPLES = 1000
 
@@ -30,7 +31,7 @@ def mean_interval(values: np.ndarray) -> dict:
     return {"mean": float(per_prompt.mean()), "ci95": interval(prompt_draws(len(values)) @ per_prompt, len(values))}
 
 
-def ratio_interval(parts: Sequence[float], wholes: Sequence[float], groups: Sequence) -> dict:
+def ratio_interval(parts: ArrayLike, wholes: ArrayLike, groups: ArrayLike) -> dict:
     """`{"mean", "ci95"}` of sum(parts) / sum(wholes), where items of one group are resampled together."""
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     part, whole = (np.bincount(group, weights=values) for values in (parts, wholes))

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from recipes.cli.errors import UserError
 from recipes.cli.files import write_text
@@ -100,7 +101,7 @@ class Quickstart:
         # How the folder stands in the commands.
         self.written = os.path.relpath(self.folder, ROOT) if self.folder.is_relative_to(ROOT) else str(self.folder)
         self.state_file, self.lock = self.folder / "quickstart.json", Lock()
-        state = {"seed": seed, "seconds": {}, "commands": {}}
+        state: dict[str, Any] = {"seed": seed, "seconds": {}, "commands": {}}
         if self.state_file.exists():
             state |= json.loads(self.state_file.read_text(encoding="utf-8"))
         elif folder.exists() and any(folder.iterdir()):

@@ -239,7 +239,7 @@ class WholeCheckpoints(Trainer):
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal; all processes ask together and get the same answer."""
-        if signals.listening() and not self._stopping:
+        if not self._stopping:
             self._stopping = signals.received() is not None
             if self.accelerator.num_processes > 1:
                 if self._stopping:
