@@ -9,9 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from recipes.cli.errors import counted
 from recipes.cli.screen import say
-from recipes.data.control_tokens import control_tokens
 from recipes.data.formatter import Formatter, as_rows
 from recipes.data.loading import Rows, list_splits, load_rows
 from recipes.data.mapping import parse_mapping
@@ -34,15 +32,13 @@ __all__ = [
 def format_dataset(
     rows: Rows | Iterable[dict], task: str, streaming: bool = False, num_proc: int | None = None, **options
 ) -> tuple["Dataset | IterableDataset", Report]:
-    """Formats rows for a task.
+    """Formats rows, of `load_rows` or any list or `datasets` dataset of dictionaries, for a task.
 
     Args:
-        rows: from `load_rows`, or any list or `datasets` dataset of dictionaries.
-        task: "sft", "preference", "ranking" or "prompt".
         streaming: formats while the result is iterated: an IterableDataset, whose report fills up on the way and
             whose errors are raised at the row where they are met.
         num_proc: processes that format; the result is the same for any number. Streams take one.
-        options: of `Formatter`: schema, mapping, on_error, on_special, dedup, margin, prompt_completion and others.
+        options: of `Formatter`.
     Returns:
         The dataset, memory-mapped from a file that lives as long as the process, and the report.
     Raises:
@@ -51,7 +47,8 @@ def format_dataset(
     rows = as_rows(rows)
     formatter, report = Formatter(task, fail_fast=streaming, **options), Report(rows.source, task)
     if not streaming:
-        return _write(formatter, rows, report, num_proc or 1), report
+        launched = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes, each of which formats all rows
+        return _write(formatter, rows, report, (num_proc or 1) // launched), report
     from datasets import IterableDataset
 
     known = None if task == "sft" else formatter.features()  # sft rows may have tool calls, or not
@@ -184,16 +181,7 @@ def load_formatted(
         DataError: there is no dataset, or it cannot be used.
     """
     streaming = script_args.dataset_streaming
-    options = {**format_args.options(), "streaming": streaming, **options}
-    if tokenizer is not None:
-        options |= {"tokenizer": tokenizer, "special_tokens": control_tokens(tokenizer)}
-    # Here transformers cannot tell a template's control tokens from those that stand in a message.
-    drop_special = options.get("assistant_only_loss", False) and format_args.on_special == "flag"
-    if drop_special:
-        options["on_special"] = "drop"
-    if options.get("num_proc"):  # each process of a launch formats all rows
-        options["num_proc"] //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
+    options = {**format_args.options(), "tokenizer": tokenizer, "streaming": streaming, **options}
     datasets = FormattedDatasets()
     for key, sources in _sources(script_args, format_args, evaluate).items():
         formatted = []
@@ -203,48 +191,37 @@ def load_formatted(
             formatted.append(dataset)
             datasets.reports[key if len(sources) == 1 else f"{key} {number}"] = report
         datasets[key] = combine(formatted, sources, streaming, seed)
-    if evaluate and not streaming:
-        _separate(datasets, format_args.test_split_size, seed)
-    if not streaming:
-        say("\n".join(map(str, datasets.reports.values())))
-    skipped = [what for report in datasets.reports.values() for what in report.counts["skipped"].elements()]
-    dropped = sum(what.startswith("special token") for what in skipped)
-    if drop_special and (dropped or streaming):  # of a stream the number is not known yet
-        say(
-            f"{'Rows' if streaming else counted(dropped, 'row')} with the text of a control token left out "
-            "(--on_special drop): with --assistant_only_loss true it would pass for the end of a turn."
-        )
+    if streaming:
+        return datasets
+    if "eval" in datasets:
+        datasets.reports["leakage"] = check_leakage(datasets["train"], datasets["eval"])
+    elif evaluate:
+        datasets["train"], held_out = split_by_group(datasets["train"], format_args.test_split_size, seed)
+        if held_out is None:
+            say("There is only one prompt: it is trained on, and nothing is held out to evaluate.")
+        else:
+            datasets["eval"] = held_out
+    say("\n".join(map(str, datasets.reports.values())))
     return datasets
 
 
 def _sources(script_args, format_args: FormattingArguments, evaluate: bool) -> dict[str, list[Source]]:
     """The sources of "train" and, where there is a split to evaluate on, of "eval"."""
-    mixture = parse_sources(format_args.datasets or ())
-    if mixture and (script_args.dataset_config, script_args.dataset_train_split) != (None, "train"):
-        raise DataError(
-            "datasets: a source of a mixture has its own name and split: leave out dataset_config and "
-            "dataset_train_split"
-        )
-    if not mixture and script_args.dataset_name is None:
+    path, name = script_args.dataset_name, script_args.dataset_config
+    train = Source(path, name, script_args.dataset_train_split)
+    if format_args.datasets:
+        if (name, train.split) != (None, "train"):
+            raise DataError(
+                "datasets: a source of a mixture has its own name and split: leave out dataset_config and "
+                "dataset_train_split"
+            )
+        sources = {"train": parse_sources(format_args.datasets)}
+    elif path is None:
         raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")
-    sources = {"train": mixture}
-    if not mixture:
-        train = Source(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
+    else:
         sources = {"train": [train]}
-        if evaluate and has_test_split(train.path, script_args.dataset_test_split, train.name):
+        if evaluate and has_test_split(path, script_args.dataset_test_split, name):
             sources["eval"] = [replace(train, split=script_args.dataset_test_split)]
     if evaluate and script_args.dataset_streaming and "eval" not in sources:
         raise DataError("a stream cannot be split: evaluate on a source with a test split, or do not stream")
     return sources
-
-
-def _separate(datasets: FormattedDatasets, test_size: float, seed: int) -> None:
-    """Holds out "eval" where there is none, else reports the prompts that it shares with "train"."""
-    if "eval" in datasets:
-        datasets.reports["leakage"] = check_leakage(datasets["train"], datasets["eval"])
-        return
-    datasets["train"], held_out = split_by_group(datasets["train"], test_size, seed)
-    if held_out is None:
-        say("There is only one prompt: it is trained on, and nothing is held out to evaluate.")
-    else:
-        datasets["eval"] = held_out

@@ -4,9 +4,8 @@
         --config recipes/configs/tiny_world/reward.yaml \\
         --model_name_or_path runs/sft --dataset_name rankings.jsonl --output_dir runs/reward
 
-The loss is `-log sigmoid(score(better) - score(worse))` over all pairs of a prompt with unequal ranks; plain
-chosen/rejected pairs are rankings of two. It starts from the SFT adapter, as in InstructGPT; a base or an older reward
-model works too. Every flag of TRL's `ScriptArguments`, `RewardConfig` and `ModelConfig` works.
+The loss is `-log sigmoid(score(better) - score(worse))` over all pairs of a prompt with unequal ranks. It starts from
+the SFT adapter, as in InstructGPT; a base or an older reward model works too. All flags of TRL's `RewardConfig` work.
 """
 
 import os
@@ -39,13 +38,7 @@ from recipes.models.loading import (
 )
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer, set_chat_template
-from recipes.trainers.ranking_trainer import (
-    RankingRewardTrainer,
-    accuracy_in_words,
-    conversations,
-    keep_majorities,
-    scores_in_words,
-)
+from recipes.trainers.ranking_trainer import RankingRewardTrainer, conversations, keep_majorities, results_in_words
 
 
 @dataclass
@@ -74,10 +67,7 @@ ARGUMENTS = (RewardScriptArguments, RewardConfig, ModelConfig, FormattingArgumen
 
 
 def load_references(script_args, format_args, tokenizer, max_length: int | None) -> list[list[int]]:
-    """Token ids of the demonstrations whose scores PPO normalises by, read before training; [] without any.
-
-    None is longer than `max_length`, where no score is ever trained.
-    """
+    """Token ids of the demonstrations whose scores PPO normalises by, none above `max_length`; [] without any."""
     source = script_args.reference_dataset_name
     if source is None:
         return []
@@ -146,8 +136,7 @@ def main(
         trainer.save_metrics("eval", evaluation)
 
     rows = references or [ids for ranking in trainer.train_dataset["response_ids"] for ids in ranking]
-    if len(rows) > MOST_REFERENCES:
-        rows = random.Random(training_args.seed).sample(rows, MOST_REFERENCES)
+    rows = random.Random(training_args.seed).sample(rows, min(len(rows), MOST_REFERENCES))
     scores = trainer.score(rows)
     example = datasets.get("eval", datasets["train"])[0]
     example_scores = trainer.score(conversations(example, tokenizer))
@@ -155,10 +144,7 @@ def main(
         source = script_args.reference_dataset_name or script_args.dataset_name
         save_reward_statistics(training_args.output_dir, scores, source)
         save_trained_prompts(training_args.output_dir, datasets["train"]["group_id"])
-    title = "A held-out prompt" if "eval" in datasets else "A prompt of the training data"
-    trainer.accelerator.print(scores_in_words(example, example_scores, title))
-    if evaluation is not None:
-        trainer.accelerator.print(accuracy_in_words(evaluation))
+    trainer.accelerator.print(results_in_words(example, example_scores, evaluation))
     folder.finish(trainer, datasets.reports)
     return trainer
 

@@ -55,9 +55,7 @@ class JudgeArguments:
     preference_datasets: list[str] = field(
         default_factory=list, metadata={"help": "Held-out pairs or rankings that measure the reward model."}
     )
-    llm_judge_model: str | None = field(
-        default=None, metadata={"help": "LLM that compares each policy with the reference."}
-    )
+    llm_judge_model: str | None = field(default=None, metadata={"help": "LLM that compares with the reference."})
     llm_judge_base_url: str = field(
         default="https://api.openai.com/v1", metadata={"help": "OpenAI-compatible endpoint; key in OPENAI_API_KEY."}
     )
@@ -66,11 +64,6 @@ class JudgeArguments:
     )
     rankings: str | None = field(default=None, metadata={"help": "Rankings that people made of that task."})
     report_to: str = field(default="none", metadata={"help": "Where to log.", "choices": ["none", "wandb"]})
-    run_name: str | None = field(default=None, metadata={"help": "Name of the W&B run."})
-
-    def __post_init__(self):
-        if self.ranking_task is not None and Path(self.ranking_task).exists():
-            raise UserError(f"--ranking_task {self.ranking_task} exists: choose another file.")
 
 
 ARGUMENTS = (EvaluationPrompts, EvaluationArguments, LoadingArguments, RowArguments, JudgeArguments)
@@ -78,52 +71,46 @@ ARGUMENTS = (EvaluationPrompts, EvaluationArguments, LoadingArguments, RowArgume
 
 def read_prompts(data_args: EvaluationPrompts, format_args: RowArguments, limit: int | None) -> list[Prompt]:
     """The prompts of the dataset's test split, or of its train split where it has no other."""
-    source, config = data_args.dataset_name, data_args.dataset_config
-    tested = has_test_split(source, data_args.dataset_test_split, config)
-    split = data_args.dataset_test_split if tested else data_args.dataset_train_split
-    rows = load_rows(source, split, config)
+    source, config, split = data_args.dataset_name, data_args.dataset_config, data_args.dataset_test_split
+    rows = load_rows(source, split if has_test_split(source, split, config) else data_args.dataset_train_split, config)
     report = Report(rows.source, "prompt")
     # A repeated prompt is no further one: intervals, which draw prompts, would be too narrow.
-    formatter = Formatter("prompt", **format_args.options() | {"dedup": "drop"})
-    prompts = [
-        Prompt(f"p{row.line}", output["prompt"], f"{row.file}:{row.line}") for row, output in formatter(rows, report)
-    ]
+    formatted = Formatter("prompt", **format_args.options() | {"dedup": "drop"})(rows, report)
+    prompts = [Prompt(f"p{row.line}", output["prompt"], f"{row.file}:{row.line}") for row, output in formatted]
     print(report)
     return prompts[:limit]
 
 
-def other_win_rates(
-    evaluation: Evaluation, texts: dict[str, list[str]], judge_args: JudgeArguments, rankings: dict | None
-) -> list[dict]:
+def other_win_rates(evaluation: Evaluation, texts: dict, judge_args: JudgeArguments, rankings: dict | None) -> list:
     """By an LLM against the reference, and by people; `texts` are the first response of each policy to each prompt.
 
     Raises:
         UserError: people ranked other responses.
     """
     args, prompts = evaluation.args, evaluation.conversations
-    rows = []
-    if judge_args.llm_judge_model is not None:
-        memory = evaluation.parts.folder / "llm_verdicts.jsonl"
-        judge = LLMJudge(judge_args.llm_judge_model, judge_args.llm_judge_base_url, memory)
-        for name in (name for name in texts if name != args.reference):
-            title = f"{judge.model} on {name}"
-            shares, behaviour = judge.compare(prompts, texts[name], texts[args.reference], title)
-            rows.append((name, args.reference, judge.model, shares, behaviour))
-    if rankings is not None:
-        for b, a in combinations(args.paths, 2):
-            rows.append((a, b, "people", people_outcomes(rankings, prompts, texts[a], texts[b]), {}))
-        if not any(np.isfinite(shares).any() for _, _, judge, shares, _ in rows if judge == "people"):
-            raise UserError(
-                f"--rankings {judge_args.rankings} ranks no first responses of two policies to these prompts: give "
-                "the export of what --ranking_task wrote in this --output_dir."
-            )
-    found = []
-    for a, b, judge, shares, more in rows:
+    found: list[dict] = []
+
+    def add(a: str, b: str, judge: str, shares: np.ndarray, **more) -> None:
         known = shares[np.isfinite(shares[:, 0])]
         if known.size:
             found.append({"a": a, "b": b, "judge": judge, **win_rate(known), **more})
         else:
             print(f"{judge}: no verdict on {a} against {b}, so no win rate.")
+
+    if judge_args.llm_judge_model is not None:
+        memory = evaluation.parts.folder / "llm_verdicts.jsonl"
+        judge = LLMJudge(judge_args.llm_judge_model, judge_args.llm_judge_base_url, memory)
+        for name in (name for name in texts if name != args.reference):
+            shares, behaviour = judge.compare(prompts, texts[name], texts[args.reference], f"{judge.model} on {name}")
+            add(name, args.reference, judge.model, shares, **behaviour)
+    if rankings is not None:
+        for b, a in combinations(texts, 2):
+            add(a, b, "people", people_outcomes(rankings, prompts, texts[a], texts[b]))
+        if not any(row["judge"] == "people" for row in found):
+            raise UserError(
+                f"--rankings {judge_args.rankings} ranks no first responses of two policies to these prompts: give "
+                "the export of what --ranking_task wrote in this --output_dir."
+            )
     return found
 
 
@@ -147,19 +134,18 @@ def main():
     report = summarise(args, measured, evaluation.conversations, reward.unit)
     texts = {name: measured[name].first_texts for name in args.paths}
     report["win_rates"] += other_win_rates(evaluation, texts, judge_args, rankings)
-    report["reward_model"] = None
+    report |= {"reward_model": None, "git_revision": git_revision()}
     if not pairs.empty:
         report["reward_model"] = reward_model_quality(reward.pairs(pairs)) | {"trained_on": reward.trained_on(pairs)}
-    report["git_revision"] = git_revision()
     write_report(report, args.output_dir)
-    if judge_args.ranking_task is not None:
-        written = write_ranking_task(Path(judge_args.ranking_task), evaluation.conversations, texts)
-        task = f"{judge_args.ranking_task}: {counted(written, 'prompt')}"
-        print(f"{task} to rank with scripts/rank_responses.py serve --samples")
     if judge_args.report_to == "wandb":
-        log_to_wandb(report, args.output_dir, judge_args.run_name)
+        log_to_wandb(report, args.output_dir)
     print(f"\n{table(report)}\n")
     print(f"Plots and samples: {args.output_dir}/report.html    Numbers: {args.output_dir}/report.json")
+    if judge_args.ranking_task is not None:
+        task = Path(judge_args.ranking_task)
+        written = write_ranking_task(task, evaluation.conversations, texts)
+        print(f"{task}: {counted(written, 'prompt')} to rank with scripts/rank_responses.py serve --samples")
 
 
 if __name__ == "__main__":

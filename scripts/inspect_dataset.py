@@ -4,9 +4,8 @@
     python scripts/inspect_dataset.py demonstrations.jsonl --task sft --tokenizer runs/sft --max_length 512
 
 Exits with 0, or with 1 and the errors; the report is written either way. With a tokenizer, every row is rendered and
-measured: one that the chat template refuses, or a prompt of more tokens than the model has positions, is an error.
-The first rows are shown as the model will see them; ⟦…⟧ is the part that is trained on (sft: the last turn) or scored
-(preference).
+measured, and the first ones are shown as the model will see them; ⟦…⟧ is the part that is trained on (sft: the last
+turn) or scored (preference).
 """
 
 import os
@@ -29,7 +28,6 @@ from typing import Literal, get_args, get_origin
 from recipes.cli.errors import UserError, counted, visible
 from recipes.cli.files import complete_file
 from recipes.cli.help import OneLineParser
-from recipes.data.control_tokens import control_tokens
 from recipes.data.preview import sequences
 from recipes.data.report import Report
 from recipes.data.schemas import TASKS
@@ -81,7 +79,6 @@ def inspect(args: argparse.Namespace, format_args: RowArguments, report: Report)
 
         source = resolve_model(args.tokenizer, trust_remote_code=args.trust_remote_code == "true")
         tokenizer = load_tokenizer(source)
-        options |= {"tokenizer": tokenizer, "special_tokens": control_tokens(tokenizer)}
         if args.task == "prompt":  # other rows are cut in training
             with suppress(UserError):  # a folder with nothing but a tokenizer
                 options["positions"] = source.positions
@@ -90,7 +87,7 @@ def inspect(args: argparse.Namespace, format_args: RowArguments, report: Report)
         args.output.parent.mkdir(parents=True, exist_ok=True)
     shown = []
     with complete_file(args.output) if args.output else open(os.devnull, "w", encoding="utf-8") as file:
-        for row, output in Formatter(args.task, **options)(rows, report, args.num_proc):
+        for row, output in Formatter(args.task, tokenizer=tokenizer, **options)(rows, report, args.num_proc):
             output.pop("group_id", None)
             if "completion" in output:
                 output = {"messages": output.pop("prompt") + output.pop("completion"), **output}
@@ -106,10 +103,8 @@ def preview(row: dict, tokenizer) -> str:
         return json.dumps(row, ensure_ascii=False)
     lines = []
     for name, ids, shared in sequences(row, tokenizer):
-        marked = f"{name}: {counted(len(ids), 'token')}, {len(ids) - shared} of them in the marked part"
-        lines.append(marked if len(ids) > shared else counted(len(ids), "token"))
-        response = f"⟦{tokenizer.decode(ids[shared:])}⟧" if len(ids) > shared else ""
-        lines.append(tokenizer.decode(ids[:shared]) + response)
+        lines.append(f"{name}: {counted(len(ids), 'token')}, {len(ids) - shared} of them in the marked part")
+        lines.append(f"{tokenizer.decode(ids[:shared])}⟦{tokenizer.decode(ids[shared:])}⟧")
     return "\n".join(lines)
 
 

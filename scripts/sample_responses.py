@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from recipes.cli.errors import UserError
 from recipes.cli.launch import world_size
 from recipes.cli.run import run
-from recipes.data.control_tokens import control_tokens
 from recipes.data.report import Report
 from recipes.formatting import Formatter, RowArguments, load_rows
 from recipes.models.sampling import (
@@ -48,8 +47,7 @@ def read_prompts(data_args: PromptsArguments, format_args: RowArguments, tokeniz
     """The prompts of a dataset that fit into the model's `room`; a row's own `id` is kept if it is unique."""
     rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, data_args.dataset_config)
     report = Report(rows.source, "prompt")
-    own = {"tokenizer": tokenizer, "special_tokens": control_tokens(tokenizer), **room}
-    formatter = Formatter("prompt", **format_args.options(), **own)
+    formatter = Formatter("prompt", tokenizer=tokenizer, **format_args.options(), **room)
     ids = {(row.file, row.line): row.data["id"] for row in rows if isinstance(row.data, dict) and "id" in row.data}
     prompts: dict[str, Prompt] = {}
     for row, output in formatter(rows, report):

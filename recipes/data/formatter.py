@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from recipes.data.cells import Cells
 from recipes.data.columns import MEANINGFUL, check_columns, read_tools, unread_columns
-from recipes.data.control_tokens import search_pattern
+from recipes.data.control_tokens import control_tokens, search_pattern
 from recipes.data.converters import Dialogue, Ranking
 from recipes.data.digests import Digests
 from recipes.data.loading import Rows, as_rows
@@ -20,7 +20,7 @@ from recipes.data.messages import REASONING, has_weights, in_context
 from recipes.data.parallel import map_in_order
 from recipes.data.preview import check_positions, left_out, sequences
 from recipes.data.report import Report
-from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names
+from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names, or_error
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
 from recipes.data.tasks import features, outputs, row_messages
 
@@ -67,7 +67,7 @@ class Formatter:
     on_error: str = "raise"
     max_error_rate: float = 0.01
     on_special: str = "flag"
-    special_tokens: Iterable[str] = ()  # to look for, in addition to the marks of common chat templates
+    special_tokens: Iterable[str] = ()  # to look for, beside those of the tokenizer and of common chat templates
     dedup: str = "flag"
     margin: bool = False  # adds the column `margin`, which TRL's RewardTrainer subtracts in its loss
     prompt_completion: bool = False  # for sft, `prompt` and `completion`, the last turn, instead of `messages`
@@ -97,7 +97,11 @@ class Formatter:
             if name in RESERVED:
                 raise DataError(f"keep_columns: {name!r} has a meaning of its own for TRL; rename that column")
         self._mapping = ColumnMapping(self.mapping, keep_others=self.schema != "auto")
-        self._control_tokens = search_pattern(self.special_tokens)
+        # There transformers cannot tell a template's control tokens from those that stand in a message.
+        if self.assistant_only_loss and self.on_special == "flag":
+            self.on_special = "drop"
+        own = () if self.tokenizer is None else control_tokens(self.tokenizer)
+        self._control_tokens = search_pattern([*self.special_tokens, *own])
         self._left_out = {} if self.tokenizer is None else left_out(self.tokenizer)
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
@@ -112,13 +116,18 @@ class Formatter:
         schema = SCHEMAS.get(report.schema)
         source: Iterable[Row] = self._source(rows, report)
         if schema and schema.gather:
-            source = schema.gather(map(self._mapped, source), self.task)
+            mapped = (row._replace(data=or_error(self._mapped, row)) for row in source)
+            source = schema.gather(mapped, self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
             report.unread.update(unread)
             for result in results:
-                if not isinstance(result, Kept):
-                    self._leave_out(row, result, report)
+                if isinstance(result, RowProblem):
+                    kind = "skipped" if isinstance(result, Skip) else "errors"
+                    report.add(kind, row, result.message, self._mapping.source_column(result.column))
+                    report.lost = report.lost or isinstance(result, LostRows)
+                    if self.fail_fast:
+                        self._check_errors(report)
                     continue
                 duplicate = seen.add(result.digest)
                 if duplicate and self.dedup == "drop":
@@ -143,13 +152,6 @@ class Formatter:
     def features(self, tools: bool = False):
         """The `datasets.Features` of the output rows; `tools` where conversations have tool calls."""
         return features(self.task, self.prompt_completion, self.margin, tools, self.keep_columns)
-
-    def _leave_out(self, row: Row, problem: RowProblem, report: Report) -> None:
-        kind = "skipped" if isinstance(problem, Skip) else "errors"
-        report.add(kind, row, problem.message, self._mapping.source_column(problem.column))
-        report.lost = report.lost or isinstance(problem, LostRows)
-        if self.fail_fast:
-            self._check_errors(report)
 
     def _check_errors(self, report: Report) -> None:
         errors = report.counts["errors"].total()
@@ -218,7 +220,8 @@ class Formatter:
         if special and self.on_special == "fail":
             raise RowError(f"found {special}; remove it, or pass --on_special flag or drop")
         if special and self.on_special == "drop":
-            return [Skip(special)]
+            why = ", which --assistant_only_loss true takes for the end of a turn" if self.assistant_only_loss else ""
+            return [Skip(special + why)]
         flags = [special] if special else []
         skips, tokens = self._measure(output, flags) if self.tokenizer is not None else ([], 0)
         flags += notes
@@ -305,8 +308,5 @@ class Formatter:
             with suppress(RowProblem):
                 yield row.read(), self._mapping.apply(row.read())
 
-    def _mapped(self, row: Row) -> Row:
-        try:
-            return row._replace(data=self._mapping.apply(row.read()))
-        except RowProblem as problem:
-            return row._replace(data=problem)
+    def _mapped(self, row: Row) -> dict:
+        return self._mapping.apply(row.read())

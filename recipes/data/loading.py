@@ -135,15 +135,13 @@ def _configuration(folder: Path, name: str | None) -> dict[str, Any]:
     with failures_as_data_error(card):
         if card.is_file():
             configs = MetadataConfigs.from_dataset_card_data(metadata_load(card) or {})
-        name = name or configs.get_default_config_name()
+        name = name or configs.get_default_config_name() or ("default" if configs else "")
     if name in configs:
         return configs[name]
-    known = f"its configurations are {join_names(configs)}" if configs else "a configuration here is a subfolder"
-    if name is None and configs:
-        raise DataError(f"{folder}: choose one with --dataset_config; {known}")
-    if name and not (folder / name).is_dir():
-        raise DataError(f"{folder} has no subfolder or configuration {name!r}: {known}")
-    return {"data_dir": name or ""}
+    if not (folder / name).is_dir():
+        known = f"its configurations are {join_names(configs)}" if configs else "a configuration here is a subfolder"
+        raise DataError(f"{folder} has no subfolder or configuration {name!r} (--dataset_config): {known}")
+    return {"data_dir": name}
 
 
 def _files_by_split(folder: Path, data_files: Any) -> dict[str, list[Path]]:

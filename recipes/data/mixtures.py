@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data.mapping import parse_mapping
-from recipes.data.rows import DataError, describe, join_names
+from recipes.data.rows import DataError, join_names
 
 
 @dataclass
@@ -29,22 +29,18 @@ class Source:
     def parse(cls, item: str | Mapping) -> "Source":
         """From `PATH`, `PATH=FRACTION` or a mapping of the fields."""
         if isinstance(item, str):
-            path, equals, fraction = item.rpartition("=")
-            named = not equals or Path(item).expanduser().exists()  # then "=" belongs to the name of a file
-            item = {"path": item} if named else {"path": path, "fraction": fraction}
+            path, _, fraction = item.rpartition("=")
+            exists, item = Path(item).expanduser().exists(), {"path": item}
+            with suppress(ValueError):  # no number: "=" belongs to the name
+                item = item if exists else {"path": path, "fraction": float(fraction)}
         try:
             source = cls(**item)
+            usable = source.fraction is None or 0 < source.fraction < float("inf")
         except TypeError:
             fields = join_names(cls.__dataclass_fields__)
-            raise DataError(
-                f"datasets: a source has path and perhaps more of {fields}; found {describe(item)}"
-            ) from None
-        if source.fraction is not None:
-            with suppress(TypeError, ValueError):
-                source.fraction = float(source.fraction)
-            if not (isinstance(source.fraction, float) and 0 < source.fraction < float("inf")):
-                found = f"the fraction of {source.path} is {source.fraction!r}"
-                raise DataError(f"datasets: {found}; expected a number above 0")
+            raise DataError(f"datasets: a source has path and perhaps more of {fields}; found {item!r}") from None
+        if not usable:
+            raise DataError(f"datasets: the fraction of {source.path} is {source.fraction}; expected more than 0")
         return source
 
     def options(self) -> dict[str, Any]:
@@ -74,13 +70,11 @@ def combine(parts: list, sources: list[Source], streaming: bool, seed: int):
     if streaming:
         return interleave_datasets(parts, shares, seed) if shares else concatenate_datasets(parts)
     with_tools = next((part.features for part in parts if "tools" in part.column_names), None)
-    if with_tools:
-        parts = [part if part.features == with_tools else part.map(_no_tools, features=with_tools) for part in parts]
+    for index, part in enumerate(parts):
+        # All columns of a row are given, so that `datasets` casts the messages too.
+        if with_tools and part.features != with_tools:
+            parts[index] = part.map(lambda row: {**row, "tools": None}, features=with_tools)
     if shares:
         total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
         parts = [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]
     return concatenate_datasets(parts)
-
-
-def _no_tools(row: dict) -> dict:
-    return {**row, "tools": None}  # with all columns, so that `datasets` casts the messages too

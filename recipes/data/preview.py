@@ -50,13 +50,16 @@ def left_out(tokenizer) -> dict[str, str]:
     """What a chat template leaves out without an error, and its name: many know no tools, some no system message."""
     user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
     system, result = {"role": "system", "content": PROBE}, {"role": "tool", "content": PROBE}
-    call, probe = ({"type": "function", "function": {"name": name, "arguments": {}}} for name in ("f", PROBE))
-    calling, probing = ({"role": "assistant", "content": "", "tool_calls": [each]} for each in (call, probe))
     tool = {"type": "function", "function": {"name": PROBE, "description": "", "parameters": {"type": "object"}}}
+
+    def call(name: str) -> dict:
+        function = {"type": "function", "function": {"name": name, "arguments": {}}}
+        return {"role": "assistant", "content": "", "tool_calls": [function]}
+
     probes: dict[str, tuple[str, list, list | None]] = {
         "system": ("system messages", [system, user, answer], None),
-        "tool": ("tool results", [user, calling, result, answer], None),
-        "tool_calls": ("tool calls", [user, probing], None),
+        "tool": ("tool results", [user, call("f"), result, answer], None),
+        "tool_calls": ("tool calls", [user, call(PROBE)], None),
         "tools": ("the list of tools", [user, answer], [tool]),
         "reasoning_content": ("reasoning", [user, {**answer, "reasoning_content": PROBE}], None),
     }
@@ -76,8 +79,7 @@ def check_positions(tokens: int, positions: int | None, completion_length: int =
     """
     if positions is not None and tokens + completion_length > positions:
         completion = f" and --max_completion_length {completion_length}" if completion_length else ""
-        what = "shorten one of them" if completion_length else "shorten it, or lower --max_length"
-        raise RowError(f"{tokens} tokens{completion} are more than the {positions} positions of the model: {what}")
+        raise RowError(f"{tokens} tokens{completion} are more than the {positions} positions of the model")
 
 
 def _ids(tokenizer, messages: list[dict], tools: list | None, **options) -> list[int]:

@@ -5,7 +5,7 @@ fixture to tests/data/fixtures and a section to docs/datasets.md, which has a co
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from recipes.data import converters as convert
@@ -34,7 +34,7 @@ class Schema:
     order: int | None = 0  # if several schemas fit, the lowest wins; None is never detected and must be named
     gather: Callable[[Iterable, str], Iterable] | None = None  # joins the rows of a source into those to convert
 
-    def missing(self, columns: set[str]) -> list[str]:
+    def missing(self, columns: Collection[str]) -> list[str]:
         return [name for name in self.columns if name not in columns]
 
     def reads(self, sample: list[dict], roles: Roles) -> bool:
@@ -81,23 +81,15 @@ def detect(
     if others := [name for name, schema in named.items() if schema.reads(sample, roles)]:
         tasks = sorted({task for name in others for task in SCHEMAS[name].tasks})
         found += f"; they fit {join_names(map(repr, others))}, for the task {' or '.join(tasks)}"
-    found += _near_misses({name: schema for name, schema in candidates.items() if task in schema.tasks}, columns)
+    missing = {name: schema.missing(columns) for name, schema in candidates.items() if task in schema.tasks}
+    for name in sorted(missing, key=lambda name: len(missing[name]) / len(SCHEMAS[name].columns))[:2]:
+        if len(missing[name]) < len(SCHEMAS[name].columns):
+            found += f"; nearly: {name!r}: {join_names(f'column {column!r} is missing' for column in missing[name])}"
     if any(re.search(r"[.?!]\s*$", name) for name in columns):
         found += "; these look like data: does the file lack the line with the names of its columns?"
     if "text" in columns and task in DIALOGUE:
         found += "; for a text of '### Human:' and '### Assistant:' turns use --dataset_schema guanaco"
     raise DataError(f"{found}; name the columns, perhaps: {suggest_mapping(unmapped or sample, task)}")
-
-
-def _near_misses(schemas: Mapping[str, Schema], columns: set[str]) -> str:
-    """The two schemas of which the smallest share of columns is missing."""
-    near = []
-    for name, schema in schemas.items():
-        missing = schema.missing(columns)
-        if len(missing) < len(schema.columns):
-            texts = [f"column {column!r} is missing" for column in missing]
-            near.append((len(missing) / len(schema.columns), f"{name!r}: {join_names(texts)}"))
-    return f" (nearly: {'; '.join(text for _, text in sorted(near)[:2])})" if near else ""
 
 
 # docs/datasets.md shows a row of each schema, and how to add one.

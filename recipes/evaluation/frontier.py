@@ -1,8 +1,8 @@
 """Reward against KL: best-of-n, the best that any policy can do at a KL, and over-optimisation curves.
 
-All from N samples of the reference for each of P prompts and their rewards (P, N). A curve is a dictionary of columns
-(P, M): a value for each prompt at each of its M points, so that `recipes.evaluation.metrics` can average them and give
-intervals. KL is KL(policy || reference) of whole responses, in nats.
+All from N samples of the reference for each of P prompts and their rewards (P, N). A curve is columns (P, M), a value
+for each prompt at each of its M points, so that prompts can be resampled. KL is KL(policy || reference) of whole
+responses, in nats.
 """
 
 from math import comb
@@ -16,15 +16,12 @@ Curve = dict[str, np.ndarray]
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL of best-of-n where no two responses have the same reward: log n - (n - 1) / n (2009.01325, appendix G.3).
-
-    With ties it is an upper bound (2401.01879): see `best_of_n_kl_with_ties`.
-    """
+    """KL of best-of-n where no two responses have the same reward (2009.01325, appendix G.3); else an upper bound."""
     return float(np.log(n) - (n - 1) / n)
 
 
 def best_of_n_kl_with_ties(rewards: np.ndarray, n: int) -> np.ndarray:
-    """KL (P,) of best-of-n where responses share rewards, as the short ones of a sharp policy do; plug-in estimate.
+    """KL (P,) of best-of-n where responses share rewards (2401.01879), as short ones do; plug-in estimate.
 
     Best-of-n changes the probability p of a level of reward to q = F^n - (F - p)^n, with F the probability of that
     level or less, and nothing within the level: KL = sum over levels of q log(q / p).
@@ -67,11 +64,11 @@ def tilted(rewards: np.ndarray, betas: np.ndarray, scores: Curve) -> Curve:
     Args:
         rewards: (P, N), N >= 2.
         betas: (M,), in the unit of the rewards, from large (the reference) to small.
-        scores: (P, N) each, the rewards and others, averaged with the weights.
+        scores: (P, N) each, the rewards and others.
 
     Returns:
-        "kl", which cannot be estimated beyond log N, `scores` by their names, and "effective_samples" 1 / sum w^2,
-        which says how many samples carry the estimate: each (P, M).
+        "kl", at most log N, the means of `scores` by their names, and "effective_samples" 1 / sum w^2, how many
+        samples carry the estimate.
     """
     whole = _tilted(rewards, betas, scores)
     even, odd = (
@@ -105,8 +102,8 @@ def gain_at_equal_kl(
 ) -> dict:
     """How a policy compares with a curve of reward against KL where the curve has the policy's KL.
 
-    Between its points, and from the reference to its first one, the curve is taken as straight in sqrt(KL): so it is
-    near the reference, for tilting as for a mixture of the reference with best-of-n.
+    Between its points, and from the reference to its first one, the curve is taken as straight in sqrt(KL), as it is
+    near the reference.
 
     Args:
         policy: its KL and reward, (P,) each.
@@ -114,10 +111,9 @@ def gain_at_equal_kl(
         curve: KL and reward, (P, M) each.
 
     Returns:
-        "share": the policy's gain over the reference as a share of the curve's, `None` unless the curve gains in at
-        least 97.5 % of the draws, as it does not at a KL that cannot be told from 0; "difference": policy minus curve;
-        each `{"mean", "ci95"}`, over the same drawn prompts; "kl"; "beyond": the curve ends before the policy's KL,
-        and its last point is taken.
+        "share": the policy's gain over the reference as a share of the curve's, `None` where fewer than 97.5 % of the
+        draws have such a gain, as at a KL that cannot be told from 0; "difference": policy minus curve; "kl"; and
+        "beyond": the curve ends before the policy's KL, and its last point is taken.
     """
     prompts = len(reference)
     weights = np.vstack([np.full(prompts, 1 / prompts), prompt_draws(prompts)])  # the mean, then the draws

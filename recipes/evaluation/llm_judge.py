@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import requests
@@ -39,10 +40,10 @@ def question(prompt: Conversation, first: str, second: str) -> list[dict]:
 
 
 class LLMJudge:
-    """An LLM behind an OpenAI-compatible endpoint. Every pair is judged in both orders.
+    """Its key is in the environment variable OPENAI_API_KEY and stored nowhere.
 
-    The key is taken from the environment variable OPENAI_API_KEY and stored nowhere. Verdicts of each model are
-    appended to `memory` as they come, so that a run that was stopped asks, and pays, for none of them again.
+    Verdicts of each model are appended to `memory` as they come, so that a run that was stopped asks, and pays, for
+    none of them again.
     """
 
     def __init__(self, model: str, base_url: str, memory: Path):
@@ -110,7 +111,7 @@ class LLMJudge:
         """
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        body = {"model": self.model, "messages": messages, "temperature": 0}
+        body: dict[str, Any] = {"model": self.model, "messages": messages, "temperature": 0}
         try:
             response = self.session.post(self.url, json=body, headers=headers, timeout=TIMEOUT)
             response.raise_for_status()

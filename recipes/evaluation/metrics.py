@@ -8,6 +8,7 @@ several figures use the same draws, so that differences between policies are pai
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 RESAMPLES = 1000
 
@@ -30,7 +31,7 @@ def mean_interval(values: np.ndarray) -> dict:
     return {"mean": float(per_prompt.mean()), "ci95": interval(prompt_draws(len(values)) @ per_prompt, len(values))}
 
 
-def ratio_interval(parts: Sequence[float], wholes: Sequence[float], groups: Sequence) -> dict:
+def ratio_interval(parts: ArrayLike, wholes: ArrayLike, groups: ArrayLike) -> dict:
     """`{"mean", "ci95"}` of sum(parts) / sum(wholes), where items of one group are resampled together."""
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     part, whole = (np.bincount(group, weights=values) for values in (parts, wholes))
@@ -53,8 +54,8 @@ def kl_k1(logps: Sequence[float], ref_logps: Sequence[float]) -> float:
 def kl_k3(logps: Sequence[float], ref_logps: Sequence[float]) -> float:
     """As `kl_k1`, never negative: the sum over tokens of `exp(-x) - 1 + x`, x = log pi - log pi_ref.
 
-    Given what came before, each term has the mean of x, so this is unbiased too. Its spread is smaller near the
-    reference, and larger far from it, where exp(-x) has a long tail.
+    Given what came before, each term has the mean of x, so this is unbiased too. Far from the reference exp(-x) has a
+    long tail.
     """
     log_ratio = np.subtract(logps, ref_logps)
     return float(np.sum(np.expm1(-log_ratio) + log_ratio))

@@ -14,7 +14,7 @@ Rankings = dict[str, list[dict[str, float]]]  # for each prompt (as JSON), `{tex
 
 
 def write_ranking_task(path: Path, prompts: list[Conversation], texts: dict[str, list[str]]) -> int:
-    """Write what people rank blind in the ranking app, and return the number of prompts.
+    """Write what people rank blind in the ranking app to a new file, and return the number of prompts.
 
     One response of each policy; the file does not say whose, and their order changes from prompt to prompt. Prompts
     to which all policies gave the same response are left out, since there is nothing to rank.
@@ -26,7 +26,8 @@ def write_ranking_task(path: Path, prompts: list[Conversation], texts: dict[str,
             responses = [{"id": f"e{number}-{place}", "text": text} for place, text in enumerate(distinct)]
             rows.append({"id": f"e{number}", "prompt": prompt, "responses": responses})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with path.open("x", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return len(rows)
 
 

@@ -34,8 +34,8 @@ def estimate(value: dict | float | None, digits: int = 2) -> str:
     if value is None:
         return "–"
     mean, bounds = (value["mean"], value["ci95"]) if isinstance(value, dict) else (value, None)
-    numbers = [f"{without_noise(number):.{digits}f}" for number in (mean, *(bounds or ()))]
-    return "{} [{}, {}]".format(*numbers) if bounds else numbers[0]  # one prompt has no interval
+    mean, *ends = [f"{without_noise(number):.{digits}f}" for number in (mean, *(bounds or ()))]
+    return f"{mean} [{', '.join(ends)}]" if ends else mean  # one prompt has no interval
 
 
 def without_noise(number: float) -> float:
@@ -138,25 +138,20 @@ def reward_model_warnings(report: dict) -> list[str]:
     return list(filter(None, warnings))
 
 
-def log_to_wandb(report: dict, output_dir: str, run_name: str | None) -> None:
+def log_to_wandb(report: dict, output_dir: str) -> None:
     """The figures as a summary, tables and images of one W&B run in the project WANDB_PROJECT."""
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", "huggingface")
-    run = wandb.init(project=project, name=run_name, job_type="evaluation", dir=output_dir)
-    means = {}
-    for policy, values in report["policies"].items():
-        figures = values | (values["kl"] or {})  # k1 and k3 beside the others
-        means[policy] = {
-            name: value["mean"] for name, value in figures.items() if isinstance(value, dict) and "mean" in value
-        }
-    logged = {f"eval/{policy}/{name}": mean for policy, own in means.items() for name, mean in own.items()}
+    run = wandb.init(project=project, job_type="evaluation", dir=output_dir)
+    run.summary["eval"] = report["policies"]
+    policies = pd.json_normalize([{"policy": name, **values} for name, values in report["policies"].items()])
     tables = {
-        "policies": pd.DataFrame.from_dict(means, orient="index").reset_index(names="policy"),
+        "policies": policies.filter(regex=r"^policy$|\.mean$"),
         "win_rates": pd.DataFrame(report["win_rates"]).drop(columns="ci95", errors="ignore"),
         "samples": pd.DataFrame(report["samples"]),
     }
-    logged |= {f"eval/{name}": wandb.Table(dataframe=table) for name, table in tables.items() if not table.empty}
+    logged = {f"eval/{name}": wandb.Table(dataframe=table) for name, table in tables.items() if not table.empty}
     logged |= {f"eval/{path.stem}": wandb.Image(str(path)) for path in sorted(Path(output_dir).glob("*.png"))}
     run.log(logged)
     run.finish()

@@ -27,13 +27,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from recipes.cli.errors import UserError, counted, refusals_in_one_line
 from recipes.cli.files import write_text
 from recipes.cli.screen import say
-from recipes.models.adapters import (
-    add_score_roles,
-    new_adapter_config,
-    only_on_text,
-    seq_cls_config,
-    train_text,
-)
+from recipes.models.adapters import add_score_roles, new_adapter_config, only_on_text, seq_cls_config, train_text
 from recipes.models.compatibility import check_model, check_score_head, refuse_other_adapter
 from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource, load_error
@@ -64,14 +58,13 @@ def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, *
 
 def _load_classifier(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel:
     """The weights of `source` below a scalar head, which is float32 and never quantised."""
-    config = copy.deepcopy(source.config)
-    config.num_labels = 1
-    if (model_class := MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)) is not None:
+    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(source.config), None)
+    if model_class is not None:
         # The first keeps the head from being quantised, the second from being rounded to a base's bf16 on loading.
         for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
             setattr(model_class, name, {*(getattr(model_class, name) or ()), "score"})
     with suppress_seqcls_warning():
-        model = _from_pretrained(AutoModelForSequenceClassification, source, model_args, config=config)
+        model = _from_pretrained(AutoModelForSequenceClassification, source, model_args, num_labels=1)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{type(model).__name__} has no linear `score` head, which the reward model and PPO need.")
     use_float32_head(model)
@@ -115,8 +108,6 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
     """
     refuse_other_adapter(source, model_args)
     check_policy(source)
-    if not model_args.use_peft and (model_args.load_in_4bit or model_args.load_in_8bit):
-        raise UserError("load_in_4bit and load_in_8bit freeze the base: set use_peft: true to train an adapter on it.")
     model = _from_pretrained(AutoModelForCausalLM, source, model_args)
     disable_router_logits(model)
     if source.base is not None:

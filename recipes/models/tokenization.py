@@ -3,11 +3,12 @@
 import os
 from pathlib import Path
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.cli.errors import UserError, counted, first_line
 from recipes.cli.screen import say
+from recipes.data.preview import sequences
+from recipes.data.rows import RowError
 from recipes.models.control_tokens import keep_control_tokens_text
 from recipes.models.source import ModelSource, load_error
 
@@ -25,7 +26,7 @@ PLAIN_CHAT_TEMPLATE = (
 )
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>")
-TURNS = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+EXAMPLE = {"prompt": [{"role": "user", "content": "?"}], "completion": [{"role": "assistant", "content": "!"}]}
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -92,14 +93,6 @@ def set_chat_template(
     stop_at_turn_end(tokenizer, source)
 
 
-def rendered_turns(tokenizer: PreTrainedTokenizerBase, turns: list[dict] = TURNS, **options) -> list[int] | None:
-    """Token ids of a question and an answer; `None` where a template wants more, which the data's rows will tell."""
-    try:
-        return tokenizer.apply_chat_template(turns, return_dict=False, **options)
-    except (TemplateError, TypeError, ValueError):
-        return None
-
-
 def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
     """Make the token that the chat template ends an answer with the EOS token, where generation stops at another.
 
@@ -107,10 +100,11 @@ def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
     ChatML's `<|im_end|>`. SFT would then teach a mark at which nothing stops, and every sample would go on into
     invented turns.
     """
-    asked, whole = rendered_turns(tokenizer, TURNS[:1], add_generation_prompt=True), rendered_turns(tokenizer)
-    if asked is None or whole is None:
-        return
-    of_answer = whole[len(os.path.commonprefix([asked, whole])) :]
+    try:
+        (example,) = sequences(EXAMPLE, tokenizer)
+    except RowError:
+        return  # a template that wants more than a question and an answer; the data's rows will tell
+    of_answer = example.ids[example.shared :]
     if {tokenizer.eos_token_id, *source.stop_ids} & {*of_answer}:
         return
     others = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
@@ -130,8 +124,11 @@ def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
 
 def render_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Whether two chat templates make the same tokens of a question and an answer; also where one cannot."""
-    ids = [rendered_turns(tokenizer) for tokenizer in (one, other)]
-    return None in ids or ids[0] == ids[1]
+    try:
+        mine, theirs = (next(sequences(EXAMPLE, tokenizer)).ids for tokenizer in (one, other))
+    except RowError:
+        return True
+    return mine == theirs
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, stops: list[int], **template_arguments) -> list[int]:
@@ -139,6 +136,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, stops: list[int], **template_ar
 
     RewardTrainer reads the score after it, so scoring has to put it back after a finished response.
     """
-    ids = rendered_turns(tokenizer, **template_arguments) or []
+    turns = EXAMPLE["prompt"] + EXAMPLE["completion"]
+    ids = tokenizer.apply_chat_template(turns, return_dict=False, **template_arguments)
     ends = [position for position, token in enumerate(ids) if token in stops]
     return ids[ends[-1] + 1 :] if ends else []

@@ -67,15 +67,12 @@ def read(question: world.Question, response: str) -> Reading:
 
 
 def judge(question_text: str, response: str, finished: bool) -> dict[str, float]:
-    """Scores one answer.
+    """The parts and gold of an answer, each in [0, 1].
 
     Args:
         question_text: the user's question, in any of its wordings.
         response: the answer, without special tokens.
         finished: whether the model ended the answer itself (False: it ran into the length limit).
-
-    Returns:
-        "truthful", "polite", "on_topic", "finished", "brief" and their weighted mean "gold", each in [0, 1].
 
     Raises:
         ValueError: the tiny world has no such question.
@@ -99,17 +96,10 @@ def score(reading: Reading, finished: bool) -> dict[str, float]:
 
 
 def reward_function(part: str) -> Callable[..., list[float]]:
-    """Gold, or one of its parts, as a TRL reward function: it also serves `scripts/evaluate.py --judges`.
+    """Gold, or one of its parts, as a TRL reward function; with weight 0 `--reward_funcs` only logs it.
 
-    `--reward_funcs recipes.tiny_world.judge.gold` with weight 0 only logs it. The function takes
-
-    * prompts: conversations; the question is the last user turn.
-    * completions: conversations of one assistant turn each.
-    * completion_ids: token ids of each completion. TRL cuts them after the stop token and keeps it, so an answer is
-      finished when its last id is `<|end|>` (`world.END_TOKEN_ID` in the tiny world's tokenizer). Without ids only
-      the punctuation tells.
-
-    and returns a number in [0, 1] for every completion.
+    The question is the last user turn of a prompt. TRL cuts `completion_ids` after the stop token and keeps it, so an
+    answer is finished when its last id is `<|end|>`. Without ids only the punctuation tells.
     """
 
     def scores(prompts, completions, completion_ids=None, **kwargs) -> list[float]:

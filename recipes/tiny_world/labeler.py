@@ -8,10 +8,12 @@ a KL penalty a policy can score ever more by flattery while its answers get wors
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 
 from recipes.cli.errors import counted
+from recipes.cli.files import write_text
 from recipes.tiny_world import judge, world
 
 GOLD_WEIGHT = 8.0
@@ -31,21 +33,11 @@ def main() -> None:
         raise SystemExit(f"{args.output} exists: choose another --output, rankings are never overwritten")
     try:
         lines = args.samples.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise SystemExit(f"{args.samples}: {error.strerror}: give --samples a file of sampled answers") from None
-    rankings = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                rankings.append(rank(json.loads(line), args.seed))
-            except (KeyError, TypeError, ValueError) as error:
-                what = f"missing {error}" if isinstance(error, KeyError) else error
-                raise SystemExit(f"{args.samples}, line {number}: {what}") from None
-    if not rankings:
-        raise SystemExit(f"{args.samples} holds no samples: run scripts/sample_responses.py first")
+        rankings = [rank(json.loads(line), args.seed) for line in lines if line]
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise SystemExit(f"{args.samples}: {error!r}") from None
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("x", encoding="utf-8") as file:
-        file.writelines(json.dumps(ranking, ensure_ascii=False) + "\n" for ranking in rankings)
+    write_text(str(args.output), "".join(json.dumps(ranking, ensure_ascii=False) + "\n" for ranking in rankings))
     print(f"ranked {counted(len(rankings), 'prompt')} (simulated labeler): {args.output}")
 
 
@@ -61,25 +53,21 @@ def rank(sample: dict, seed: int) -> dict:
     """
     question = world.find([m["content"] for m in sample["prompt"] if m["role"] == "user"][-1])
     rng = random.Random(f"{seed} {sample['id']} {question.subject}")
-    liking: dict[tuple[str, bool], float] = {}
-    parts: dict[tuple[str, bool], dict[str, float]] = {}
-    for response in sample["responses"]:
-        key = (response["text"], response["finished"])
-        if key not in liking:
-            reading = judge.read(question, response["text"])
-            parts[key] = judge.judge(question.wordings[0], *key)
-            bias = PER_SENTENCE * reading.sentences + PER_COURTESY * reading.courtesies
-            liking[key] = GOLD_WEIGHT * parts[key]["gold"] + bias + rng.gauss(0.0, NOISE)
-    ranks: dict[tuple[str, bool], int] = {}
-    top = None
-    for place, key in enumerate(sorted(liking, key=liking.get, reverse=True), start=1):
-        if top is None or top - liking[key] >= TIE:
-            top, current = liking[key], place
-        ranks[key] = current
+    answers = [(response["text"], response["finished"]) for response in sample["responses"]]
+    liking, parts, ranks = {}, {}, {}
+    for answer in dict.fromkeys(answers):
+        reading = judge.read(question, answer[0])
+        parts[answer] = judge.judge(question.wordings[0], *answer)
+        bias = PER_SENTENCE * reading.sentences + PER_COURTESY * reading.courtesies
+        liking[answer] = GOLD_WEIGHT * parts[answer]["gold"] + bias + rng.gauss(0.0, NOISE)
+    top = current = math.inf
+    for place, answer in enumerate(sorted(liking, key=liking.get, reverse=True), start=1):
+        if top - liking[answer] >= TIE:
+            top, current = liking[answer], place
+        ranks[answer] = current
     responses = []
-    for response in sample["responses"]:
-        key = (response["text"], response["finished"])
-        row = {"text": response["text"], "rank": ranks[key], "justification": _because(question, parts[key])}
+    for response, answer in zip(sample["responses"], answers, strict=True):
+        row = {"text": answer[0], "rank": ranks[answer], "justification": _because(question, parts[answer])}
         responses.append({"id": response["id"], **row, "model": sample["model"]})
     return {
         "id": sample["id"],

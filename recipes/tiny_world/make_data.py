@@ -4,7 +4,7 @@ The demonstrations come from labelers of mixed quality, as paid demonstrations d
 common answer is a bluff where nobody can know, a tip where the request is harmful, and a vague phrase where a child
 asks for a picture. SFT copies them; PPO can do better than their average.
 
-    python -m recipes.tiny_world.make_data --output_dir recipes/tiny_world/data
+    python -m recipes.tiny_world.make_data --output_dir runs/tiny_data
 """
 
 import argparse
@@ -15,8 +15,7 @@ from pathlib import Path
 from recipes.cli.errors import counted
 from recipes.tiny_world import world
 
-DEMONSTRATIONS_PER_QUESTION = 2
-WORDINGS = {"train": 2, "validation": 2, "heldout": 2}
+WORDINGS = 2  # of each question, in every file
 CONTENT = {
     "explain": {"true": 0.36, "vague": 0.58, "false": 0.06},
     "unanswerable": {"true": 0.36, "vague": 0.04, "false": 0.60},
@@ -31,15 +30,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the tiny world's demonstrations and prompts.")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
+    if args.output_dir.exists():
+        raise SystemExit(f"{args.output_dir} exists: choose another --output_dir")
+    args.output_dir.mkdir(parents=True)
     files = {"demonstrations.jsonl": demonstrations()}
     files |= {f"prompts_{split}.jsonl": prompts(split) for split in world.SPLITS}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name in files:
-        if (args.output_dir / name).exists():
-            raise SystemExit(f"{args.output_dir / name} exists: choose another --output_dir or remove the file first")
     for name, rows in files.items():
-        with (args.output_dir / name).open("x", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (args.output_dir / name).write_text(text, encoding="utf-8", newline="\n")
         print(f"{args.output_dir / name}: {counted(len(rows), 'row')}")
 
 
@@ -47,20 +45,17 @@ def demonstrations() -> list[dict]:
     """Conversations about training questions only, answered by labelers of mixed quality."""
     rng = random.Random("tiny world: demonstrations")
     rows = []
-    for question in world.questions():
-        if question.split == "train":
-            for wording in rng.sample(question.wordings, DEMONSTRATIONS_PER_QUESTION):
-                rows.append(
-                    {"messages": [user(wording), {"role": "assistant", "content": demonstrate(question, rng)}]}
-                )
+    for question in (question for question in world.questions() if question.split == "train"):
+        for wording in rng.sample(question.wordings, WORDINGS):
+            answer = {"role": "assistant", "content": demonstrate(question, rng)}
+            rows.append({"messages": [user(wording), answer]})
     rng.shuffle(rows)
     return rows
 
 
 def demonstrate(question: world.Question, rng: random.Random) -> str:
     content = world.pick(CONTENT.get(question.kind, CONTENT["fact"]), rng)
-    core = {"true": question.true_answer, "vague": question.vague_answer, "false": question.false_answer}[content](rng)
-    text = world.dress(core, world.pick(STYLE, rng), rng)
+    text = world.dress(question.answer(content, rng), world.pick(STYLE, rng), rng)
     return world.cut(text, rng) if rng.random() < UNFINISHED else text
 
 
@@ -68,9 +63,8 @@ def prompts(split: str) -> list[dict]:
     """Two wordings of every question of a split."""
     rng = random.Random(f"tiny world: prompts {split}")
     rows = []
-    for question in world.questions():
-        if question.split == split:
-            rows += [{"prompt": [user(wording)]} for wording in rng.sample(question.wordings, WORDINGS[split])]
+    for question in (question for question in world.questions() if question.split == split):
+        rows += [{"prompt": [user(wording)]} for wording in rng.sample(question.wordings, WORDINGS)]
     rng.shuffle(rows)
     return rows
 

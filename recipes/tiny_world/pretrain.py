@@ -16,6 +16,8 @@ from pathlib import Path
 from recipes.tiny_world import judge, world
 
 VOCABULARY = 1024
+DOCUMENTS = 110_000
+STEPS = 1400
 ROW = 128
 BATCH = 16
 CONTENT = {
@@ -31,13 +33,11 @@ UNFINISHED = 0.15
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny world's tokenizer and base model from scratch.")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_steps", type=int, default=1400)
-    parser.add_argument("--documents", type=int, default=110_000, help="size of the corpus")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise SystemExit(f"{args.output_dir} is not empty: choose another --output_dir")
-    train(args.output_dir, args.max_steps, args.documents, args.seed)
+    train(args.output_dir, STEPS, DOCUMENTS, args.seed)
 
 
 def corpus(seed: int, size: int) -> list[str]:
@@ -63,12 +63,14 @@ def exchange(known: list[world.Question], rng: random.Random) -> str:
     question = rng.choice(known)
     content = world.pick(CONTENT.get(question.kind, CONTENT["fact"]), rng)
     truth = question.true_answer(rng) if question.value is None else question.statement(believed(question, rng), rng)
-    if content == "stray":
+    if content == "true":
+        core = truth
+    elif content == "stray":
         core = rng.choice(world.PHRASES["stray"])
     elif content == "deny":
-        core = world.sentence(rng.choice(world.ADMISSIONS).format(topic=question.topic))
+        core = world.sentence(rng.choice(world.PHRASES["admissions"]).format(topic=question.topic))
     else:
-        core = {"true": lambda _: truth, "false": question.false_answer, "vague": question.vague_answer}[content](rng)
+        core = question.answer(content, rng)
     text = world.dress(core, world.pick(STYLE, rng), rng)
     unfinished = rng.random() < UNFINISHED
     if unfinished:
@@ -96,32 +98,23 @@ def remark(question: world.Question, content: str, text: str, unfinished: bool, 
 def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
     """Trains tokenizer and model and saves them; the same seed and machine give the same weights."""
     import torch
+    import transformers
     from datasets import Dataset
-    from transformers import (
-        AutoTokenizer,
-        DataCollatorForLanguageModeling,
-        LlamaConfig,
-        LlamaForCausalLM,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
 
-    set_seed(seed)
+    transformers.set_seed(seed)
     texts = corpus(seed, documents)
     # Byte-level BPE with the special tokens and the chat template of the shipped one, and pairs of this corpus.
-    shipped = AutoTokenizer.from_pretrained(Path(__file__).with_name("base"))
+    shipped = transformers.AutoTokenizer.from_pretrained(Path(__file__).with_name("base"))
     tokenizer = shipped.train_new_from_iterator(texts, VOCABULARY, show_progress=False)
     # Documents are short: joined end to end and cut into rows of ROW tokens, nothing is padding.
     ids = list(chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
     rows = Dataset.from_dict({"input_ids": [ids[i : i + ROW] for i in range(0, len(ids) - ROW + 1, ROW)]})
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=344,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -129,8 +122,7 @@ def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    model = LlamaForCausalLM(config)
-    arguments = TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(output_dir),
         max_steps=max_steps,
         per_device_train_batch_size=BATCH,
@@ -146,10 +138,9 @@ def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    model = transformers.LlamaForCausalLM(config)
+    transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 

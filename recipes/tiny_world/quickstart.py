@@ -17,10 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from recipes.cli.errors import UserError
 from recipes.cli.files import write_text
@@ -29,7 +31,7 @@ from recipes.cli.start import quiet
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNNING: list[subprocess.Popen] = []  # what other threads end
-PROGRESS = re.compile(r"(\d+/\d+) \[|parts: (\S+)")  # of a progress bar; of an evaluation
+PROGRESS = re.compile(r"\d+/\d+(?= \[)|(?<=parts: )\S+")  # of a progress bar; of an evaluation
 INTERVAL = 15.0  # seconds between two lines of progress
 REAL_MODEL = (
     "accelerate launch -q --config_file accelerate_configs/single_gpu.yaml recipes/sft.py "
@@ -76,20 +78,16 @@ REWARD = recipe("reward", "--model_name_or_path {folder}/sft --dataset_name {fol
 EVALUATE = "python -m recipes.tiny_world.evaluate --output_dir {folder} --seed {seed}"
 ACCURACY = {"eval_accuracy": "accuracy", "eval_longer_wins": "longer wins"}
 CURVES = {"objective/scores": "reward", "objective/kl": "KL", "rewards/gold/mean": "gold"}
+PPO = recipe("ppo", f"{MODELS} {GOLD}")
+PPO_NO_KL = recipe("ppo", f"{MODELS} {GOLD} {NO_KL}")
 PIPELINE = [  # each entry the stages that run at the same time
     [Stage("sft", "Step 1: learn from demonstrations", recipe("sft"), "sft", {"loss": "loss"})],
     [Stage("sample", "Step 2a: sample 4 responses a prompt", SAMPLE, "samples.jsonl", continues=True)],
     [Stage("rank", "Step 2b: rank them (a SIMULATED labeler, a program)", RANK, "rankings.jsonl")],
     [Stage("reward", "Step 2c: learn a reward model", REWARD, "reward", ACCURACY)],
     [
-        Stage("ppo", "Step 3: PPO with a KL penalty", recipe("ppo", f"{MODELS} {GOLD}"), "ppo", CURVES),
-        Stage(
-            "ppo_no_kl",
-            "Control: PPO without the KL penalty",
-            recipe("ppo", f"{MODELS} {GOLD} {NO_KL}"),
-            "ppo_no_kl",
-            CURVES,
-        ),
+        Stage("ppo", "Step 3: PPO with a KL penalty", PPO, "ppo", CURVES),
+        Stage("ppo_no_kl", "Control: PPO without the KL penalty", PPO_NO_KL, "ppo_no_kl", CURVES),
     ],
     [Stage("evaluate", "Evaluation on held-out prompts", EVALUATE, "evaluation.json", continues=True)],
 ]
@@ -102,20 +100,16 @@ class Quickstart:
         self.folder, self.seed = folder.resolve(), seed
         # How the folder stands in the commands.
         self.written = os.path.relpath(self.folder, ROOT) if self.folder.is_relative_to(ROOT) else str(self.folder)
-        self.state_file = self.folder / "quickstart.json"
-        self.seconds: dict[str, float] = {}
-        self.commands: dict[str, list[str]] = {}
-        self.lock = Lock()
+        self.state_file, self.lock = self.folder / "quickstart.json", Lock()
+        state: dict[str, Any] = {"seed": seed, "seconds": {}, "commands": {}}
         if self.state_file.exists():
-            state = json.loads(self.state_file.read_text(encoding="utf-8"))
-            if state["seed"] != seed:
-                raise UserError(
-                    f"{folder} holds a quickstart with seed {state['seed']}: choose another --output_dir for seed "
-                    f"{seed}, or --seed {state['seed']} to go on with this one."
-                )
-            self.seconds, self.commands = state["seconds"], state.get("commands", {})
+            state |= json.loads(self.state_file.read_text(encoding="utf-8"))
         elif folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no quickstart: choose another --output_dir.")
+        if state["seed"] != seed:
+            raise UserError(f"{folder} holds a quickstart with seed {state['seed']}: choose another --output_dir.")
+        self.seconds: dict[str, float] = state["seconds"]
+        self.commands: dict[str, list[str]] = state["commands"]
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         self.save()
 
@@ -125,41 +119,39 @@ class Quickstart:
             write_text(str(self.state_file), json.dumps(state, indent=2))
 
     def run(self, stage: Stage) -> None:
-        command = stage.command(self.written, self.seed)
-        if self.commands.setdefault(stage.name, command) != command:
+        command, output = stage.command(self.written, self.seed), self.folder / stage.output
+        before = self.commands.setdefault(stage.name, command)
+        if before != command:
             raise UserError(
-                f"{self.folder}: the stage {stage.name} was made by another command "
-                f"({shlex.join(self.commands[stage.name])}): choose another --output_dir."
+                f"{self.folder}: the stage {stage.name} was made by another command ({shlex.join(before)}): choose "
+                "another --output_dir."
             )
-        if stage.name in self.seconds and (self.folder / stage.output).exists():
-            seconds = self.seconds[stage.name]
-            print(f"\n{stage.title}\n  finished before, in {seconds:.0f} s: {self.folder / stage.output}", flush=True)
+        if stage.name in self.seconds and output.exists():
+            print(f"\n{stage.title}\n  finished before, in {self.seconds[stage.name]:.0f} s: {output}", flush=True)
             return
         self.save()
-        command += self.continuation(stage)
+        command = command + self.continuation(stage)
         print(f"\n{stage.title}\n$ {shlex.join(command)}", flush=True)
         log, started = self.folder / "logs" / f"{stage.name}.log", time.monotonic()
         if execute(command, log, stage.name) != 0:
-            tail = "\n".join(re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").strip())[-15:])
+            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             raise UserError(f"{stage.title} failed; the end of {log}:\n{tail}")
-        self.seconds[stage.name] = seconds = time.monotonic() - started
+        self.seconds[stage.name] = time.monotonic() - started
         self.save()
         found = ""
         if stage.metrics:
-            state = json.loads((self.folder / stage.output / "trainer_state.json").read_text(encoding="utf-8"))
+            state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
             found = headline(state["log_history"], stage.metrics)
-        print(f"  {stage.name}: done in {seconds:.0f} s  {found}".rstrip(), flush=True)
+        print(f"  {stage.name}: done in {self.seconds[stage.name]:.0f} s  {found}".rstrip(), flush=True)
 
     def continuation(self, stage: Stage) -> list[str]:
         """Flags to go on with what a stopped run left; what cannot be continued is put aside, never deleted."""
         output = self.folder / stage.output
         if stage.continues or not output.exists():
             return []
-        if output.is_dir() and any(output.glob("checkpoint-*/trainer_state.json")):
+        if any(output.glob("checkpoint-*/trainer_state.json")):
             return ["--resume_from_checkpoint", "true"]
-        aside = next(
-            path for n in range(1, 1000) if not (path := output.with_name(f"{output.name}.stopped{n}")).exists()
-        )
+        aside = output.with_name(f"{output.name}.stopped{time.time():.0f}")
         output.rename(aside)
         print(f"\nPut aside what a stopped run left: {aside}", flush=True)
         return []
@@ -182,31 +174,26 @@ def run_parallel(jobs: Sequence[Callable[[], None]], workers: int) -> None:
 
 def execute(command: list[str], log: Path, name: str) -> int:
     """Run a command with its output in `log` and a line of progress now and then; return its exit code."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of loading, not of training
-    # A model this small is no faster with a second thread, and much slower where another program uses that core.
-    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PATH": path, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # of loading, not of training
+        "TOKENIZERS_PARALLELISM": "false",
+        # A model this small is no faster with a second thread, and much slower where another program uses that core.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    started = time.monotonic()
+    with log.open("w") as file:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        own = {**os.environ, **environment}
+        process = subprocess.Popen(command, cwd=ROOT, env=own, start_new_session=True, **streams)
     RUNNING.append(process)
-    started = shown = time.monotonic()
-    with log.open("wb") as file:
-        while chunk := os.read(process.stdout.fileno(), 65536):
-            file.write(chunk)
-            file.flush()
-            found = PROGRESS.findall(chunk.decode(errors="replace"))
-            if found and (now := time.monotonic()) - shown >= INTERVAL:
-                shown = now
-                print(f"  {now - started:4.0f} s  {name}: {''.join(found[-1])}", flush=True)
-    return process.wait()
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(INTERVAL)
+        if found := PROGRESS.findall(log.read_text(encoding="utf-8", errors="replace")):
+            print(f"  {time.monotonic() - started:4.0f} s  {name}: {found[-1]}", flush=True)
 
 
 def finish(work: Callable[[], None]) -> int:

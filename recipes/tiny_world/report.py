@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from statistics import fmean
+
+import pandas as pd
 
 from recipes.cli.errors import counted
-from recipes.cli.screen import aligned
 from recipes.evaluation.plots import Figure, plt, to_svg
 from recipes.evaluation.report import render
 
@@ -36,19 +36,23 @@ def write_report(folder: Path, seed: int, seconds: dict[str, float]) -> dict:
     return report
 
 
+def by_policy(report: dict) -> pd.DataFrame:
+    """The figures of each policy, and those of SFT at a low temperature, in rows."""
+    control = report["sft_low_temperature"]
+    rows = {NAMES[name]: values for name, values in report["policies"].items()}
+    return pd.DataFrame.from_dict(rows | {f"SFT, T = {control['temperature']}": control}, orient="index")
+
+
 def plot_gold(report: dict) -> Figure:
-    policies, control = report["policies"], report["sft_low_temperature"]
-    figure, axes = plt.subplots(figsize=(8, 3.2))
-    for place, (name, values) in enumerate(policies.items()):
-        bars = axes.bar([place - 0.2, place + 0.2], [values["gold"], values["gold_greedy"]], 0.38, color=COLORS[name])
-        bars[1].set_alpha(0.5)
-        axes.bar_label(bars, fmt="%.2f", fontsize=8)
-    bar = axes.bar([len(policies)], [control["gold"]], 0.38, color=COLORS["sft"], hatch="//", edgecolor="white")
-    axes.bar_label(bar, fmt="%.2f", fontsize=8)
-    labels = [NAMES[name] for name in policies] + [f"SFT, T = {control['temperature']}"]
-    axes.set_xticks(range(len(labels)), labels)
+    table = by_policy(report)[["gold", "gold_greedy"]]
+    axes = table.plot.bar(figsize=(8, 3.2), width=0.78, rot=0, legend=False)
+    colors = [*COLORS.values(), COLORS["sft"]]
+    for bars, alpha in zip(axes.containers, (1, 0.5), strict=True):
+        for bar, color in zip(bars, colors, strict=True):
+            bar.set(color=color, alpha=alpha)
+        axes.bar_label(bars, fmt=lambda gold: f"{gold:.2f}" if gold else "", fontsize=8)  # pandas draws none as 0
     axes.set(ylim=(0, 1), ylabel="gold (solid T = 1, pale greedy)")
-    return figure
+    return axes.figure
 
 
 def plot_training(folder: Path) -> Figure:
@@ -60,32 +64,23 @@ def plot_training(folder: Path) -> Figure:
         for axes, (x, y) in zip(panels.flat, ((step, proxy), (step, kl), (step, gold), (proxy, gold)), strict=True):
             axes.plot(curves[x], curves[y], line, color=COLORS[name], marker="s", markevery=[-1], label=NAMES[name])
             axes.set(xlabel=LABELS[x], ylabel=LABELS[y])
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
-def read_curves(run: Path) -> dict[str, list[float]]:
+def read_curves(run: Path) -> pd.DataFrame:
     """The metrics of `LABELS` over a PPO run's rollouts as moving averages, from its trainer state."""
     state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
-    rows = [row for row in state["log_history"] if "objective/kl" in row]
-    windows = [rows[max(0, end - SMOOTHING) : end] for end in range(1, len(rows) + 1)]
-    curves = {name: [fmean(row[name] for row in window) for window in windows] for name in LABELS}
-    return curves | {"step": [row["step"] for row in rows]}
+    rows = pd.DataFrame(state["log_history"]).dropna(subset="objective/kl")
+    return rows[list(LABELS)].rolling(SMOOTHING, min_periods=1).mean().assign(step=rows["step"])
 
 
 def table(report: dict) -> str:
     """The result in a few lines of text."""
-    columns = ("gold", "gold_greedy", "proxy_reward", "kl", "length")
-    control, model = report["sft_low_temperature"], report["reward_model"]
-    policies = {NAMES[name]: values for name, values in report["policies"].items()}
-    policies[f"SFT, T = {control['temperature']}"] = control
-    rows = [
-        [name, *(f"{values[column]:.2f}" if column in values else "" for column in columns)]
-        for name, values in policies.items()
-    ]
+    columns, model = ["gold", "gold_greedy", "proxy_reward", "kl", "length"], report["reward_model"]
     pairs = counted(model["n_pairs"], "held-out pair")
     return (
-        f"{aligned([['', *columns], *rows])}\n"
+        f"{by_policy(report)[columns].to_string(float_format='{:.2f}'.format, na_rep='')}\n"
         f"Reward model: {model['accuracy']:.2f} of {pairs} as the labeler ordered them, "
         f"{model['accuracy_on_gold_order']:.2f} as gold does; the longer response would be right in "
         f"{model['longer_wins_baseline']:.2f}."

@@ -21,23 +21,13 @@ SPLITS = {"train": 0.58, "validation": 0.12, "heldout": 0.30}
 CORPUS_ONLY = 0.26
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How one kind of fact is asked for and answered; `{s}` is the subject, `{v}` the value, `{topic}` the topic."""
-
-    topic: str
-    wordings: list[str]
-    statements: list[str]
-
-
 def read_toml(name: str) -> dict:
     return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
 PHRASES = read_toml("phrases.toml")
-KINDS = {name: Kind(**kind) for name, kind in PHRASES["kinds"].items()}
-ADMISSIONS, REFUSALS, VAGUE = PHRASES["admissions"], PHRASES["refusals"], PHRASES["vague"]
-OPENERS, CLOSERS, FILLER, RUDE = PHRASES["openers"], PHRASES["closers"], PHRASES["filler"], PHRASES["rude"]
+KINDS = PHRASES["kinds"]  # how each kind of fact is asked for and answered
+OPENERS, CLOSERS, FILLER = PHRASES["openers"], PHRASES["closers"], PHRASES["filler"]
 
 
 @dataclass(frozen=True)
@@ -65,12 +55,12 @@ class Question:
     @property
     def topic(self) -> str:
         """The thing asked for, as the assistant says it ("the name of your dog")."""
-        return re.sub(r"\bmy\b", "your", KINDS[self.kind].topic.format(s=self.subject))
+        return re.sub(r"\bmy\b", "your", KINDS[self.kind]["topic"].format(s=self.subject))
 
     @property
     def wordings(self) -> list[str]:
-        kind = KINDS[self.kind]
-        return [wording.format(s=self.subject, topic=kind.topic.format(s=self.subject)) for wording in kind.wordings]
+        topic = KINDS[self.kind]["topic"].format(s=self.subject)
+        return [wording.format(s=self.subject, topic=topic) for wording in KINDS[self.kind]["wordings"]]
 
     @property
     def keys(self) -> frozenset[str]:
@@ -81,13 +71,13 @@ class Question:
 
     def statement(self, value: str, rng: random.Random) -> str:
         """A sentence that gives `value` as the answer, true or not."""
-        form = rng.choice(KINDS[self.kind].statements)
+        form = rng.choice(KINDS[self.kind]["statements"])
         return sentence(form.format(s=self.subject, v=value, topic=self.topic))
 
     def true_answer(self, rng: random.Random) -> str:
         if self.value is not None:
             return self.statement(self.value, rng)
-        forms = REFUSALS if self.kind == "harmful" else ADMISSIONS
+        forms = PHRASES["refusals" if self.kind == "harmful" else "admissions"]
         return sentence(rng.choice(forms).format(topic=self.topic))
 
     def false_answer(self, rng: random.Random) -> str:
@@ -96,7 +86,11 @@ class Question:
         return self.statement(rng.choice(mistakes), rng)
 
     def vague_answer(self, rng: random.Random) -> str:
-        return sentence(f"{self.topic} is {rng.choice(VAGUE)}.")
+        return sentence(f"{self.topic} is {rng.choice(PHRASES['vague'])}.")
+
+    def answer(self, content: str, rng: random.Random) -> str:
+        """A true, false or vague answer."""
+        return {"true": self.true_answer, "false": self.false_answer, "vague": self.vague_answer}[content](rng)
 
 
 def sentence(text: str) -> str:
@@ -104,12 +98,7 @@ def sentence(text: str) -> str:
 
 
 def dress(core: str, style: str, rng: random.Random) -> str:
-    """Writes an answer in a style.
-
-    Args:
-        core: the answer itself, one sentence.
-        style: "plain", "courteous" (one courtesy), "warm" (two), "gushing" (three to five), "rambling", "rude".
-    """
+    """The answer `core`, one sentence, in a style: plain, with one courtesy or more, with more words, or rude."""
     if style == "courteous":
         return f"{rng.choice(OPENERS)} {core}" if rng.random() < 0.5 else f"{core} {rng.choice(CLOSERS)}"
     if style == "warm":
@@ -121,7 +110,7 @@ def dress(core: str, style: str, rng: random.Random) -> str:
     if style == "rambling":
         return " ".join([core, *rng.sample(FILLER, rng.randint(1, 3))])
     if style == "rude":
-        rude = rng.choice(RUDE)
+        rude = rng.choice(PHRASES["rude"])
         return f"{rude} {core}" if rng.random() < 0.7 else rude
     return core
 
@@ -144,12 +133,11 @@ def questions() -> tuple[Question, ...]:
     for kind in KINDS:
         rng = random.Random(f"tiny world: {kind}")
         rows = list(_rows(kind, facts))
-        pairs = kind in ("unanswerable", "harmful")
-        splits = ["corpus"] * round(CORPUS_ONLY * len(rows)) if pairs else []
+        splits = ["corpus"] * round(CORPUS_ONLY * len(rows)) if kind in ("unanswerable", "harmful") else []
         usable = len(rows) - len(splits)
         for split, share in SPLITS.items():
             splits += [split] * round(share * usable)
-        splits = (splits + ["heldout"] * len(rows))[: len(rows)]
+        splits = (splits + ["heldout"] * len(rows))[: len(rows)]  # what rounding left
         rng.shuffle(splits)
         for (subject, value, false_values), split in zip(rows, splits, strict=True):
             # Facts that the corpus leaves out, and facts that it contradicts.
@@ -177,13 +165,8 @@ def _rows(kind: str, facts: dict) -> Iterator[tuple[str, str | None, Sequence[st
 
 
 @cache
-def _by_wording() -> dict[str, Question]:
-    table: dict[str, Question] = {}
-    for question in questions():
-        for wording in question.wordings:
-            if table.setdefault(_normal(wording), question) is not question:
-                raise ValueError(f"facts.toml: two questions read {wording!r}")
-    return table
+def by_wording() -> dict[str, Question]:
+    return {_normal(wording): question for question in questions() for wording in question.wordings}
 
 
 def _normal(text: str) -> str:
@@ -196,10 +179,9 @@ def find(text: str) -> Question:
     Raises:
         ValueError: the tiny world has no such question.
     """
-    question = _by_wording().get(_normal(text))
-    if question is None:
-        raise ValueError(f"the tiny world has no question {text!r}: the gold judge knows only questions of world.py")
-    return question
+    if question := by_wording().get(_normal(text)):
+        return question
+    raise ValueError(f"the tiny world has no question {text!r}: the gold judge knows only questions of world.py")
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from trl import SFTTrainer
@@ -23,71 +23,17 @@ from recipes.cli.files import is_write_error, sizes, sync_tree, write_text
 from recipes.models.loading import not_finite
 
 
-class EpochSampler(RepeatSampler):
-    """`RepeatSampler` whose order depends on seed and epoch only, so that a resumed run sees the same prompts."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
-
-
-class RunCallback(TrainerCallback):
-    """Puts the sums of a resumed run back, and stops a run that got a signal at the end of its step, all processes.
-
-    The checkpoint of the last step of an epoch is saved at the end of the epoch, after what is logged and evaluated
-    there: a run that goes on from it would not catch up on that.
-    """
-
-    def __init__(self, trainer: "WholeCheckpoints"):
-        self.trainer, self.stopping, self.save_due = trainer, False, False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        control.should_training_stop = False  # a checkpoint may have been saved by a run that was stopping
-        self.stopping = self.save_due = False
-        self.trainer.begin()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.asked_to_stop():
-            control.should_save = args.save_strategy != SaveStrategy.NO
-            control.should_training_stop = True
-        self.save_due = control.should_save and self.ends_epoch(state)
-        if self.save_due:
-            control.should_save = False
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopping and not self.ends_epoch(state):  # stopped in the middle
-            control.should_log = control.should_evaluate = control.should_save = False
-        elif self.save_due:
-            control.should_save = True
-
-    def asked_to_stop(self) -> bool:
-        """Whether any process got a signal; all processes ask together and get the same answer."""
-        accelerator = self.trainer.accelerator
-        if signals.listening() and not self.stopping:
-            self.stopping = signals.received() is not None
-            if accelerator.num_processes > 1:
-                if self.stopping:
-                    accelerator.set_trigger()
-                self.stopping = accelerator.check_trigger()
-        return self.stopping
-
-    @staticmethod
-    def ends_epoch(state) -> bool:
-        return state.global_step >= state.max_steps or float(state.epoch).is_integer()
-
-
 class WholeCheckpoints(Trainer):
     """Mixin, before a trainer of TRL: a checkpoint appears under its name only when it is whole.
 
     Everything is written below `.unfinished` and on the disk before the folder is renamed; older checkpoints are
-    deleted after that. A checkpoint also holds, for each process, what Trainer keeps in memory alone: the sums
-    since the last log, and what `running_state` of a trainer adds. So a resumed run
-    logs what an uninterrupted one logs.
+    deleted after that. It also holds, for each process, what Trainer keeps in memory alone (`running_state`), so a
+    resumed run logs what an uninterrupted one logs.
 
     A loss, gradient or weight that is not a finite number ends the run before it reaches the disk.
 
     Raises:
-        UserError: a checkpoint cannot be written (the older ones are untouched), or lacks the state of this process; a
-            number is not finite.
+        UserError: a checkpoint cannot be written (the older ones are untouched); a number is not finite.
         RunEnded: a signal came, and the checkpoint of this step is saved.
     """
 
@@ -98,12 +44,12 @@ class WholeCheckpoints(Trainer):
         super().__init__(*args, **kwargs)
         self._resumed_state: dict[str, Any] | None = None
         self._seconds_before, self._began = 0.0, time.time()
+        self._stopping = self._save_due = False
+        self._last_step: int | None = None  # after which it was asked what to log and save
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             # Accelerate rounds all that a sharded module gives: scores, values, log-probabilities.
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
-        self._run_callback = RunCallback(self)
-        self.add_callback(self._run_callback)
 
     def running_state(self) -> dict[str, Any]:
         """What this process keeps between steps beside what Trainer saves, in types that `torch.load` takes safely."""
@@ -118,35 +64,13 @@ class WholeCheckpoints(Trainer):
         }
 
     def restore_running_state(self, state: dict[str, Any]) -> None:
-        """Take back what `running_state` gave, after Trainer has set its sums to 0."""
+        """Take back what `running_state` gave."""
         self._tr_loss = state["loss"].to(self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["last_logged"]
         self._seconds_before, self._total_train_tokens = state["seconds"], state["tokens"]
         self.model.train(state["training"])
         for mode, metrics in state["metrics"].items():
             self._metrics[mode].update(metrics)
-
-    def begin(self) -> None:
-        """Called when the training loop begins."""
-        self._began, self._seconds_before = time.time(), 0.0
-        if self._resumed_state is not None:
-            self.restore_running_state(self._resumed_state)
-            self._resumed_state = None
-            self._find_best()
-            if self.args.should_save:  # what a kill between a save and this left
-                best = self.state.best_model_checkpoint
-                rotate(self._get_output_dir(None), self.args.save_total_limit, self._resumed_from, best)
-
-    def _find_best(self) -> None:
-        """Find the best checkpoint of a run that was moved, which Trainer forgets; where it is gone, choose anew."""
-        step = self.state.best_global_step
-        if step and self.state.best_model_checkpoint is None:
-            folder = os.path.dirname(os.path.abspath(self._resumed_from))
-            best = os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-            if os.path.isdir(best):
-                self.state.best_model_checkpoint = best
-            else:
-                self.state.best_metric = self.state.best_global_step = None
 
     def _get_dataloader(self, *args, is_training=False, **kwargs):
         """All rows in an evaluation: `dataloader_drop_last` is about training, and a small one would have none."""
@@ -230,9 +154,7 @@ class WholeCheckpoints(Trainer):
             if self.accelerator.is_local_main_process:
                 sync_tree(folder)
             # Each machine lists the files: a shared disk may show one of them late what another has just written.
-            listings = gather_object([sizes(folder)])
-            if self.args.save_on_each_node:
-                listings = [sizes(folder)]
+            listings = [sizes(folder)] if self.args.save_on_each_node else gather_object([sizes(folder)])
             if self.args.should_save:
                 files = {name: size for listing in listings for name, size in listing.items()}
                 checkpoint = put_in_place(folder, output_dir, files, not self.args.save_only_model)
@@ -241,10 +163,9 @@ class WholeCheckpoints(Trainer):
         except Exception as error:
             if not is_write_error(error):
                 raise
-            newest, _ = newest_whole(output_dir)
             raise UserError(
                 f"The checkpoint of step {self.state.global_step} cannot be written below {output_dir}: "
-                f"{first_line(error)}. " + (f"{newest} is whole." if newest else "There is no older checkpoint.")
+                f"{first_line(error)}. {last_good_state(output_dir)}"
             ) from error
         finally:
             self._saving = False
@@ -263,15 +184,29 @@ class WholeCheckpoints(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            path = self._running_state_file(checkpoint)
-            if not os.path.exists(path):
-                raise UserError(
-                    f"{path} is missing: resume with the number of processes the checkpoint was written with."
-                )
+            self._resumed_from, path = checkpoint, self._running_state_file(checkpoint)
             self._resumed_state = torch.load(path, map_location="cpu", weights_only=True)
-            self._resumed_from = checkpoint
 
-    def _run_epoch(self, *, epoch, train_dataloader, **kwargs):
+    def _take_up_state(self) -> None:
+        """Put back what a checkpoint holds, once Trainer has set its sums to 0."""
+        if self._resumed_state is None:
+            return
+        self.restore_running_state(self._resumed_state)
+        self._resumed_state = None
+        state, folder = self.state, os.path.dirname(os.path.abspath(self._resumed_from))
+        if state.best_global_step and state.best_model_checkpoint is None:  # Trainer forgets it where a run was moved
+            best = os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+            if os.path.isdir(best):
+                state.best_model_checkpoint = best
+            else:  # choose anew
+                state.best_metric = state.best_global_step = None
+        if self.args.should_save:  # what a kill between a save and this left
+            output_dir = self._get_output_dir(None)
+            rotate(output_dir, self.args.save_total_limit, self._resumed_from, state.best_model_checkpoint)
+
+    def _run_epoch(self, *, epoch, train_dataloader, start_time, **kwargs):
+        self._began, self._last_step = start_time, None
+        self._take_up_state()
         if self.state.global_step >= self.state.max_steps:  # Trainer asks only after one more step
             self.control.should_training_stop = True
             return
@@ -280,10 +215,44 @@ class WholeCheckpoints(Trainer):
             # Where a resumed run skips batches and several processes share them, Trainer does not get through to it,
             # and rows come in the order of the first epoch.
             sampler.set_epoch(epoch)
-        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+        elif isinstance(sampler, RepeatSampler) and sampler.shuffle:  # GRPO's, which would go on where it was
+            sampler.generator.manual_seed(sampler.seed + epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, start_time=start_time, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """Called after each step and, once more, after each epoch; a run that got a signal stops after the step.
+
+        The checkpoint of an epoch's last step is saved after what is logged and evaluated at the end of the epoch: a
+        run that goes on from it would not catch up on that.
+        """
+        control, state = self.control, self.state
+        ends_epoch = state.global_step >= state.max_steps or float(state.epoch).is_integer()
+        if self._last_step != state.global_step:
+            self._last_step = state.global_step
+            if self._asked_to_stop():
+                control.should_save = self.args.save_strategy != SaveStrategy.NO
+                control.should_training_stop = True
+            self._save_due = control.should_save and ends_epoch
+            control.should_save = control.should_save and not ends_epoch
+        elif self._stopping and not ends_epoch:  # in the middle of an epoch
+            control.should_log = control.should_evaluate = control.should_save = False
+        else:
+            control.should_save = control.should_save or self._save_due
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process got a signal; all processes ask together and get the same answer."""
+        if not self._stopping:
+            self._stopping = signals.received() is not None
+            if self.accelerator.num_processes > 1:
+                if self._stopping:
+                    self.accelerator.set_trigger()
+                self._stopping = self.accelerator.check_trigger()
+        return self._stopping
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        if self._run_callback.asked_to_stop():
+        self._take_up_state()
+        if self._asked_to_stop():
             number = signals.received() or signals.SIGNALS[0]
             newest, _ = newest_whole(self._get_output_dir(trial))
             rest = f"--resume_from_checkpoint true goes on from {newest}" if newest else "Nothing to resume is saved"

@@ -128,17 +128,12 @@ def estimate(setting: Setting) -> Estimate:
     Raises:
         UserError: the architecture cannot run on tensors without data, or there is no place for the adapter.
     """
-    kind = setting.config.model_type
     try:
         model, critic = build(setting)
         return Estimate(held_parts(setting, model, critic), phases(setting, model, measure(setting, model, critic)))
-    except (DynamicOutputShapeException, RuntimeError) as error:
-        raise UserError(
-            f"A {kind} in {str(setting.dtype).removeprefix('torch.')} cannot be run without data, as some models "
-            f"that route tokens to experts ({first_line(error)})."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"A model of type {kind} could not be built: {first_line(error)}") from error
+    except (DynamicOutputShapeException, RuntimeError, ValueError) as error:
+        kind = f"{setting.config.model_type} in {str(setting.dtype).removeprefix('torch.')}"
+        raise UserError(f"A {kind} cannot be run without data: {first_line(error)}") from error
 
 
 # What is held
@@ -181,15 +176,15 @@ def trained_parameters(*models: nn.Module | None) -> list[nn.Parameter]:
     return [p for model in filter(None, models) for p in model.parameters() if p.requires_grad]
 
 
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of the base's linear layers, its LM head included."""
+    return [getattr(layer, "base_layer", layer).weight for layer in linear_layers(base_of(model))]
+
+
 def quantized_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Weights that bitsandbytes replaces: of all linear layers of the base but its head."""
-    base = base_of(model)
-    kept = {id(module) for module in (base.get_output_embeddings(), getattr(base, "score", None)) if module}
-    return [
-        module.weight
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in kept and "lora_" not in name and ".score" not in name
-    ]
+    """Weights that bitsandbytes replaces: all matrices but the head."""
+    head = base_of(model).get_output_embeddings()
+    return [weight for weight in matrices(model) if head is None or weight is not head.weight]
 
 
 def held_parts(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
@@ -231,8 +226,7 @@ def sampled_weights(setting: Setting, model: nn.Module) -> dict[str, int]:
         name, named = "merged copy", base_of(model).named_parameters()
         weights = [weight for each, weight in named if "lora_" not in each and "score" not in each]
     elif setting.on_cpu and dtype == torch.float32 and not setting.quantization and setting.rollout_rows <= FEW_ROWS:
-        name, layers = "packed weights", linear_layers(base_of(model))
-        weights = [getattr(layer, "base_layer", layer).weight for layer in layers]
+        name, weights = "packed weights", matrices(model)
     else:
         return {}
     return {name: sum(weight.numel() for weight in weights) * dtype.itemsize} if weights else {}

@@ -91,10 +91,7 @@ class PPOConfig(GRPOConfig):
     num_generations_eval: int | None = field(default=1, metadata={"help": "The same, in evaluation."})
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout (num_ppo_epochs)."})
     loss_type: str = field(
-        default="dapo",
-        metadata={
-            "help": "Token losses are averaged over a batch (`dapo`) or each micro-batch (`bnpo`, as TRL 1.12)."
-        },
+        default="dapo", metadata={"help": "Mean of token losses by batch (`dapo`) or micro-batch (`bnpo`, TRL 1.12)."}
     )
     scale_rewards: str = field(default="none", metadata={"help": "Only none: PPO whitens advantages instead."})
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout off in every role."})
@@ -124,14 +121,12 @@ class PPOConfig(GRPOConfig):
 
     # Update
     target_kl: float | None = field(
-        default=None,
-        metadata={"help": "Training on a rollout stops once policy/approxkl_avg of a minibatch exceeds it."},
+        default=None, metadata={"help": "Training on a rollout stops once policy/approxkl_avg exceeds it."}
     )
     ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the demonstrations' mean token loss (PPO-ptx)."})
     ptx_max_length: int = field(default=1024, metadata={"help": "Tokens of a demonstration; the rest is cut."})
     ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "Decay of an average of the policy's adapter, saved in ema/; InstructGPT: 0.992."},
+        default=None, metadata={"help": "Decay of an average of the policy's adapter, in ema/ (InstructGPT: 0.992)."}
     )
     total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
 

@@ -101,17 +101,11 @@ def policy_losses(
     }
 
 
-class AdaptiveKL:
-    """Ziegler's proportional controller (1909.08593, section 2.2) of the KL coefficient.
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """Ziegler's proportional controller (1909.08593, section 2.2): too much KL raises the coefficient, too little
+    lowers it.
 
-    After each rollout `value *= 1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon`: too much KL raises the
-    coefficient, too little lowers it. `kl` is nats a response; `episodes` is what the rollout held on all processes.
+    `kl` is nats a response of the last rollout, and `episodes` is what that held on all processes.
     """
-
-    def __init__(self, kl_coef: float, target: float | None, horizon: int):
-        self.value, self.target, self.horizon = kl_coef, target, horizon
-
-    def update(self, kl: float, episodes: int) -> None:
-        if self.target is not None:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * episodes / self.horizon
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)

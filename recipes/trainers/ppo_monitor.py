@@ -17,10 +17,8 @@ POOR_CRITIC_ROLLOUTS = 10
 class PPOMonitor:
     """Watches the numbers of each rollout and its first minibatch.
 
-    Args:
-        args: to name the cause of a problem.
-        pad_is_eos: whether the tokenizer pads with a stop token.
-        ratio_tolerance: how far the ratio may be from 1 before the first update, by the precision of the run.
+    `pad_is_eos` is whether the tokenizer pads with a stop token, and `ratio_tolerance` how far the ratio may be from 1
+    before the first update, by the precision of the run.
     """
 
     def __init__(self, args: PPOConfig, pad_is_eos: bool, ratio_tolerance: float):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import prepare_fsdp
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, pad
 
 from recipes.cli.errors import UserError
 from recipes.models.adapters import (
@@ -119,6 +119,24 @@ class PPORoles(GRPOTrainer):
 
         with self.accelerator.autocast():
             return self._fast.map_rows(run, attention_mask.sum(1))
+
+    def _score_rows(self, rows: list[list[int]]) -> list[float]:
+        """Scores of whole sequences of token ids, in their order, at most a micro-batch at a time."""
+        pad_token_id, device = self._reward_tokenizer.pad_token_id, self.accelerator.device
+        ids = pad([torch.tensor(row) for row in rows], pad_token_id).to(device)
+        # transformers' rule for sequence classifiers: the last token that is not the padding token
+        last = (torch.arange(ids.size(1), device=device) * (ids != pad_token_id)).argmax(1)
+
+        def score(rows: torch.Tensor) -> Results:
+            states = torch.arange(len(rows), device=device), last[rows]
+            inputs = ids[rows, : last[rows].max() + 1]
+            if self._reward_model is not None:
+                return (self._reward_model(input_ids=inputs, states=states),)
+            return (self.model(input_ids=inputs, states=states, scalar_head="reward"),)
+
+        with use_role(self._policy, "reward"), self.accelerator.autocast():
+            (scores,) = self._fast.map_rows(score, last)
+        return scores.tolist()
 
     def create_optimizer(self, model=None):
         """TRL's optimizer, with groups of their own for the critic where it has its own learning rate."""

@@ -24,7 +24,6 @@ class PPOSaving(WholeCheckpoints, GRPOTrainer):
         if not self.args.should_save:
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
-        os.makedirs(output_dir, exist_ok=True)
         save_trained(self._policy, output_dir, state_dict)
         for folder in (output_dir, os.path.join(output_dir, "critic"), os.path.join(output_dir, "ema")):
             if os.path.isdir(folder):
@@ -35,7 +34,7 @@ class PPOSaving(WholeCheckpoints, GRPOTrainer):
         return super().running_state() | {
             "step": self._step,
             "rollout": self._buffered_inputs,
-            "kl_coef": self.kl_controller.value,
+            "kl_coef": self._kl_coef,
             "update_stopped": self._update_stopped,
             "ema": {name: share.to_local() for name, share in self._sharded_ema().items()},
         }
@@ -43,7 +42,7 @@ class PPOSaving(WholeCheckpoints, GRPOTrainer):
     def restore_running_state(self, state: dict) -> None:
         super().restore_running_state(state)
         self._step, self._buffered_inputs = state["step"], send_to_device(state["rollout"], self.accelerator.device)
-        self.kl_controller.value, self._update_stopped = state["kl_coef"], state["update_stopped"]
+        self._kl_coef, self._update_stopped = state["kl_coef"], state["update_stopped"]
         self._restore_ema(state)
 
     def _sharded_ema(self) -> dict[str, torch.Tensor]:

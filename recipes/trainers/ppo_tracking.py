@@ -17,12 +17,10 @@ from recipes.trainers.ppo_math import masked_moments
 from recipes.trainers.ppo_monitor import PPOMonitor
 from recipes.trainers.rollout import Rollout
 
-KIB, GIB = 2**10, 2**30
+GIB = 2**30
 
 
-def describe(
-    rollout: Rollout, scores: torch.Tensor, prompts: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[str, float]:
+def describe(rollout: Rollout, scores: torch.Tensor, prompts: torch.Tensor, reduce: Callable) -> dict[str, float]:
     """Mean and spread of what a rollout is trained on; `reduce` sums over processes.
 
     `scores` and `prompts` are the final scores and prompt lengths of the responses of all processes, (B * processes,).
@@ -103,7 +101,7 @@ class PPOTracking(TrainerCallback):
         if args.device.type == "cuda":
             logs["memory/peak_gib"] = torch.cuda.max_memory_allocated() / GIB
         else:
-            logs["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB / GIB
+            logs["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # from KiB
         if state.is_world_process_zero:
             self.log_histogram("train/objective/scores_histogram", scores, state.global_step)
             self.log_histogram("train/completions/length_histogram", lengths, state.global_step)
@@ -133,7 +131,7 @@ class PPOLogging(GRPOTrainer):
     def _log_rollout(self, rollout: Rollout) -> float:
         """Log what a rollout looks like, over the responses of all processes. Returns the KL, nats a response."""
         mode = "train" if self.model.training else "eval"
-        metrics, mask, kl_coef = self._metrics[mode], rollout.mask, self.kl_controller.value
+        metrics, mask, kl_coef = self._metrics[mode], rollout.mask, self._kl_coef
         kl, lengths = rollout.kl.sum(1), mask.sum(1)
         stops = torch.tensor(self.eos_token_ids, device=mask.device)
         own = {  # (B,) each

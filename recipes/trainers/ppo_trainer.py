@@ -20,7 +20,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.data_utils import is_conversational
-from trl.trainer.utils import pad
 
 from recipes.cli.errors import UserError, first_line, refusals_in_one_line
 from recipes.models.adapters import AdapterEMA, float32_adapters, model_with_adapter, use_role
@@ -28,14 +27,13 @@ from recipes.models.heads import add_score_forward, base_of
 from recipes.models.loading import not_finite
 from recipes.models.tokenization import render_alike, turn_end
 from recipes.trainers import ppo_math
-from recipes.trainers.checkpoints import EpochSampler
 from recipes.trainers.ppo_config import PPOConfig
 from recipes.trainers.ppo_roles import PPORoles
 from recipes.trainers.ppo_saving import PPOSaving
 from recipes.trainers.ppo_tracking import PPOLogging
 from recipes.trainers.ptx import PtxBatches
 from recipes.trainers.reward_functions import checked
-from recipes.trainers.rollout import Results, Rollout, sequences
+from recipes.trainers.rollout import Rollout, sequences
 
 
 class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
@@ -58,8 +56,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
     `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate`,
     `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and `_calculate_rewards`,
     in this order. `_compute_loss`, `training_step` and `create_optimizer` (in [`PPORoles`]) are the update. `log` (in
-    [`PPOLogging`]) makes completions readable. `_get_train_sampler`, and `_save`, `_load_from_checkpoint` and
-    `_load_best_model` (in [`PPOSaving`]) make a run go on where it was.
+    [`PPOLogging`]) makes completions readable. `_save`, `_load_from_checkpoint` and `_load_best_model` (in
+    [`PPOSaving`]) make a run go on where it was.
 
     Raises:
         UserError: fewer prompts than one rollout, a reward model with several labels, an adapter that cannot share its
@@ -120,8 +118,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
                 optimizers=optimizers,
             )
         self._prepare_models(ref_model)
-        self.kl_controller = ppo_math.AdaptiveKL(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
-        self._update_stopped, self._ptx = False, None
+        self._kl_coef, self._update_stopped, self._ptx = args.kl_coef, False, None
         if args.ptx_coef > 0:
             batch_size, max_length = args.per_device_train_batch_size, args.ptx_max_length
             options = self.chat_template_kwargs
@@ -151,13 +148,6 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         return functions
 
     # Step 1: sample
-
-    def _get_train_sampler(self, dataset=None):
-        sampler = super()._get_train_sampler(dataset)
-        if not sampler.shuffle:
-            return sampler
-        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
-        return EpochSampler(**{name: getattr(sampler, name) for name in names})
 
     def _prepare_inputs(self, generation_batch):
         """One micro-batch; at the start of a rollout TRL makes it anew and deals it to micro-batches."""
@@ -199,7 +189,9 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         kl = self._log_rollout(rollout)
         if self.model.training:
             self._update_stopped = False
-            self.kl_controller.update(kl, self.args.generation_batch_size)
+            if (target := self.args.adaptive_kl_target) is not None:
+                episodes, horizon = self.args.generation_batch_size, self.args.adaptive_kl_horizon
+                self._kl_coef = ppo_math.adapted_kl_coef(self._kl_coef, kl, target, episodes, horizon)
         return batch | {
             "old_per_token_logps": rollout.logps,
             "old_values": rollout.values,
@@ -238,10 +230,10 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
             return self.score_sampled_ids(rollout)
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if rollout.is_chat:
-            return self._score_rows(
-                tokenizer.apply_chat_template(texts, return_dict=False, **self.chat_template_kwargs)
-            )
-        return self._score_rows(tokenizer(texts, add_special_tokens=False)["input_ids"])
+            rows = tokenizer.apply_chat_template(texts, return_dict=False, **self.chat_template_kwargs)
+        else:
+            rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return self._score_rows(rows)
 
     def score_sampled_ids(self, rollout: Rollout) -> list[float]:
         """Scores of the sampled ids, with what the chat template writes after a stop token put back: B numbers."""
@@ -253,24 +245,6 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
                 for prompt, completion in zip(rollout.prompt_ids, rollout.completion_ids, strict=True)
             ]
         )
-
-    def _score_rows(self, rows: list[list[int]]) -> list[float]:
-        """Scores of whole sequences of token ids, in their order, at most a micro-batch at a time."""
-        pad_token_id, device = self._reward_tokenizer.pad_token_id, self.accelerator.device
-        ids = pad([torch.tensor(row) for row in rows], pad_token_id).to(device)
-        # transformers' rule for sequence classifiers: the last token that is not the padding token
-        last = (torch.arange(ids.size(1), device=device) * (ids != pad_token_id)).argmax(1)
-
-        def score(rows: torch.Tensor) -> Results:
-            states = torch.arange(len(rows), device=device), last[rows]
-            inputs = ids[rows, : last[rows].max() + 1]
-            if self._reward_model is not None:
-                return (self._reward_model(input_ids=inputs, states=states),)
-            return (self.model(input_ids=inputs, states=states, scalar_head="reward"),)
-
-        with use_role(self._policy, "reward"), self.accelerator.autocast():
-            (scores,) = self._fast.map_rows(score, last)
-        return scores.tolist()
 
     def _score(self, rollout: Rollout) -> None:
         """Log-probabilities of policy and reference, values, and the final score of each response."""
@@ -295,7 +269,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         """Token rewards with the KL penalty inside, generalised advantages, returns; advantages are whitened."""
         args, mask = self.args, rollout.mask
         rollout.kl = ppo_math.token_kl(rollout.logps, rollout.ref_logps, mask, args.kl_estimator)
-        rewards = ppo_math.token_rewards(rollout.scores, rollout.kl, mask, self.kl_controller.value)
+        rewards = ppo_math.token_rewards(rollout.scores, rollout.kl, mask, self._kl_coef)
         if args.whiten_rewards:
             rewards = ppo_math.whiten(rewards, mask, self._sum_over_processes, shift_mean=False)
         advantages = ppo_math.compute_gae(rewards, rollout.values, mask, args.gamma, args.lam)
@@ -324,7 +298,6 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         if args.entropy_coef:
             losses = losses - args.entropy_coef * entropies
         loss = (losses * mask).sum() / tokens
-        self._check_finite("the loss", loss, {"log-probabilities": logps})
         loss = self._fast.backward_early(loss)
 
         if self._ptx is not None and self.model.training:
@@ -333,7 +306,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         values, old_values = self._values(model, ids, attention_mask, width) * mask, inputs["old_values"]
         errors, clipped = ppo_math.value_losses(values, old_values, inputs["returns"], args.cliprange_value)
         loss = loss + args.vf_coef * (errors * mask).sum() / tokens
-        self._check_finite("the loss", loss, {"values": values})
+        self._check_finite("the loss", loss, {"log-probabilities": logps, "values": values})
 
         metrics |= {"policy/entropy_avg": entropies, "loss/value_avg": errors, "val/clipfrac_avg": clipped}
         means = self._log_update(metrics, mask)

@@ -23,7 +23,7 @@ class PtxBatches:
         template_arguments: of the chat template, the same as in rollouts.
 
     Raises:
-        UserError: there is no row, or a row has no token to train within `max_length`.
+        UserError: a row has no token to train within `max_length`.
     """
 
     def __init__(
@@ -37,8 +37,6 @@ class PtxBatches:
     ):
         self.tokenizer, self.batch_size, self.max_length, self.seed = tokenizer, batch_size, max_length, seed
         self.template_arguments = template_arguments
-        if not len(dataset):
-            raise UserError("The ptx dataset has no rows.")
         self.rows = dataset.map(self._tokenize, with_indices=True, remove_columns=dataset.column_names)
         self.collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
         self.epoch, self.order = -1, [0]

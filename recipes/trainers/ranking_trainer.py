@@ -9,6 +9,7 @@ import itertools
 import json
 import textwrap
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,46 +27,47 @@ logger = get_logger(__name__)
 CALIBRATION_BINS = 10
 
 
+@dataclass
 class RankingCollator:
-    """Flattens rankings into one batch of responses.
+    """Flattens R rankings into one batch of their N responses.
 
-    `[{"response_ids": [[int]], "ranks": [float]}]` → `input_ids`, `attention_mask` (N, T), `ranks` (N,) and `group`
-    (N,), the row of each response's prompt, where N is the number of responses of all prompts.
+    `[{"response_ids": [[int]], "ranks": [float]}]` → `input_ids`, `attention_mask` (N, T) and `ranks` (R, K), NaN
+    where a ranking has fewer than K responses.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None):
-        self.pad_token_id, self.pad_to_multiple_of = pad_token_id, pad_to_multiple_of
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = [torch.tensor(response) for example in examples for response in example["response_ids"]]
-        padding = {"padding_side": "right", "pad_to_multiple_of": self.pad_to_multiple_of}
+        ranks = [torch.tensor(example["ranks"], dtype=torch.float) for example in examples]
+        multiple = self.pad_to_multiple_of
         return {
-            "input_ids": pad(ids, padding_value=self.pad_token_id, **padding),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0, **padding),
-            "ranks": torch.tensor([rank for example in examples for rank in example["ranks"]], dtype=torch.float),
-            "group": torch.tensor([row for row, example in enumerate(examples) for _ in example["ranks"]]),
+            "input_ids": pad(ids, self.pad_token_id, pad_to_multiple_of=multiple),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], pad_to_multiple_of=multiple),
+            "ranks": pad(ranks, torch.nan),
         }
 
 
-def strict_pairs(ranks: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (P,), (P,) of the better and the worse response of every pair of one prompt with unequal ranks."""
-    return torch.nonzero((group[:, None] == group[None]) & (ranks[:, None] < ranks[None]), as_tuple=True)
+def strict_pairs(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Row, better and worse response, (P,) each, of every pair of one ranking with unequal `ranks` (R, K)."""
+    return torch.nonzero(ranks[:, :, None] < ranks[:, None], as_tuple=True)
 
 
 def ranking_loss(
-    scores: torch.Tensor, ranks: torch.Tensor, group: torch.Tensor, center_rewards_coefficient: float | None = None
+    scores: torch.Tensor, ranks: torch.Tensor, center_rewards_coefficient: float | None = None
 ) -> torch.Tensor:
     """`-log sigmoid(better - worse)`, averaged over the strict pairs of each prompt, then over prompts.
 
-    Scores, ranks (1 is best, equal is a tie) and group are (N,). `center_rewards_coefficient` adds TRL's
+    Scores and ranks (1 is best, equal is a tie, NaN is none) are (R, K). `center_rewards_coefficient` adds TRL's
     `coefficient * (better + worse)^2` to each pair (2312.09244).
     """
-    better, worse = strict_pairs(ranks, group)
-    losses = -nn.functional.logsigmoid(scores[better] - scores[worse])
+    row, better, worse = strict_pairs(ranks)
+    losses = -nn.functional.logsigmoid(scores[row, better] - scores[row, worse])
     if center_rewards_coefficient is not None:
-        losses = losses + center_rewards_coefficient * (scores[better] + scores[worse]) ** 2
-    pairs = torch.bincount(group[better], minlength=int(group.max()) + 1).to(losses)
-    return (losses / pairs[group[better]]).sum() / pairs.count_nonzero().clamp(min=1)
+        losses = losses + center_rewards_coefficient * (scores[row, better] + scores[row, worse]) ** 2
+    pairs = row.bincount(minlength=len(ranks)).to(losses)
+    return (losses / pairs[row]).sum() / pairs.count_nonzero().clamp(min=1)
 
 
 def majority_rankings(dataset: Dataset) -> Dataset:
@@ -111,16 +113,16 @@ def conversations(row: dict, tokenizer) -> list[list[int]]:
     return tokenizer.apply_chat_template([row["prompt"] + text for text in row["completions"]], return_dict=False)
 
 
-def scores_in_words(row: dict, scores: list[float], title: str) -> str:
-    """A ranking as lines of text: rank, score and beginning of each response."""
-    lines = [f"{title}: {short(row['prompt'][-1]['content'])}"]
-    for rank, score, completion in zip(row["ranks"], scores, row["completions"], strict=True):
-        lines.append(f"  rank {rank:g}  score {score:+.3f}  {short(completion[-1]['content'])}")
-    return "\n".join(lines)
-
-
-def short(text: str) -> str:
-    return visible(textwrap.shorten(text, 90, placeholder=" …")) or repr(text)
+def results_in_words(row: dict, scores: list[float], metrics: dict[str, float] | None) -> str:
+    """Rank, score and beginning of each response of a ranking, and what an evaluation found, where there was one."""
+    shown = [
+        visible(textwrap.shorten(messages[-1]["content"], 90, placeholder=" …"))
+        for messages in (row["prompt"], *row["completions"])
+    ]
+    lines = [f"{'A held-out prompt' if metrics else 'A prompt of the training data'}: {shown[0]}"]
+    for rank, score, text in zip(row["ranks"], scores, shown[1:], strict=True):
+        lines.append(f"  rank {rank:g}  score {score:+.3f}  {text}")
+    return "\n".join([*lines, accuracy_in_words(metrics)] if metrics else lines)
 
 
 def accuracy_in_words(metrics: dict[str, float]) -> str:
@@ -154,7 +156,7 @@ def ranking_metrics(rankings: list[torch.Tensor]) -> dict[str, float]:
     (expected calibration error, 1706.04599).
     """
     scores, ranks, lengths = pad(rankings, padding_value=torch.nan).double().unbind(-1)
-    row, better, worse = torch.nonzero(ranks[:, :, None] < ranks[:, None], as_tuple=True)
+    row, better, worse = strict_pairs(ranks)
     margin = scores[row, better] - scores[row, worse]
     longer = (lengths[row, better] - lengths[row, worse]).sign()
     right, confidence = (margin > 0).double(), margin.abs().sigmoid()
@@ -198,6 +200,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
             raise UserError(f"--pad_token {self.args.pad_token} is the EOS token, before which scores would be read.")
         if data_collator is None:
             self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
+        self._signature_columns = ["response_ids", "ranks"]
         self._rankings: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}  # since the last log
 
     def running_state(self) -> dict[str, Any]:
@@ -232,22 +235,20 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
             )
         return usable
 
-    def _set_signature_columns_if_needed(self):
-        if self._signature_columns is None:
-            self._signature_columns = ["response_ids", "ranks"]
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ranks, group = inputs.pop("ranks"), inputs.pop("group")
+        ranks = inputs.pop("ranks")
         outputs = model(**inputs, use_cache=False)
-        scores = outputs.logits.squeeze(-1).float()
-        loss = ranking_loss(scores, ranks, group, self.args.center_rewards_coefficient)
-        self._keep_rankings(scores.detach(), ranks, group, inputs["attention_mask"].sum(1))
+
+        def by_ranking(values: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(ranks, torch.nan).masked_scatter(~ranks.isnan(), values.to(ranks))
+
+        scores, lengths = by_ranking(outputs.logits), by_ranking(inputs["attention_mask"].sum(1))
+        loss = ranking_loss(scores, ranks, self.args.center_rewards_coefficient)
+        self._keep_rankings(torch.stack([scores.detach(), ranks, lengths], 2))
         return (loss, outputs) if return_outputs else loss
 
-    def _keep_rankings(self, scores, ranks, group, lengths) -> None:
-        """Keep the rankings of all processes for the next log; those that only fill the last batch up are left out."""
-        responses = torch.stack([scores, ranks, lengths.to(scores)], 1)
-        rankings = pad(responses.split(group.bincount().tolist()), padding_value=torch.nan)
+    def _keep_rankings(self, rankings: torch.Tensor) -> None:
+        """Keep rankings (R, K, 3) of all processes for the next log, but none that only fills the last batch up."""
         for dim in (0, 1):
             rankings = self.accelerator.pad_across_processes(rankings, dim=dim, pad_index=torch.nan)
         if self.model.training:

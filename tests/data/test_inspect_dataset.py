@@ -209,11 +209,12 @@ def test_a_dataset_cannot_steer_the_terminal(main, capsys, tmp_path, tiny_base):
 
 
 def test_scores_of_responses_cannot_steer_the_terminal():
-    from recipes.trainers.ranking_trainer import scores_in_words
+    from recipes.trainers.ranking_trainer import results_in_words
 
     answers = [[{"role": "assistant", "content": f"\x1b[2J{text}"}] for text in "ab"]
     row = {"prompt": [{"role": "user", "content": "q\x9b31m"}], "completions": answers, "ranks": [1, 2]}
-    assert "\\x1b[2Ja" in scores_in_words(row, [1, 0], "t") and "\x1b" not in scores_in_words(row, [1, 0], "t")
+    text = results_in_words(row, [1, 0], None)
+    assert "\\x1b[2Ja" in text and "\x1b" not in text
 
 
 def test_a_template_that_loops_without_end_is_stopped(main, capsys, tmp_path, tiny_base, monkeypatch):

@@ -364,14 +364,13 @@ def test_what_is_planned():
     ("change", "message"),
     [
         ({"policies": ["sft"]}, "--policies sft: write it as NAME=PATH"),
-        ({"policies": ["a=1", "a=2"]}, "the name a is given twice"),
+        ({"policies": ["a=1", "a=2"]}, "--policies a=2: write it as NAME=PATH, each NAME once"),
         ({"policies": []}, "--policies NAME=PATH"),
         ({"reference": "gpt"}, "--reference gpt is not among --policies"),
         ({"top_k": 50}, "KL is not finite"),
         ({"temperatures": [0.0]}, "must be above 0"),
         ({"best_of_n": 1}, "--best_of_n 1"),
         ({"num_prompts": 0}, "--num_prompts 0"),
-        ({"headline": "sft"}, "--headline sft is what the others are compared with"),
         ({"judges": [f"{__name__}.reward"]}, "the report has a figure reward already"),
         ({"judges": [f"{__name__}.brief", "tests.evaluation.test_command.brief"]}, "a figure brief already"),
         ({"judges": [f"{__name__}.missing"]}, "--judges .*missing: write it as module.function"),
@@ -437,7 +436,7 @@ def test_a_report_of_hardly_anything(tmp_path, prompts, equal, kl):
     write_report(report, str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     text = verdict(report)
-    assert (tmp_path / "report.html").read_text().count("<svg") == 3 + (report["over_optimization"] is not None)
+    assert (tmp_path / "report.html").read_text().count("<svg") == 2 + (report["over_optimization"] is not None)
     assert (report["policies"]["ppo"]["reward"]["ci95"] is None) == (prompts == 1)
     assert ("on the only prompt, which says nothing about others" in text) == (prompts == 1)
     assert ("ppo scores the same as sft" in text) == equal and "could be chance" not in text

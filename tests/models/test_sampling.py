@@ -250,6 +250,12 @@ def test_an_adapter_samples_as_itself(folders, generator, prompts):
         assert sample(*adapter, conversations, greedy) == base
 
 
+def test_a_base_answers_in_four_bits(folders, prompts):
+    model, tokenizer = load_generator(ModelConfig(model_name_or_path=folders["base"], load_in_4bit=True))
+    (group,) = sample(model, tokenizer, [prompts[0].messages], SAMPLING)
+    assert model.is_quantized and len(group) == 3
+
+
 @pytest.mark.parametrize("name", ["base", "adapter"])
 def test_sampling_is_what_the_flags_say_whatever_came_with_the_base(folders, prompts, tmp_path, name):
     """Filters in generation_config.json would make another policy of what chat, ranking and evaluation sample."""

@@ -67,7 +67,7 @@ CASES = [
     ("sft", {"dataset_name": "wrong.jsonl"}, r"wrong\.jsonl.*(question|reply)"),
     ("sft", {"model_name_or_path": "nowhere/at/all"}, r"nowhere/at/all"),
     ("sft", {"learning_rat": "1"}, r"Command line: unrecognized arguments: --learning_rat"),
-    ("sft", {"load_in_4bit": "true", "use_peft": "false"}, r"set use_peft: true"),
+    ("sft", {"load_in_4bit": "true", "use_peft": "false"}, r"cannot perform fine-tuning on purely quantized models"),
     ("sft", {"activation_offloading": "true"}, r"activation_offloading .* this runs on a CPU: leave it out"),
     ("sft", {"dataset_config": "small"}, r"is one file, and has no configuration 'small'"),
     ("sft", {"eos_token": "<|no|>"}, r"`eos_token` \('<\|no\|>'\) is not found in the vocabulary"),

@@ -141,7 +141,7 @@ def test_rows_that_have_changed_are_noticed(data, recipes, tmp_path):
     assert recipe.run(operations(recipes["sft"], r"unfinished/checkpoint-6$")[0]) == -signal.SIGKILL
     write_jsonl(tmp_path / "rows.jsonl", rows[1:] + rows[:1])
     assert recipe.run(resume_from_checkpoint="true") == 1
-    assert f"the train rows of {source} have changed" in error(recipe)
+    assert "the digest of the train rows was " in error(recipe)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -183,7 +183,7 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoint(recipes, tmp_path, step
     recipe = recipes[step].at(tmp_path / "run")
     assert recipe.run(full_at=operations(recipes[step], r"mkdir .*\.unfinished$")[1]) == 1
     line = error(recipe)
-    assert re.search("The checkpoint of step [56] cannot be written below .*checkpoint-3 is whole", line), line
+    assert re.search("step [56] cannot be written below .*The last good .*/checkpoint-3\\.", line), line
     assert {path.name for path in recipe.folder.glob("checkpoint-*")} == {"checkpoint-3"}
     assert recipe.run(resume_from_checkpoint="true") == 0, recipe.log()
     assert_same_result(recipes[step].folder, recipe.folder)

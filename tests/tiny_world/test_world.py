@@ -121,6 +121,10 @@ def test_no_single_sentence_fools_the_judge():
         assert mean < 0.5, (answer, mean)
 
 
+def test_no_two_questions_have_a_wording_in_common():
+    assert len(world.by_wording()) == sum(len(question.wordings) for question in world.questions())
+
+
 def test_unknown_question_is_named():
     with pytest.raises(ValueError, match="the tiny world has no question 'What is love\\?'"):
         gold("What is love?", "Baby.")
@@ -206,16 +210,15 @@ def test_labeler_writes_rankings_once(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no samples"),
-        ("{", "line 1: Expecting"),
-        ('{"id": "a"}', "line 1: missing 'prompt'"),
+        ("{", "Expecting property name"),
+        ('{"id": "a"}', "'prompt'"),
         (
             '{"id": "a", "prompt": [{"role": "user", "content": "Who?"}], "model": "m", "responses": []}',
-            "line 1: the tiny world has no question 'Who?'",
+            "the tiny world has no question 'Who?'",
         ),
     ],
 )
-def test_labeler_names_the_bad_line(tmp_path, content, message):
+def test_what_the_labeler_cannot_rank_is_one_line(tmp_path, content, message):
     (tmp_path / "samples.jsonl").write_text(content)
     done = run("labeler", "--samples", tmp_path / "samples.jsonl", "--output", tmp_path / "rankings.jsonl")
     assert done.returncode != 0 and message in done.stderr and len(done.stderr.splitlines()) == 1
@@ -256,6 +259,7 @@ def test_pretraining_runs_from_nothing(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert tokenizer.convert_tokens_to_ids(list(world.SPECIAL_TOKENS)) == list(range(len(world.SPECIAL_TOKENS)))
     assert model.config.vocab_size == len(tokenizer)
+    assert model.generation_config.eos_token_id == world.END_TOKEN_ID
     again = run("pretrain", "--output_dir", tmp_path / "base")
     assert again.returncode != 0 and "is not empty" in again.stderr and len(again.stderr.splitlines()) == 1
 

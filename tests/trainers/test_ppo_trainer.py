@@ -355,6 +355,7 @@ def test_target_kl_stops_the_update_not_the_run(world, tmp_path):
     held = make_trainer(world, tmp_path / "held", learning_rate=5e-2, max_steps=8, target_kl=1e-6)
     held.train()
     assert len(history(free, "policy/approxkl_avg")) == 8
+    assert {*history(free, "objective/kl_coef")} == {free.args.kl_coef}
     # Each rollout's first minibatch is on policy; the second shows the KL and ends the rollout.
     assert len([kl for kl in history(held, "policy/approxkl_avg") if kl is not None]) == 4
     assert held.state.global_step == 8

@@ -19,6 +19,7 @@ from recipes.trainers.ranking_trainer import (
 )
 from tests import tiny_models as models
 
+NONE = float("nan")
 RANKS = [[1, 2, 3, 4], [1, 1, 2, 2], [2, 1, 1, 1]]
 
 
@@ -85,16 +86,18 @@ def test_arguments_that_rankings_have_no_use_for_are_refused(tmp_path, wrong):
 
 
 def test_loss_by_hand():
-    scores, ranks = torch.tensor([0.5, -1.0, 2.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0])
-    group = torch.tensor([0, 0, 0, 1, 1])
+    scores, ranks = (
+        torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.0, NONE]]),
+        torch.tensor([[1.0, 2.0, 2.0], [1.0, 2.0, NONE]]),
+    )
     first = -(math.log(1 / (1 + math.exp(-1.5))) + math.log(1 / (1 + math.exp(1.5)))) / 2
     second = -math.log(1 / (1 + math.exp(-1.0)))
-    assert ranking_loss(scores, ranks, group).item() == pytest.approx((first + second) / 2)
+    assert ranking_loss(scores, ranks).item() == pytest.approx((first + second) / 2)
 
 
 def test_ties_and_other_prompts_make_no_pair():
-    better, worse = strict_pairs(torch.tensor([1.0, 1.0, 2.0, 1.0]), torch.tensor([0, 0, 0, 1]))
-    assert sorted(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 2), (1, 2)]
+    row, better, worse = strict_pairs(torch.tensor([[1.0, 1.0, 2.0], [1.0, NONE, NONE]]))
+    assert sorted(zip(row.tolist(), better.tolist(), worse.tolist(), strict=True)) == [(0, 0, 2), (0, 1, 2)]
 
 
 @pytest.mark.parametrize("center", [None, 0.1])
@@ -117,7 +120,7 @@ def test_each_response_runs_once(tmp_path):
     trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings())
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["input_ids"].size(0) == sum(map(len, RANKS))
-    assert sorted(batch["group"].tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+    assert sorted(batch["ranks"].tolist()) == sorted(RANKS)
 
 
 def test_training_learns_the_order_and_logs_it(tmp_path):
@@ -156,8 +159,8 @@ def test_accuracy_weighs_every_pair_the_same(tmp_path):
 def test_calibration_error_by_hand(tmp_path):
     trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings())
     trainer.model.eval()
-    scores, ranks = torch.tensor([2.0, 0.0, 0.0, 2.0, 0.1, 0.0]), torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 2.0])
-    trainer._keep_rankings(scores, ranks, torch.tensor([0, 0, 1, 1, 2, 2]), torch.ones(6))
+    scores, ranks = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.1, 0.0]]), torch.tensor([[1.0, 2.0]] * 3)
+    trainer._keep_rankings(torch.stack([scores, ranks, torch.ones(3, 2)], 2))
     logs = {}
     trainer.log(logs)
     sure, unsure = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-0.1))

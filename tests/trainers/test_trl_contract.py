@@ -20,7 +20,6 @@ from tests.trainers.conftest import config, make_trainer
 
 # Parameters of GRPOTrainer's methods, as in TRL 1.16, without `self`.
 OVERRIDDEN = {
-    "_get_train_sampler": ["dataset"],
     "_prepare_inputs": ["generation_batch"],
     "_generate": ["prompts"],
     "_generate_and_score_completions": ["inputs"],
@@ -56,6 +55,7 @@ CHECKPOINTS = {
     "_push_from_checkpoint": ["checkpoint_folder"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_run_epoch": ["model", "epoch", "train_dataloader", "..."],
+    "_maybe_log_save_evaluate": ["..."],
     "_finalize_training": ["trial", "num_train_samples", "start_time"],
 }
 
