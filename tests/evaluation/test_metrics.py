@@ -364,7 +364,7 @@ def test_what_is_planned():
     ("change", "message"),
     [
         ({"policies": ["sft"]}, "--policies sft: write it as NAME=PATH"),
-        ({"policies": ["a=1", "a=2"]}, "the name a is given twice"),
+        ({"policies": ["a=1", "a=2"]}, "--policies a=2: write it as NAME=PATH, each NAME once"),
         ({"policies": []}, "--policies NAME=PATH"),
         ({"reference": "gpt"}, "--reference gpt is not among --policies"),
         ({"top_k": 50}, "KL is not finite"),
