@@ -30,7 +30,8 @@ def begin(command: str, *more: str) -> None:
     words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
     try:
         if importlib.util.find_spec("trl") is None:
-            raise UserError(f"This Python ({sys.executable}) has no TRL: {activation()}")
+            activate = f"source {ROOT}/.venv/bin/activate, which bash {ROOT}/scripts/quickstart.sh makes"
+            raise UserError(f"This Python ({sys.executable}) has no TRL: type {activate}.")
         answer(command, more, words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,13 +64,6 @@ def expand_home(word: str) -> str:
     """`--output_dir=~/runs` with the home folder, which the shell puts in only where a word begins with it."""
     flag, equals, value = word.partition("=")
     return f"{flag}={os.path.expanduser(value)}" if value.startswith("~") else word
-
-
-def activation() -> str:
-    """What to type to get the project's environment."""
-    environment = ROOT / ".venv"
-    make = "" if environment.exists() else f"bash {ROOT}/scripts/quickstart.sh, which makes the environment, then "
-    return f"type {make}source {environment}/bin/activate"
 
 
 def quiet() -> None:
