@@ -64,7 +64,6 @@ class JudgeArguments:
     )
     rankings: str | None = field(default=None, metadata={"help": "Rankings that people made of that task."})
     report_to: str = field(default="none", metadata={"help": "Where to log.", "choices": ["none", "wandb"]})
-    run_name: str | None = field(default=None, metadata={"help": "Name of the W&B run."})
 
 
 ARGUMENTS = (EvaluationPrompts, EvaluationArguments, LoadingArguments, RowArguments, JudgeArguments)
@@ -102,8 +101,7 @@ def other_win_rates(evaluation: Evaluation, texts: dict, judge_args: JudgeArgume
         memory = evaluation.parts.folder / "llm_verdicts.jsonl"
         judge = LLMJudge(judge_args.llm_judge_model, judge_args.llm_judge_base_url, memory)
         for name in (name for name in texts if name != args.reference):
-            title = f"{judge.model} on {name}"
-            shares, behaviour = judge.compare(prompts, texts[name], texts[args.reference], title)
+            shares, behaviour = judge.compare(prompts, texts[name], texts[args.reference], f"{judge.model} on {name}")
             add(name, args.reference, judge.model, shares, **behaviour)
     if rankings is not None:
         for b, a in combinations(texts, 2):
@@ -136,19 +134,18 @@ def main():
     report = summarise(args, measured, evaluation.conversations, reward.unit)
     texts = {name: measured[name].first_texts for name in args.paths}
     report["win_rates"] += other_win_rates(evaluation, texts, judge_args, rankings)
-    report["reward_model"] = None
+    report |= {"reward_model": None, "git_revision": git_revision()}
     if not pairs.empty:
         report["reward_model"] = reward_model_quality(reward.pairs(pairs)) | {"trained_on": reward.trained_on(pairs)}
-    report["git_revision"] = git_revision()
     write_report(report, args.output_dir)
-    if judge_args.ranking_task is not None:
-        written = write_ranking_task(Path(judge_args.ranking_task), evaluation.conversations, texts)
-        task = f"{judge_args.ranking_task}: {counted(written, 'prompt')}"
-        print(f"{task} to rank with scripts/rank_responses.py serve --samples")
     if judge_args.report_to == "wandb":
-        log_to_wandb(report, args.output_dir, judge_args.run_name)
+        log_to_wandb(report, args.output_dir)
     print(f"\n{table(report)}\n")
     print(f"Plots and samples: {args.output_dir}/report.html    Numbers: {args.output_dir}/report.json")
+    if judge_args.ranking_task is not None:
+        task = Path(judge_args.ranking_task)
+        written = write_ranking_task(task, evaluation.conversations, texts)
+        print(f"{task}: {counted(written, 'prompt')} to rank with scripts/rank_responses.py serve --samples")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Checkpoints on disk: which are whole, which is the newest, and how one appears under its name only when it is whole.
+"""Checkpoints on disk: one appears under its name only when it is whole.
 
-A checkpoint is written to `OUTPUT_DIR/.unfinished/checkpoint-N`. Its manifest, `checkpoint.json`, comes last and lists
-every file with its size; then the folder is renamed to `OUTPUT_DIR/checkpoint-N`. A folder without a manifest, or with
-a file that is missing or has another size, is not whole.
+It is written to `OUTPUT_DIR/.unfinished/checkpoint-N`. Its manifest, `checkpoint.json`, comes last and lists every
+file with its size; then the folder is renamed to `OUTPUT_DIR/checkpoint-N`.
 """
 
 import contextlib
 import json
 import os
-import re
 import shutil
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -17,7 +15,6 @@ from recipes.cli.files import sync, write_text
 
 MANIFEST = "checkpoint.json"
 UNFINISHED = ".unfinished"
-SHOWN = 3  # files that a message names
 
 
 def unfinished(output_dir: str, name: str = "") -> str:
@@ -37,30 +34,23 @@ def problem(folder: str) -> str | None:
         return f"{MANIFEST}, which is written last, is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    wrong = []
     for name, size in files.items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
-            wrong.append(f"{name} is missing")
-        elif os.path.getsize(path) != size:
-            wrong.append(f"{name} has {os.path.getsize(path)} of {size} bytes")
-    if wrong:
-        return ", ".join(wrong[:SHOWN]) + (f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else "")
+            return f"{name} is missing"
+        if os.path.getsize(path) != size:
+            return f"{name} has {os.path.getsize(path)} of {size} bytes"
     return None if resumable else "it holds the model only (save_only_model), nothing to go on from"
 
 
 def newest_whole(output_dir: str) -> tuple[str | None, list[str]]:
     """The newest whole checkpoint of a run, and a sentence about each newer one that is not whole."""
-    steps = {}
-    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
-        if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name):
-            steps[int(match[1])] = os.path.join(output_dir, name)
     skipped = []
-    for step in sorted(steps, reverse=True):
-        why = problem(steps[step])
+    for path in reversed(sort_checkpoints(output_dir)):
+        why = problem(path)
         if why is None:
-            return steps[step], skipped
-        skipped.append(f"{steps[step]} is not whole: {why}")
+            return path, skipped
+        skipped.append(f"{path} is not whole: {why}")
     return None, skipped
 
 
@@ -110,7 +100,7 @@ def rotate(output_dir: str, limit: int | None, *protected: str | None) -> None:
     whole = [path for path in sort_checkpoints(output_dir, use_mtime=True) if problem(path) is None]
     kept = {os.path.realpath(path) for path in protected if path}
     spare = [path for path in whole if os.path.realpath(path) not in kept]
-    for path in spare[: max(0, len(whole) - max(limit, len(whole) - len(spare)))]:
+    for path in spare[: max(0, len(whole) - limit)]:
         remove(path, output_dir)
 
 

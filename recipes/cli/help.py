@@ -1,8 +1,7 @@
 """Answers `--help` and mistyped flags, read from the source text of the dataclasses that hold the arguments.
 
-Importing those dataclasses takes torch and TRL with them, which is 5 to 15 seconds. Their source says the same: a flag
-is an annotated field, and `ARGUMENTS` of a recipe or script names the classes. So this module imports neither, and
-nothing has to be kept up to date; a test compares it with the real parser.
+Importing them takes torch and TRL along, 5 to 15 seconds. Their source says the same: a flag is an annotated field,
+and `ARGUMENTS` of a recipe or script names the classes. A test compares it with the real parser.
 """
 
 import argparse
@@ -87,27 +86,23 @@ def show(command: str, flags: dict[str, Flag], everything: bool) -> str:
     """The help: the most used flags, a line each, or all flags by the class that they come from."""
     name, width = os.path.basename(command), max(80, shutil.get_terminal_size((119, 24)).columns)
     text = f"{ast.get_docstring(tree(command))}\n\nFlags, also as keys of --config FILE.yaml; flags win."
-    groups: dict[str, list[Flag]] = {}
-    for flag in flags.values():
-        groups.setdefault(flag.owner, []).append(flag)
-    if len(flags) > FEW and not everything:
-        groups = {"Most used": [flags[name] for name in MOST_USED if name in flags]}
+    shown = list(flags.values())
+    few = len(flags) > FEW and not everything
+    if few:
+        shown = [flags[flag] for flag in MOST_USED if flag in flags]
         text += f" {name} --help_all lists all {len(flags)}."
-    for title, members in groups.items():
-        text += f"\n\n{title}:"
-        for flag in members:
-            start = f"  --{flag.name} {flag.kind}"
-            default = (
-                " (required)" if flag.required else f" (default: {flag.default})" if flag.default != "None" else ""
-            )
-            if everything:
-                lines = textwrap.wrap(flag.help + default, width - 6)
-                text += "".join(f"\n{line}" for line in [start, *(f"      {line}" for line in lines)])
-            else:
-                sentence = re.split(r"\.(?= [A-Z]|$)", flag.help)[0]
-                words = textwrap.shorten(sentence + default, width - 44, placeholder=" …")
-                text += f"\n{start:42} {words}".rstrip()
-    return text
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=44, width=width)
+    parser = argparse.ArgumentParser(name, argparse.SUPPRESS, text, formatter_class=formatter, add_help=False)
+    groups: dict[str, Any] = {}
+    for flag in shown:
+        words = flag.help if everything else re.split(r"\.(?= [A-Z]|$)", flag.help)[0]
+        words += " (required)" if flag.required else f" (default: {flag.default})" if flag.default != "None" else ""
+        words = words if everything else textwrap.shorten(words, width - 44, placeholder=" …")
+        title = "Most used" if few else flag.owner
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(f"--{flag.name}", metavar=flag.kind, help=words.replace("%", "%%"))
+    return parser.format_help().rstrip()
 
 
 # Reading source

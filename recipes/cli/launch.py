@@ -1,8 +1,7 @@
 """Checks that processes and device match the launch command: their number, the device, and that it is one run.
 
-Several ways of asking for more processes than one are ignored without an error on a CPU, and one of them trains
-independent copies that overwrite each other. The request is read from the command line of `accelerate launch`, this
-process's parent; what runs is what `torch.distributed` says.
+On a CPU Accelerate ignores some requests for several processes; one way trains copies that overwrite each other. The
+request is read from the command line of `accelerate launch`, the parent of this process.
 """
 
 import os
@@ -75,10 +74,9 @@ def read_request(launch_arguments: list[str]) -> Request:
     if args.cpu and args.config_file is None:  # then Accelerate does not read its default file either
         config_file = None
     config = load_config_from_file(args.config_file) if config_file else None
+    kind = "NO" if config is None else DistributedType(config.distributed_type).value
     flags = {"FSDP": args.use_fsdp, "DEEPSPEED": args.use_deepspeed, "MULTI_GPU": args.multi_gpu}
-    kind = next((name for name, given in flags.items() if given), None)
-    if kind is None:
-        kind = "NO" if config is None else DistributedType(config.distributed_type).value
+    kind = next((name for name, given in flags.items() if given), kind)
     num_processes = args.num_processes or getattr(config, "num_processes", None) or world_size()
     use_cpu = bool(args.cpu or getattr(config, "use_cpu", False))
     return Request(num_processes, kind, use_cpu, config_file)

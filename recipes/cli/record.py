@@ -6,9 +6,9 @@ import importlib.metadata
 import os
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -81,6 +81,8 @@ def add_datasets(record: dict[str, Any], reports: Mapping[str, Any]) -> None:
 def add_used(record: dict[str, Any], reports: Mapping[str, Any], datasets: Mapping[str, Any]) -> None:
     """Put what is trained and evaluated on, as the trainer has it, into the record and the reports on its rows."""
     record["used"] = {name: count(dataset) for name, dataset in datasets.items() if hasattr(dataset, "__len__")}
+    if "train" in record["used"]:
+        record["setup"]["training_rows"] = record["used"]["train"]["rows"]
     for name, report in reports.items():
         if name.startswith(("train", "eval")):
             report.used = record["used"]
@@ -97,18 +99,15 @@ def used_in_words(record: Mapping[str, Any]) -> list[str]:
 
 def count(dataset: Any) -> dict[str, int]:
     """Rows of a dataset, responses of rankings, and tokens where it holds token ids."""
-    counted = {"rows": len(dataset)}
-    column = next((name for name in ("input_ids", "response_ids") if name in dataset.column_names), None)
-    if column is None:
-        return counted
-    counted |= {"responses": 0, "tokens": 0} if column == "response_ids" else {"tokens": 0}
-    for batch in dataset.select_columns(column).with_format("arrow").iter(1000):
-        ids = batch[column]
-        if column == "response_ids":
-            counted["responses"] += pc.sum(pc.list_value_length(ids)).as_py()
-            ids = pc.list_flatten(ids)
-        counted["tokens"] += pc.sum(pc.list_value_length(ids)).as_py()
-    return counted
+    found = Counter(rows=len(dataset))
+    for column in [name for name in ("input_ids", "response_ids") if name in dataset.column_names][:1]:
+        for batch in dataset.select_columns(column).with_format("arrow").iter(1000):
+            ids = batch[column]
+            if column == "response_ids":
+                found["responses"] += pc.sum(pc.list_value_length(ids)).as_py()
+                ids = pc.list_flatten(ids)
+            found["tokens"] += pc.sum(pc.list_value_length(ids)).as_py()
+    return dict(found)
 
 
 def write_record(path: str, record: Mapping[str, Any]) -> None:
@@ -133,27 +132,23 @@ def read_record(path: str) -> dict[str, Any] | None:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The arguments in which a later start differs from the run's first, one phrase each."""
-    found = []
-    if before["recipe"] != now["recipe"]:
-        found.append(f"it was a run of recipes/{before['recipe']}.py")
-    for name, value in now["arguments"].items():
-        was = before["arguments"].get(name, value)  # a field that did not exist then has its default
-        if not FREE.fullmatch(name) and not same(was, value):
-            found.append(f"--{name} was {was}, now {value}")
-    for name, value in now["models"].items():
-        was = before.get("models", {}).get(name, value)
-        if was != value and same(before["arguments"].get(name), now["arguments"][name]):
-            what = "template" if name == TEMPLATE else "model"
-            found.append(f"the {what} in --{name} {now['arguments'][name]} is another one now")
-    for name, value in now["setup"].items():
-        was = before.get("setup", {}).get(name, value)
-        if was != value:
-            found.append(f"{name} was {was}, now {value}")
-    for name, data in now.get("datasets", {}).items():
-        was = before.get("datasets", {}).get(name, data)
-        if was["fingerprint"] != data["fingerprint"] and not name.startswith(("eval", "leakage")):
-            found.append(f"the {name} rows of {data['source']} have changed")
+    """What a later start of a run differs in from its first, one phrase each."""
+    was = fixed(before)
+    return [
+        f"{name} was {was[name]}, now {value}"
+        for name, value in fixed(now).items()
+        if name in was and not same(was[name], value)
+    ]
+
+
+def fixed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What may not change from one start of a run to the next, by the name that a message gives it."""
+    found = {"recipe": record["recipe"], **record.get("setup", {})}
+    found |= {f"--{name}": value for name, value in record["arguments"].items() if not FREE.fullmatch(name)}
+    found |= {f"the digest of --{name}": digest for name, digest in record.get("models", {}).items()}
+    for name, data in record.get("datasets", {}).items():
+        if not name.startswith(("eval", "leakage")):
+            found[f"the digest of the {name} rows"] = data["fingerprint"]
     return found
 
 
@@ -204,20 +199,16 @@ def plain(value):
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def digest(folder: str) -> str:
+def digest(path: str) -> str:
     """A short digest of a file, or of a model's files: name, size and both ends of each, since weights are large."""
+    names = sorted(filter(MODEL_FILES.fullmatch, os.listdir(path))) if os.path.isdir(path) else [""]
     total = hashlib.sha256()
-    if os.path.isfile(folder):
-        total.update(Path(folder).read_bytes())
-        return total.hexdigest()[:16]
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        if MODEL_FILES.fullmatch(name) and os.path.isfile(path):
-            with open(path, "rb") as file:
-                size = os.path.getsize(path)
-                total.update(f"{name} {size} ".encode() + file.read(SAMPLE))
-                file.seek(max(0, size - SAMPLE))
-                total.update(file.read())
+    for name in names:
+        with open(os.path.join(path, name) if name else path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            total.update(f"{name} {size} ".encode() + file.read(SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            total.update(file.read())
     return total.hexdigest()[:16]
 
 

@@ -4,7 +4,6 @@ import atexit
 import errno
 import math
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -57,10 +56,6 @@ class RunFolder:
     - `auto`: the same, or a new run where there is none, for schedulers that start one line again and again;
     - a path: that checkpoint.
 
-    Args:
-        recipe: "sft", "reward" or "ppo".
-        arguments: the dataclasses that the run was started with, TrainingArguments among them.
-
     Raises:
         UserError: the folder holds something else, is in use or has no whole checkpoint, or the run was started with
             other arguments.
@@ -101,12 +96,10 @@ class RunFolder:
 
     def _choose(self) -> tuple[str | None, list[str]]:
         """The checkpoint to go on from, if any, and what to say about the choice."""
-        if os.path.isfile(self.path):
-            raise UserError(f"--output_dir {self.path} is a file: choose another.")
         entries = holds_anything(self.path)
         given = self.training_args.resume_from_checkpoint
         wish = str(given).lower()
-        anew = wish in ("none", "false", "no", "0", "")
+        anew = wish in ("none", "false", "no", "")
         if anew and entries:
             raise UserError(
                 f"The output folder {self.path} is not empty, and nothing is ever written over: "
@@ -114,26 +107,30 @@ class RunFolder:
             )
         if anew or (wish == "auto" and not entries):
             return None, []
-        newest = wish in ("true", "yes", "1", "auto")
-        origin = self.path if newest else os.path.dirname(os.path.abspath(given))
-        here = os.path.realpath(origin) == os.path.realpath(self.path)
-        checkpoint, notes = newest_whole(origin)
-        if not newest:
+        if wish in ("true", "yes", "auto"):
+            origin = self.path
+            checkpoint, notes = newest_whole(origin)
+        else:
+            origin, checkpoint, notes = os.path.dirname(os.path.abspath(given)), given, []
             if why := problem(given):
-                instead = f" {checkpoint} is whole." if checkpoint else ""
+                whole, _ = newest_whole(origin)
+                instead = f" {whole} is whole." if whole else ""
                 raise UserError(
                     f"--resume_from_checkpoint {given}: {why}; there is no checkpoint to go on from.{instead}"
                 )
-            checkpoint, notes = given, []
-        if entries and not here:
-            raise UserError(
-                f"The output folder {self.path} is not empty, and {given} is a checkpoint of another run: "
-                "choose another --output_dir."
-            )
+            if entries and os.path.realpath(origin) != os.path.realpath(self.path):
+                raise UserError(
+                    f"The output folder {self.path} is not empty, and {given} is a checkpoint of another run: "
+                    "choose another --output_dir."
+                )
         self.before = read_record(os.path.join(origin, RECORD))
+        refuse_changes(self.before, self.record, origin)
         finished = read_record(os.path.join(self.path, RESULT))
-        if here and finished is not None:
-            self._end_if_enough(finished)
+        if finished is not None:
+            state = vars(TrainerState.load_from_json(os.path.join(self.path, TRAINER_STATE_NAME)))
+            if not wants_more(self.record["arguments"], finished["arguments"], state):
+                steps = counted(state["global_step"], "step")
+                raise RunEnded(f"{self.path} holds a finished run of {steps}: nothing to do.")
         if self.training_args.save_only_model:
             raise UserError(
                 "--save_only_model true leaves out of checkpoints what a run goes on from: set it to false to resume."
@@ -141,20 +138,10 @@ class RunFolder:
         if checkpoint is None and (self.before is None or notes or finished is not None):
             why = "; ".join([f"there is no{' whole' if notes else ''} checkpoint in {self.path}", *notes])
             raise UserError(f"--resume_from_checkpoint {given}: {why}.")
-        refuse_changes(self.before, self.record, origin)
         if self.before is None:
             notes.append(f"{origin} has no {RECORD}: the arguments are not compared with those the run started with.")
         way = f"going on from {checkpoint}" if checkpoint else "no checkpoint yet, starting from the beginning"
         return checkpoint, [*notes, f"{self.path}: {way}."]
-
-    def _end_if_enough(self, finished: Mapping[str, Any]) -> None:
-        path = os.path.join(self.path, TRAINER_STATE_NAME)
-        state = vars(TrainerState.load_from_json(path)) if os.path.isfile(path) else None
-        if state and not wants_more(self.record["arguments"], finished["arguments"], state):
-            refuse_changes(self.before, self.record, self.path)
-            raise RunEnded(
-                f"{self.path} holds a finished run of {counted(state['global_step'], 'step')}: nothing to do."
-            )
 
     def train(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
         """Write down what the run was started with, compare it where the run goes on, and train.
@@ -163,12 +150,9 @@ class RunFolder:
             reports: what became of the rows, by dataset, as `load_formatted` gives them.
         """
         add_datasets(self.record, reports)
-        evaluated = {} if trainer.eval_dataset is None else {"eval": trainer.eval_dataset}
-        add_used(self.record, reports, {"train": trainer.train_dataset} | evaluated)
+        add_used(self.record, reports, {"train": trainer.train_dataset, "eval": trainer.eval_dataset})
         for sentence in used_in_words(self.record):
             trainer.accelerator.print(sentence)
-        if hasattr(trainer.train_dataset, "__len__"):
-            self.record["setup"]["training_rows"] = len(trainer.train_dataset)
 
         def compare_or_write() -> None:
             refuse_changes(self.before, self.record, self.path)
@@ -225,17 +209,12 @@ class RunFolder:
             write_text(os.path.join(aside, "README.md"), trainer.card())
 
         self.save_model(trainer, write_records)
-        if trainer.args.push_to_hub:
-            try:
-                trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
-            except Exception as error:  # of the Hub, or of the network below it
-                raise UserError(
-                    f"The model is in {self.path}, and could not be pushed to the Hub: {first_line(error)}. "
-                    f"Push it later: hf upload {trainer.hub_model_id or 'OWNER/NAME'} {shlex.quote(self.path)}"
-                ) from error
         if trainer.accelerator.is_main_process:
             start, history = self.record["arguments"]["model_name_or_path"], trainer.state.log_history
             say(result_line(self.record["recipe"], self.path, start, history, launcher()))
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+        if trainer.accelerator.is_main_process:
             lock.release(os.path.join(self.path, LOCK))
         trainer.accelerator.wait_for_everyone()
         trainer.end()
@@ -270,15 +249,15 @@ def check_steps(trainer: Trainer) -> None:
     args, rows = trainer.args, len(trainer.train_dataset)
     batch = args.train_batch_size * args.world_size
     step = batch * args.gradient_accumulation_steps
-    fitting = f"--per_device_train_batch_size {max(1, rows // args.world_size)} --gradient_accumulation_steps 1"
+    size = max(1, min(args.per_device_train_batch_size, rows // args.world_size))
+    accumulation = max(1, rows // (size * args.world_size))
+    fitting = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {accumulation}"
     if args.dataloader_drop_last and rows < batch:
         raise UserError(
             f"There is no step to take: a batch has {counted(batch, 'row')}, the dataset {rows}, and "
             f"--dataloader_drop_last true leaves out a batch that is not full. Set that to false, or {fitting}."
         )
     if rows < step:
-        if rows >= batch:
-            fitting = f"--gradient_accumulation_steps {rows // batch}"
         trainer.accelerator.print(
             f"A step takes {counted(step, 'row')} and the dataset has {rows}: an epoch is one step of all of them. "
             f"{fitting} makes a step that they fill."
@@ -330,20 +309,19 @@ def end_process(code: int, failure: str) -> None:
     A process that fails ends at once, so that the launcher ends the others, which may be waiting for it. One of
     several that is done ends without waiting for threads: one that never ends would hold all machines.
     """
-    together = torch.distributed.is_initialized()
     if failure:
+        code = 1
         tqdm.write(failure, file=sys.stderr)
-    elif together:
+    elif torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if failure and together:
-        os._exit(1)
-    if world_size() > 1 and not failure:
-        atexit._run_exitfuncs()  # trackers close here
+    if world_size() > 1:
+        if not failure:
+            atexit._run_exitfuncs()  # trackers close here
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
-    if code or failure:
-        sys.exit(code or 1)
+    if code:
+        sys.exit(code)
 
 
 def holds_anything(folder: str) -> bool:

@@ -17,7 +17,6 @@ SAME_SIGNAL_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 _received: signal.Signals | None = None
-_listening = False
 
 
 def received() -> signal.Signals | None:
@@ -25,14 +24,10 @@ def received() -> signal.Signals | None:
     return _received
 
 
-def listening() -> bool:
-    return _listening
-
-
 @contextlib.contextmanager
 def stops_after_a_step() -> Iterator[None]:
     """Within, SIGTERM and SIGINT are only noted, for the trainer to stop in good order; a second one ends at once."""
-    global _received, _listening
+    global _received
     if threading.current_thread() is not threading.main_thread():  # only that one can handle signals
         yield
         return
@@ -52,7 +47,7 @@ def stops_after_a_step() -> Iterator[None]:
 
     # A program that was started in the background ignores Ctrl-C, and goes on to.
     before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
-    _received, _listening = None, True
+    _received = None
     for number in before:
         signal.signal(number, note)
     late = None
@@ -62,7 +57,7 @@ def stops_after_a_step() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _received, _listening = None, False
+        _received = None
     if late is not None:
         end(late)
 

@@ -93,8 +93,13 @@ def guanaco(row: Cells, roles: Roles) -> Dialogue:
 
 def joined(row: Cells, roles: Roles) -> Dialogue | Ranking:
     """Rows as `recipes.data.oasst` and `recipes.data.label_studio` make them."""
-    kinds = {"responses": ranking, "completion": prompt_completion, "messages": dialogue("messages")}
-    return next((kinds[column] for column in kinds if column in row), prompt("prompt"))(row, roles)
+    if "responses" in row:
+        return ranking(row, roles)
+    if "completion" in row:
+        return prompt_completion(row, roles)
+    return Dialogue(
+        conversation(row, "messages", roles) if "messages" in row else prompt_messages(row, "prompt", roles)
+    )
 
 
 def compared(
@@ -115,7 +120,7 @@ def _compare(row: Cells, prompt: Messages, responses: Iterable[Messages], verdic
     return Ranking(prompt, [second, first] if best else [first, second], [1, 2], margin)
 
 
-def _compare_whole(row: Cells, first: Messages, second: Messages, verdict: Verdict) -> Ranking:
+def _compare_whole(row: Cells, verdict: Verdict, first: Messages, second: Messages) -> Ranking:
     """Ranks two whole conversations: the turns that they share are the prompt."""
     shared = 0
     while shared < min(len(first), len(second)) and first[shared] == second[shared]:
@@ -157,7 +162,7 @@ def preferences(question: str | None = None) -> Converter:
                 return compared(question, *_SIDES, _chosen, row, roles)
             raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
         chosen, rejected = (read_messages(row, column, roles) for column in _SIDES)
-        result = _compare_whole(row, chosen, rejected, _chosen)
+        result = _compare_whole(row, _chosen, chosen, rejected)
         column = question or "prompt"
         result.prompt = add_system(result.prompt, _system_beside(row, column, chosen, roles), column)
         return result
@@ -189,7 +194,7 @@ def _system_beside(row: Cells, column: str, talk: Messages, roles: Roles) -> str
 
 def transcripts(row: Cells, roles: Roles) -> Ranking:
     sides = (split_turns(row.text(column), column, HUMAN_ASSISTANT, roles) for column in _SIDES)
-    return _compare_whole(row, *sides, _chosen)
+    return _compare_whole(row, _chosen, *sides)
 
 
 def _openai_prompt(row: Cells, column: str, roles: Roles) -> Messages:
@@ -264,7 +269,7 @@ def summaries(row: Cells, roles: Roles) -> Ranking:
 
 def arena_conversations(row: Cells, roles: Roles) -> Ranking:
     talks = (conversation(row, column, roles) for column in ("conversation_a", "conversation_b"))
-    return _compare_whole(row, *talks, _arena_winner)
+    return _compare_whole(row, _arena_winner, *talks)
 
 
 def _arena_winner(row: Cells) -> tuple[int, None]:
@@ -288,7 +293,7 @@ def arena_battles(row: Cells, roles: Roles) -> Ranking:
         for asked, answer in zip(questions, answers, strict=True):
             turns += [message("user", asked), message("assistant", answer)]
         talks.append(normalise(turns, column, roles))
-    return _compare_whole(row, *talks, _battle_winner)
+    return _compare_whole(row, _battle_winner, *talks)
 
 
 def _battle_winner(row: Cells) -> tuple[int, None]:

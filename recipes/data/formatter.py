@@ -20,7 +20,7 @@ from recipes.data.messages import REASONING, has_weights, in_context
 from recipes.data.parallel import map_in_order
 from recipes.data.preview import check_positions, left_out, sequences
 from recipes.data.report import Report
-from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names
+from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names, or_error
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
 from recipes.data.tasks import features, outputs, row_messages
 
@@ -116,13 +116,18 @@ class Formatter:
         schema = SCHEMAS.get(report.schema)
         source: Iterable[Row] = self._source(rows, report)
         if schema and schema.gather:
-            source = schema.gather(map(self._mapped, source), self.task)
+            mapped = (row._replace(data=or_error(self._mapped, row)) for row in source)
+            source = schema.gather(mapped, self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
             report.unread.update(unread)
             for result in results:
-                if not isinstance(result, Kept):
-                    self._leave_out(row, result, report)
+                if isinstance(result, RowProblem):
+                    kind = "skipped" if isinstance(result, Skip) else "errors"
+                    report.add(kind, row, result.message, self._mapping.source_column(result.column))
+                    report.lost = report.lost or isinstance(result, LostRows)
+                    if self.fail_fast:
+                        self._check_errors(report)
                     continue
                 duplicate = seen.add(result.digest)
                 if duplicate and self.dedup == "drop":
@@ -147,13 +152,6 @@ class Formatter:
     def features(self, tools: bool = False):
         """The `datasets.Features` of the output rows; `tools` where conversations have tool calls."""
         return features(self.task, self.prompt_completion, self.margin, tools, self.keep_columns)
-
-    def _leave_out(self, row: Row, problem: RowProblem, report: Report) -> None:
-        kind = "skipped" if isinstance(problem, Skip) else "errors"
-        report.add(kind, row, problem.message, self._mapping.source_column(problem.column))
-        report.lost = report.lost or isinstance(problem, LostRows)
-        if self.fail_fast:
-            self._check_errors(report)
 
     def _check_errors(self, report: Report) -> None:
         errors = report.counts["errors"].total()
@@ -310,8 +308,5 @@ class Formatter:
             with suppress(RowProblem):
                 yield row.read(), self._mapping.apply(row.read())
 
-    def _mapped(self, row: Row) -> Row:
-        try:
-            return row._replace(data=self._mapping.apply(row.read()))
-        except RowProblem as problem:
-            return row._replace(data=problem)
+    def _mapped(self, row: Row) -> dict:
+        return self._mapping.apply(row.read())

@@ -22,13 +22,10 @@ def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, Any] | N
     if joined.lstrip().startswith("{"):
         try:
             return parse_mapping(DECODER.decode(joined))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RowError) as error:
             raise DataError(f"--dataset_mapping is not valid JSON: {error}") from None
-        except RowError as error:
-            raise DataError(f"--dataset_mapping: {error.message}") from None
     result: dict[str, Any] = {}
-    items = [items] if isinstance(items, str) else items
-    for item in (part for each in items for part in (each.split() if each.count("=") > 1 else [each])):
+    for item in joined.split():
         if not re.fullmatch(r"[^=]+=[^=]+", item):
             raise DataError(f"--dataset_mapping: {item!r} is not KEY=COLUMN, e.g. prompt=question.text")
         name, column = item.split("=")
@@ -41,15 +38,12 @@ def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, Any] | N
 class ColumnMapping:
     """Renames columns: from those of a source, where dots reach into objects, to those of a schema.
 
-    `roles.NAME`, or a mapping `roles`, adds roles. Without `keep_others`, columns that are not mapped are left out.
+    `roles.NAME` adds a role. Without `keep_others`, columns that are not mapped are left out.
     """
 
     def __init__(self, mapping: Mapping[str, Any] | None, keep_others: bool):
         self.columns, self.roles, self.keep_others = {}, dict(ROLES), keep_others
-        mapping = dict(mapping or {})
-        if isinstance(mapping.get("roles"), Mapping):
-            mapping |= {f"roles.{name}": role for name, role in mapping.pop("roles").items()}
-        for name, target in mapping.items():
+        for name, target in (mapping or {}).items():
             if not isinstance(target, str) or not target:
                 raise DataError(f"mapping {name}: found {describe(target)}, expected the name of a column")
             if not name.startswith("roles."):

@@ -147,7 +147,7 @@ def unused_keys(value: Any) -> set[str]:
     return keys
 
 
-def check_order(messages: Messages, column: str | None = None) -> None:
+def check_order(messages: Messages) -> None:
     """Chat templates need [system,] user, assistant, user, assistant, …; tool results follow an assistant."""
     allowed: Collection[str] = ("system", "user")
     after = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
@@ -156,10 +156,10 @@ def check_order(messages: Messages, column: str | None = None) -> None:
         role = turn["role"]
         if role not in allowed:
             reason = f"turns do not alternate: {role} after {last}" if last else f"the first turn is {role}, not user"
-            raise Skip(reason, column)
+            raise Skip(reason)
         allowed, last = after[role], role
     if last in (None, "system"):
-        raise Skip("no user turn", column)
+        raise Skip("no user turn")
 
 
 def conversation(row: Cells, column: str, roles: Roles) -> Messages:

@@ -69,10 +69,7 @@ class Row(NamedTuple):
 
     def decoded(self) -> "Row":
         """The row with its dict, or the RowProblem that stands for it."""
-        try:
-            return self._replace(data=self.read())
-        except RowProblem as problem:
-            return self._replace(data=problem)
+        return self._replace(data=or_error(self.read))
 
 
 def or_error(read: Callable[..., dict], *arguments) -> dict | RowProblem:

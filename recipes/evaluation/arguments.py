@@ -30,9 +30,6 @@ class EvaluationArguments(SamplingArguments):
     reference: str | None = field(
         default=None, metadata={"help": "The policy that KL is measured from; default: sft, else the first."}
     )
-    headline: str | None = field(
-        default=None, metadata={"help": "The policy that the page is about; default: ppo, else the last."}
-    )
     normalize_scores: bool = field(
         default=True, metadata={"help": "Standardise scores as PPO does, where recipes/reward.py stored how."}
     )
@@ -68,22 +65,18 @@ class EvaluationArguments(SamplingArguments):
             raise UserError("--top_k and --top_p cut the distribution, and KL is not finite then: leave them out.")
         if min([self.temperature, *self.temperatures]) <= 0:
             raise UserError("--temperature and --temperatures must be above 0: a greedy policy has no finite KL.")
-        for name in ("curve_generations", "num_checkpoints", "eval_batch_size", "num_prompts"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: expected 1 or more.")
-        if self.best_of_n < 2:
-            raise UserError(f"--best_of_n {self.best_of_n}: expected 2 or more.")
+        least = {"curve_generations": 1, "num_checkpoints": 1, "eval_batch_size": 1, "num_prompts": 1, "best_of_n": 2}
+        for name, number in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < number:
+                raise UserError(f"--{name} {getattr(self, name)}: expected {number} or more.")
         self.paths = named_paths("--policies", self.policies)
         self.runs = named_paths("--checkpoints", self.checkpoints)
         names = list(self.paths)
         self.reference = self.reference or ("sft" if "sft" in names else names[0])
+        if self.reference not in names:
+            raise UserError(f"--reference {self.reference} is not among --policies {', '.join(names)}.")
         others = [name for name in names if name != self.reference] or names
-        self.headline = self.headline or ("ppo" if "ppo" in others else others[-1])
-        for flag, name in (("reference", self.reference), ("headline", self.headline)):
-            if name not in self.paths:
-                raise UserError(f"--{flag} {name} is not among --policies {', '.join(names)}.")
-        if self.headline == self.reference and len(names) > 1:
-            raise UserError(f"--headline {self.headline} is what the others are compared with: name another policy.")
+        self.headline = "ppo" if "ppo" in others else others[-1]  # the policy that the page is about
         self.judges_by_name: dict[str, str] = {}
         for path in self.judges:
             self._add_judge(path.rpartition(".")[2], path)
@@ -139,9 +132,8 @@ def named_paths(flag: str, items: Iterable[str]) -> dict[str, str]:
     paths: dict[str, str] = {}
     for item in items:
         name, _, path = item.partition("=")
-        if not path or not re.fullmatch(r"[\w.-]+", name):
-            raise UserError(f"{flag} {item}: write it as NAME=PATH, the name of letters, digits, dots, _ and -.")
-        if name in paths:
-            raise UserError(f"{flag}: the name {name} is given twice.")
+        if name in paths or not path or not re.fullmatch(r"[\w.-]+", name):
+            form = "write it as NAME=PATH, each NAME once, of letters, digits, dots, _ and -"
+            raise UserError(f"{flag} {item}: {form}.")
         paths[name] = path
     return paths

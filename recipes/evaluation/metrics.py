@@ -54,8 +54,8 @@ def kl_k1(logps: Sequence[float], ref_logps: Sequence[float]) -> float:
 def kl_k3(logps: Sequence[float], ref_logps: Sequence[float]) -> float:
     """As `kl_k1`, never negative: the sum over tokens of `exp(-x) - 1 + x`, x = log pi - log pi_ref.
 
-    Given what came before, each term has the mean of x, so this is unbiased too. Its spread is smaller near the
-    reference, and larger far from it, where exp(-x) has a long tail.
+    Given what came before, each term has the mean of x, so this is unbiased too. Far from the reference exp(-x) has a
+    long tail.
     """
     log_ratio = np.subtract(logps, ref_logps)
     return float(np.sum(np.expm1(-log_ratio) + log_ratio))

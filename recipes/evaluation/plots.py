@@ -3,13 +3,13 @@
 import io
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
 
 matplotlib.use("Agg")
+matplotlib.rcParams |= {"lines.linewidth": 1, "lines.markersize": 4, "legend.frameon": False, "legend.fontsize": 8}
 
 import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
 from matplotlib.axes import Axes  # noqa: E402
@@ -95,7 +95,7 @@ def subplots(rows: int, columns: int, height: float) -> tuple[Figure, np.ndarray
 
 def shared_legend(figure: Figure, panels: np.ndarray) -> Figure:
     legend = panels[0, 0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(*legend, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -119,21 +119,20 @@ def draw_reward_kl(axes: Axes, report: dict) -> None:
     axes.fill_between(kl, reward - 1.96 * se, reward + 1.96 * se, color=GREY, alpha=0.2, linewidth=0)
     axes.plot(kl, reward, ":", color=GREY, linewidth=2)
     axes.plot(kl[sure], reward[sure], color=GREY, linewidth=2, label="best possible (tilted reference)")
-    line: dict[str, Any] = {"markersize": 4, "linewidth": 1}
     rows = data["best_of_n"]
     label = f"best of n = 1 … {rows[-1]['n']}"
-    axes.plot(*columns(rows, "kl_with_ties", "reward"), "s-", color=ORANGE, label=label, **line)
+    axes.plot(*columns(rows, "kl_with_ties", "reward"), "s-", color=ORANGE, label=label)
     if rows := [row for row in data["sharpening"] if row["kl"] is not None]:
         start = {"kl": 0, "reward": policies[reference]["reward"]["mean"]}
         label = f"{plain(reference)} sharpened by temperature"
-        axes.plot(*columns([start, *rows], "kl", "reward"), "^--", color=COLORS[3], label=label, **line)
+        axes.plot(*columns([start, *rows], "kl", "reward"), "^--", color=COLORS[3], label=label)
         for row in rows:
             place, temperature = (row["kl"], row["reward"]), f"{row['temperature']:g}"
             axes.annotate(temperature, place, fontsize=7, xytext=(3, -9), textcoords="offset points")
     colors = {reference: "black", **dict(zip([name for name in policies if name != reference], cycle(COLORS)))}
     for run, shade, rows in checkpoints_by_run(report):
         color, label = colors.get(run, shade), f"checkpoints of {plain(run)}"
-        axes.plot(*columns(rows, "kl", "reward"), ".-", color=color, alpha=0.8, label=label, **line)
+        axes.plot(*columns(rows, "kl", "reward"), ".-", color=color, alpha=0.8, label=label)
     for name, values in policies.items():
         if values["kl"]:
             kl, reward = max(0.0, values["kl"]["k1"]["mean"]), values["reward"]
@@ -163,15 +162,15 @@ def draw_over_optimization(axes: Axes, report: dict, name: str) -> None:
     data, best = report["over_optimization"], report["frontier"]["best_of_n"]
     start, fits, runs = data["start"][name], data["fits"][name], checkpoints_by_run(report)
     for (run, shade, rows), marker in zip(runs, cycle("os^Dv"), strict=False):
-        axes.plot(*columns(rows, "kl", name), f"{marker}-", color=shade, markersize=4, linewidth=1, label=plain(run))
+        axes.plot(*columns(rows, "kl", name), f"{marker}-", color=shade, label=plain(run))
     far = max(row["kl"] for _, _, rows in runs for row in rows)
     kl = np.linspace(far / 200, far, 200)
-    axes.plot(kl, start + over_optimization_curve(kl, fits["rl"]), "--", color="black", linewidth=1, label="PPO, fit")
-    axes.plot(*columns(best, "kl_with_ties", name), "x", color=ORANGE, markersize=4, label="best of n")
+    axes.plot(kl, start + over_optimization_curve(kl, fits["rl"]), "--", color="black", label="PPO, fit")
+    axes.plot(*columns(best, "kl_with_ties", name), "x", color=ORANGE, label="best of n")
     if fits["bon"]:
         kl = np.linspace(best[1]["kl_with_ties"] / 20, best[-1]["kl_with_ties"], 100)
-        axes.plot(kl, start + over_optimization_curve(kl, fits["bon"]), ":", color=ORANGE, linewidth=1)
-    axes.axhline(start, color=GREY, linewidth=0.8)
+        axes.plot(kl, start + over_optimization_curve(kl, fits["bon"]), ":", color=ORANGE)
+    axes.axhline(start, color=GREY)
     square_root_axis(axes, report["reference"])
 
 
@@ -182,13 +181,13 @@ def plot_reward_model(quality: dict) -> Figure:
     accuracy = [row["accuracy"] for row in bins]
     labels = [f"{row['from']:+d} … {row['to']:+d}" for row in bins]
     left.bar(labels, *columns(accuracy, "mean"), color=BLUE, yerr=error_bars(accuracy), capsize=3)
-    left.axhline(quality["accuracy"]["mean"], color="black", linewidth=1, label="accuracy, all pairs")
-    left.axhline(quality["longer_wins_baseline"], color=GREY, linewidth=1, linestyle="--", label="longer wins")
+    left.axhline(quality["accuracy"]["mean"], color="black", label="accuracy, all pairs")
+    left.axhline(quality["longer_wins_baseline"], color=GREY, linestyle="--", label="longer wins")
     left.set(ylim=(0, 1), xlabel="tokens by which the better response is longer", ylabel="pairs ordered right")
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    left.legend(loc="lower right")
     claimed, often, counts = columns(quality["calibration"]["curve"], "claimed", "right", "n_pairs")
-    right.plot([0.5, 1], [0.5, 1], ":", color="black", linewidth=0.8)
-    right.plot(claimed, often, color=BLUE, linewidth=1)
+    right.plot([0.5, 1], [0.5, 1], ":", color="black")
+    right.plot(claimed, often, color=BLUE)
     right.scatter(claimed, often, 10 + 90 * counts / counts.max(), color=BLUE)
     right.set(xlim=(0.49, 1.01), ylim=(0, 1.02), xlabel="confidence, sigmoid(|margin|)", ylabel="how often right")
     return figure

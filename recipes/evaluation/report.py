@@ -138,12 +138,12 @@ def reward_model_warnings(report: dict) -> list[str]:
     return list(filter(None, warnings))
 
 
-def log_to_wandb(report: dict, output_dir: str, run_name: str | None) -> None:
+def log_to_wandb(report: dict, output_dir: str) -> None:
     """The figures as a summary, tables and images of one W&B run in the project WANDB_PROJECT."""
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", "huggingface")
-    run = wandb.init(project=project, name=run_name, job_type="evaluation", dir=output_dir)
+    run = wandb.init(project=project, job_type="evaluation", dir=output_dir)
     run.summary["eval"] = report["policies"]
     policies = pd.json_normalize([{"policy": name, **values} for name, values in report["policies"].items()])
     tables = {

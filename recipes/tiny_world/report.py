@@ -64,7 +64,7 @@ def plot_training(folder: Path) -> Figure:
         for axes, (x, y) in zip(panels.flat, ((step, proxy), (step, kl), (step, gold), (proxy, gold)), strict=True):
             axes.plot(curves[x], curves[y], line, color=COLORS[name], marker="s", markevery=[-1], label=NAMES[name])
             axes.set(xlabel=LABELS[x], ylabel=LABELS[y])
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 

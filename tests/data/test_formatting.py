@@ -253,12 +253,6 @@ def test_wrong_mappings_are_refused(mapping, message):
         format_dataset([{"q": "x"}], "prompt", mapping=mapping)
 
 
-def test_roles_may_be_nested():
-    turns = [{"from": "teacher", "value": "q"}, {"from": "gpt", "value": "a"}]
-    mapping = {"conversations": "talk", "roles": {"teacher": "user"}}
-    assert formatted([{"talk": turns}], "sft", mapping=mapping) == [{"messages": [user("q"), assistant("a")]}]
-
-
 def test_a_break_in_the_file_cannot_be_skipped(tmp_path):
     (tmp_path / "cut.json").write_text('[{"prompt": "a"},\n{"prompt": "b"},\n{"prom')
     (tmp_path / "open.csv").write_text('prompt\na\n"b\nc\n')

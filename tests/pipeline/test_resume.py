@@ -141,7 +141,7 @@ def test_rows_that_have_changed_are_noticed(data, recipes, tmp_path):
     assert recipe.run(operations(recipes["sft"], r"unfinished/checkpoint-6$")[0]) == -signal.SIGKILL
     write_jsonl(tmp_path / "rows.jsonl", rows[1:] + rows[:1])
     assert recipe.run(resume_from_checkpoint="true") == 1
-    assert f"the train rows of {source} have changed" in error(recipe)
+    assert "the digest of the train rows was " in error(recipe)
 
 
 @pytest.mark.parametrize("step", STEPS)

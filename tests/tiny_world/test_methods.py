@@ -28,7 +28,7 @@ def small(tmp_path, monkeypatch):
     start = {"model_name_or_path": folder / "sft", "dataset_name": folder / "rankings.jsonl"}
     run_recipe("reward", output_dir=folder / "reward", max_steps=2, **start)
     config = yaml.safe_load(methods.CONFIG.read_text(encoding="utf-8"))
-    config |= {"max_steps": 2, "per_device_train_batch_size": 8, "max_completion_length": 12}
+    config |= {"max_steps": 2, "warmup_steps": 0, "per_device_train_batch_size": 8, "max_completion_length": 12}
     (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     small = {"CONFIG": tmp_path / "ppo.yaml", "TRIALS": methods.TRIALS[:1], "TEMPERATURES": (0.5,)}
     small |= {"POOL": 2, "pipeline": lambda folder, seed: None}
