@@ -140,13 +140,13 @@ def run_export(args):
 
 def run_agreement(args):
     from recipes.labelling.agreement import agreement_report
-    from recipes.labelling.report import as_html, as_text
+    from recipes.labelling.report import render
 
     report = agreement_report(Database(args.database))
     if args.format == "json":
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     else:
-        text = as_text(report) if args.format == "text" else as_html(report, f"Agreement in {args.database.name}")
+        text = render(report, args.format, f"Agreement in {args.database.name}")
     if args.output is None:
         sys.stdout.write(text)
     else:

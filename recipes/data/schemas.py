@@ -15,11 +15,12 @@ from recipes.data.label_studio import annotations
 from recipes.data.mapping import suggest_mapping
 from recipes.data.messages import ROLES, Roles
 from recipes.data.oasst import conversation_trees
-from recipes.data.rows import DataError, RowError, Skip, join_names
+from recipes.data.rows import DataError, RowError, RowProblem, join_names
 
 TASKS = ("sft", "preference", "ranking", "prompt")
 DIALOGUE = ("sft", "prompt")  # the tasks that a Dialogue serves
 RANKED = ("preference", "ranking", "prompt")  # the tasks that a Ranking serves
+PAIR = ("chosen", "rejected")
 SAFERLHF = ("prompt", "response_0", "response_1")
 BATTLE = ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie")
 
@@ -42,16 +43,12 @@ class Schema:
         if self.gather:
             return True
         read, wrong = 0, 0
-        for row in sample:
-            if self.missing(row.keys()):
-                continue
+        for row in (row for row in sample if not self.missing(row)):
             try:
                 self.convert(Cells(row), roles)
                 read += 1
-            except RowError:
-                wrong += 1
-            except Skip:
-                pass
+            except RowProblem as problem:
+                wrong += isinstance(problem, RowError)
         return read > 0 and read >= wrong
 
 
@@ -66,14 +63,12 @@ def detect(
     candidates = {name: schema for name, schema in SCHEMAS.items() if schema.order is not None}
     named = {name: schema for name, schema in candidates.items() if not schema.missing(columns)}
     serving = {name: schema for name, schema in named.items() if task in schema.tasks}
-    fitting = sorted(((schema.order, name) for name, schema in serving.items() if schema.reads(sample, roles)))
-    if len(fitting) > 1 and fitting[0][0] == fitting[1][0]:
-        raise DataError(
-            f"the columns fit {fitting[0][1]!r} as well as {fitting[1][1]!r}; choose one with --dataset_schema"
-        )
+    fitting = sorted((schema.order, name) for name, schema in serving.items() if schema.reads(sample, roles))
     if fitting:
-        name = fitting[0][1]
-        return name, f"columns {join_names(SCHEMAS[name].columns)}"
+        best, *others = [name for order, name in fitting if order == fitting[0][0]]
+        if others:
+            raise DataError(f"the columns fit {best!r} as well as {others[0]!r}; choose one with --dataset_schema")
+        return best, f"columns {join_names(SCHEMAS[best].columns)}"
     if serving:  # the errors of the rows say best what is wrong
         return max(serving, key=lambda name: len(serving[name].columns)), "column names only; the values do not fit"
 
@@ -95,19 +90,15 @@ def detect(
 # docs/datasets.md shows a row of each schema, and how to add one.
 SCHEMAS: dict[str, Schema] = {
     # chosen and rejected
-    "preference_implicit": Schema(RANKED, ("chosen", "rejected"), convert.preferences(), 9),
-    "preference_transcripts": Schema(RANKED, ("chosen", "rejected"), convert.transcripts, 9),
-    "preference": Schema(RANKED, ("prompt", "chosen", "rejected"), convert.preferences("prompt"), 10),
-    "question_preference": Schema(RANKED, ("question", "chosen", "rejected"), convert.preferences("question"), 10),
-    "instruction_preference": Schema(
-        RANKED, ("instruction", "chosen", "rejected"), convert.preferences("instruction"), 10
-    ),
+    "preference_implicit": Schema(RANKED, PAIR, convert.preferences(), 9),
+    "preference_transcripts": Schema(RANKED, PAIR, convert.transcripts, 9),
+    "preference": Schema(RANKED, ("prompt", *PAIR), convert.preferences("prompt"), 10),
+    "question_preference": Schema(RANKED, ("question", *PAIR), convert.preferences("question"), 10),
+    "instruction_preference": Schema(RANKED, ("instruction", *PAIR), convert.preferences("instruction"), 10),
     "openai_preference": Schema(
         RANKED, ("input", "preferred_output", "non_preferred_output"), convert.openai_preference, 10
     ),
-    "conversations_preference": Schema(
-        RANKED, ("conversations", "chosen", "rejected"), convert.conversations_preference, 10
-    ),
+    "conversations_preference": Schema(RANKED, ("conversations", *PAIR), convert.conversations_preference, 10),
     # two responses and a label
     "helpsteer2": Schema(
         RANKED, ("prompt", "response_1", "response_2", "preference_strength"), convert.helpsteer2, 20

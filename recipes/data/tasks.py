@@ -20,11 +20,7 @@ from recipes.data.rows import RowError, Skip
 
 
 def outputs(
-    example: Dialogue | Ranking,
-    task: str,
-    prompt_completion: bool = False,
-    margin: bool = False,
-    assistant_only_loss: bool = False,
+    example: Dialogue | Ranking, task: str, prompt_completion: bool, margin: bool, assistant_only_loss: bool
 ) -> Iterator[dict | Skip]:
     """The rows for a task, and a `Skip` for each part of the example that is left out.
 

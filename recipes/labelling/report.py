@@ -38,18 +38,14 @@ def labeler_table(report: dict) -> list[list[str]]:
     return table
 
 
-def as_text(report: dict) -> str:
-    return visible(_render("agreement.txt", report))  # it quotes labelers and ids
-
-
-def as_html(report: dict, title: str) -> str:
-    """A self-contained page: nothing is loaded, everything that labelers or models wrote is escaped."""
-    return _render("agreement.html", report, title=title, made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
-
-
-def _render(template: str, report: dict, **values) -> str:
+def render(report: dict, format: str, title: str = "") -> str:
+    """As text, or as a self-contained HTML page: nothing is loaded, and everything that labelers or models wrote is
+    escaped."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {function.__name__: function for function in (percent, interval, number, counted, aligned)}
-    return environment.get_template(template).render(report=report, table=labeler_table(report), **values)
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    template = environment.get_template(f"agreement.{format}")
+    text = template.render(report=report, table=labeler_table(report), title=title, made=made)
+    return visible(text) if format == "text" else text

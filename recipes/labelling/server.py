@@ -51,9 +51,8 @@ def create_app(store: Store) -> FastAPI:
     # Browsers share cookies between ports: two databases served at once must not end each other's sessions.
     cookie = "labelling_" + sha256(str(store.path.resolve()).encode()).hexdigest()[:8]
 
-    def logged_in(request: Request) -> accounts.Labeler | None:
-        session = request.cookies.get(cookie)
-        return accounts.session_labeler(store, session) if session else None
+    def logged_in(request):
+        return accounts.session_labeler(store, request.cookies.get(cookie, ""))
 
     def labeler(request: Request) -> accounts.Labeler:
         if found := logged_in(request):
@@ -130,18 +129,16 @@ def create_app(store: Store) -> FastAPI:
         response.delete_cookie(cookie)
         return response
 
-    def task_page(request, me, task, is_first=False):
+    def task_page(request, me, task):
         texts = dict(task.responses)
         context = {"task": task, "texts": texts, "letters": dict(zip(texts, ascii_uppercase, strict=False))}
-        return page(request, "rank.html", me, guidelines_open=is_first, account=f"{cookie} {me.id}", **context)
+        return page(request, "rank.html", me, account=f"{cookie} {me.id}", **context)
 
     @app.get("/")
     def next_task(request: Request, me: Me):
-        is_first = not store.has_tasks(me.id)
-        task = store.next_task(me.id)
-        if task is None:
-            return page(request, "done.html", me, export_command=export_command(store.path))
-        return task_page(request, me, task, is_first)
+        if task := store.next_task(me.id):
+            return task_page(request, me, task)
+        return page(request, "done.html", me, export_command=export_command(store.path))
 
     @app.get("/task/{prompt_id}")
     def task(request: Request, me: Me, prompt_id: str):

@@ -191,14 +191,14 @@ class Store(Database):
             state = self._state(db, labeler_id, prompt_id)
             texts = dict(db.execute("SELECT id, text FROM response WHERE prompt_id = ?", (prompt_id,)).fetchall())
             shown = json.loads(state["shown"])
-            events = "SELECT * FROM event WHERE prompt_id = ? AND labeler_id = ? {} ORDER BY id DESC LIMIT 1"
-            last = db.execute(events.format(""), (prompt_id, labeler_id)).fetchone()
-            content = db.execute(events.format("AND kind != 'undo'"), (prompt_id, labeler_id)).fetchone()
+            newest_first = "SELECT * FROM event WHERE prompt_id = ? AND labeler_id = ? ORDER BY id DESC"
+            events = {event["id"]: event for event in db.execute(newest_first, (prompt_id, labeler_id))}
+            content = next((event for event in events.values() if event["kind"] != "undo"), None)
             has_draft = content is not None and content["kind"] == "draft"
+            revision = max(events, default=0)
             if content and not has_draft:
                 # The answer that counts; after an undo with nothing before it, the undone answer, to be changed.
-                event_id = state["event_id"] or last["undoes"]
-                content = db.execute("SELECT * FROM event WHERE id = ?", (event_id,)).fetchone()
+                content = events[state["event_id"] or events[revision]["undoes"]]
             answer = stored_answer(db, content) if content else Answer([[id] for id in shown])
             answer.reviews = {id: Review() for id in shown} | answer.reviews
             return Task(
@@ -206,7 +206,7 @@ class Store(Database):
                 messages=json.loads(state["messages"]),
                 responses=[(id, texts[id]) for id in shown],
                 answer=answer,
-                revision=last["id"] if last else 0,
+                revision=revision,
                 standing=state["kind"],
                 has_draft=has_draft,
                 active_seconds=state["active_seconds"],
@@ -240,18 +240,22 @@ class Store(Database):
             if sent.revision not in (None, db.execute(last, (sent.prompt_id, labeler_id)).fetchone()[0]):
                 raise ConflictError("this task was changed in another tab or window: reload to see what is stored")
             is_edit = sent.action == "submit" and state["kind"] in ("submit", "edit")
-            event_id = self._insert_event(
-                db,
-                prompt_id=sent.prompt_id,
-                labeler_id=labeler_id,
-                kind="edit" if is_edit else sent.action,
-                tiers=json.dumps(sent.answer.tiers),
-                comment=_seen(sent.answer.comment),
-                active_seconds=_credible(sent.active_seconds, state),
-                key=sent.key,
-                digest=digest,
-                client_time=sent.client_time,
-            )
+            event = {
+                "prompt_id": sent.prompt_id,
+                "labeler_id": labeler_id,
+                "kind": "edit" if is_edit else sent.action,
+                "tiers": json.dumps(sent.answer.tiers),
+                "comment": _seen(sent.answer.comment),
+                "active_seconds": _credible(sent.active_seconds, state),
+                "key": sent.key,
+                "digest": digest,
+                "guideline_version": self.guideline_version,
+                "server_time": time.time(),
+                "client_time": sent.client_time,
+            }
+            names = ", ".join(event)
+            insert = f"INSERT INTO event ({names}) VALUES ({', '.join('?' * len(event))})"
+            event_id = db.execute(insert, [*event.values()]).lastrowid
             for id, review in sent.answer.reviews.items():
                 flags = json.dumps(list(dict.fromkeys(review.flags)))  # each once
                 values = (event_id, id, _seen(review.justification), review.rating, flags)
@@ -260,41 +264,32 @@ class Store(Database):
 
     def undo(self, labeler_id: int, event_id: int, key: str) -> str:
         """Takes back an answer that counts, so that the one before it counts again; returns its prompt's id."""
+        undone = "SELECT prompt_id FROM event WHERE undoes = :event AND labeler_id = :me AND key = :key"
+        values = {
+            "event": event_id,
+            "me": labeler_id,
+            "key": key,
+            "now": time.time(),
+            "version": self.guideline_version,
+        }
         with self.transaction(write=True) as db:
-            repeated = "SELECT prompt_id FROM event WHERE undoes = ? AND labeler_id = ? AND key = ?"
-            if done := db.execute(repeated, (event_id, labeler_id, key)).fetchone():
-                return done["prompt_id"]
-            standing = "SELECT prompt_id FROM standing WHERE id = ? AND labeler_id = ?"
-            if (answer := db.execute(standing, (event_id, labeler_id)).fetchone()) is None:
-                raise ConflictError("that answer does not stand any more: nothing was undone")
-            self._insert_event(
-                db,
-                prompt_id=answer["prompt_id"],
-                labeler_id=labeler_id,
-                kind="undo",
-                undoes=event_id,
-                comment="",
-                active_seconds=0.0,
-                key=key,
-                digest="",
-            )
-        return answer["prompt_id"]
-
-    def _insert_event(self, db, **columns):
-        columns |= {"guideline_version": self.guideline_version, "server_time": time.time()}
-        names, marks = ", ".join(columns), ", ".join(f":{name}" for name in columns)
-        return db.execute(f"INSERT INTO event ({names}) VALUES ({marks})", columns).lastrowid
+            if not db.execute(undone, values).fetchone():
+                db.execute(
+                    "INSERT INTO event (prompt_id, labeler_id, kind, undoes, comment, active_seconds, key, digest,"
+                    " server_time, guideline_version) SELECT prompt_id, labeler_id, 'undo', id, '', 0, :key, '', :now,"
+                    " :version FROM standing WHERE id = :event AND labeler_id = :me",
+                    values,
+                )
+            found = db.execute(undone, values).fetchone()
+        if found is None:
+            raise ConflictError("that answer does not stand any more: nothing was undone")
+        return found["prompt_id"]
 
     def add_reading(self, labeler_id: int, prompt_id: str, active_seconds: float) -> None:
         """Counts time that was spent on a task without changing anything; what is stored of it stays the same."""
         with self.transaction(write=True) as db:
             seconds = _credible(active_seconds, self._state(db, labeler_id, prompt_id))
             db.execute("INSERT INTO reading VALUES (?, ?, ?, ?)", (prompt_id, labeler_id, seconds, time.time()))
-
-    def has_tasks(self, labeler_id: int) -> bool:
-        """Whether the labeler has ever been given one."""
-        with self.transaction() as db:
-            return bool(db.execute("SELECT 1 FROM task_state WHERE labeler_id = ?", (labeler_id,)).fetchone())
 
     def progress(self, labeler_id: int) -> dict:
         """How many tasks the labeler has `ranked`, `skipped`, `flagged` and `left`, the active `seconds` spent on all,

@@ -21,6 +21,7 @@ from recipes.cli.checkpoints import last_good_state, newest_whole, put_in_place,
 from recipes.cli.errors import RunEnded, UserError, first_line
 from recipes.cli.files import is_write_error, sizes, sync_tree, write_text
 from recipes.models.loading import not_finite
+from recipes.trainers.replaced import replaced
 
 
 class WholeCheckpoints(Trainer):
@@ -74,12 +75,8 @@ class WholeCheckpoints(Trainer):
 
     def _get_dataloader(self, *args, is_training=False, **kwargs):
         """All rows in an evaluation: `dataloader_drop_last` is about training, and a small one would have none."""
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training
-        try:
+        with replaced(self.args, dataloader_drop_last=self.args.dataloader_drop_last and is_training):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     # Numbers that are not finite
 

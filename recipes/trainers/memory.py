@@ -250,27 +250,26 @@ def measure(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) 
             base_of(module).tie_weights()
         found = measure_prefill(setting, sampler) if setting.rollout_rows else {}
         if setting.step == "ppo":
-            rows = setting.scoring_rows or setting.rows
             with torch.no_grad(), LiveBytes() as live, use_role(model, "default"), setting.computing():
-                last_hidden_state(model, rows, setting.tokens)
+                run_base(model, setting.scoring_rows or setting.rows, setting.tokens)
             found["scoring"] = live.peak
         return found | measure_update(setting, model, critic)
 
 
+def run_base(model: nn.Module, rows: int, tokens: int, use_cache: bool = False):
+    ids = torch.zeros(rows, tokens, dtype=torch.long)
+    return base_of(model).base_model(input_ids=ids, use_cache=use_cache)
+
+
 def measure_prefill(setting: Setting, sampler: nn.Module) -> dict[str, int]:
-    ids = torch.zeros(setting.rollout_rows, setting.tokens - setting.response_tokens, dtype=torch.long)
+    prompt_tokens = setting.tokens - setting.response_tokens
     # `PeftModel.generate` calls the base itself, whose forward is not the one that Accelerate puts under autocast.
     is_plain = setting.merged_copy or setting.lora is not None
     autocast = contextlib.nullcontext() if is_plain else setting.computing()
     with torch.no_grad(), LiveBytes() as live, use_role(sampler, "default"), autocast:
-        cache = base_of(sampler).base_model(input_ids=ids, use_cache=True).past_key_values
+        cache = run_base(sampler, setting.rollout_rows, prompt_tokens, use_cache=True).past_key_values
     values = [value for layer in cache.layers for value in vars(layer).values()]
     return {"cache": size(v for v in values if isinstance(v, torch.Tensor) and v.dim()), "prefill": live.peak}
-
-
-def last_hidden_state(model: nn.Module, rows: int, tokens: int) -> torch.Tensor:
-    ids = torch.zeros(rows, tokens, dtype=torch.long)
-    return base_of(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def measure_update(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
@@ -301,7 +300,7 @@ def pass_loss(setting: Setting, model: nn.Module, role: str) -> torch.Tensor:
     """A scalar with the graph of one role's pass; its logits are `head_bytes`, save those of TRL's head on a CPU."""
     base = base_of(model)
     with use_role(model, role):
-        hidden = last_hidden_state(model, setting.rows, setting.tokens)
+        hidden = run_base(model, setting.rows, setting.tokens).last_hidden_state
         if role == "critic" or setting.step == "reward":
             return base.score(hidden[:, -setting.response_tokens :]).sum()
     weight = base.get_output_embeddings().weight

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
 from trl import RewardTrainer
@@ -23,7 +22,6 @@ from trl.trainer.utils import pad
 from recipes.cli.errors import UserError, counted, visible
 from recipes.trainers.checkpoints import WholeCheckpoints
 
-logger = get_logger(__name__)
 CALIBRATION_BINS = 10
 
 
@@ -188,8 +186,8 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         UserError: an argument of Trainer that rankings have no use for.
     """
 
-    def __init__(self, *args, data_collator=None, processing_class=None, **kwargs):
-        super().__init__(*args, data_collator=data_collator, processing_class=processing_class, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise UserError("--label_smoothing_factor is not used: rankings have no labels to smooth. Leave it out.")
         if self.args.train_sampling_strategy not in ("random", "sequential"):
@@ -198,8 +196,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
             )
         if self.args.pad_token is not None and self.args.pad_token == self.processing_class.eos_token:
             raise UserError(f"--pad_token {self.args.pad_token} is the EOS token, before which scores would be read.")
-        if data_collator is None:
-            self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
+        self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
         self._signature_columns = ["response_ids", "ranks"]
         self._rankings: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}  # since the last log
 
@@ -222,16 +219,10 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
             tokenize, remove_columns=dataset.column_names, desc=f"Tokenizing {dataset_name} dataset"
         )
         usable = tokenized.filter(lambda row: len(set(row["ranks"])) > 1, desc=f"Filtering {dataset_name} dataset")
-        if len(usable) == 0:
+        if not len(usable):
             raise ValueError(
                 f"No ranking of the {dataset_name} dataset has two responses of unequal rank within "
                 f"max_length={args.max_length} tokens."
-            )
-        if len(usable) < len(dataset):
-            left = f"{len(dataset) - len(usable)} of {counted(len(dataset), 'ranking')}"
-            logger.warning(
-                f"Not used of the {dataset_name} dataset: {left}, with fewer than two responses of unequal rank "
-                f"within max_length={args.max_length} tokens."
             )
         return usable
 
@@ -267,8 +258,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         """Metrics of the final model: the last evaluation's, if it was at the final step, else those of a new one."""
         if self.eval_dataset is None:
             return None
-        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        step = self.state.best_global_step if best else self.state.global_step
+        step = self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
         rows = (row for row in reversed(self.state.log_history) if row["step"] == step and "eval_pairs" in row)
         return next(rows, None) or self.evaluate()
 

@@ -162,9 +162,11 @@ def test_what_is_said_about_tokens_and_the_next_step(tmp_path):
         assert f"add-labeler NAME --new_token --database {tmp_path / 'labels.db'}" in running.log
 
 
-def test_guidelines_are_open_once(labeler):
+def test_guidelines_are_open_until_some_time_was_spent(labeler):
     client = labeler()
-    assert '<details class="guidelines" open>' in client.task().source
+    task = client.task()
+    assert '<details class="guidelines" open>' in task.source
+    client.http.post("/api/reading", json={"prompt_id": task.prompt_id, "active_seconds": 1.0})
     assert '<details class="guidelines" >' in client.task().source
 
 

@@ -21,6 +21,7 @@ import pytest
 from recipes.cli.errors import UserError
 from recipes.formatting import format_dataset, load_rows
 from recipes.labelling import accounts, store
+from recipes.labelling import report as reports
 from recipes.labelling.agreement import (
     agreement_report,
     agrees_with_gold,
@@ -32,7 +33,6 @@ from recipes.labelling.agreement import (
 from recipes.labelling.answers import Answer, AnswerError, Review, Submission, ranks_of, tiers_of
 from recipes.labelling.export import export
 from recipes.labelling.markdown import render
-from recipes.labelling.report import as_html, as_text
 from recipes.labelling.store import ConflictError, NotAssignedError, Store
 from recipes.labelling.tasks import read_tasks
 from recipes.labelling.terminal import parse_marks, parse_ranking
@@ -585,9 +585,9 @@ def test_agreement_report_counts_by_hand(make, tmp_path):
     assert agrees_with_gold(order, ties).size == 0, "and what gold leaves open, nobody can get wrong"
     assert report["prompts_shared"] == 2, "gold tasks do not flatter the agreement"
 
-    text = as_text(report)
+    text = reports.render(report, "text")
     assert "60.0 %" in text and "72.6 %" in text and "77.3 %" in text and "disagreed with gold tasks: g0" in text
-    page = as_html(report, "<Agreement>")
+    page = reports.render(report, "html", "<Agreement>")
     assert "<svg" in page and "&lt;Agreement&gt;" in page and "60.0 %" in page
     assert "<script" not in page and "http://" not in page and "https://" not in page
     printed = json.loads(cli("agreement", "--database", job.path, "--format", "json"))
@@ -624,15 +624,17 @@ def test_what_is_wrong_with_a_flagged_prompt_is_reported(make):
     job.undo(bob, flag, "u")
     report = agreement_report(job)
     assert report["flagged"] == [{"prompt": "p0", "labeler": "labeler 0", "comment": "holds a\x1b[31m phone number"}]
-    assert "labeler 0 flagged p0: holds a\\x1b[31m phone number" in as_text(report)
-    assert "labeler 0 flagged p0: holds a" in as_html(report, "Agreement")
+    assert "labeler 0 flagged p0: holds a\\x1b[31m phone number" in reports.render(report, "text")
+    assert "labeler 0 flagged p0: holds a" in reports.render(report, "html", "Agreement")
 
 
 def test_reports_before_anybody_agrees_on_anything(make):
     job, _ = make()
     report = agreement_report(job)
     assert report["pairwise"]["with_ties"] == {"share": None, "ci95": None, "pairs": 0}
-    assert "--overlap 2" in as_text(report) and "--overlap 2" in as_html(report, "Agreement")
+    assert "--overlap 2" in reports.render(report, "text") and "--overlap 2" in reports.render(
+        report, "html", "Agreement"
+    )
 
 
 # Markdown

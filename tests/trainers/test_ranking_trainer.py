@@ -182,7 +182,7 @@ def test_majority_of_labelers():
     assert majority_rankings(Dataset.from_list(cycle))[0]["ranks"] == [1.0, 1.0, 1.0]
 
 
-def test_overlong_responses_leave_their_ranking_and_are_counted(tmp_path, caplog):
+def test_overlong_responses_leave_their_ranking(tmp_path):
     rows = rankings()
     longest = [{"role": "assistant", "content": " ".join(["w1"] * 60)}]
     rows = rows.map(

@@ -14,6 +14,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from recipes.cli.errors import UserError
+from recipes.trainers.replaced import replaced
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -58,14 +59,9 @@ class DropFinishedSampler:
     def __init__(self):
         self.logps: torch.Tensor | None = None
 
-    @contextlib.contextmanager
-    def installed(self, model: PreTrainedModel):
+    def installed(self, model: PreTrainedModel) -> contextlib.AbstractContextManager:
         """Let `model.generate` sample with this loop."""
-        model.generate = functools.partial(model.generate, custom_generate=self)
-        try:
-            yield
-        finally:
-            del model.generate
+        return replaced(model, generate=functools.partial(model.generate, custom_generate=self))
 
     def __call__(
         self,

@@ -25,9 +25,10 @@ from recipes.trainers.fast.length_buckets import (
     sort_by_length,
 )
 from recipes.trainers.fast.lora_linear import fuse_adapters
-from recipes.trainers.fast.merged_copy import sampling_from_copy, uncast
+from recipes.trainers.fast.merged_copy import sampling_from_copy
 from recipes.trainers.fast.packed_weights import packed_weights
 from recipes.trainers.ppo_config import PPOConfig
+from recipes.trainers.replaced import replaced
 from recipes.trainers.rollout import Results
 
 
@@ -80,7 +81,8 @@ class FastPaths:
         """Around TRL's generation: from a merged copy or packed weights, and rows that have ended leave the batch."""
         with contextlib.ExitStack() as stack:
             if self.args.use_transformers_continuous_batching:
-                stack.enter_context(uncast(self.policy))
+                # TRL would cast the whole model in place, trained weights included.
+                stack.enter_context(replaced(self.policy, to=lambda *args, **kwargs: self.policy))
             if "merged_copy" in self.on:
                 stack.enter_context(sampling_from_copy(self.policy, self.compute_dtype))
             if "packed_weights" in self.on:

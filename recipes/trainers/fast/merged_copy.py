@@ -10,12 +10,12 @@ import contextlib
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from recipes.models.heads import base_of
 from recipes.models.merged import empty_copy, merged_copy
+from recipes.trainers.replaced import replaced
 
 logger = logging.get_logger(__name__)
 
@@ -46,19 +46,5 @@ def sampling_from_copy(policy: PreTrainedModel | PeftModel, dtype: torch.dtype):
         return
     copied = merged_copy(policy, dtype)
     copied.generation_config = base.generation_config
-    base.generate, base.generate_batch = copied.generate, copied.generate_batch
-    try:
+    with replaced(base, generate=copied.generate, generate_batch=copied.generate_batch):
         yield
-    finally:
-        for name in ("generate", "generate_batch"):
-            vars(base).pop(name, None)
-
-
-@contextlib.contextmanager
-def uncast(policy: nn.Module):
-    """Keep TRL from casting the whole model in place for continuous batching, trained weights included."""
-    policy.to = lambda *args, **kwargs: policy
-    try:
-        yield
-    finally:
-        del policy.to

@@ -13,6 +13,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from recipes.trainers.fast.lora_linear import plain_adapter
+from recipes.trainers.replaced import replaced
 
 # With more rows, as in the prefill, plain products are as fast.
 FEW_ROWS = 128
@@ -27,17 +28,11 @@ def packed_weights(model: nn.Module):
     Layers elsewhere than on a CPU, of another precision or with more than a plain LoRA run as they are. Inside, the
     weights and the active adapter may not change.
     """
-    layers = list(linear_layers(model)) if OPERATORS is not None else []
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = functools.partial(_forward, layer, layer.forward, {})
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in linear_layers(model) if OPERATORS is not None else ():
+            packed = functools.partial(_forward, layer, layer.forward, {})
+            stack.enter_context(replaced(layer, forward=packed))
         yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
 
 
 def linear_layers(module: nn.Module):
