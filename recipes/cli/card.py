@@ -5,7 +5,6 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -14,7 +13,7 @@ from recipes.cli.launch import launcher
 from recipes.cli.record import SECRETS, used_in_words
 from recipes.cli.screen import RESULTS, first_and_last
 
-TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+TEMPLATE = os.path.join(os.path.dirname(__file__), "model_card.md.jinja")
 
 
 def model_card(record: Mapping[str, Any], log_history: list[dict[str, Any]], base: str | None) -> str:

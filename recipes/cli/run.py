@@ -249,15 +249,15 @@ def check_steps(trainer: Trainer) -> None:
     args, rows = trainer.args, len(trainer.train_dataset)
     batch = args.train_batch_size * args.world_size
     step = batch * args.gradient_accumulation_steps
-    fitting = f"--per_device_train_batch_size {max(1, rows // args.world_size)} --gradient_accumulation_steps 1"
+    size = max(1, min(args.per_device_train_batch_size, rows // args.world_size))
+    accumulation = max(1, rows // (size * args.world_size))
+    fitting = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {accumulation}"
     if args.dataloader_drop_last and rows < batch:
         raise UserError(
             f"There is no step to take: a batch has {counted(batch, 'row')}, the dataset {rows}, and "
             f"--dataloader_drop_last true leaves out a batch that is not full. Set that to false, or {fitting}."
         )
     if rows < step:
-        if rows >= batch:
-            fitting = f"--gradient_accumulation_steps {rows // batch}"
         trainer.accelerator.print(
             f"A step takes {counted(step, 'row')} and the dataset has {rows}: an epoch is one step of all of them. "
             f"{fitting} makes a step that they fill."

@@ -69,21 +69,22 @@ def result_line(recipe: str, path: str, start: str, log_history: list[dict[str, 
 
 def next_command(recipe: str, path: str, start: str, launcher: str) -> str:
     beside = os.path.dirname(os.path.normpath(path))
-    samples, ppo = (shlex.quote(os.path.join(beside, name)) for name in ("samples.jsonl", "ppo"))
-    path, start = shlex.quote(path), shlex.quote(start)
     if recipe == "sft":
-        sample = "python scripts/sample_responses.py --model_name_or_path {} --dataset_name PROMPTS --output {}"
-        return sample.format(path, samples)
+        words = ["--model_name_or_path", path, "--dataset_name", "PROMPTS"]
+        return shlex.join(
+            ["python", "scripts/sample_responses.py", *words, "--output", os.path.join(beside, "samples.jsonl")]
+        )
     if recipe == "ppo":
-        return f"python scripts/chat.py --model_name_or_path {path} --compare {start}"
+        return shlex.join(["python", "scripts/chat.py", "--model_name_or_path", path, "--compare", start])
     given = [part for word in sys.argv for part in word.split("=", 1)]
-    config = next((word for word in given if os.path.basename(word) == "reward.yaml"), "")
-    words = [launcher, "recipes/ppo.py"]
-    words += [f"--config {shlex.quote(os.path.join(os.path.dirname(config), 'ppo.yaml'))}"] if config else []
-    # Whoever brought rankings of their own has prompts of their own.
-    words += ["--dataset_name PROMPTS"] if not config or "--dataset_name" in given else []
-    words += [f"--model_name_or_path {start} --reward_model_name_or_path {path}"]
-    return " ".join([*words, f"--output_dir {ppo}"])
+    config = next((word for word in given if os.path.basename(word) == "reward.yaml"), None)
+    words = ["recipes/ppo.py"]
+    if config is not None:
+        words += ["--config", os.path.join(os.path.dirname(config), "ppo.yaml")]
+    if config is None or "--dataset_name" in given:  # who brought rankings of their own has prompts of their own
+        words += ["--dataset_name", "PROMPTS"]
+    words += ["--model_name_or_path", start, "--reward_model_name_or_path", path]
+    return f"{launcher} {shlex.join([*words, '--output_dir', os.path.join(beside, 'ppo')])}"
 
 
 def aligned(rows: list[list[str]]) -> str:
