@@ -82,10 +82,8 @@ def read_prompts(data_args: EvaluationPrompts, format_args: RowArguments, limit:
 
 
 def other_win_rates(evaluation: Evaluation, texts: dict, judge_args: JudgeArguments, rankings: dict | None) -> list:
-    """By an LLM against the reference, and by people; `texts` are the first response of each policy to each prompt.
-
-    Raises:
-        UserError: people ranked other responses.
+    """By an LLM against the reference, and by people, who must have ranked some of `texts`: the first response of each
+    policy to each prompt.
     """
     args, prompts = evaluation.args, evaluation.conversations
     found: list[dict] = []

@@ -113,8 +113,8 @@ def compared(
 def _compare(row: Cells, prompt: Messages, responses: Iterable[Messages], verdict: Verdict) -> Ranking:
     """Ranks two responses. Where they are of no use, as in a tie, the prompt still is, to the task "prompt"."""
     try:
-        best, margin = verdict(row)
         first, second = responses
+        best, margin = verdict(row)
     except Skip as skip:
         return Ranking(prompt, dropped=[skip])
     return Ranking(prompt, [second, first] if best else [first, second], [1, 2], margin)
@@ -157,11 +157,12 @@ def preferences(question: str | None = None) -> Converter:
     """For `chosen` and `rejected`: answers to a question, or whole conversations that share their first turns."""
 
     def convert(row: Cells, roles: Roles) -> Ranking:
-        if not any(_is_whole(row.get(column), roles) for column in _SIDES):
-            if question:
-                return compared(question, *_SIDES, _chosen, row, roles)
-            raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
+        whole = any(_is_whole(row.get(column), roles) for column in _SIDES)
+        if question and not whole:
+            return compared(question, *_SIDES, _chosen, row, roles)
         chosen, rejected = (read_messages(row, column, roles) for column in _SIDES)
+        if not whole:
+            raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
         result = _compare_whole(row, _chosen, chosen, rejected)
         column = question or "prompt"
         result.prompt = add_system(result.prompt, _system_beside(row, column, chosen, roles), column)

@@ -175,6 +175,11 @@ class Formatter:
             columns = Cells(data if gathered else self._mapping.apply(data))
             kept = self._kept_columns(data)
             example = self._example(schema, columns)
+            # Of gathered rows, and of those whose responses are of no use, not all columns were looked at.
+            whole = not gathered and (isinstance(example, Dialogue) or bool(example.responses))
+            if whole and (idle := self._mapping.columns.keys() - columns.seen - MEANINGFUL):
+                name = min(idle)
+                raise RowError(f"mapped as {name}, which the schema has no use for", name)
             messages = example.messages if isinstance(example, Dialogue) else []
             masked = self.task == "sft" and has_weights(messages)
             for output in outputs(example, self.task, self.prompt_completion, self.margin, self.assistant_only_loss):
@@ -183,7 +188,7 @@ class Formatter:
                     continue
                 cut = schema is SCHEMAS["prompt"] and len(output["prompt"]) < len(messages)
                 results += self._checked(output | kept, [CUT] * cut + [UNTRAINED] * masked)
-            if not gathered:
+            if whole:
                 unread = (unread_columns(columns) | self._mapping.unmapped(data)) - kept.keys()
         except RowProblem as problem:
             results.append(problem)
@@ -199,10 +204,6 @@ class Formatter:
             example.messages = in_context(row, example.messages, schema.columns)
             example.context += len(example.messages) - before if example.context else 0
         example.tools = read_tools(row)
-        idle = (self._mapping.columns.keys() - row.seen) - MEANINGFUL.union(schema.columns)
-        if idle and not schema.gather:
-            name = min(idle)
-            raise RowError(f"mapped as {name}, which the schema has no use for", name)
         return example
 
     def _kept_columns(self, data: dict) -> dict:

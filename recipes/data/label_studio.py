@@ -42,7 +42,7 @@ def _annotations(row: Cells, task: str) -> Iterator[dict | RowProblem]:
     used = {*CONTEXT, named, *(name for name in data if mapped and data[name] == row["prompt"])}
     data = Cells({name: data[name] for name in data if name not in used})
     wanted = ("textarea",) if task == "sft" else ("pairwise", "ranker")
-    for found in row.objects("annotations") if "annotations" in row else [data]:
+    for found in list(row.objects("annotations")) if "annotations" in row else [data]:
         try:
             results = [result for result in _results(found) if result.get("type") in wanted]
             if len(results) != 1:

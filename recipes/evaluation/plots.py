@@ -135,9 +135,9 @@ def draw_reward_kl(axes: Axes, report: dict) -> None:
         axes.plot(*columns(rows, "kl", "reward"), ".-", color=color, alpha=0.8, label=label)
     for name, values in policies.items():
         if values["kl"]:
-            kl, reward = max(0.0, values["kl"]["k1"]["mean"]), values["reward"]
+            place = (max(0.0, values["kl"]["k1"]["mean"]), values["reward"]["mean"])
             look = {"fmt": "o", "color": colors[name], "markersize": 8, "zorder": 3, "label": plain(name)}
-            axes.errorbar(kl, reward["mean"], error_bars([reward]), **look)
+            axes.errorbar(*place, error_bars([values["reward"]]), **look)
     square_root_axis(axes, reference)
     axes.set_ylabel("reward")
 

@@ -9,7 +9,6 @@ import jinja2
 import pandas as pd
 
 from recipes.cli.errors import counted
-from recipes.cli.screen import aligned
 from recipes.evaluation import plots
 from recipes.trainers.ranking_trainer import no_better_than_length
 
@@ -96,16 +95,17 @@ def judge_names(report: dict) -> list[str]:
 
 def table(report: dict) -> str:
     """The result in a few lines of text."""
-    judges = judge_names(report)
-    rows = [["", "reward", *judges, f"KL from {report['reference']}", "length", "cut off", "share of gain"]]
+    rows = {}
     for name, values in report["policies"].items():
-        scores = [estimate(values[judge]) for judge in ("reward", *judges)]
-        share = estimate(values["share_of_gain"]) if values.get("share_of_gain") else ""
-        length, cut = values["length"]["mean"], values["truncated"]["mean"]
-        rows.append(
-            [name, *scores, estimate(values["kl"] and values["kl"]["k1"]), f"{length:.1f}", f"{cut:.2f}", share]
-        )
-    lines = [verdict(report), "", aligned(rows), *few_prompts(report)]
+        rows[name] = {
+            **{judge: estimate(values[judge]) for judge in ("reward", *judge_names(report))},
+            f"KL from {report['reference']}": estimate(values["kl"] and values["kl"]["k1"]),
+            "length": estimate(values["length"]["mean"], 1),
+            "cut off": estimate(values["truncated"]["mean"]),
+            "share of gain": estimate(values.get("share_of_gain")),
+        }
+    figures = pd.DataFrame.from_dict(rows, orient="index").to_string()
+    lines = [verdict(report), "", figures, *few_prompts(report)]
     if quality := report.get("reward_model"):
         lines.append(
             f"Reward model: right on {estimate(quality['accuracy'])} of {counted(quality['n_pairs'], 'pair')}; the "

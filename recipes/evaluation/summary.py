@@ -23,11 +23,14 @@ def summarise(
     policies = {name: policy_summary(measured[name], args.num_generations) for name in args.paths}
     for name in args.paths:
         if name != args.reference:
-            policies[name] |= curves.compare(measured[name])
-            policies[name]["difference"] = difference(measured[name], reference)
+            policies[name] |= curves.compare(measured[name]) | {"difference": difference(measured[name], reference)}
     best_of_n = curves.best_of_n()
     checkpoints = [one for one in measured.values() if one.spec.run is not None]
-    shares = [curves.compare(one).get("share_of_gain") for one in checkpoints]
+    steps = []
+    for one in checkpoints:
+        share = curves.compare(one).get("share_of_gain")
+        own = {"run": one.spec.run, "step": one.spec.step, "share_of_gain": share and share["mean"]}
+        steps.append(point(one) | own)
     sharper = [one for one in measured.values() if one.spec.temperature != args.temperature]
     return {
         "reference": args.reference,
@@ -41,10 +44,7 @@ def summarise(
             "best_of_n": best_of_n,
             "optimal": curves.optimal(),
             "sharpening": [{"temperature": one.spec.temperature, **point(one)} for one in sharper],
-            "checkpoints": [
-                {"run": one.spec.run, "step": one.spec.step, **point(one), "share_of_gain": share and share["mean"]}
-                for one, share in zip(checkpoints, shares, strict=True)
-            ],
+            "checkpoints": steps,
             "share_of_gain": policies[args.headline].get("share_of_gain"),
         },
         "over_optimization": over_optimization(reference, checkpoints, best_of_n),

@@ -111,7 +111,7 @@ def train_text(model: PreTrainedModel) -> PreTrainedModel:
 
 def only_on_text(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
     """`config` with layers for images and sound left out of `all-linear`, in place."""
-    if config.target_modules == "all-linear":
+    if getattr(config, "target_modules", None) == "all-linear":  # prompt tuning has none
         layers = {name.rpartition(".")[0] for name in other_parts(model)}
         config.exclude_modules = sorted(layers) or None
     return config

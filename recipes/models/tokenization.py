@@ -68,7 +68,7 @@ def set_chat_template(
 ) -> None:
     """Give a model's tokenizer the template of a .jinja file, or template and EOS token of another model's tokenizer.
 
-    That tokenizer's added tokens come with the template.
+    What that tokenizer adds to the vocabulary comes with it, or is a `UserError` where nothing may be added.
     """
     other = None
     try:

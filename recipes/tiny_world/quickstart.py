@@ -185,9 +185,15 @@ def execute(command: list[str], log: Path, name: str) -> int:
     }
     started = time.monotonic()
     with log.open("w") as file:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        own = {**os.environ, **environment}
-        process = subprocess.Popen(command, cwd=ROOT, env=own, start_new_session=True, **streams)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     RUNNING.append(process)
     while True:
         with suppress(subprocess.TimeoutExpired):

@@ -10,8 +10,8 @@ from recipes.evaluation.plots import Figure, plt, to_svg
 from recipes.evaluation.report import render
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_no_kl": "PPO without KL"}
-COLORS = {"base": "#8c8c8c", "sft": "#56b4e9", "ppo": "#0072b2", "ppo_no_kl": "#d55e00"}
-LINES = {"ppo": "-", "ppo_no_kl": "--"}
+BLUE, LIGHT_BLUE, ORANGE = "#0072b2", "#56b4e9", "#d55e00"
+LINES = {"ppo": ("-", BLUE), "ppo_no_kl": ("--", ORANGE)}
 SMOOTHING = 5  # rollouts in the moving average of the curves
 LABELS = {
     "step": "optimizer steps",
@@ -44,14 +44,11 @@ def by_policy(report: dict) -> pd.DataFrame:
 
 
 def plot_gold(report: dict) -> Figure:
-    table = by_policy(report)[["gold", "gold_greedy"]]
-    axes = table.plot.bar(figsize=(8, 3.2), width=0.78, rot=0, legend=False)
-    colors = [*COLORS.values(), COLORS["sft"]]
-    for bars, alpha in zip(axes.containers, (1, 0.5), strict=True):
-        for bar, color in zip(bars, colors, strict=True):
-            bar.set(color=color, alpha=alpha)
+    table = by_policy(report)[["gold", "gold_greedy"]].set_axis(["sampled", "greedy"], axis="columns")
+    axes = table.plot.bar(figsize=(8, 3.2), width=0.78, rot=0, color=[BLUE, LIGHT_BLUE])
+    for bars in axes.containers:
         axes.bar_label(bars, fmt=lambda gold: f"{gold:.2f}" if gold else "", fontsize=8)  # pandas draws none as 0
-    axes.set(ylim=(0, 1), ylabel="gold (solid T = 1, pale greedy)")
+    axes.set(ylim=(0, 1), ylabel="gold")
     return axes.figure
 
 
@@ -59,10 +56,10 @@ def plot_training(folder: Path) -> Figure:
     """Proxy reward, KL and gold over each PPO run, and gold against the proxy; a square is the end of a run."""
     step, proxy, kl, gold = LABELS
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
-    for name, line in LINES.items():
+    for name, (line, color) in LINES.items():
         curves = read_curves(folder / name)
         for axes, (x, y) in zip(panels.flat, ((step, proxy), (step, kl), (step, gold), (proxy, gold)), strict=True):
-            axes.plot(curves[x], curves[y], line, color=COLORS[name], marker="s", markevery=[-1], label=NAMES[name])
+            axes.plot(curves[x], curves[y], line, color=color, marker="s", markevery=[-1], label=NAMES[name])
             axes.set(xlabel=LABELS[x], ylabel=LABELS[y])
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure

@@ -26,6 +26,7 @@ def call(name="rain", **arguments):
 
 
 GOOD = {"messages": [user("good"), assistant("row")]}
+TURNS = [user("q"), assistant("a")]
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 CALLING = {"role": "assistant", "tool_calls": [call(city="Oslo"), call(city="Bergen")]}
 RESULTS = [{"role": "tool", "name": "rain", "content": answer} for answer in ("no", "yes")]
@@ -411,6 +412,24 @@ def test_a_mapped_column_that_nothing_reads_is_an_error():
     assert len(format_dataset(rows, "prompt", mapping=mapping)[0]) == 1
 
 
+@pytest.mark.parametrize(
+    "row", [{"c": "a", "r": "a "}, {"c": "a", "r": ""}, {"c": TURNS, "r": TURNS}, {"c": "a", "r": "b", "x": 1, "y": 1}]
+)
+def test_a_tie_has_no_unused_columns(row):
+    """Its columns were not all looked at, which says nothing of the schema."""
+    mapping = {
+        "prompt": "p",
+        "chosen": "c",
+        "rejected": "r",
+        "margin": "m",
+        "score_chosen": "x",
+        "score_rejected": "y",
+    }
+    good = {"p": "q", "c": "a", "r": "b", "m": 1, "x": 2, "y": 1}
+    _, report = format_dataset([good, good, {**good, **row}], "preference", mapping=mapping)
+    assert report.unread == {} and [entry["line"] for entry in report.skipped] == [3]
+
+
 def test_the_rest_of_an_object_that_a_mapping_reaches_into_is_reported():
     rows = [{"in": {"q": "q", "tools": [1], "deep": {"a": "a", "b": "b"}}}]
     _, report = format_dataset(rows, "sft", mapping={"prompt": "in.q", "completion": "in.deep.a"})
@@ -421,9 +440,6 @@ def test_the_rest_of_an_object_that_a_mapping_reaches_into_is_reported():
 def test_a_mapping_names_each_column_once(items):
     with pytest.raises(DataError, match="prompt.*twice"):
         parse_mapping(items)
-
-
-TURNS = [user("q"), assistant("a")]
 
 
 @pytest.mark.parametrize(

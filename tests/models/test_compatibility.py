@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from recipes.cli.errors import UserError
@@ -126,6 +126,14 @@ def test_what_belongs_together_passes(files):
     for name in ("base", "base_sft", "base_reward", "deep_reward"):
         source = resolve_model(str(files[name]))
         check_model(source, load_tokenizer(source))
+
+
+def test_an_adapter_that_does_not_lie_in_layers_passes(tmp_path):
+    base = models.save_base(tmp_path / "base")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "prompt")
+    source = resolve_model(str(tmp_path / "prompt"))
+    check_model(source, load_tokenizer(source))
 
 
 def test_a_token_that_nothing_writes_may_lie_beyond_the_vocabulary(files):
