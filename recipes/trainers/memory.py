@@ -30,6 +30,7 @@ from recipes.models.adapters import (
     use_role,
 )
 from recipes.models.heads import base_of, use_float32_head
+from recipes.models.merged import unmergeable
 from recipes.trainers.fast.frozen_head import LOGITS_PER_BLOCK
 from recipes.trainers.fast.lora_linear import fuse_adapters
 from recipes.trainers.fast.packed_weights import FEW_ROWS, linear_layers
@@ -130,6 +131,8 @@ def estimate(setting: Setting) -> Estimate:
     """
     try:
         model, critic = build(setting)
+        if unmergeable(model):  # PPO then samples from the policy itself
+            setting = replace(setting, merged_copy=False)
         return Estimate(held_parts(setting, model, critic), phases(setting, model, measure(setting, model, critic)))
     except (DynamicOutputShapeException, RuntimeError, ValueError) as error:
         kind = f"{setting.config.model_type} in {str(setting.dtype).removeprefix('torch.')}"
@@ -247,8 +250,8 @@ def measure(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) 
         sampler, _ = build(replace(setting, step="sft", lora=None, dtype=setting.compute_dtype()))
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in {model, critic, sampler} - {None}:
-            module.to_empty(device="cpu")
-            base_of(module).tie_weights()
+            for part in module.modules():  # `module.to_empty` would meet a shared part twice, and fail
+                part.to_empty(device="cpu", recurse=False)
         found = measure_prefill(setting, sampler) if setting.rollout_rows else {}
         if setting.step == "ppo":
             with torch.no_grad(), LiveBytes() as live, use_role(model, "default"), setting.computing():

@@ -117,6 +117,14 @@ def test_the_merged_copy_has_its_price():
     assert "merged copy" not in estimate(full).phases["generation"]
 
 
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"trainable_token_indices": [1, 2]}], ids=str)
+def test_other_adapters_are_counted_and_dora_is_sampled_without_a_copy(kind):
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **kind)
+    tied = models.llama_config(tie_word_embeddings=True)
+    found = estimate(replace(PPO, config=tied, lora=lora, merged_copy=True))
+    assert ("merged copy" in found.phases["generation"]) is ("use_dora" not in kind)
+
+
 def test_scoring_has_rows_of_its_own():
     more = estimate(replace(PPO, scoring_rows=4 * PPO.rows))
     assert sum(more.phases["scoring"].values()) > sum(estimate(PPO).phases["scoring"].values())
