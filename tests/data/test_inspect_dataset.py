@@ -112,6 +112,12 @@ def test_one_clear_error_and_a_report(tmp_path, arguments, message):
     assert message in json.loads(report.read_text())["errors"][0]["message"]
 
 
+def test_kept_columns_do_not_replace_the_place_of_a_row(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "q", "line": 70}\n')
+    code, _, err = inspect(tmp_path / "data.jsonl", "--task", "prompt", "--keep_columns", "line")
+    assert code != 0 and "file and line tell where a row is from" in err
+
+
 def test_the_dataset_is_never_written_over(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "q"}\n')
