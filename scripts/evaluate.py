@@ -65,6 +65,10 @@ class JudgeArguments:
     rankings: str | None = field(default=None, metadata={"help": "Rankings that people made of that task."})
     report_to: str = field(default="none", metadata={"help": "Where to log.", "choices": ["none", "wandb"]})
 
+    def __post_init__(self):
+        if self.ranking_task is not None and Path(self.ranking_task).exists():
+            raise UserError(f"--ranking_task {self.ranking_task} exists: choose another file.")
+
 
 ARGUMENTS = (EvaluationPrompts, EvaluationArguments, LoadingArguments, RowArguments, JudgeArguments)
 

@@ -85,7 +85,10 @@ def parse_args(argv):
 
 def open_store(args):
     """The store of `args.database` with every file of samples in it; made where it is missing."""
-    guidelines = args.guidelines.read_text(encoding="utf-8").strip()
+    try:
+        guidelines = args.guidelines.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{args.guidelines}: cannot be read ({error})") from error
     files = [(path, False) for path in args.samples] + [(path, True) for path in args.gold]
     read = [(path, *read_tasks(path, gold)) for path, gold in files]  # all of them before anything is made or changed
     options = {name: getattr(args, name) for name in ("overlap", "gold_every", "justifications")}

@@ -406,3 +406,8 @@ def test_one_policy_cannot_be_compared(tmp_path, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags(**given, **{name: tmp_path / "new"})])
     with pytest.raises(UserError, match=f"--{name} compares policies, and --policies names one"):
         evaluate.main()
+
+
+def test_a_ranking_task_that_exists_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(UserError, match="--ranking_task .* exists: choose another file"):
+        evaluate.JudgeArguments(ranking_task=str(tmp_path))

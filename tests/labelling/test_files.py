@@ -162,6 +162,13 @@ def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
     assert "error: agreement needs a package: " in capsys.readouterr().err
 
 
+def test_guidelines_that_are_no_utf8_are_named(tmp_path, capsys):
+    (tmp_path / "rules.txt").write_bytes("Bücher".encode("latin-1"))
+    words = ["terminal", "--database", str(tmp_path / "x.db"), "--guidelines", str(tmp_path / "rules.txt")]
+    assert rank_responses.main(words) == 1
+    assert f"error: {tmp_path / 'rules.txt'}: cannot be read" in capsys.readouterr().err
+
+
 def test_the_command_to_export_names_a_file_that_is_not_there(tmp_path):
     (tmp_path / "rankings.jsonl").touch()
     assert export_command(tmp_path / "my labels.db").endswith(f"--output {tmp_path / 'rankings1.jsonl'}")
