@@ -119,6 +119,8 @@ def main():
     for name in ("llm_judge_model", "rankings", "ranking_task"):
         if getattr(judge_args, name) is not None and len(args.paths) < 2:
             raise UserError(f"--{name} compares policies, and --policies names one: name two or more.")
+    if judge_args.ranking_task is not None and Path(judge_args.ranking_task).exists():
+        raise UserError(f"--ranking_task {judge_args.ranking_task} exists: choose another file.")
     if judge_args.report_to == "wandb":
         check_wandb()
     model_args = loading.model_config()
