@@ -32,7 +32,7 @@ from recipes.labelling.tasks import read_tasks
 from recipes.labelling.terminal import rank_in_terminal
 
 MAX_NUMBER = 1_000_000
-USER = os.environ.get("USER", "labeler")
+USER = os.environ.get("USER") or "labeler"
 GUIDELINES = Path(labelling.__file__).with_name("guidelines.txt")
 
 
@@ -85,7 +85,10 @@ def parse_args(argv):
 
 def open_store(args):
     """The store of `args.database` with every file of samples in it; made where it is missing."""
-    guidelines = args.guidelines.read_text(encoding="utf-8").strip()
+    try:
+        guidelines = args.guidelines.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{args.guidelines}: {error}") from error
     files = [(path, False) for path in args.samples] + [(path, True) for path in args.gold]
     read = [(path, *read_tasks(path, gold)) for path, gold in files]  # all of them before anything is made or changed
     options = {name: getattr(args, name) for name in ("overlap", "gold_every", "justifications")}
