@@ -65,6 +65,10 @@ class JudgeArguments:
     rankings: str | None = field(default=None, metadata={"help": "Rankings that people made of that task."})
     report_to: str = field(default="none", metadata={"help": "Where to log.", "choices": ["none", "wandb"]})
 
+    def __post_init__(self):
+        if self.ranking_task is not None and Path(self.ranking_task).exists():
+            raise UserError(f"--ranking_task {self.ranking_task} exists: choose another file.")
+
 
 ARGUMENTS = (EvaluationPrompts, EvaluationArguments, LoadingArguments, RowArguments, JudgeArguments)
 
@@ -119,8 +123,6 @@ def main():
     for name in ("llm_judge_model", "rankings", "ranking_task"):
         if getattr(judge_args, name) is not None and len(args.paths) < 2:
             raise UserError(f"--{name} compares policies, and --policies names one: name two or more.")
-    if judge_args.ranking_task is not None and Path(judge_args.ranking_task).exists():
-        raise UserError(f"--ranking_task {judge_args.ranking_task} exists: choose another file.")
     if judge_args.report_to == "wandb":
         check_wandb()
     model_args = loading.model_config()

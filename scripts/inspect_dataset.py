@@ -57,6 +57,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, RowArguments
     args = parser.parse_args(argv)
     if args.max_length is not None and not args.tokenizer:
         parser.error("--max_length counts tokens: it needs --tokenizer")
+    if {"file", "line"} & set(args.keep_columns):
+        parser.error("--keep_columns: file and line tell where a row is from; rename these columns")
     written = [path for path in (args.output, args.report) if path]
     for path in written:
         if Path(args.source).exists() and path.resolve().is_relative_to(Path(args.source).resolve()):

@@ -88,7 +88,7 @@ def open_store(args):
     try:
         guidelines = args.guidelines.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
-        raise UserError(f"{args.guidelines}: {error}") from error
+        raise UserError(f"{args.guidelines}: cannot be read ({error})") from error
     files = [(path, False) for path in args.samples] + [(path, True) for path in args.gold]
     read = [(path, *read_tasks(path, gold)) for path, gold in files]  # all of them before anything is made or changed
     options = {name: getattr(args, name) for name in ("overlap", "gold_every", "justifications")}

@@ -83,9 +83,14 @@ def read_request(launch_arguments: list[str]) -> Request:
 
 
 def check_gpus() -> None:
-    """Refuse more processes than there are GPUs, before torch fails on it."""
-    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if 0 < gpus < local and not ((request := requested()) and request.use_cpu):
+    """Refuse a GPU configuration without a GPU, and more processes than GPUs, before libraries fail on it."""
+    local, gpus, request = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count(), requested()
+    if request and request.config_file and not request.use_cpu and not torch.accelerator.is_available():
+        instead = "cpu.yaml" if request.num_processes == 1 else "multi_cpu.yaml"
+        raise UserError(
+            f"Launched: {request}. No GPU was found: launch with accelerate_configs/{instead} and --use_cpu true."
+        )
+    if 0 < gpus < local and not (request and request.use_cpu):
         raise UserError(
             f"{count(local)} on {counted(gpus, 'GPU')}: lower --num_processes of accelerate launch to {gpus}."
         )
@@ -136,7 +141,8 @@ def check_launch(training_args: TrainingArguments) -> None:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     own = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "no"
     if precision not in ("no", own):
-        say(f"Mixed precision is {own}, by the training arguments: accelerate launch's {precision} does not count.")
+        used, by = (precision, "accelerate launch") if own == "no" else (own, "the training arguments")
+        say(f"Mixed precision is {used}, by {by}: accelerate launch says {precision}, the training arguments {own}.")
 
 
 def find_problem(request: Request | None, num_processes: int, training_args: TrainingArguments) -> str | None:

@@ -100,7 +100,8 @@ def check_ranges(given: Mapping[str, Any]) -> None:
     """Refuse a number that libraries take for another wish, or refuse after everything has loaded."""
     for name in RANGES.keys() & given.keys():
         value, (least, most, wanted) = given[name], RANGES[name]
-        if is_set(name, value) and not (least <= value <= most and math.isfinite(value)):
+        is_number = isinstance(value, int | float) and math.isfinite(value)  # no list or mapping of a YAML
+        if is_set(name, value) and not (is_number and least <= value <= most):
             raise UserError(f"--{name} {value}: expected {wanted}.")
 
 

@@ -9,6 +9,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -201,10 +202,11 @@ def plain(value):
 
 def digest(path: str) -> str:
     """A short digest of a file, or of a model's files: name, size and both ends of each, since weights are large."""
-    names = sorted(filter(MODEL_FILES.fullmatch, os.listdir(path))) if os.path.isdir(path) else [""]
+    if os.path.isfile(path):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     total = hashlib.sha256()
-    for name in names:
-        with open(os.path.join(path, name) if name else path, "rb") as file:
+    for name in sorted(filter(MODEL_FILES.fullmatch, os.listdir(path))):
+        with open(os.path.join(path, name), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             total.update(f"{name} {size} ".encode() + file.read(SAMPLE))
             file.seek(max(0, size - SAMPLE))

@@ -42,6 +42,7 @@ from recipes.cli.record import (
 from recipes.cli.screen import result_line, say
 
 LOCK = ".lock"
+SET_UP = {"create_optimizer", "create_scheduler", "get_train_dataloader"}  # Trainer reads arguments there at last
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -164,8 +165,15 @@ class RunFolder:
         adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
         base = next((config.base_model_name_or_path for config in adapters.values()), None)
         trainer.card = lambda: model_card(self.record, trainer.state.log_history, base)
-        with signals.stops_after_a_step():
-            trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
+        try:
+            with signals.stops_after_a_step():
+                trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
+        except (ValueError, TypeError, ImportError) as error:
+            if SET_UP.isdisjoint(frame.name for frame in traceback.extract_tb(error.__traceback__)):
+                raise
+            if self.before is None and trainer.accelerator.is_main_process:  # nothing was trained
+                os.unlink(os.path.join(self.path, RECORD))
+            raise UserError(f"An argument cannot be used: {' '.join(str(error).split())}") from error
 
     def save_model(self, trainer: Trainer, last: Callable[[str], None] | None = None) -> None:
         """Put the trained model into the folder: all its files are written aside first, then moved.

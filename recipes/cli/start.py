@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 import warnings
 from io import TextIOWrapper
 from itertools import pairwise
@@ -34,6 +35,8 @@ def begin(command: str, *more: str) -> None:
             raise UserError(f"This Python ({sys.executable}) has no TRL: type {activate}.")
         answer(command, more, words)
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # the first process says the same, and this one is ended meanwhile
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     if "--log_level debug" not in " ".join(words):

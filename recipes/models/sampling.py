@@ -243,7 +243,7 @@ def sample_to_file(
 
 
 def line_of(prompt: Prompt, **columns) -> str:
-    """The line of a prompt in a file of samples, which begins as one without other `columns`, but for its end `}`."""
+    """The line of a prompt in a file of samples; all that the model adds comes after its prompt."""
     return json.dumps({"id": prompt.id, "prompt": prompt.messages, **columns}, ensure_ascii=False)
 
 
@@ -274,7 +274,7 @@ def read_done(output: str, plan: list[Prompt], made_from: dict) -> tuple[int, in
     with open(output, "rb") as file:
         *lines, cut = file.read().split(b"\n")
     for number, line in enumerate([*lines, *([cut] if cut else [])]):
-        begin = line_of(plan[number])[:-1].encode() if number < len(plan) else None
+        begin = line_of(plan[number], responses=[])[:-2].encode() if number < len(plan) else None
         is_cut = number == len(lines)
         if begin is None or not (line.startswith(begin) or is_cut and begin.startswith(line)):
             raise UserError(f"{output}:{number + 1}: not a line of samples of these prompts: choose another --output.")

@@ -73,8 +73,11 @@ class ModelSource:
     @property
     def peft_config(self) -> PeftConfig:
         """The configuration of an adapter, a new object each time; it names the revision of the base too."""
-        from peft import PeftConfig
+        from peft import PeftConfig, PeftType
 
+        kind = self.adapter.get("peft_type")
+        if kind not in list(PeftType):
+            raise UserError(f"{self.path}/adapter_config.json: the peft_type {kind} is unknown to this PEFT.")
         return PeftConfig.from_peft_type(**self.adapter | {"revision": self.revision})
 
     def adapter_weights(self) -> dict[str, torch.Tensor]:

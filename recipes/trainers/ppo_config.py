@@ -58,7 +58,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         "score_std score_clip adaptive_kl_target adaptive_kl_horizon target_kl temperature ptx_max_length "
         "total_episodes num_iterations num_generations local_rollout_forward_batch_size",
     ),
-    "between 0 and 1": (lambda number: 0 <= number <= 1, "gamma lam ema_decay"),
+    "between 0 and 1": (lambda number: 0 <= number <= 1, "gamma lam"),
+    "above 0 and below 1": (lambda number: 0 < number < 1, "ema_decay"),  # at 1 the average would never move
     "finite": (math.isfinite, "score_mean reward_weights"),
 }
 CHOICES = {"kl_estimator": ("k1", "k3"), "loss_type": ("dapo", "bnpo"), "fast_paths": FAST_PATHS}

@@ -147,18 +147,18 @@ def no_better_than_length(accuracy: float, baseline: float) -> str:
 
 
 def ranking_metrics(rankings: list[torch.Tensor]) -> dict[str, float]:
-    """What is logged of rankings (K, 3) of score, rank and length in tokens, where every strict pair weighs the same.
+    """What is logged of batches (R, K, 3) of score, rank and length in tokens; every strict pair weighs the same.
 
     `longer_wins` is the accuracy of preferring the longer response, a tie counting one half; `margin` the better minus
     the worse score; `calibration_error` how far the confidence `sigmoid(|margin|)` is from the accuracy, in ten bins
     (expected calibration error, 1706.04599).
     """
-    scores, ranks, lengths = pad(rankings, padding_value=torch.nan).double().unbind(-1)
+    scores, ranks, lengths = pad(rankings, padding_value=torch.nan).flatten(0, 1).double().unbind(-1)
     row, better, worse = strict_pairs(ranks)
     margin = scores[row, better] - scores[row, worse]
     longer = (lengths[row, better] - lengths[row, worse]).sign()
     right, confidence = (margin > 0).double(), margin.abs().sigmoid()
-    bins = (confidence * 2 * CALIBRATION_BINS - CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    bins = (confidence * 2 * CALIBRATION_BINS - CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)  # NaN: 0
     overconfidence = torch.zeros(CALIBRATION_BINS).double().index_add(0, bins, confidence - right)
     metrics = {
         "accuracy": right.mean(),
@@ -196,9 +196,10 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
             )
         if self.args.pad_token is not None and self.args.pad_token == self.processing_class.eos_token:
             raise UserError(f"--pad_token {self.args.pad_token} is the EOS token, before which scores would be read.")
-        self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
+        if kwargs.get("data_collator") is None:
+            self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
         self._signature_columns = ["response_ids", "ranks"]
-        self._rankings: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}  # since the last log
+        self._rankings: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}  # batches since the last log
 
     def running_state(self) -> dict[str, Any]:
         return super().running_state() | {"rankings": self._rankings}
@@ -243,9 +244,9 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         for dim in (0, 1):
             rankings = self.accelerator.pad_across_processes(rankings, dim=dim, pad_index=torch.nan)
         if self.model.training:
-            self._rankings["train"] += self.accelerator.gather(rankings).cpu()
+            self._rankings["train"].append(self.accelerator.gather(rankings).cpu())
         else:
-            self._rankings["eval"] += self.accelerator.gather_for_metrics(rankings).cpu()
+            self._rankings["eval"].append(self.accelerator.gather_for_metrics(rankings).cpu())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
@@ -271,7 +272,9 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # similar lengths waste no padding
         alone = Dataset.from_dict({"response_ids": [[rows[row]] for row in order], "ranks": [[1.0]] * len(rows)})
         found = self.evaluation_loop(self.get_test_dataloader(alone), "Prediction", prediction_loss_only=False)
-        self.callback_handler.on_predict(self.args, self.state, self.control, {})  # ends the progress bar
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "prediction_bar"):  # which this ends; a tracker would log an empty row
+                callback.on_predict(self.args, self.state, self.control)
         self._rankings["eval"].clear()
         scores = np.concatenate(found.predictions).reshape(-1)
         if wrong := (~np.isfinite(scores)).sum():

@@ -12,6 +12,7 @@ from recipes.cli import arguments, start
 from recipes.cli.config import read_config
 from recipes.cli.errors import UserError
 from recipes.data.mapping import parse_mapping
+from tests.conftest import ROOT
 
 
 @dataclass
@@ -138,6 +139,19 @@ def test_a_function_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, t
         arguments.import_function("broken.correct", "--judge")
 
 
+def test_of_several_processes_only_the_first_says_at_once_what_is_wrong(monkeypatch, capsys):
+    """The launcher ends the others meanwhile; eight of them said the same."""
+    waited = []
+    monkeypatch.setattr(start.time, "sleep", lambda seconds: waited.append(capsys.readouterr().err or seconds))
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--config", "nowhere.yaml"])
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="1"):
+            start.begin(str(ROOT / "recipes" / "sft.py"))
+        assert "nowhere.yaml: there is no such file" in capsys.readouterr().err
+        assert waited == [5] * int(rank)
+
+
 def test_a_missing_config_file_is_named():
     with pytest.raises(UserError, match="nowhere.yaml: there is no such file"):
         arguments.parse((Arguments,), ["--config", "nowhere.yaml"])
@@ -237,6 +251,8 @@ def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
         ("", ("--adaptive_kl_horizon", "50"), "adaptive_kl_horizon is not used while adaptive_kl_target is None"),
         ("", ("--ptx_dataset_split", "test"), "ptx_dataset_split is not used while ptx_dataset_name is None"),
         ("max_error_rate: 0.2", (), "max_error_rate is not used while on_error is raise"),
+        ("learning_rate: {a: 1}", (), "--learning_rate {'a': 1}: expected 0 or more"),
+        ("top_k: []", (), r"--top_k \[\]: expected 0 or more"),
         (f"{BEST}\nsave_strategy: epoch", (), "requires the save and eval strategy to match"),
         ("load_in_4bit: true", ("--load_in_8bit", "true"), "8 bit and 4 bit"),
         ("", ("--ignore_bias_buffers", "true"), "--ignore_bias_buffers is not used"),

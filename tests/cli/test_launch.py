@@ -67,17 +67,18 @@ def test_every_spelling_of_accelerate_launch_is_read(monkeypatch, command):
 @pytest.mark.parametrize(
     ("asked", "own", "expected"),
     [
-        ("fp16", {"bf16": True}, "Mixed precision is bf16, by the training arguments: accelerate launch's fp16 does"),
-        ("bf16", {}, "Mixed precision is no, by the training arguments: accelerate launch's bf16 does not count"),
+        ("fp16", {"bf16": True}, "Mixed precision is bf16, by the training arguments: accelerate launch says fp16"),
+        ("bf16", {}, "Mixed precision is bf16, by accelerate launch: accelerate launch says bf16, the training"),
         ("bf16", {"bf16": True}, None),
         ("no", {"bf16": True}, None),
     ],
 )
 def test_two_wishes_for_the_precision_are_said(tmp_path, monkeypatch, capsys, asked, own, expected):
-    training_args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **own)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    training_args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **own)
     check_launch(training_args)
     said = capsys.readouterr().err
+    assert expected is None or f"Mixed precision is {training_args.mixed_precision}," in said, "what Trainer takes"
     assert expected in said if expected else "Mixed precision" not in said
 
 
@@ -213,6 +214,15 @@ def test_more_processes_than_gpus_are_counted(monkeypatch):
         check_gpus()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     check_gpus()
+
+
+@no_gpu
+@pytest.mark.parametrize("name", ["single_gpu", "multi_gpu", "fsdp2", "multi_node"])
+def test_a_gpu_configuration_without_a_gpu_is_one_line(monkeypatch, name):
+    request = read_request(["--config_file", f"{CONFIGS}/{name}.yaml", "train.py"])
+    monkeypatch.setattr(launch_module, "requested", lambda: request)
+    with pytest.raises(UserError, match=rf"{name}.yaml\)\. No GPU was found: .*/(multi_)?cpu.yaml and --use_cpu true"):
+        check_gpus()
 
 
 FAILS = """

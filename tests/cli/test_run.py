@@ -233,6 +233,7 @@ def test_a_template_file_that_was_edited_is_noticed(tmp_path):
     template.write_text("{{ messages }}")
     arguments = (Arguments(str(template)), TrainingArguments(str(tmp_path), use_cpu=True))
     before = record.describe("sft", arguments)
+    assert before["models"] == {"chat_template_path": "f24189f08c85a1eb"}, "as in the records of older runs"
     assert record.changes(before, record.describe("sft", arguments)) == []
     template.write_text("{{ messages[0] }}")
     (change,) = record.changes(before, record.describe("sft", arguments))

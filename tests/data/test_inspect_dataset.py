@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from scripts.inspect_dataset import parse_args
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_dataset.py"
 RANKED = {"prompt": "q", "responses": [{"text": "b", "rank": 2}, {"text": "a", "rank": 1}, {"text": "c", "rank": 2}]}
 
@@ -110,6 +112,12 @@ def test_one_clear_error_and_a_report(tmp_path, arguments, message):
     code, out, err = inspect(tmp_path / source, "--task", "prompt", "--report", report, *rest)
     assert (code, out) == (1, "") and message in err and err.startswith("error: ")
     assert message in json.loads(report.read_text())["errors"][0]["message"]
+
+
+def test_a_column_cannot_take_the_place_of_where_a_row_is_from(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["data.jsonl", "--task", "prompt", "--keep_columns", "answer", "line"])
+    assert "--keep_columns: file and line tell where a row is from" in capsys.readouterr().err
 
 
 def test_the_dataset_is_never_written_over(tmp_path):

@@ -420,17 +420,6 @@ def test_a_judge_waits_no_longer_than_a_minute_and_never_shows_its_key(endpoint,
     assert endpoint.server.requests[0][1]["Authorization"] == "Bearer sk-secret"
 
 
-def test_a_ranking_task_that_exists_is_refused_first(tmp_path, monkeypatch):
-    """It was found out once everything had been measured."""
-    given = {"policies": ["sft=x", "ppo=y"], "reward_model_name_or_path": "z", "dataset_name": "z"}
-    task = tmp_path / "task.jsonl"
-    task.write_text("being ranked")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags(**given, ranking_task=task, output_dir=tmp_path / "out")])
-    with pytest.raises(UserError, match=r"--ranking_task .*task.jsonl exists: choose another file"):
-        evaluate.main()
-    assert task.read_text() == "being ranked" and not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("name", ["llm_judge_model", "rankings", "ranking_task"])
 def test_one_policy_cannot_be_compared(tmp_path, monkeypatch, name):
     """It was measured, and the judge was left out without a word."""
@@ -438,3 +427,8 @@ def test_one_policy_cannot_be_compared(tmp_path, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags(**given, **{name: tmp_path / "new"})])
     with pytest.raises(UserError, match=f"--{name} compares policies, and --policies names one"):
         evaluate.main()
+
+
+def test_a_ranking_task_that_exists_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(UserError, match="--ranking_task .* exists: choose another file"):
+        evaluate.JudgeArguments(ranking_task=str(tmp_path))

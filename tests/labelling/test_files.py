@@ -156,17 +156,17 @@ def test_samples_in_several_parts_are_all_added(capsys):
     assert "unrecognized arguments: --sample" in capsys.readouterr().err
 
 
-def test_guidelines_that_are_no_text_are_named(tmp_path, capsys):
-    (tmp_path / "rules.txt").write_bytes(b"\xff\xfe")
-    args = ["serve", "--database", tmp_path / "x.db", "--samples", "a.jsonl", "--guidelines", tmp_path / "rules.txt"]
-    assert rank_responses.main([*map(str, args)]) == 1
-    assert f"error: {tmp_path / 'rules.txt'}: 'utf-8' codec" in capsys.readouterr().err
-
-
 def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "recipes.labelling.agreement", None)
     assert rank_responses.main(["agreement", "--database", str(tmp_path / "x.db")]) == 1
     assert "error: agreement needs a package: " in capsys.readouterr().err
+
+
+def test_guidelines_that_are_no_utf8_are_named(tmp_path, capsys):
+    (tmp_path / "rules.txt").write_bytes("Bücher".encode("latin-1"))
+    words = ["terminal", "--database", str(tmp_path / "x.db"), "--guidelines", str(tmp_path / "rules.txt")]
+    assert rank_responses.main(words) == 1
+    assert f"error: {tmp_path / 'rules.txt'}: cannot be read" in capsys.readouterr().err
 
 
 def test_the_command_to_export_names_a_file_that_is_not_there(tmp_path):

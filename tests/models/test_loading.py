@@ -1,5 +1,6 @@
 """The models of PPO in full fine-tuning: what the critic starts from, by size, vocabulary and configuration."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,7 @@ def test_a_part_that_the_model_does_not_have_is_named(tmp_path, flag, names):
     [
         ("a file", "config.json is a file: a model is a folder, or a name on the Hub"),
         ("no model", "the folder .* holds no config.json, so it is no model"),
+        ("no type", "adapter_config.json: the peft_type None is unknown to this PEFT"),
         ("no weights", "The adapter .* has no weights"),
         ("a list", "could not be loaded|cannot be read"),
     ],
@@ -136,7 +138,9 @@ def test_what_is_no_model_is_one_line(tmp_path, kind, message):
     adapter = Path(models.save_adapter(tmp_path / "adapter", str(base)))
     name = {"a file": base / "config.json", "no model": tmp_path / "empty"}.get(kind, adapter)
     (tmp_path / "empty").mkdir()
-    if kind == "no weights":
+    if kind == "no type":
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    elif kind == "no weights":
         (adapter / "adapter_model.safetensors").unlink()
     elif kind == "a list":
         (base / "config.json").write_text("[1]")

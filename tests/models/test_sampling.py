@@ -159,7 +159,10 @@ def test_a_file_of_something_else_is_refused_and_kept(generator, prompts, tmp_pa
 def foreign(whole: bytes) -> dict[str, bytes]:
     """Files that the samples `whole` were not cut to."""
     first, second = whole.splitlines(keepends=True)[:2]
+    prompt = first.partition(b', "responses"')[0] + b"}"
     return {
+        "the prompts themselves": prompt + b"\n",
+        "a prompt without an end": prompt,
         "a text": b"not samples\n",
         "one line without an end": b"a thesis",
         "rows without an end": b'{"prompt": "w1"}\n{"prompt": "w2"}',

@@ -69,6 +69,9 @@ CASES = [
     ("sft", {"learning_rat": "1"}, r"Command line: unrecognized arguments: --learning_rat"),
     ("sft", {"load_in_4bit": "true", "use_peft": "false"}, r"cannot perform fine-tuning on purely quantized models"),
     ("sft", {"activation_offloading": "true"}, r"activation_offloading .* this runs on a CPU: leave it out"),
+    ("sft", {"lr_scheduler_type": "cosine_with_min_lr"}, r"An argument cannot be used: .*min_lr"),
+    ("sft", {"lr_scheduler_kwargs": '{"foo": 1}'}, r"An argument cannot be used: .*foo"),
+    ("sft", {"optim": "galore_adamw", "optim_target_modules": "q_proj"}, r"An argument cannot be used: .*galore"),
     ("sft", {"dataset_config": "small"}, r"is one file, and has no configuration 'small'"),
     ("sft", {"eos_token": "<|no|>"}, r"`eos_token` \('<\|no\|>'\) is not found in the vocabulary"),
     (

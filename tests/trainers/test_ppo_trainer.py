@@ -716,6 +716,7 @@ def test_a_function_may_pass_over_a_response(world, tmp_path):
         ({"kl_estimator": "k2"}, "kl_estimator must be k1 or k3"),
         ({"loss_type": "grpo"}, "loss_type must be dapo or bnpo"),
         ({"lam": 1.5}, "lam must be between 0 and 1"),
+        ({"ema_decay": 1.0}, "ema_decay must be above 0 and below 1"),
         ({"score_std": 0.0}, "score_std must be above 0"),
         ({"score_std": -1.0}, "score_std must be above 0, got -1"),
         ({"score_std": math.nan}, "score_std must be above 0, got nan"),

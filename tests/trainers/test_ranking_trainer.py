@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 from recipes.cli.errors import UserError
@@ -123,6 +124,23 @@ def test_each_response_runs_once(tmp_path):
     assert sorted(batch["ranks"].tolist()) == sorted(RANKS)
 
 
+def test_scores_are_in_the_order_of_the_rows_and_trackers_hear_nothing(tmp_path):
+    """Trainer's event for predictions would give W&B and Trackio an empty row each time."""
+    trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings(), per_device_eval_batch_size=2)
+    heard = []
+
+    class Tracker(TrainerCallback):
+        def on_predict(self, *args, **kwargs):
+            heard.append(kwargs)
+
+    trainer.add_callback(Tracker)
+    rows = [[5, 6, 7, 8], [5], [5, 9, 9]]
+    scores = trainer.score(rows)
+    expected = [trainer.model(input_ids=torch.tensor([row])).logits.item() for row in rows]
+    assert scores == pytest.approx(expected, abs=1e-5) and not heard
+    assert not trainer._rankings["eval"]
+
+
 def test_training_learns_the_order_and_logs_it(tmp_path):
     trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings(), num_train_epochs=25)
     before = trainer.evaluate()
@@ -154,6 +172,13 @@ def test_accuracy_weighs_every_pair_the_same(tmp_path):
         better, worse = (trainer.model(input_ids=x).logits.item() for x in ids)
         right, total = right + (better > worse), total + 1
     assert accuracy == pytest.approx(right / total)
+
+
+def test_an_evaluation_that_is_not_finite_ends_in_one_line(tmp_path):
+    trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings())
+    trainer.model.score.weight.data.fill_(math.nan)
+    with pytest.raises(UserError, match="the loss of the evaluation is nan"):
+        trainer.evaluate()
 
 
 def test_calibration_error_by_hand(tmp_path):
