@@ -133,7 +133,8 @@ def estimate(setting: Setting) -> Estimate:
         return Estimate(held_parts(setting, model, critic), phases(setting, model, measure(setting, model, critic)))
     except (DynamicOutputShapeException, RuntimeError, ValueError) as error:
         kind = f"{setting.config.model_type} in {str(setting.dtype).removeprefix('torch.')}"
-        raise UserError(f"A {kind} cannot be run without data: {first_line(error)}") from error
+        problem = "be built" if isinstance(error, ValueError) else "be run without data"
+        raise UserError(f"A {kind} cannot {problem}: {first_line(error)}") from error
 
 
 # What is held

@@ -132,6 +132,11 @@ def test_experts_are_counted_where_they_run_without_data_and_else_refused_in_one
         estimate(replace(setting, dtype=torch.float32))
 
 
+def test_an_adapter_without_a_place_is_said():
+    with pytest.raises(UserError, match="llama in float32 cannot be built: Target modules .*nowhere"):
+        estimate(replace(PPO, lora=LoraConfig(target_modules=["nowhere"], task_type="CAUSAL_LM")))
+
+
 # The command
 
 
