@@ -32,7 +32,7 @@ from recipes.labelling.tasks import read_tasks
 from recipes.labelling.terminal import rank_in_terminal
 
 MAX_NUMBER = 1_000_000
-USER = os.environ.get("USER", "labeler")
+USER = os.environ.get("USER") or "labeler"
 GUIDELINES = Path(labelling.__file__).with_name("guidelines.txt")
 
 

@@ -37,7 +37,7 @@ FREE = re.compile(
     + r"|dataset_num_proc|ddp_timeout"
 )
 MODEL_FILES = re.compile(
-    r".*\.safetensors|.*\.safetensors\.index\.json|(adapter_|tokenizer_)?config\.json|tokenizer\.json"
+    r".*\.safetensors(\.index\.json)?|(pytorch|adapter)_model.*\.bin|(adapter_|tokenizer_)?config\.json|tokenizer\.json"
     r"|chat_template\.jinja|reward_statistics\.json"
 )
 TEMPLATE = "chat_template_path"  # a folder or a file

@@ -19,7 +19,7 @@ from recipes.data.mapping import ColumnMapping
 from recipes.data.messages import REASONING, has_weights, in_context
 from recipes.data.parallel import map_in_order
 from recipes.data.preview import check_positions, left_out, sequences
-from recipes.data.report import Report
+from recipes.data.report import KEPT, Report
 from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names, or_error
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
 from recipes.data.tasks import features, outputs, row_messages
@@ -120,7 +120,7 @@ class Formatter:
             source = schema.gather(mapped, self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
-            report.unread.update(unread)
+            report.unread.update(unread if len(report.unread) < KEPT else report.unread.keys() & unread)
             for result in results:
                 if isinstance(result, RowProblem):
                     kind = "skipped" if isinstance(result, Skip) else "errors"

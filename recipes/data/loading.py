@@ -162,7 +162,8 @@ def _files_by_split(folder: Path, data_files: Any) -> dict[str, list[Path]]:
             chosen[split] = [file for file in files if data_files or suffix_of(file) in suffixes]
         if any(chosen.values()):
             return {split: files for split, files in chosen.items() if files}
-    raise DataError(f"{folder} holds no {join_names(SUFFIXES)} file, not even compressed ones")
+    asked = f" for each pattern of data_files {data_files}" if data_files else ""
+    raise DataError(f"{folder} holds no {join_names(SUFFIXES)} file{asked}, not even compressed ones")
 
 
 def _rows_of(paths: list[Path]) -> Iterator[Row]:

@@ -30,11 +30,14 @@ class Source:
         """From `PATH`, `PATH=FRACTION` or a mapping of the fields."""
         if isinstance(item, str):
             path, _, fraction = item.rpartition("=")
-            exists, item = Path(item).expanduser().exists(), {"path": item}
+            whole = not path or Path(item).expanduser().exists()
+            item = {"path": item}
             with suppress(ValueError):  # no number: "=" belongs to the name
-                item = item if exists else {"path": path, "fraction": float(fraction)}
+                item = item if whole else {"path": path, "fraction": float(fraction)}
         try:
             source = cls(**item)
+            source.name = source.name and str(source.name)  # in YAML, 2024 is a number
+            source.split = str(source.split)
             usable = source.fraction is None or 0 < source.fraction < float("inf")
         except TypeError:
             fields = join_names(cls.__dataclass_fields__)

@@ -10,7 +10,7 @@ from recipes.cli.errors import counted, visible
 from recipes.data.rows import DataError, Row, join_names
 
 KINDS = {"skipped": "reason", "flags": "flag", "errors": "message"}  # the lists, and the key of the text in each
-KEPT = 10_000  # entries of each list, and different texts that are counted; sums are always complete
+KEPT = 10_000  # entries of each list, and different texts and columns that are counted; sums are always complete
 SHOWN = 5  # errors in the text of a DataError
 
 
@@ -86,7 +86,8 @@ class Report:
             for what, count in self.counts[kind].most_common(10):
                 lines.append(f"  {verb} {count}: {what}{self._first(kind, what)}")
         if self.unread:
-            lines.append(f"  not used: {join_names(sorted(self.unread))}")
+            names = sorted(self.unread)
+            lines.append(f"  not used: {join_names(names[:20])}{', …' if len(names) > 20 else ''}")
         return visible("\n".join(lines))
 
     def _first(self, kind: str, what: str) -> str:

@@ -129,35 +129,37 @@ def _read_json_list(stream: BinaryIO) -> Places:
     """
     # Bytes that are not UTF-8 become surrogates, and in the element that holds them bytes again.
     characters = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="\n")
-    text, line, column, ended = "", 1, 0, False  # what is in memory, and where in the file it begins
+    text, at, ended = "", 0, False  # what is in memory, and from where on it is not yet used
+    line, column = 1, 0  # in the file: the line at `at`, and the column where `text` begins
     before = _OPENING
     while True:
         try:
-            start, end = _next_element(text, before)
+            start, end = _next_element(text, at, before)
             if end == len(text) and not ended:
                 raise json.JSONDecodeError("the element may go on", text, end)
         except json.JSONDecodeError as error:
-            if not ended and len(text) <= LIMIT:  # perhaps an element that is not yet read to its end
-                more = characters.read(max(CHUNK, len(text)))
-                text, ended = text + more, not more
+            if not ended and len(text) - at <= LIMIT:  # perhaps an element that is not yet read to its end
+                newline = text.rfind("\n", 0, at)
+                column = at - newline - 1 + (column if newline < 0 else 0)
+                more = characters.read(max(CHUNK, len(text) - at))
+                text, at, ended = text[at:] + more, 0, not more
                 continue
             error.colno += column if error.lineno == 1 else 0
             reason = not_json(error) if ended else f"an element of the list is {TOO_LONG}, or {not_json(error)}"
-            yield line + error.lineno - 1, LostRows(f"{reason}; {LOST}")
+            yield line + text.count("\n", at, error.pos), LostRows(f"{reason}; {LOST}")
             return
         if start == end:
             return
-        yield line + text.count("\n", 0, start), text[start:end].encode("utf-8", "surrogateescape")
-        newline = text.rfind("\n", 0, end)
-        line, column = line + text.count("\n", 0, end), end - newline - 1 + (column if newline < 0 else 0)
-        text, before = text[end:], _SEPARATOR
+        yield line + text.count("\n", at, start), text[start:end].encode("utf-8", "surrogateescape")
+        line += text.count("\n", at, end)
+        at, before = end, _SEPARATOR  # cutting here would copy all that follows, for each element
 
 
-def _next_element(text: str, before: re.Pattern) -> tuple[int, int]:
-    """Where in the text the next element starts and ends; the same place twice where the list ends."""
-    found = before.match(text)
+def _next_element(text: str, at: int, before: re.Pattern) -> tuple[int, int]:
+    """Where in the text, from `at` on, the next element starts and ends; the same place twice where the list ends."""
+    found = before.match(text, at)
     if found is None:
-        raise json.JSONDecodeError("expected ',' or ']' after an element", text, _SPACE.match(text).end())
+        raise json.JSONDecodeError("expected ',' or ']' after an element", text, _SPACE.match(text, at).end())
     start = found.end()
     if found["closing"]:
         if start < len(text):
@@ -178,15 +180,23 @@ def _read_csv(stream: BinaryIO) -> Places:
         for cells in reader:
             if cells and header is None:
                 header = cells
-                for name in header:
-                    if header.count(name) > 1:
-                        raise csv.Error(f"two columns are called {name!r}")
+                _check_header(header)
             elif cells:
                 yield line, or_error(_csv_row, header, cells)
             line = reader.line_num + 1
-    except (csv.Error, LostRows) as error:
+    except LostRows as error:
+        yield line, error
+    except csv.Error as error:
         hint = "is a quote left open, or are columns not separated by commas?"
-        yield line, LostRows(f"not valid CSV: {error}; {hint} {LOST}")
+        yield line, LostRows(f"not valid CSV: {error}; {hint} Nothing after it was read")
+
+
+def _check_header(header: list[str]) -> None:
+    for name in header:
+        if header.count(name) > 1:
+            raise LostRows(f"two columns are called {name!r}")
+    if len(header) == 1 and re.search(r"[;\t|]", header[0]):  # as Excel writes it in much of Europe
+        raise LostRows(f"the only column is {header[0]!r}: columns must be separated by commas")
 
 
 def _csv_row(header: list[str], cells: list[str]) -> dict:

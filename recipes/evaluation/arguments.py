@@ -115,7 +115,7 @@ def checkpoints(run: str, count: int) -> list[tuple[int, str]]:
     Raises:
         UserError: there is none.
     """
-    found = sort_checkpoints(run)
+    found = [path for path in sort_checkpoints(run) if path.rpartition("-")[2].isdecimal()]  # no checkpoint-9.old
     if not found:
         raise UserError(f"--checkpoints {run}: there is no checkpoint-N folder in it: train with --save_steps.")
     count = min(count, len(found))

@@ -17,7 +17,7 @@ class Parts:
 
     def __init__(self, output_dir: str):
         self.folder = Path(output_dir) / "parts"
-        if not self.folder.is_dir() and os.path.isdir(output_dir) and os.listdir(output_dir):
+        if not self.folder.is_dir() and (os.path.isfile(output_dir) or any(Path(output_dir).glob("*"))):
             raise UserError(f"{output_dir} is not empty and holds no evaluation: choose another --output_dir.")
         self.folder.mkdir(parents=True, exist_ok=True)
 

@@ -1,5 +1,6 @@
 """What is sampled, and the log-probabilities that KL and entropy come from."""
 
+import inspect
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,6 +53,7 @@ def token_log_probs(
     rows = [start + ids for start, (_, ids) in zip(starts, pairs, strict=True)]
     left = sorted(range(len(rows)), key=lambda row: (len(starts[row]), len(rows[row])))
     vocabulary = base_of(model).config.get_text_config().vocab_size
+    can_skip = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
     results = {}
     with tqdm(total=len(rows), desc=title, disable=None) as progress:
         while left:
@@ -63,7 +65,9 @@ def token_log_probs(
                 {"input_ids": [rows[row] for row in batch]}, padding_side="right", return_tensors="pt"
             ).to(model.device)
             ids = inputs["input_ids"]
-            logits = model(**inputs, logits_to_keep=ids.size(1) - first).logits[:, :-1].float()
+            keep = ids.size(1) - first
+            kept = {"logits_to_keep": keep} if can_skip else {}
+            logits = model(**inputs, **kept).logits[:, -keep:-1].float()
             logps, entropies = selective_log_softmax_and_entropy(logits, ids[:, first + 1 :], temperature=temperature)
             for place, row in enumerate(batch):
                 response = slice(len(starts[row]) - 1 - first, len(rows[row]) - 1 - first)

@@ -158,6 +158,8 @@ def create_app(store: Store) -> FastAPI:
 
     @app.post("/api/answer")
     def answer(me: Me, sent: answers.Submission):
+        if sent.revision is None:
+            raise answers.AnswerError("revision: the event that the page was based on is missing")
         return {"revision": store.record(me.id, sent)}
 
     @app.post("/undo")

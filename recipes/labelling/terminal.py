@@ -3,6 +3,7 @@
 import re
 import secrets
 import time
+from dataclasses import replace
 from string import ascii_uppercase
 
 from recipes.cli.errors import visible
@@ -170,12 +171,13 @@ class _TaskSession:
         elif command == "undo":
             print("  There is nothing to undo.")
         else:
-            if command == "flag":
-                self.answer.comment = self.ask("What is wrong with the prompt? ", commands=False)
-            self.record(command)
+            answer = self.answer
+            if command == "flag":  # in a copy: a comment that is refused must not spoil what follows
+                answer = replace(answer, comment=self.ask("What is wrong with the prompt? ", commands=False))
+            self.record(command, answer)
 
-    def record(self, action):
+    def record(self, action, answer=None):
         key, revision = secrets.token_urlsafe(24), self.revision
-        sent = Submission(self.task.prompt_id, action, self.answer, key, revision, self.seconds, time.time())
+        sent = Submission(self.task.prompt_id, action, answer or self.answer, key, revision, self.seconds, time.time())
         self.revision = self.store.record(self.labeler_id, sent)
         self.seconds = 0.0

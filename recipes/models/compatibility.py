@@ -171,8 +171,8 @@ def refuse_other_adapter(source: ModelSource, model_args: ModelConfig) -> None:
         if not (value == stored or flag in SELECTIONS and trains_the_same(source, name, model_args)):
             value, stored = (" ".join(sorted(x)) if isinstance(x, list | set) else x for x in (value, stored))
             raise UserError(
-                f"--{flag} {value}: {source.path} is an adapter with {stored}, and goes on so. Leave {flag} out, "
-                "or start from the base for another adapter."
+                f"--{flag} {value}: {source.path} is an adapter with {stored}, and goes on as it is. Leave {flag} "
+                "out, or start from the base for another adapter."
             )
 
 

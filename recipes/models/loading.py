@@ -217,6 +217,8 @@ def load_ppo_models(
     Otherwise the reward model is loaded beside the policy. In full fine-tuning the critic starts from it where it has
     the policy's architecture, size and vocabulary, else from the policy.
     """
+    if not model_args.use_peft and (model_args.load_in_4bit or model_args.load_in_8bit):  # Trainer says it too late
+        raise UserError("load_in_4bit and load_in_8bit freeze the base: set use_peft: true to train an adapter on it.")
     models = {"model": load_policy(policy, model_args)}
     if reward is None:
         return models

@@ -276,10 +276,17 @@ def read_done(output: str, plan: list[Prompt], made_from: dict) -> tuple[int, in
     for number, line in enumerate([*lines, *([cut] if cut else [])]):
         begin = line_of(plan[number], responses=[])[:-2].encode() if number < len(plan) else None
         is_cut = number == len(lines)
-        if begin is None or not (line.startswith(begin) or is_cut and begin.startswith(line)):
+        is_ours = begin is not None and (line.startswith(begin) or is_cut and begin.startswith(line))
+        row = None
+        try:
+            if is_ours and not is_cut:
+                row = json.loads(line)
+        except ValueError:
+            is_ours = False
+        if not is_ours:
             raise UserError(f"{output}:{number + 1}: not a line of samples of these prompts: choose another --output.")
-        if not is_cut:
-            refuse_changes(output, json.loads(line), made_from)
+        if row is not None:
+            refuse_changes(output, row, made_from)
     return len(lines), sum(len(line) + 1 for line in lines)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -88,7 +89,7 @@ class ModelSource:
             raise UserError(f"The adapter {self.path} has no weights (adapter_model.safetensors).")
         try:
             return load_peft_weights(self.path, device="cpu")
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RuntimeError, UnpicklingError) as error:
             raise load_error(f"The weights of the adapter {self.path} cannot be read", self.path, error) from error
 
     @cached_property

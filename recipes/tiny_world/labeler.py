@@ -33,9 +33,11 @@ def main() -> None:
         raise SystemExit(f"{args.output} exists: choose another --output, rankings are never overwritten")
     try:
         lines = args.samples.read_text(encoding="utf-8").split("\n")
-        rankings = [rank(json.loads(line), args.seed) for line in lines if line]
+        rankings = [rank(json.loads(line), args.seed) for line in lines if line.strip()]
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise SystemExit(f"{args.samples}: {error!r}") from None
+    if not rankings:
+        raise SystemExit(f"{args.samples} holds no samples")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(str(args.output), "".join(json.dumps(ranking, ensure_ascii=False) + "\n" for ranking in rankings))
     print(f"ranked {counted(len(rankings), 'prompt')} (simulated labeler): {args.output}")

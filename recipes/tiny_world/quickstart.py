@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -183,23 +182,26 @@ def execute(command: list[str], log: Path, name: str) -> int:
         # A model this small is no faster with a second thread, and much slower where another program uses that core.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
-    started = time.monotonic()
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     RUNNING.append(process)
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            return process.wait(INTERVAL)
-        if found := PROGRESS.findall(log.read_text(encoding="utf-8", errors="replace")):
-            print(f"  {time.monotonic() - started:4.0f} s  {name}: {found[-1]}", flush=True)
+    started = shown = time.monotonic()
+    with log.open("wb", buffering=0) as file:
+        # Until what the launcher launched has ended too: a run that is stopped saves after its launcher is gone.
+        while chunk := os.read(process.stdout.fileno(), 65536):
+            file.write(chunk)
+            found = PROGRESS.findall(chunk.decode(errors="replace"))
+            if found and (now := time.monotonic()) - shown >= INTERVAL:
+                shown = now
+                print(f"  {now - started:4.0f} s  {name}: {found[-1]}", flush=True)
+    return process.wait()
 
 
 def finish(work: Callable[[], None]) -> int:

@@ -206,7 +206,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
 
     def restore_running_state(self, state: dict[str, Any]) -> None:
         super().restore_running_state(state)
-        self._rankings = state["rankings"]
+        self._rankings = state.get("rankings", self._rankings)  # an older version kept sums, which the next log misses
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name) -> Dataset:
         def tokenize(row):

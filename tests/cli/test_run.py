@@ -204,17 +204,20 @@ def test_every_argument_that_may_change_is_in_the_docs():
         assert f"`{name.replace('.*', '*')}`" in page, name
 
 
-def test_another_model_under_the_same_name_is_noticed(training_args, tmp_path):
+@pytest.mark.parametrize(
+    "weights", ["adapter_model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+)
+def test_another_model_under_the_same_name_is_noticed(training_args, tmp_path, weights):
     model = tmp_path / "sft"
     model.mkdir()
-    (model / "adapter_model.safetensors").write_bytes(bytes(1_000_000))
+    (model / weights).write_bytes(bytes(1_000_000))
     before = record.describe("ppo", (training_args(), Models(str(model))))
     link = tmp_path / "link"
     link.symlink_to(model)
     assert record.changes(before, record.describe("ppo", (training_args(), Models(str(link))))) == []
     (model / "README.md").write_text("a new card")
     assert record.changes(before, record.describe("ppo", (training_args(), Models(str(model))))) == []
-    (model / "adapter_model.safetensors").write_bytes(bytes(999_999) + b"1")
+    (model / weights).write_bytes(bytes(999_999) + b"1")
     now = record.describe("ppo", (training_args(), Models(str(model))))
     (change,) = record.changes(before, now)
     assert change.startswith("the digest of --model_name_or_path was ")

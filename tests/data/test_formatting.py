@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from recipes.data.mixtures import Source
 from recipes.formatting import (
     DataError,
     FormattingArguments,
@@ -395,6 +396,12 @@ def test_mixed_sources_have_their_own_schema_and_mapping(tmp_path):
 def test_wrong_mixtures_are_refused(tmp_path, sources, message):
     with pytest.raises(DataError, match=message):
         mixed(tmp_path, *sources)
+
+
+def test_names_of_sources_may_be_numbers():
+    assert (Source.parse("2024").path, Source.parse("2024").fraction) == ("2024", None)
+    source = Source.parse({"path": "a.jsonl", "name": 2024, "split": 1})  # as YAML reads them
+    assert (source.name, source.split) == ("2024", "1")
 
 
 def test_no_dataset_is_refused():

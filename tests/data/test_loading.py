@@ -8,6 +8,7 @@ import lzma
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from fsspec.compression import compr
@@ -113,10 +114,18 @@ def test_csv_cells_stay_text(tmp_path, raw, expected):
     check(found, expected)
 
 
-def test_two_columns_of_a_csv_with_one_name_are_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"prompt,prompt\nq,r\n", "two columns are called 'prompt'\n"),
+        (b"prompt;completion\nHi, you;Yes, I\n", "the only column is 'prompt;completion': .* separated by commas\n"),
+        (b"prompt\tcompletion\nq\ta\n", "the only column is .* separated by commas\n"),
+    ],
+)
+def test_csv_headers(tmp_path, content, problem):
     path = tmp_path / "data.csv"
-    path.write_bytes(b"prompt,prompt\nq,r\n")
-    with pytest.raises(DataError, match="data.csv:1: not valid CSV: two columns are called 'prompt'"):
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"data.csv:1: {problem}"):
         format_dataset(load_rows(path), "prompt", on_error="skip")
 
 
@@ -229,6 +238,8 @@ def test_splits_of_a_folder_come_from_file_names(tmp_path):
     assert read(tmp_path, data_files="test.json") == [(1, {"prompt": "test.json"})]
     assert read("json", data_files=str(tmp_path / "test.json")) == [(1, {"prompt": "test.json"})]
     assert read(tmp_path, data_files={"test": ["test.json"]}, split="test") == [(1, {"prompt": "test.json"})]
+    with pytest.raises(DataError, match=r"for each pattern of data_files \['test.json', 'tset.json'\]"):
+        load_rows(tmp_path, data_files=["test.json", "tset.json"])
 
 
 CARD = """---
@@ -315,8 +326,8 @@ def test_text_files_hold_one_prompt_a_line(tmp_path):
         ("data.jsonl", GOOD, b'{"prompt": "%s"}\n', GOOD, [1, "the line is longer than 64 MiB"]),
         ("data.txt", b"q\n", b"%s\n", b"q\n", [1, "the line is longer than 64 MiB"]),
         ("data.json", b'[{"a": "q"},\n', b'{"a": "%s"},', b'{"a": 1}]', [1, "an element of the list is longer than"]),
-        ("data.csv", b"a\nq\n", b"%s\n", b"q\n", [2, "not valid CSV: the line is longer than 64 MiB"]),
-        ("data.csv", b"a\nq\n", b'"%s"\n', b"q\n", [2, "not valid CSV: the line is longer than 64 MiB"]),
+        ("data.csv", b"a\nq\n", b"%s\n", b"q\n", [2, "the line is longer than 64 MiB"]),
+        ("data.csv", b"a\nq\n", b'"%s"\n', b"q\n", [2, "the line is longer than 64 MiB"]),
         ("data.csv", b"a\nq\n", b'"\n%s\n"\n', b"q\n", [2, "not valid CSV: field larger than field limit"]),
     ],
 )
@@ -479,6 +490,14 @@ def test_messages_in_csv_may_begin_with_any_key(tmp_path):
         csv.writer(file).writerows([["prompt"], [json.dumps(turns)]])
     dataset, _ = format_dataset(load_rows(tmp_path / "data.csv"), "prompt")
     assert dataset.to_list() == [{"prompt": [{"role": "user", "content": "q"}]}]
+
+
+def test_a_large_element_of_a_json_list_does_not_slow_those_after_it(tmp_path):
+    path, small = tmp_path / "data.json", [{"a": "q"}] * 30_000
+    path.write_text(json.dumps([{"a": "q" * 2**22}, *small]))
+    start = time.process_time()
+    assert read(path)[1:] == [(1, row) for row in small]
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 2**20])

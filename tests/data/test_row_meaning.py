@@ -412,6 +412,14 @@ def test_a_mapped_column_that_nothing_reads_is_an_error():
     assert len(format_dataset(rows, "prompt", mapping=mapping)[0]) == 1
 
 
+def test_names_of_unused_columns_have_a_limit(monkeypatch):
+    """As where each row has columns of its own."""
+    monkeypatch.setattr("recipes.data.formatter.KEPT", 30)
+    _, report = format_dataset([{"prompt": "q", "x": 1, f"c{number:02}": 1} for number in range(100)], "prompt")
+    assert len(report.unread) == 30 and report.unread["x"] == 100
+    assert "c19, …" in str(report) and "c20" not in str(report)
+
+
 @pytest.mark.parametrize(
     "row", [{"c": "a", "r": "a "}, {"c": "a", "r": ""}, {"c": TURNS, "r": TURNS}, {"c": "a", "r": "b", "x": 1, "y": 1}]
 )

@@ -19,11 +19,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
+from urllib3 import HTTPResponse
 
 from recipes.cli.errors import UserError
 from recipes.evaluation import policies
 from recipes.evaluation.arguments import EvaluationArguments
-from recipes.evaluation.llm_judge import LLMJudge
+from recipes.evaluation.llm_judge import RETRIES, LLMJudge
 from recipes.evaluation.measure import Evaluation, judge_scores
 from recipes.evaluation.policies import token_log_probs
 from recipes.evaluation.report import verdict
@@ -271,6 +272,17 @@ def test_log_probs_are_those_of_each_response_alone(folders, monkeypatch, temper
     assert max(sizes) <= at_once
 
 
+def test_log_probs_of_a_model_that_always_gives_all_logits(folders, monkeypatch):
+    """The code of a model may know no `logits_to_keep`, as that of xLSTM or of some on the Hub."""
+    model, tokenizer = load_generator(ModelConfig(model_name_or_path=str(folders / "base")))
+    pairs = [(models.prompts(1, length, seed=length)[0], [7, 8, 9, 1][: length % 4 + 1]) for length in range(1, 6)]
+    expected = token_log_probs(model, tokenizer, pairs, 1.0, batch_size=3)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda input_ids, attention_mask: forward(input_ids, attention_mask))
+    for (logps, entropy), found in zip(expected, token_log_probs(model, tokenizer, pairs, 1.0, 3), strict=True):
+        assert found[0] == pytest.approx(logps, abs=1e-4) and found[1] == pytest.approx(entropy, abs=1e-4)
+
+
 def brief(completions, **kwargs):
     return [0.0 for _ in completions]
 
@@ -397,6 +409,15 @@ def test_an_overloaded_endpoint_is_asked_again_and_a_wrong_one_is_named(endpoint
     assert shares[0].tolist() == [1, 0, 0] and len(endpoint.server.requests) == 8
     with pytest.raises(UserError, match="The judge m at http://127.0.0.1:1/v1/chat/completions does not answer"):
         LLMJudge("m", "http://127.0.0.1:1/v1", tmp_path / "w.jsonl").compare(CASES, LONG, SHORT, "judging")
+
+
+def test_a_judge_waits_no_longer_than_a_minute_and_never_shows_its_key(endpoint, tmp_path, monkeypatch):
+    """An endpoint may ask for a wait until tomorrow, and a key from a file may end in a line break."""
+    told = [HTTPResponse(headers={"Retry-After": wait}) for wait in ("7", "86400", "1.5")]
+    assert [RETRIES.get_retry_after(response) for response in told] == [7, 60, 0]
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r\n")
+    LLMJudge("m", endpoint.url, tmp_path / "verdicts.jsonl").compare(CASES, LONG, SHORT, "judging")
+    assert endpoint.server.requests[0][1]["Authorization"] == "Bearer sk-secret"
 
 
 @pytest.mark.parametrize("name", ["llm_judge_model", "rankings", "ranking_task"])

@@ -333,13 +333,15 @@ def test_parts_are_reused_and_never_mixed(tmp_path):
         parts.get("x", {"seed": 2}, lambda: [2])
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("all of it")
-    with pytest.raises(UserError, match="holds no evaluation"):
-        Parts(str(tmp_path / "thesis"))
+    for taken in ("thesis", "thesis/chapter.txt"):
+        with pytest.raises(UserError, match="holds no evaluation"):
+            Parts(str(tmp_path / taken))
 
 
 def test_checkpoints_are_spread_and_end_with_the_last(tmp_path):
     for step in (10, 20, 30, 40, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-50.old").mkdir()
     assert [step for step, _ in checkpoints(str(tmp_path), 9)] == [10, 20, 30, 40, 100]
     assert [step for step, _ in checkpoints(str(tmp_path), 2)] == [20, 100]
     assert [step for step, _ in checkpoints(str(tmp_path), 1)] == [100]

@@ -253,6 +253,7 @@ def test_malformed_answers_are_refused_and_say_why(job, labeler):
         "labeler_id: unexpected": [{"labeler_id": 1}],
         "at most 4000": [{"comment": "x" * 4001}],
         "key": [{"key": "short"}],
+        "revision": [{"revision": None}],
         "active_seconds": [{"active_seconds": -1}],
     }
     for expected, bodies in wrong.items():

@@ -35,7 +35,7 @@ from recipes.labelling.export import export
 from recipes.labelling.markdown import render
 from recipes.labelling.store import ConflictError, NotAssignedError, Store
 from recipes.labelling.tasks import read_tasks
-from recipes.labelling.terminal import parse_marks, parse_ranking
+from recipes.labelling.terminal import parse_marks, parse_ranking, rank_in_terminal
 from tests.labelling.labelling_server import HOSTILE, SCRIPT, cli, write_samples
 
 
@@ -708,6 +708,15 @@ def test_marks():
     for text in ("D5", "A8", "A5x", "5A"):
         with pytest.raises(AnswerError):
             parse_marks(text, "ABC")
+
+
+def test_a_comment_that_is_refused_does_not_spoil_the_ranking(make, monkeypatch, capsys):
+    """It stayed in the answer, and every line after it was refused for it."""
+    job, (ann,) = make(prompts=1, justifications="off")
+    typed = iter(["flag", "x" * 4001, "D > C > B > A", "", ""])
+    monkeypatch.setattr("builtins.input", lambda question: next(typed))
+    assert rank_in_terminal(job, ann) == 1
+    assert capsys.readouterr().out.count("at most 4000") == 1
 
 
 def test_ranking_in_a_terminal_from_draft_to_export(tmp_path):

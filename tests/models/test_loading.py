@@ -130,6 +130,7 @@ def test_a_part_that_the_model_does_not_have_is_named(tmp_path, flag, names):
         ("no model", "the folder .* holds no config.json, so it is no model"),
         ("no type", "adapter_config.json: the peft_type None is unknown to this PEFT"),
         ("no weights", "The adapter .* has no weights"),
+        ("a pickle", "The weights of the adapter .* cannot be read"),
         ("a list", "could not be loaded|cannot be read"),
     ],
 )
@@ -140,8 +141,10 @@ def test_what_is_no_model_is_one_line(tmp_path, kind, message):
     (tmp_path / "empty").mkdir()
     if kind == "no type":
         (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    elif kind == "no weights":
+    elif kind in ("no weights", "a pickle"):
         (adapter / "adapter_model.safetensors").unlink()
+        if kind == "a pickle":
+            (adapter / "adapter_model.bin").write_bytes(b"none")
     elif kind == "a list":
         (base / "config.json").write_text("[1]")
     with pytest.raises(UserError, match=message) as error:

@@ -170,6 +170,7 @@ def foreign(whole: bytes) -> dict[str, bytes]:
         "the next line of other prompts": first + b'{"id": "p77", "prompt": [',
         "other samples and a cut line": second + first[:30],
         "more than all": whole + b'{"id": "p1"',
+        "a damaged line": first[:-5] + b"\n" + second,
         "not text": bytes(range(256)),
         "nothing but an end": b"\n",
     }

@@ -105,8 +105,9 @@ def test_told_to_stop_at_a_random_moment(recipes, tmp_path, step):
 def test_two_processes_killed_at_a_random_moment(recipes, tmp_path, step):
     """Through the real launcher; all three processes are killed at once. Each run has several epochs."""
     moments, last = random.Random(step), 24
-    halved = {"per_device_train_batch_size": 4, "max_steps": last}
-    whole = Recipe(step, **(recipes[step].arguments | halved | {"output_dir": tmp_path / "whole"}))
+    arguments = recipes[step].arguments | {"per_device_train_batch_size": 4, "max_steps": last}
+    arguments.pop("num_train_epochs", None)
+    whole = Recipe(step, **(arguments | {"output_dir": tmp_path / "whole"}))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
     def saved(recipe: Recipe) -> int:

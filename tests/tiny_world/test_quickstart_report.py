@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.cli.arguments import parse
+from recipes.cli.errors import UserError
 from recipes.models.sampling import Prompt
 from recipes.tiny_world import evaluate, judge, labeler, quickstart
 from recipes.tiny_world.report import NAMES, table, write_report
@@ -262,6 +264,28 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     assert quickstart.main(["--output_dir", str(tmp_path)]) == 1
     assert "is not empty and holds no quickstart" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_stopped_run_is_waited_for_while_it_saves(tmp_path):
+    """Its launcher ends at once; the next quickstart found the folder in use."""
+    saves = "time.sleep(1), open('saved', 'w'), sys.exit()"
+    child = (
+        f"import signal, sys, time; signal.signal(15, lambda *_: ({saves})); print('up', flush=True); time.sleep(60)"
+    )
+    launcher = (
+        f"import os, subprocess, sys; os.chdir({str(tmp_path)!r}); subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    log = tmp_path / "log"
+
+    def fail():
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.05)
+        raise UserError("stop")
+
+    with pytest.raises(UserError, match="stop"):
+        job = partial(quickstart.execute, [sys.executable, "-c", launcher], log, "run")
+        quickstart.run_parallel([fail, job], 2)
+    assert (tmp_path / "saved").exists()
 
 
 def test_ctrl_c_ends_the_running_commands(tmp_path):

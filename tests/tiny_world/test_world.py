@@ -210,6 +210,7 @@ def test_labeler_writes_rankings_once(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("\n", "holds no samples"),
         ("{", "Expecting property name"),
         ('{"id": "a"}', "'prompt'"),
         (
