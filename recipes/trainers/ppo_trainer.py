@@ -94,6 +94,12 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
             model = get_peft_model(model, peft_config)
         if isinstance(train_dataset, Dataset):
             args.check_prompts(len(train_dataset))
+        if (
+            args.cast_lm_head_to_fp32
+            and isinstance(model, PeftModel)
+            and model.config.get_text_config().tie_word_embeddings
+        ):
+            raise UserError("TRL has no cast_lm_head_to_fp32 for LoRA on a base with tied embeddings: leave it out.")
         if args.ptx_coef > 0 and ptx_dataset is None:
             raise UserError("ptx_coef needs demonstrations: set ptx_dataset.")
 

@@ -456,6 +456,11 @@ def test_each_prompt_of_an_evaluation_counts_the_same(world, tmp_path, options):
     assert metrics["eval_objective/scores"] == pytest.approx(expected)
 
 
+def test_a_float32_head_of_tied_embeddings_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match="no cast_lm_head_to_fp32 for LoRA on a base with tied embeddings"):
+        make_trainer(world, tmp_path, cast_lm_head_to_fp32=True)
+
+
 def test_two_rewards_of_one_name_are_refused(world, tmp_path):
     """Their numbers would be averaged in the log and one would hide the other in the table of completions."""
 
