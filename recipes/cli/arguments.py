@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,7 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
     check_gpus()
     parser = RecipeParser(dataclass_types, allow_abbrev=False)  # a misspelt flag may not pass for another
     parser.add_argument("--config", action="append")
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-3 for a flag
     flags = parser.given(sys.argv[1:] if args is None else args, "Command line")
     files = flags.pop("config", [])
     if len(files) > 1:

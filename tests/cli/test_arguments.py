@@ -23,6 +23,7 @@ class Arguments:
     use_peft: bool = False
     modules: list[str] | None = None
     options: dict | None = None
+    weights: list[float] | None = None
 
 
 def parse(tmp_path, text: str, *flags: str) -> Arguments:
@@ -86,6 +87,12 @@ def test_a_text_where_a_list_is_wanted_is_a_list_of_one(tmp_path):
     assert parse(tmp_path, "name: a\nmodules: all-linear").modules == ["all-linear"]
     mapping = "prompt=a completion=b"
     assert parse_mapping(parse(tmp_path, f"name: a\nmodules: {mapping}").modules) == {"prompt": "a", "completion": "b"}
+
+
+def test_a_negative_number_with_an_exponent_is_no_flag(tmp_path):
+    assert parse(tmp_path, "name: a\nweights: [-1e-3, 1]\n").weights == [-1e-3, 1]
+    parsed = parse(tmp_path, "name: a\n", "--weights", "2", "-1.5e-3", "-.5", "--rate", "-1e-3")
+    assert (parsed.weights, parsed.rate) == ([2, -1.5e-3, -0.5], -1e-3)
 
 
 def test_the_home_folder_is_known_in_the_yaml_and_behind_an_equals_sign(tmp_path, monkeypatch):
