@@ -255,6 +255,7 @@ def test_hostile_text_stays_text(tmp_path, open_page):
         page.click("[data-do=submit]")
         submit(page)
         page.click("text=Your answers")
+        page.wait_for_selector(".answers")
         assert page.title() == "Your answers" and page.locator(".answers img").count() == 0
 
 
