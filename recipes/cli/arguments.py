@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from trl import ModelConfig, TrlParser
 
@@ -39,15 +39,18 @@ class RecipeParser(TrlParser):
         return vars(self.parse_args(words))
 
     def given_in_config(self, path: str) -> dict[str, Any]:
-        words, typed = [], {}
+        words, typed, where = [], {}, f"--config {path}"
+        kinds = {name: kind for each in self.dataclass_types for name, kind in get_type_hints(each).items()}
         for name, value in read_config(path).items():
             if isinstance(value, str):
                 words.append(f"--{name}={value}")
             elif value and isinstance(value, list) and all(isinstance(item, str) for item in value):
                 words += [f"--{name}", *value]
+            elif value is None and type(None) not in get_args(kinds.get(name)):
+                raise UserError(f"{where}: {name} cannot be null: leave it out to have its default.")
             else:
                 typed[name] = value
-        return self.given(words, f"--config {path}") | typed
+        return self.given(words, where) | typed
 
 
 def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> tuple:
