@@ -51,9 +51,9 @@ def format_dataset(
         return _write(formatter, rows, report, (num_proc or 1) // launched), report
     from datasets import IterableDataset
 
-    known = None if task == "sft" else formatter.features()  # sft rows may have tool calls, or not
+    columns = formatter.features(tools=task == "sft")  # any row may have tool calls, which a mixture would drop
     parts = {"formatter": formatter, "rows": rows, "report": report}
-    return IterableDataset.from_generator(_stream, known, parts), report
+    return IterableDataset.from_generator(_stream, columns, parts), report
 
 
 def _stream(formatter: Formatter, rows: Rows, report: Report) -> Iterator[dict]:

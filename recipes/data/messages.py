@@ -80,7 +80,7 @@ def _extras(turn: Cells, role: str) -> dict[str, Any]:
         if not isinstance(value, kind) or (kind is list and not all(isinstance(call, dict) for call in value)):
             wanted = "a list of objects" if kind is list else "text"
             raise RowError(f"found {describe(value)}, expected {wanted}", turn.where(key))
-        result[key] = value
+        result[key] = list(map(_with_arguments, value)) if kind is list else value
     if "tool_calls" not in result and turn.get("function_call"):  # OpenAI's older form
         result["tool_calls"] = _tool_calls(turn["function_call"], turn.where("function_call"))
     return result
@@ -128,7 +128,17 @@ def _tool_calls(content: str | dict, where: str) -> list[dict]:
     calls = content if isinstance(content, list) else [content]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise RowError(f"found {describe(content)}, expected a function call as JSON {{name, arguments}}", where)
-    return [{"type": "function", "function": call} for call in calls]
+    return [_with_arguments({"type": "function", "function": call}) for call in calls]
+
+
+def _with_arguments(call: dict) -> dict:
+    """A tool call with its arguments as an object: OpenAI's text of JSON would be quoted again by chat templates."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"])}
+    with suppress(ValueError, TypeError, RecursionError):  # not text, or not JSON
+        arguments = json.loads(call.get("arguments"))
+        return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+    return call
 
 
 def is_turns(value: Any) -> bool:
