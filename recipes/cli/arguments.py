@@ -14,6 +14,7 @@ from recipes.cli.config import read_config
 from recipes.cli.errors import UserError
 from recipes.cli.launch import check_gpus
 from recipes.cli.precedence import check_ranges, check_used, without_overridden
+from recipes.cli.record import SECRETS
 
 
 class RecipeParser(TrlParser):
@@ -63,7 +64,10 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
     parser = RecipeParser(dataclass_types, allow_abbrev=False)  # a misspelt flag may not pass for another
     parser.add_argument("--config", action="append")
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-3 for a flag
-    flags = parser.given(sys.argv[1:] if args is None else args, "Command line")
+    if args is None:
+        args = sys.argv[1:]
+        sys.argv[1:] = without_secrets(args)  # cards and trackers write it down
+    flags = parser.given(args, "Command line")
     files = flags.pop("config", [])
     if len(files) > 1:
         raise UserError("Command line: --config takes one YAML file.")
@@ -81,6 +85,18 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
         if isinstance(group, ModelConfig):
             group.given = {*flags, *config}  # no field, so it is not recorded: a value may be given and be the default
     return parsed
+
+
+def without_secrets(words: list[str]) -> list[str]:
+    """A command line without the flags whose names say that they are secret."""
+    kept: list[str] = []
+    secret = False
+    for word in words:
+        if word.startswith("--"):
+            secret = SECRETS.search(word[2:].replace("-", "_").partition("=")[0]) is not None
+        if not secret:
+            kept.append(word)
+    return kept
 
 
 def import_function(path: str, flag: str) -> Callable:
