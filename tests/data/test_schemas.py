@@ -240,7 +240,7 @@ def test_a_conversation_may_be_messages():
 
 
 def test_answers_whose_prompt_has_another_name_ask_for_a_mapping():
-    with pytest.raises(DataError, match="rows:1:chosen: found only an answer, .*with the prompt: --dataset_mapping prompt="):
+    with pytest.raises(DataError, match="rows:1:chosen: found only an answer, .*: --dataset_mapping prompt="):
         format_dataset([{"query": "q", "chosen": "a", "rejected": "b"}], "preference")
 
 
