@@ -53,8 +53,14 @@ def create_app(store: Store) -> FastAPI:
     def logged_in(request):
         return accounts.session_labeler(store, request.cookies.get(cookie, ""))
 
+    def account(me):
+        """Sent back by the page, as somebody else may have logged in in another tab."""
+        return f"{cookie} {me.id}"
+
     def labeler(request: Request) -> accounts.Labeler:
         if found := logged_in(request):
+            if request.headers.get("x-account", account(found)) != account(found):
+                raise HTTPException(401, f"{found.name} is logged in now. Log in again as yourself in another tab")
             return found
         if request.url.path.startswith("/api/"):
             raise HTTPException(401, "you are logged out. Log in again in another tab")
@@ -131,7 +137,7 @@ def create_app(store: Store) -> FastAPI:
     def task_page(request, me, task):
         texts = dict(task.responses)
         context = {"task": task, "texts": texts, "letters": dict(zip(texts, ascii_uppercase, strict=False))}
-        return page(request, "rank.html", me, account=f"{cookie} {me.id}", **context)
+        return page(request, "rank.html", me, account=account(me), **context)
 
     @app.get("/")
     def next_task(request: Request, me: Me):
