@@ -166,7 +166,7 @@ async function emptyOutbox() {
     keep(OUTBOX, outbox);
     trouble = ok ? "" : reply.error;
     show();
-    status(ok && !dirty ? `Saved at ${new Date().toLocaleTimeString()}` : "");
+    status(ok && !dirty ? `Draft saved at ${new Date().toLocaleTimeString()}` : "");
   }
   return stored;
 }
