@@ -162,6 +162,8 @@ class RunFolder:
 
         self._agree(compare_or_write)
         show_lines(trainer)
+        if token := self.training_args.hub_token:  # Trainer saves its arguments beside each model, and pushes them
+            os.environ["HF_TOKEN"], self.training_args.hub_token = token, None
         adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
         base = next((config.base_model_name_or_path for config in adapters.values()), None)
         trainer.card = lambda: model_card(self.record, trainer.state.log_history, base)
