@@ -210,10 +210,10 @@ def _sources(script_args, format_args: FormattingArguments, evaluate: bool) -> d
     path, name = script_args.dataset_name, script_args.dataset_config
     train = Source(path, name, script_args.dataset_train_split)
     if format_args.datasets:
-        if (name, train.split) != (None, "train"):
+        if (name, train.split, script_args.dataset_test_split) != (None, "train", "test"):
             raise DataError(
-                "datasets: a source of a mixture has its own name and split: leave out dataset_config and "
-                "dataset_train_split"
+                "datasets: a source of a mixture has its own name and split, and rows to evaluate on are held out: "
+                "leave out dataset_config, dataset_train_split and dataset_test_split"
             )
         sources = {"train": parse_sources(format_args.datasets)}
     elif path is None:

@@ -206,14 +206,14 @@ def json_messages(value: Any) -> list | dict | None:
 def prompt_messages(row: Cells, column: str, roles: Roles) -> Messages:
     """The messages of a prompt column.
 
-    A text is one user message, unless it is a transcript "\\n\\nHuman: …\\n\\nAssistant:" that ends before the answer.
+    A text is one user message, unless it is a transcript "Human: …\\n\\nAssistant:" that ends before the answer.
     After an instruction or a question, `input` or `context` follows after a blank line.
     """
     value = row.get(column)
     if isinstance(value, str) and column in ("instruction", "question"):
         parts = (row.text(column), row.optional_text("input"), row.optional_text("context"))
         return [message("user", "\n\n".join(filter(None, parts)))]
-    if isinstance(value, str) and value.startswith("\n\nHuman:") and value.rstrip().endswith("\n\nAssistant:"):
+    if isinstance(value, str) and value.lstrip().startswith("Human:") and value.rstrip().endswith("\n\nAssistant:"):
         transcript = value.rstrip().removesuffix("Assistant:")
         return split_turns(transcript, column, HUMAN_ASSISTANT, roles)
     return read_messages(row, column, roles, "user")

@@ -337,10 +337,11 @@ def test_a_test_split_that_was_chosen_is_not_replaced_in_silence(tmp_path, capsy
 
 
 def test_a_split_beside_a_mixture_is_refused(tmp_path):
-    script = Script(None)
-    script.dataset_train_split = "validation"
-    with pytest.raises(DataError, match="a source of a mixture has its own name and split"):
-        load_formatted("prompt", script, FormattingArguments(datasets=[prompts(tmp_path, "a", 2)]))
+    for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
+        script = Script(None)
+        setattr(script, name, "validation")
+        with pytest.raises(DataError, match="a source of a mixture has its own name and split"):
+            load_formatted("prompt", script, FormattingArguments(datasets=[prompts(tmp_path, "a", 2)]))
 
 
 @pytest.mark.parametrize("rate", [-0.1, 5, float("nan")])
