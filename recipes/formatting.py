@@ -51,9 +51,9 @@ def format_dataset(
         return _write(formatter, rows, report, (num_proc or 1) // launched), report
     from datasets import IterableDataset
 
-    known = None if task == "sft" else formatter.features()  # sft rows may have tool calls, or not
+    columns = formatter.features(tools=task == "sft")  # any row may have tool calls, which a mixture would drop
     parts = {"formatter": formatter, "rows": rows, "report": report}
-    return IterableDataset.from_generator(_stream, known, parts), report
+    return IterableDataset.from_generator(_stream, columns, parts), report
 
 
 def _stream(formatter: Formatter, rows: Rows, report: Report) -> Iterator[dict]:
@@ -210,10 +210,10 @@ def _sources(script_args, format_args: FormattingArguments, evaluate: bool) -> d
     path, name = script_args.dataset_name, script_args.dataset_config
     train = Source(path, name, script_args.dataset_train_split)
     if format_args.datasets:
-        if (name, train.split) != (None, "train"):
+        if (name, train.split, script_args.dataset_test_split) != (None, "train", "test"):
             raise DataError(
-                "datasets: a source of a mixture has its own name and split: leave out dataset_config and "
-                "dataset_train_split"
+                "datasets: a source of a mixture has its own name and split, and rows to evaluate on are held out: "
+                "leave out dataset_config, dataset_train_split and dataset_test_split"
             )
         sources = {"train": parse_sources(format_args.datasets)}
     elif path is None:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from trl import ModelConfig, TrlParser
 
@@ -14,6 +14,7 @@ from recipes.cli.config import read_config
 from recipes.cli.errors import UserError
 from recipes.cli.launch import check_gpus
 from recipes.cli.precedence import check_ranges, check_used, without_overridden
+from recipes.cli.record import SECRETS
 
 
 class RecipeParser(TrlParser):
@@ -39,15 +40,18 @@ class RecipeParser(TrlParser):
         return vars(self.parse_args(words))
 
     def given_in_config(self, path: str) -> dict[str, Any]:
-        words, typed = [], {}
+        words, typed, where = [], {}, f"--config {path}"
+        kinds = {name: kind for each in self.dataclass_types for name, kind in get_type_hints(each).items()}
         for name, value in read_config(path).items():
             if isinstance(value, str):
                 words.append(f"--{name}={value}")
             elif value and isinstance(value, list) and all(isinstance(item, str) for item in value):
                 words += [f"--{name}", *value]
+            elif value is None and type(None) not in get_args(kinds.get(name)):
+                raise UserError(f"{where}: {name} cannot be null: leave it out to have its default.")
             else:
                 typed[name] = value
-        return self.given(words, f"--config {path}") | typed
+        return self.given(words, where) | typed
 
 
 def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> tuple:
@@ -60,7 +64,10 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
     parser = RecipeParser(dataclass_types, allow_abbrev=False)  # a misspelt flag may not pass for another
     parser.add_argument("--config", action="append")
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-3 for a flag
-    flags = parser.given(sys.argv[1:] if args is None else args, "Command line")
+    if args is None:
+        args = sys.argv[1:]
+        sys.argv[1:] = without_secrets(args)  # cards and trackers write it down
+    flags = parser.given(args, "Command line")
     files = flags.pop("config", [])
     if len(files) > 1:
         raise UserError("Command line: --config takes one YAML file.")
@@ -78,6 +85,18 @@ def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> t
         if isinstance(group, ModelConfig):
             group.given = {*flags, *config}  # no field, so it is not recorded: a value may be given and be the default
     return parsed
+
+
+def without_secrets(words: list[str]) -> list[str]:
+    """A command line without the flags whose names say that they are secret."""
+    kept: list[str] = []
+    secret = False
+    for word in words:
+        if word.startswith("--"):
+            secret = SECRETS.search(word[2:].replace("-", "_").partition("=")[0]) is not None
+        if not secret:
+            kept.append(word)
+    return kept
 
 
 def import_function(path: str, flag: str) -> Callable:

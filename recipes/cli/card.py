@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from recipes.cli.launch import launcher
-from recipes.cli.record import SECRETS, used_in_words
+from recipes.cli.record import used_in_words
 from recipes.cli.screen import RESULTS, first_and_last
 
 TEMPLATE = os.path.join(os.path.dirname(__file__), "model_card.md.jinja")
@@ -60,14 +60,5 @@ def is_hub_dataset(source: str) -> bool:
 
 
 def command_line(recipe: str) -> str | None:
-    """The command of this process without secrets, `None` where it is not the recipe's."""
-    if os.path.basename(sys.argv[0]) != f"{recipe}.py":
-        return None
-    words: list[str] = []
-    secret = False
-    for word in sys.argv:
-        if word.startswith("--"):
-            secret = SECRETS.search(word[2:].replace("-", "_").partition("=")[0]) is not None
-        if not secret:
-            words.append(word)
-    return f"{launcher()} {shlex.join(words)}"
+    """The command of this process, `None` where it is not the recipe's."""
+    return f"{launcher()} {shlex.join(sys.argv)}" if os.path.basename(sys.argv[0]) == f"{recipe}.py" else None

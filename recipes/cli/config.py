@@ -1,6 +1,7 @@
 """Reads the YAML of `--config`: each key is a flag, and its value is the text that the flag would be given."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ class UniqueKeyLoader(yaml.SafeLoader):
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.YAMLError(f"{twice[0]} is given twice")
         return super().construct_mapping(node, deep)
+
+
+UniqueKeyLoader.add_implicit_resolver(  # plain YAML reads 1e-5 as a text, because it has no dot
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("+-0123456789")
+)
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -42,10 +48,10 @@ def read_config(path: str) -> dict[str, Any]:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected lines of the form argument: value.")
-    env = values.get("env") or {}
+    env = texts.get("env") or {}
     if not isinstance(env, dict):
         raise UserError(f"{where}: env takes lines of the form VARIABLE: value, not {env}.")
-    os.environ |= {str(name): str(value) for name, value in env.items()}
+    os.environ |= {name: str(value) for name, value in env.items()}
     found = {}
     for (name, text), value in zip(texts.items(), values.values(), strict=True):
         items = value if isinstance(value, list) else [value]

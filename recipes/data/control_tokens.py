@@ -10,12 +10,20 @@ TEMPLATE_MARKS = (
     "<|end|>", "[INST]", "[/INST]", "<<SYS>>", "<s>", "</s>", "<bos>", "<eos>",
 )  # fmt: skip
 
+# Not special to tokenizers, and written by the assistant itself: its answers keep them. They end no turn.
+ANSWERS_OWN = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
 
 def control_tokens(tokenizer) -> list[str]:
     """The special tokens of a tokenizer, and the added tokens that its chat template writes."""
     template = str(tokenizer.chat_template or "")
     tokens = tokenizer.added_tokens_decoder.values()
     return [each.content for each in tokens if each.content.strip() and (each.special or each.content in template)]
+
+
+def own_marks(turn: dict) -> tuple[str, ...]:
+    """The control tokens that are the turn's own and no injected ones."""
+    return ANSWERS_OWN if turn.get("role") == "assistant" else ()
 
 
 def search_pattern(special_tokens: Iterable[str]) -> re.Pattern:

@@ -68,6 +68,8 @@ def dialogue(column: str) -> Converter:
 
 
 def conversation_pairs(row: Cells, roles: Roles) -> Dialogue:
+    if is_turns(row.get("conversation")):
+        return Dialogue(conversation(row, "conversation", roles))
     turns = []
     for pair in row.objects("conversation"):
         turns += [message("user", pair.text("input")), message("assistant", pair.text("output"))]
@@ -162,7 +164,8 @@ def preferences(question: str | None = None) -> Converter:
             return compared(question, *_SIDES, _chosen, row, roles)
         chosen, rejected = (read_messages(row, column, roles) for column in _SIDES)
         if not whole:
-            raise RowError("found only an answer, expected the conversation from its first turn on", "chosen")
+            advice = "or a column with the prompt: --dataset_mapping prompt=NAME chosen=chosen rejected=rejected"
+            raise RowError(f"found only an answer, expected the conversation from its first turn, {advice}", "chosen")
         result = _compare_whole(row, _chosen, chosen, rejected)
         column = question or "prompt"
         result.prompt = add_system(result.prompt, _system_beside(row, column, chosen, roles), column)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from recipes.data.cells import Cells
 from recipes.data.columns import MEANINGFUL, check_columns, read_tools, unread_columns
-from recipes.data.control_tokens import control_tokens, search_pattern
+from recipes.data.control_tokens import control_tokens, own_marks, search_pattern
 from recipes.data.converters import Dialogue, Ranking
 from recipes.data.digests import Digests
 from recipes.data.loading import Rows, as_rows
@@ -273,9 +273,10 @@ class Formatter:
         turns = list(row_messages(output))
         used = {*output, *(turn["role"] for turn in turns), *(key for turn in turns for key in turn)}
         used |= {"reasoning_content"} if used & {*REASONING} else set()
+        used |= {"</think>"} if any("</think>" in turn["content"] for turn in turns) else set()
         for part in self._left_out.keys() & used:
             what = f"the chat template leaves out {self._left_out[part]}"
-            if part != "reasoning_content":
+            if self._left_out[part] != "reasoning":
                 raise RowError(f"{what}, and this row has some: train with a template that renders them")
             flags.append(what)
 
@@ -285,8 +286,9 @@ class Formatter:
             text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False)
             if "<image>" in text:
                 raise Skip("<image> stands for an image, which cannot be used")
-            if found is None and (match := self._control_tokens.search(text)):
-                found = f"special token {match[0]!r} in the {turn['role']} turn"
+            foreign = (match[0] for match in self._control_tokens.finditer(text) if match[0] not in own_marks(turn))
+            if found is None and (token := next(foreign, None)):
+                found = f"special token {token!r} in the {turn['role']} turn"
         return found
 
     def _choose_schema(self, rows: Rows, report: Report) -> tuple[str | None, str]:

@@ -80,7 +80,7 @@ def _extras(turn: Cells, role: str) -> dict[str, Any]:
         if not isinstance(value, kind) or (kind is list and not all(isinstance(call, dict) for call in value)):
             wanted = "a list of objects" if kind is list else "text"
             raise RowError(f"found {describe(value)}, expected {wanted}", turn.where(key))
-        result[key] = value
+        result[key] = list(map(_with_arguments, value)) if kind is list else value
     if "tool_calls" not in result and turn.get("function_call"):  # OpenAI's older form
         result["tool_calls"] = _tool_calls(turn["function_call"], turn.where("function_call"))
     return result
@@ -128,7 +128,17 @@ def _tool_calls(content: str | dict, where: str) -> list[dict]:
     calls = content if isinstance(content, list) else [content]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise RowError(f"found {describe(content)}, expected a function call as JSON {{name, arguments}}", where)
-    return [{"type": "function", "function": call} for call in calls]
+    return [_with_arguments({"type": "function", "function": call}) for call in calls]
+
+
+def _with_arguments(call: dict) -> dict:
+    """A tool call with its arguments as an object: OpenAI's text of JSON would be quoted again by chat templates."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"])}
+    with suppress(ValueError, TypeError, RecursionError):  # not text, or not JSON
+        arguments = json.loads(call.get("arguments"))
+        return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+    return call
 
 
 def is_turns(value: Any) -> bool:
@@ -196,14 +206,14 @@ def json_messages(value: Any) -> list | dict | None:
 def prompt_messages(row: Cells, column: str, roles: Roles) -> Messages:
     """The messages of a prompt column.
 
-    A text is one user message, unless it is a transcript "\\n\\nHuman: …\\n\\nAssistant:" that ends before the answer.
+    A text is one user message, unless it is a transcript "Human: …\\n\\nAssistant:" that ends before the answer.
     After an instruction or a question, `input` or `context` follows after a blank line.
     """
     value = row.get(column)
     if isinstance(value, str) and column in ("instruction", "question"):
         parts = (row.text(column), row.optional_text("input"), row.optional_text("context"))
         return [message("user", "\n\n".join(filter(None, parts)))]
-    if isinstance(value, str) and value.startswith("\n\nHuman:") and value.rstrip().endswith("\n\nAssistant:"):
+    if isinstance(value, str) and value.lstrip().startswith("Human:") and value.rstrip().endswith("\n\nAssistant:"):
         transcript = value.rstrip().removesuffix("Assistant:")
         return split_turns(transcript, column, HUMAN_ASSISTANT, roles)
     return read_messages(row, column, roles, "user")

@@ -62,6 +62,7 @@ def left_out(tokenizer) -> dict[str, str]:
         "tool_calls": ("tool calls", [user, call(PROBE)], None),
         "tools": ("the list of tools", [user, answer], [tool]),
         "reasoning_content": ("reasoning", [user, {**answer, "reasoning_content": PROBE}], None),
+        "</think>": ("reasoning", [user, {**answer, "content": f"<think>{PROBE}</think>!"}], None),
     }
     found = {}
     for part, (name, messages, tools) in probes.items():

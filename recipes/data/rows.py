@@ -145,7 +145,7 @@ def check_surrogates(value: Any, column: str) -> None:
 
 def not_utf8(escaped: re.Match) -> str:
     byte = ord(escaped[0]) - 0xDC00
-    return f"not UTF-8 (byte 0x{byte:02x}), perhaps Latin-1; convert the file, e.g. iconv -f LATIN1 -t UTF-8"
+    return f"not UTF-8 (byte 0x{byte:02x}), perhaps of Windows; convert the file, e.g. iconv -f CP1252 -t UTF-8"
 
 
 def not_json(error: ValueError | RecursionError) -> str:

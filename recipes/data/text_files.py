@@ -193,6 +193,8 @@ def _read_csv(stream: BinaryIO) -> Places:
 
 def _check_header(header: list[str]) -> None:
     for name in header:
+        if bad := NOT_UTF8.search(name):
+            raise LostRows(not_utf8(bad))
         if header.count(name) > 1:
             raise LostRows(f"two columns are called {name!r}")
     if len(header) == 1 and re.search(r"[;\t|]", header[0]):  # as Excel writes it in much of Europe

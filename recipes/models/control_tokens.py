@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from recipes.cli.errors import UserError
-from recipes.data.control_tokens import control_tokens
+from recipes.data.control_tokens import control_tokens, own_marks
 
 RENDER_SECONDS = 20  # of computing for one conversation, which takes a template milliseconds
 
@@ -66,5 +66,6 @@ def _mentions(value: Any, tokens: list[str]) -> bool:
     if isinstance(value, str):
         return any(token in value for token in tokens)
     if isinstance(value, dict):
+        tokens = [token for token in tokens if token not in own_marks(value)]
         return any(_mentions(item, tokens) for item in value.values())
     return isinstance(value, list | tuple) and any(_mentions(item, tokens) for item in value)

@@ -14,7 +14,6 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from trl import SFTTrainer
-from trl.trainer.utils import RepeatSampler
 
 from recipes.cli import signals
 from recipes.cli.checkpoints import last_good_state, newest_whole, put_in_place, rotate, unfinished
@@ -212,8 +211,9 @@ class WholeCheckpoints(Trainer):
             # Where a resumed run skips batches and several processes share them, Trainer does not get through to it,
             # and rows come in the order of the first epoch.
             sampler.set_epoch(epoch)
-        elif isinstance(sampler, RepeatSampler) and sampler.shuffle:  # GRPO's, which would go on where it was
-            sampler.generator.manual_seed(sampler.seed + epoch)
+        elif hasattr(sampler, "generator"):  # it would go on where it was, or draw what dropout leaves of each process
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.generator = torch.Generator().manual_seed(seed + epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, start_time=start_time, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):

@@ -56,11 +56,12 @@ def test_flags_win_over_the_yaml_and_both_over_defaults(tmp_path):
         ("name: a\nsteps: many", (), "steps.*many"),
         ("name: a\nsteps: .inf", (), "config.yaml: argument --steps: invalid int value"),
         ("name: a\nsteps: 2024-01-01", (), "config.yaml: argument --steps: invalid int value"),
+        ("name: a\nsteps:", (), "config.yaml: steps cannot be null: leave it out to have its default"),
         ("name: 2024-13-45", (), "config.yaml is not valid YAML"),
         ("name: a", ("--rate", "fast"), "rate.*fast"),
         ("name: a\n  steps: [", (), "config.yaml is not valid YAML"),
         ("just words", (), "config.yaml: expected lines of the form"),
-        ("name: a\nenv: [1]", (), r"config.yaml: env takes lines of the form VARIABLE: value, not \[1\]"),
+        ("name: a\nenv: [1]", (), r"config.yaml: env takes lines of the form VARIABLE: value, not \['1'\]"),
         ("steps: 3", (), "name"),
         ("name: a", ("--config",), "argument --config: expected one argument"),
         ("name: a", ("--config", "b.yaml"), "--config takes one YAML file"),
@@ -78,8 +79,8 @@ def test_a_name_is_the_text_that_stands_in_the_yaml(tmp_path, text):
 
 
 def test_null_and_mappings_are_what_yaml_says(tmp_path):
-    parsed = parse(tmp_path, "name: null\nsteps: ~\noptions: {x: 0.5, y: [1, true]}\nmodules: []")
-    assert parsed == Arguments(None, None, options={"x": 0.5, "y": [1, True]}, modules=[])
+    parsed = parse(tmp_path, "name: a\nweights: ~\noptions: {x: 0.5, y: [1, true], z: 1e-6}\nmodules: []")
+    assert parsed == Arguments("a", options={"x": 0.5, "y": [1, True], "z": 1e-6}, modules=[])
 
 
 def test_a_text_where_a_list_is_wanted_is_a_list_of_one(tmp_path):
@@ -110,11 +111,12 @@ def test_a_config_that_is_not_utf8_is_one_line(tmp_path):
 
 
 def test_variables_of_the_yaml_are_set_before_libraries_are_imported(tmp_path, monkeypatch):
-    (tmp_path / "config.yaml").write_text("env: {HF_HUB_OFFLINE: 1, MY_MODE: fast, 7: x}\nname: a")
+    (tmp_path / "config.yaml").write_text("env: {HF_HUB_OFFLINE: 1, MY_MODE: on, MY_GPUS: , 7: x}\nname: a")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("MY_MODE", "")
+    monkeypatch.setenv("MY_GPUS", "0")
     assert read_config(str(tmp_path / "config.yaml")) == {"name": "a"}
-    assert (os.environ["HF_HUB_OFFLINE"], os.environ["MY_MODE"]) == ("1", "fast")
+    assert [os.environ[name] for name in ("HF_HUB_OFFLINE", "MY_MODE", "MY_GPUS")] == ["1", "on", ""]
 
 
 def test_of_a_flag_that_is_given_twice_the_last_counts_and_a_list_has_all_parts(tmp_path):

@@ -1,9 +1,11 @@
 """What a model card says of where a model is from, without what is secret or means nothing to others."""
 
 import sys
+from dataclasses import dataclass
 
 from huggingface_hub import ModelCard
 
+from recipes.cli.arguments import parse
 from recipes.cli.card import command_line, model_card
 
 RECORD = {
@@ -37,8 +39,18 @@ def test_a_card_of_a_full_model_loads_without_peft():
     assert "from transformers import AutoModelForSequenceClassification" in card and "A full model" in card
 
 
+@dataclass
+class Arguments:
+    hub_token: str = ""
+    eos_token: str = ""
+    seed: int = 0
+
+
 def test_the_command_is_written_without_secrets(monkeypatch):
     words = ["recipes/sft.py", "--hub_token", "hf_1", "--eos_token", "</s>", "--hub-token=hf_2", "--seed", "1"]
     monkeypatch.setattr(sys, "argv", words)
+    (args,) = parse((Arguments,))
+    assert args == Arguments("hf_2", "</s>", 1)
+    assert sys.argv == ["recipes/sft.py", "--eos_token", "</s>", "--seed", "1"], "which W&B takes from there"
     assert command_line("sft") == "python recipes/sft.py --eos_token '</s>' --seed 1"
     assert command_line("ppo") is None

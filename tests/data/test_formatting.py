@@ -337,10 +337,11 @@ def test_a_test_split_that_was_chosen_is_not_replaced_in_silence(tmp_path, capsy
 
 
 def test_a_split_beside_a_mixture_is_refused(tmp_path):
-    script = Script(None)
-    script.dataset_train_split = "validation"
-    with pytest.raises(DataError, match="a source of a mixture has its own name and split"):
-        load_formatted("prompt", script, FormattingArguments(datasets=[prompts(tmp_path, "a", 2)]))
+    for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
+        script = Script(None)
+        setattr(script, name, "validation")
+        with pytest.raises(DataError, match="a source of a mixture has its own name and split"):
+            load_formatted("prompt", script, FormattingArguments(datasets=[prompts(tmp_path, "a", 2)]))
 
 
 @pytest.mark.parametrize("rate", [-0.1, 5, float("nan")])
@@ -419,6 +420,19 @@ def test_streams_cannot_be_split_but_can_be_mixed(tmp_path):
     assert len(list(both)) == 20
     mixed_stream = load_formatted("prompt", script, FormattingArguments(datasets=[f"{a}=1", f"{b}=1"]))["train"]
     assert {row["prompt"][0]["content"][0] for row in mixed_stream} == {"a", "b"}
+
+
+def test_mixed_streams_keep_tool_calls(tmp_path):
+    """Columns were guessed from the first rows, and what they had not was dropped, or could not be mixed."""
+    plain = {"messages": [user("q"), assistant("a")]}
+    late = write_jsonl(tmp_path / "late.jsonl", [plain] * 20 + [{"messages": TOOL_TALK, "tools": [{"name": "f"}]}])
+    script = Script(None)
+    script.dataset_streaming = True
+    for rows in ([plain], [{"messages": TOOL_TALK}]):
+        sources = [str(late), str(write_jsonl(tmp_path / "other.jsonl", rows))]
+        train = list(load_formatted("sft", script, FormattingArguments(datasets=sources))["train"])
+        assert train[20] == {"messages": TOOL_TALK, "tools": '[{"name": "f"}]'}
+        assert train[21] == {**rows[0], "tools": None}
 
 
 def test_many_duplicates_are_all_found():

@@ -120,6 +120,29 @@ def test_control_tokens_in_messages_become_text(tokenizer):
         assert other.apply_chat_template.args == (other,)
 
 
+def test_reasoning_in_an_answer_keeps_its_tokens(tokenizer):
+    """They became text, which no prompt of a reasoning model begins; a user's stay text."""
+    tokenizer.add_tokens(["<think>", "</think>"])
+    marks = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if '</think>' in m.content %}"
+        "{{ '<think>' + m.content.split('</think>')[0].split('<think>')[1].strip() + '</think>' }}{% endif %}"
+        "{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
+    )
+    keep_control_tokens_text(tokenizer)
+    talk = [TALK[0], {"role": "assistant", "content": "<think>\nA pet.\n</think>A cat."}]
+    _, report = format_dataset([{"messages": talk}], "sft", tokenizer=tokenizer)
+    assert report.flags == []
+    ids = tokenizer.apply_chat_template(talk)["input_ids"]
+    assert [token for token in ids if token in marks] == marks
+    assert tokenizer.decode(ids).endswith("<think>A pet.</think>A cat.<|end|>")
+    tokenizer.chat_template = "{{ messages[0].content }}<think>"
+    said = [{"role": "user", "content": "<think>"}]
+    assert tokenizer.apply_chat_template(said)["input_ids"].count(marks[0]) == 1
+    _, report = format_dataset([{"prompt": said}], "prompt", tokenizer=tokenizer)
+    assert [flag["flag"] for flag in report.flags] == ["special token '<think>' in the user turn"]
+
+
 def test_overlong_rows_are_reported(tokenizer):
     _, report = format_dataset(SFT, "sft", tokenizer=tokenizer, max_length=24)
     lengths = [len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in SFT]

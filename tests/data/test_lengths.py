@@ -85,9 +85,12 @@ def test_what_a_template_leaves_out_without_an_error_is_said(tokenizer, turns, t
 
 
 def test_reasoning_that_a_template_leaves_out_is_flagged(tokenizer):
-    rows = [{"messages": [USER, {**ANSWER, "thinking": "w3"}]}]
+    rows = [{"messages": [USER, {**ANSWER, **said}]} for said in ({"thinking": "w3"}, {"content": "w3 </think> w2"})]
+    tokenizer.chat_template = SAYS_ALL.replace("m.reasoning", "false and m.reasoning").replace(
+        "m.content +", "m.content.split('</think>')[-1] +"
+    )
     _, report = format_dataset(rows, "sft", tokenizer=tokenizer)
-    assert [entry["flag"] for entry in report.flags] == ["the chat template leaves out reasoning"]
+    assert [entry["flag"] for entry in report.flags] == ["the chat template leaves out reasoning"] * 2
     tokenizer.chat_template = SAYS_ALL
     assert format_dataset(rows, "sft", tokenizer=tokenizer)[1].flags == []
 

@@ -42,7 +42,7 @@ def read(path, **options):
         (b'{"prompt": "q"} {"prompt": "r"}\n', [(1, "not valid JSON at character 17: Extra data")]),
         (b'{"prompt": "half \\ud83d"}\n', [(1, "the text holds half a character (\\ud83d, a lone surrogate)")]),
         (b'{"messages": [{"content": "\\uDC00"}]}\n', [(1, "the text holds half a character (\\udc00")]),
-        (b'{"prompt": "caf\xe9"}\n' + GOOD, [(1, "not UTF-8 (byte 0xe9), perhaps Latin-1"), (2, {"prompt": "q"})]),
+        (b'{"prompt": "caf\xe9"}\n' + GOOD, [(1, "not UTF-8 (byte 0xe9), perhaps of Windows"), (2, {"prompt": "q"})]),
         (b'{"rank": NaN}\n', [(1, "NaN is not valid JSON")]),
         (
             b'{"a": ' + b"1" * 5000 + b"}\n" + GOOD,
@@ -119,6 +119,7 @@ def test_csv_cells_stay_text(tmp_path, raw, expected):
     [
         (b"prompt,prompt\nq,r\n", "two columns are called 'prompt'\n"),
         (b"prompt;completion\nHi, you;Yes, I\n", "the only column is 'prompt;completion': .* separated by commas\n"),
+        ("prompt,réponse\nq,a\n".encode("cp1252"), "not UTF-8 .*iconv -f CP1252 -t UTF-8\n"),
         (b"prompt\tcompletion\nq\ta\n", "the only column is .* separated by commas\n"),
     ],
 )

@@ -59,10 +59,18 @@ def test_a_tool_call_needs_no_content():
     assert row == {"messages": TALK[:2], "tools": json.dumps([call()])}
     (row,) = format_dataset(rows[3:], "sft")[0]
     assert row["messages"][1]["tool_calls"] == [
-        {"type": "function", "function": {"name": "rain", "arguments": '{"city": "Oslo"}'}}
+        {"type": "function", "function": {"name": "rain", "arguments": {"city": "Oslo"}}}
     ]
     assert [turn["role"] for turn in row["messages"]] == ["user", "assistant", "tool", "assistant"]
     assert json.loads(row["tools"]) == [{"type": "function", "function": {"name": "rain"}}]
+
+
+@pytest.mark.parametrize("given, kept", [('{"city": "Oslo"}', {"city": "Oslo"}), ("{", "{"), ("7", "7"), (None, None)])
+def test_arguments_of_tool_calls_are_objects(given, kept):
+    """As text, of which OpenAI's files are full, most chat templates quote them once more."""
+    talk = [user("Rain?"), {**CALLING, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": given}}]}]
+    (row,) = format_dataset([{"messages": talk}], "sft")[0]
+    assert row["messages"][1]["tool_calls"] == [{"id": "1", "function": {"name": "f", "arguments": kept}}]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])

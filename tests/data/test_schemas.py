@@ -231,6 +231,19 @@ def test_nothing_that_matters_is_dropped_in_silence():
     assert [(entry["line"], entry["reason"]) for entry in report.skipped] == [(2, "labelled as a bad completion")]
 
 
+def test_a_conversation_may_be_messages():
+    """As in lmsys-chat-1m and WildChat."""
+    turns = [{"role": "user", "content": "q", "toxic": False}, {"role": "assistant", "content": "a"}]
+    assert brief(format_dataset([{"conversation": turns}], "sft")[0].to_list()) == [
+        {"messages": ["user: q", "assistant: a"]}
+    ]
+
+
+def test_answers_whose_prompt_has_another_name_ask_for_a_mapping():
+    with pytest.raises(DataError, match="rows:1:chosen: found only an answer, .*: --dataset_mapping prompt="):
+        format_dataset([{"query": "q", "chosen": "a", "rejected": "b"}], "preference")
+
+
 def test_two_schemas_that_fit_are_an_error():
     row = {"prompt": "q", "question": "q", "chosen": "a", "rejected": "b"}
     with pytest.raises(DataError, match="fit 'preference' as well as 'question_preference'; choose one with"):

@@ -78,9 +78,12 @@ def with_extras(data: dict[str, str]) -> dict:
 def runs(data, tmp_path_factory) -> Path:
     """SFT, reward model and PPO, each by its `main`."""
     folder = tmp_path_factory.mktemp("runs")
-    run_recipe("sft", **sft_arguments(data, folder / "sft", report_to="tensorboard"))
-    run_recipe("reward", **reward_arguments(data, folder / "sft", folder / "reward"))
-    run_recipe("ppo", **ppo_arguments(data, folder, folder / "ppo", **with_extras(data)))
+    secret = {"hub_token": "hf_secret"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "")
+        run_recipe("sft", **sft_arguments(data, folder / "sft", report_to="tensorboard", **secret))
+        run_recipe("reward", **reward_arguments(data, folder / "sft", folder / "reward", **secret))
+        run_recipe("ppo", **ppo_arguments(data, folder, folder / "ppo", **with_extras(data), **secret))
     return folder
 
 

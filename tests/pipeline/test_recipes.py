@@ -114,7 +114,8 @@ def test_each_step_saves_what_plain_libraries_load(data, runs):
         assert record["arguments"]["output_dir"] == str(runs / step)
         assert record["packages"]["trl"].startswith("1.16")
         assert record["datasets"]["train"]["rows"] > 0
-        assert "hub_token" not in record["arguments"]
+        files = [path for path in (runs / step).rglob("*") if path.is_file()]
+        assert not [path for path in files if b"hf_secret" in path.read_bytes()]
     policy = AutoPeftModelForCausalLM.from_pretrained(str(runs / "ppo"))
     assert policy.peft_config["default"].base_model_name_or_path == data["base"]
     assert not [key for key in load_file(runs / "ppo" / "adapter_model.safetensors") if "score" in key]
@@ -210,6 +211,16 @@ def test_ppo_resumed_from_a_checkpoint_ends_on_the_same_numbers(data, runs, tmp_
     again = {"resume_from_checkpoint": runs / "ppo" / "checkpoint-3"} | with_extras(data)
     run_recipe("ppo", **ppo_arguments(data, runs, tmp_path / "resumed", **again))
     assert_same_run(runs / "ppo", tmp_path / "resumed", roles=(".", "critic", "ema"))
+
+
+def test_rows_that_are_grouped_by_length_come_in_the_order_of_an_uninterrupted_run(data, tmp_path):
+    """From the middle of the second epoch; they were drawn anew, some twice and some not at all."""
+    own = {"train_sampling_strategy": "group_by_length", "logging_steps": 1}
+    own |= {"save_strategy": "steps", "save_steps": 8, "save_total_limit": 2}
+    run_recipe("sft", **sft_arguments(data, tmp_path / "whole", **own))
+    again = {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-8"}
+    run_recipe("sft", **sft_arguments(data, tmp_path / "resumed", **own, **again))
+    assert history(tmp_path / "whole", "loss") == history(tmp_path / "resumed", "loss")
 
 
 def assert_same_run(one: Path, other: Path, roles: tuple[str, ...]) -> None:

@@ -15,10 +15,10 @@ UNLIMITED = 1e12  # an overhead of one more bucket that no padding outweighs
 def bucket_overhead(model: nn.Module) -> float:
     """What one more bucket costs in a pass over `model` on a CPU, as a number of tokens.
 
-    Each bucket is another pass over all layers, and products of few rows are slow: about 250, 60 and 40 tokens with
-    Llamas 32, 256 and 512 wide, forward alone or with backward.
+    Each bucket is another pass over all layers, and products of few rows are slow. With Llamas 32, 256 and 512 wide
+    the fastest was about 500, 110 and 90 tokens on a CPU with AVX512, half of that on one without.
     """
-    return 30 + 7000 / model.get_input_embeddings().weight.size(-1)
+    return 60 + 14_000 / model.get_input_embeddings().weight.size(-1)
 
 
 def length_buckets(lengths: torch.Tensor, budget: float, overhead: float = UNLIMITED) -> list[torch.Tensor]:
