@@ -1,5 +1,5 @@
-# Sourced by the other shell scripts: makes or reuses .venv with the pinned versions, and leaves its interpreter in
-# $PYTHON and the checkout in $ROOT.
+# Makes .venv, or takes the one that is there, and installs the pinned versions into it: bash scripts/setup_env.sh
+# The other shell scripts source it, for the interpreter in $PYTHON and the checkout in $ROOT.
 # On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA libraries.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

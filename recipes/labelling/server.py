@@ -8,7 +8,6 @@ from hashlib import sha256
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import Body, Depends, FastAPI, Form, Request
@@ -54,8 +53,14 @@ def create_app(store: Store) -> FastAPI:
     def logged_in(request):
         return accounts.session_labeler(store, request.cookies.get(cookie, ""))
 
+    def account(me):
+        """Sent back by the page, as somebody else may have logged in in another tab."""
+        return f"{cookie} {me.id}"
+
     def labeler(request: Request) -> accounts.Labeler:
         if found := logged_in(request):
+            if request.headers.get("x-account", account(found)) != account(found):
+                raise HTTPException(401, f"{found.name} is logged in now. Log in again as yourself in another tab")
             return found
         if request.url.path.startswith("/api/"):
             raise HTTPException(401, "you are logged out. Log in again in another tab")
@@ -132,7 +137,7 @@ def create_app(store: Store) -> FastAPI:
     def task_page(request, me, task):
         texts = dict(task.responses)
         context = {"task": task, "texts": texts, "letters": dict(zip(texts, ascii_uppercase, strict=False))}
-        return page(request, "rank.html", me, account=f"{cookie} {me.id}", **context)
+        return page(request, "rank.html", me, account=account(me), **context)
 
     @app.get("/")
     def next_task(request: Request, me: Me):
@@ -172,7 +177,7 @@ def create_app(store: Store) -> FastAPI:
 def _same_origin(request):
     """Browsers say where a POST comes from; a page of another site cannot change these headers."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "")
-    return site in (None, "same-origin") and urlsplit(origin).netloc == request.headers.get("host")
+    return site in (None, "same-origin") and origin.partition("://")[2] == request.headers.get("host")
 
 
 def serve(store: Store, host: str = "127.0.0.1", port: int = 8000) -> None:

@@ -34,8 +34,7 @@ PROGRESS = re.compile(r"\d+/\d+(?= \[)|(?<=parts: )\S+")  # of a progress bar; o
 INTERVAL = 15.0  # seconds between two lines of progress
 REAL_MODEL = (
     "accelerate launch -q --config_file accelerate_configs/single_gpu.yaml recipes/sft.py "
-    "--model_name_or_path Qwen/Qwen3-0.6B-Base --use_peft true --learning_rate 2e-4 "
-    "--dataset_name HuggingFaceH4/no_robots --output_dir runs/qwen3/sft"
+    "--config recipes/configs/qwen3_0.6b/sft.yaml --output_dir runs/qwen3_0.6b/sft"
 )
 
 

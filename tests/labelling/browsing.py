@@ -45,7 +45,7 @@ def submit(page):
 
 
 def wait_saved(page):
-    page.locator("#status", has_text="Saved at").wait_for()
+    page.locator("#status", has_text="Draft saved at").wait_for()
 
 
 def wait_until(condition, seconds=30):

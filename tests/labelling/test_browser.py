@@ -95,6 +95,11 @@ def test_keyboard_alone(browser_job, open_page):
             press("Alt+ArrowUp")
             assert letters(page) == "BDCA" and focused() == "justification", "a card can be moved while writing"
             press("Alt+ArrowDown")
+        page.evaluate(
+            "document.activeElement.dispatchEvent("
+            "new KeyboardEvent('keydown', {key: 'Escape', bubbles: true, isComposing: true}))"
+        )
+        assert focused() == "justification", "an input method's Escape is its own"
         press("Escape")
         press("ArrowDown")
     assert letters(page) == "DBCA", "digits and = typed into a reason are text"

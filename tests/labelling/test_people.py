@@ -325,6 +325,25 @@ def test_two_tabs_that_only_read_do_not_disturb_each_other(browser_job, open_pag
     assert alert(second) == ""
 
 
+def test_what_one_person_wrote_is_never_stored_as_another_ones(browser_job, open_page):
+    """Two people at one computer, with one task each of the same prompt."""
+    ann = open_page(browser_job)
+    cookies = ann.context.cookies()
+    bob = ann.context.new_page()
+    ann.context.clear_cookies()
+    bob.goto(browser_job.url)
+    bob.fill("#token", add_labeler(browser_job.database, "bob at ann's computer"))
+    bob.click("text=Log in")
+    bob.wait_for_selector("#task:enabled")
+    reason(ann, "A").fill("written by ann")
+    ann.locator("#alert", has_text="NOT saved: bob at ann's computer is logged in now").wait_for()
+    ann.context.add_cookies(cookies)
+    wait_saved(ann)
+    with sqlite3.connect(browser_job.database) as db:
+        query = "SELECT l.name FROM event AS e JOIN labeler AS l ON l.id = e.labeler_id ORDER BY e.id DESC LIMIT 1"
+        assert db.execute(query).fetchone()[0].startswith("test_what_one_person_wrote")
+
+
 def test_what_is_refused_stays_refused_until_the_page_is_reloaded(browser_job, open_page):
     """Two tabs that both write: the later one must not win, nor go quiet."""
     first = open_page(browser_job)

@@ -96,6 +96,7 @@ def test_posts_from_other_sites_are_refused(job, labeler):
     foreign = [
         {"Origin": "http://evil.example"},
         {"Origin": "null"},
+        {"Origin": "http://["},
         {"Origin": job.url, "Sec-Fetch-Site": "cross-site"},
         {"Origin": job.url, "Sec-Fetch-Site": "same-site"},
     ]

@@ -110,7 +110,7 @@ header.addEventListener("submit", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  if (task.disabled) return;
+  if (task.disabled || event.isComposing) return; // keys that choose a character are the input method's
   const card = cardOf(event.target);
   const steps = event.altKey ? { ArrowUp: -1, ArrowDown: 1 } : { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 };
   const step = steps[event.key]; // Alt with left and right goes back and forth in the browser

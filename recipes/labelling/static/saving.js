@@ -166,7 +166,7 @@ async function emptyOutbox() {
     keep(OUTBOX, outbox);
     trouble = ok ? "" : reply.error;
     show();
-    status(ok && !dirty ? `Saved at ${new Date().toLocaleTimeString()}` : "");
+    status(ok && !dirty ? `Draft saved at ${new Date().toLocaleTimeString()}` : "");
   }
   return stored;
 }
@@ -177,7 +177,7 @@ async function post(path, content) {
     const response = await fetch(path, {
       method: "POST",
       body,
-      headers: { "Content-Type": "application/json" },
+      headers: { "Content-Type": "application/json", "X-Account": task.dataset.account },
       keepalive: fitsKeepalive(body),
       signal: AbortSignal.timeout(TIMEOUT_MS),
     });
