@@ -42,7 +42,8 @@ from recipes.cli.record import (
 from recipes.cli.screen import result_line, say
 
 LOCK = ".lock"
-SET_UP = {"create_optimizer", "create_scheduler", "get_train_dataloader"}  # Trainer reads arguments there at last
+# Trainer reads arguments there at last
+SET_UP = {"create_optimizer", "create_scheduler", "get_train_dataloader", "_determine_best_metric"}
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -170,10 +171,11 @@ class RunFolder:
         try:
             with signals.stops_after_a_step():
                 trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, KeyError) as error:
             if SET_UP.isdisjoint(frame.name for frame in traceback.extract_tb(error.__traceback__)):
                 raise
-            if self.before is None and trainer.accelerator.is_main_process:  # nothing was trained
+            saved, _ = newest_whole(self.path)
+            if saved is None and trainer.accelerator.is_main_process:  # there is nothing to go on from
                 os.unlink(os.path.join(self.path, RECORD))
             raise UserError(f"An argument cannot be used: {' '.join(str(error).split())}") from error
 

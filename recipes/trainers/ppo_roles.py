@@ -41,12 +41,13 @@ class PPORoles(GRPOTrainer):
         """Give the policy the adapter `ref`, or return the model that is the reference."""
         if self._is_peft:
             check_adapter_kind(self._policy)
+            self._policy.set_adapter("default")  # another may be active where several were loaded by hand
         if ref_model is None and self._is_peft:
             if "ref" not in self._policy.peft_config:
                 add_copy(self._policy, "default", "ref")
             return None
         ref_model = copy.deepcopy(self._policy) if ref_model is None else ref_model
-        return model_with_adapter(ref_model, "ref_model").requires_grad_(False)
+        return model_with_adapter(ref_model, "ref_model").requires_grad_(False).eval()
 
     def _add_critic(self, value_model: PreTrainedModel | None, trust_remote_code: bool) -> None:
         """Give the policy the adapter `critic`, or put the model that is the critic into its base."""

@@ -71,6 +71,11 @@ CASES = [
     ("sft", {"activation_offloading": "true"}, r"activation_offloading .* this runs on a CPU: leave it out"),
     ("sft", {"lr_scheduler_type": "cosine_with_min_lr"}, r"An argument cannot be used: .*min_lr"),
     ("sft", {"lr_scheduler_kwargs": '{"foo": 1}'}, r"An argument cannot be used: .*foo"),
+    (
+        "sft",
+        {"eval_strategy": "epoch", "test_split_size": 4, "metric_for_best_model": "nosuch"},
+        r"An argument cannot be used: .*eval_nosuch",
+    ),
     ("sft", {"optim": "galore_adamw", "optim_target_modules": "q_proj"}, r"An argument cannot be used: .*galore"),
     ("sft", {"dataset_config": "small"}, r"is one file, and has no configuration 'small'"),
     ("sft", {"eos_token": "<|no|>"}, r"`eos_token` \('<\|no\|>'\) is not found in the vocabulary"),

@@ -584,6 +584,24 @@ def test_a_moving_average_leaves_a_critic_of_its_own_alone(world, tmp_path):
     assert saved.state_dict().keys() == models.reward_model().state_dict().keys()
 
 
+def test_a_policy_loaded_beside_other_adapters_is_the_one_that_speaks(world, tmp_path):
+    """PEFT leaves the first adapter active, whose samples would be trained on."""
+    model = get_peft_model(models.causal_lm(), LoraConfig(task_type="CAUSAL_LM", **LORA), adapter_name="first")
+    model.add_adapter("default", LoraConfig(task_type="CAUSAL_LM", **LORA))
+    trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_model": models.reward_model()})
+    rollout(trainer)
+    assert trainer._rollout.kl.abs().max() < 1e-4
+
+
+def test_a_reference_has_no_dropout(world, tmp_path):
+    """A model that was just built or trained is in training mode, and the reference is a copy of it."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 64}
+    policy = GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None)).train()
+    trainer = make_trainer(world, tmp_path, model=policy, trainer_kwargs={"reward_model": models.reward_model()})
+    rollout(trainer)
+    assert trainer._rollout.kl.abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("same", ["model and ref_model", "value_model and reward_model"])
 def test_one_object_in_two_roles_is_refused(world, tmp_path, same):
     model, classifier = models.causal_lm(), models.reward_model()
