@@ -60,6 +60,7 @@ def left_out(tokenizer) -> dict[str, str]:
         "system": ("system messages", [system, user, answer], None),
         "tool": ("tool results", [user, call("f"), result, answer], None),
         "tool_calls": ("tool calls", [user, call(PROBE)], None),
+        "said": ("what is said beside tool calls", [user, {**call("f"), "content": PROBE}], None),
         "tools": ("the list of tools", [user, answer], [tool]),
         "reasoning_content": ("reasoning", [user, {**answer, "reasoning_content": PROBE}], None),
         "</think>": ("reasoning", [user, {**answer, "content": f"<think>{PROBE}</think>!"}], None),

@@ -56,6 +56,9 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 USER, ANSWER = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
 
 
+LLAMA = "not (m.tool_calls and m.content)"  # as Llama 3.1, which writes the call alone
+
+
 @pytest.mark.parametrize(
     "turns, tools, template, left_out",
     [
@@ -68,6 +71,7 @@ USER, ANSWER = {"role": "user", "content": "w1"}, {"role": "assistant", "content
             "m.role != 'tool'",
             "tool results",
         ),
+        ([USER, {**ANSWER, "tool_calls": [CALL]}], None, LLAMA, "what is said beside tool calls"),
     ],
 )
 def test_what_a_template_leaves_out_without_an_error_is_said(tokenizer, turns, tools, template, left_out):
