@@ -25,7 +25,7 @@ from recipes.cli.help import OneLineParser
 from recipes.labelling.accounts import add_labeler, labelers, named_labeler
 from recipes.labelling.answers import JUSTIFICATIONS
 from recipes.labelling.database import Database
-from recipes.labelling.export import export
+from recipes.labelling.export import export, export_command
 from recipes.labelling.files import new_file
 from recipes.labelling.store import Store
 from recipes.labelling.tasks import read_tasks
@@ -123,7 +123,7 @@ def run_serve(args):
 def run_terminal(args):
     store = open_store(args)
     submitted = rank_in_terminal(store, named_labeler(store, args.labeler).id)
-    print(f"{counted(submitted, 'ranking')} submitted.")
+    print(f"{counted(submitted, 'ranking')} submitted. When you have enough: {export_command(args.database)}")
 
 
 def run_add_labeler(args):

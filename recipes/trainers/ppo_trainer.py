@@ -112,6 +112,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         # Last: no adapter of the policy may come into its layers.
         self._add_critic(value_model, args.trust_remote_code)
         self._train_only_roles()
+        if optimizers[0] is not None:
+            self._add_to_given(optimizers[0])
         with float32_adapters(model), refusals_in_one_line():
             super().__init__(
                 model=model,

@@ -646,6 +646,8 @@ def test_the_other_keywords_of_trls_ppo_trainer(world, tmp_path):
     trainer.train()
     assert seen == [1, 2] and trainer.optimizer.optimizer is optimizer
     assert len(history(trainer, "eval_objective/kl")) == 2
+    moved = roles["value_model"].state_dict(), models.reward_model(seed=4).state_dict()
+    assert not torch.equal(*(weights["score.weight"] for weights in moved))  # though the optimizer is of the policy's
     lora = LoraConfig(task_type="CAUSAL_LM", **LORA)
     with pytest.raises(UserError, match="model is a PeftModel already: leave peft_config out"):
         make_trainer(world, tmp_path, trainer_kwargs={"peft_config": lora})
