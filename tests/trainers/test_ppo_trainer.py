@@ -399,6 +399,7 @@ def test_adaptive_kl_raises_the_price(world, tmp_path):
 def test_a_reward_model_with_another_vocabulary_scores_text(world, tmp_path):
     """Words `v0 v1 …` are unknown to it, `w0 w1 …` sit at other ids: scored by ids it would read other words."""
     shifted = models.word_tokenizer(words=40)
+    shifted.pad_token = None  # the model's configuration has it
     classifier = models.reward_model(vocabulary=45)
     trainer = make_trainer(
         world,
