@@ -150,5 +150,5 @@ def not_utf8(escaped: re.Match) -> str:
 
 def not_json(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off or edited by hand?"
+        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off, or a row on many lines?"
     return "the JSON is nested too deeply" if isinstance(error, RecursionError) else f"not usable as JSON: {error}"

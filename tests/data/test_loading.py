@@ -150,6 +150,16 @@ def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(source):
     assert "\n" not in str(caught.value)
 
 
+def test_files_without_a_split_beside_others_are_said_to_be_left_out(tmp_path, capsys):
+    for name in ("train", "more", "test"):
+        (tmp_path / f"{name}.jsonl").write_bytes(GOOD)
+    assert list_splits(tmp_path) == ["train", "test"] and len(list(load_rows(tmp_path))) == 1
+    said = capsys.readouterr().err
+    assert said.count("not read, as other files are named by split") == 1 and "more.jsonl" in said
+    (tmp_path / "more.jsonl").unlink()
+    assert list_splits(tmp_path) and not capsys.readouterr().err
+
+
 def test_a_mistyped_path_is_told_from_what_is_there(tmp_path):
     (tmp_path / "prompts.jsonl").touch()
     with pytest.raises(DataError, match=r"no such file or folder \(did you mean .*/prompts.jsonl\?\)"):
