@@ -129,7 +129,7 @@ class PPORoles(GRPOTrainer):
 
     def _score_rows(self, rows: list[list[int]]) -> list[float]:
         """Scores of whole sequences of token ids, in their order, at most a micro-batch at a time."""
-        pad_token_id, device = self._reward_tokenizer.pad_token_id, self.accelerator.device
+        pad_token_id, device = self._reward_pad_token_id, self.accelerator.device
         ids = pad([torch.tensor(row) for row in rows], pad_token_id).to(device)
         # transformers' rule for sequence classifiers: the last token that is not the padding token
         last = (torch.arange(ids.size(1), device=device) * (ids != pad_token_id)).argmax(1)

@@ -145,6 +145,9 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
             model = model_with_adapter(model, "reward_model").requires_grad_(False).eval()
             add_score_forward(model)
         self._reward_model, self._reward_tokenizer = model, tokenizer or policy_tokenizer
+        own = None if model is None else model.config.get_text_config().pad_token_id
+        pads = own, self._reward_tokenizer.pad_token_id, self._reward_tokenizer.eos_token_id
+        self._reward_pad_token_id = next(pad for pad in pads if pad is not None and pad >= 0)
         self._other_vocabulary = self._reward_tokenizer.get_vocab() != policy_tokenizer.get_vocab()
         self._other_template = not render_alike(self._reward_tokenizer, policy_tokenizer)
         self._has_reward_model = model is not None or (self._is_peft and "reward" in self._policy.peft_config)
@@ -239,8 +242,9 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if rollout.is_chat:
             rows = tokenizer.apply_chat_template(texts, return_dict=False, **self.chat_template_kwargs)
-        else:
-            rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        else:  # as RewardTrainer reads text: with BOS, and EOS after a finished one
+            ends = ["" if ids[-1] not in self.eos_token_ids else tokenizer.eos_token for ids in completion_ids]
+            rows = tokenizer([text + end for text, end in zip(texts, ends, strict=True)])["input_ids"]
         return self._score_rows(rows)
 
     def score_sampled_ids(self, rollout: Rollout) -> list[float]:
