@@ -242,8 +242,9 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if rollout.is_chat:
             rows = tokenizer.apply_chat_template(texts, return_dict=False, **self.chat_template_kwargs)
-        else:
-            rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        else:  # as RewardTrainer reads text: with BOS, and EOS after a finished one
+            ends = ["" if ids[-1] not in self.eos_token_ids else tokenizer.eos_token for ids in completion_ids]
+            rows = tokenizer([text + end for text, end in zip(texts, ends, strict=True)])["input_ids"]
         return self._score_rows(rows)
 
     def score_sampled_ids(self, rollout: Rollout) -> list[float]:

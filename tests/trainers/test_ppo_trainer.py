@@ -21,7 +21,9 @@ from recipes.cli.errors import UserError
 from recipes.models.adapters import add_score_roles
 from recipes.models.loading import never_pack
 from recipes.trainers.ppo_trainer import PPOTrainer
+from recipes.trainers.rollout import Rollout
 from tests import tiny_models as models
+from tests.architectures import bos_tokenizer
 from tests.trainers.conftest import LORA, config, history, make_trainer, shared_base_policy
 
 
@@ -830,6 +832,25 @@ def test_plain_text_prompts_are_answered_and_scored_as_they_are(world, tmp_path)
         )
     trainer.train()
     assert len(history(trainer, "loss/value_avg")) == 2
+
+
+def test_plain_text_is_scored_by_another_vocabulary_as_reward_trainer_reads_it(world, tmp_path):
+    """With BOS, and EOS after a response that has ended: that is where its score was trained."""
+    tokenizer, classifier = bos_tokenizer(), models.reward_model(vocabulary=258)
+    texts = [f"w{i} w{i + 1}" for i in range(16)]
+    trainer = PPOTrainer(
+        args=config(tmp_path),
+        processing_class=AutoTokenizer.from_pretrained(world["base"]),
+        model=models.causal_lm(sharpness=1.0),
+        train_dataset=Dataset.from_dict({"prompt": texts}),
+        reward_model=classifier,
+        reward_processing_class=tokenizer,
+    )
+    trainer._rollout = Rollout([[5, 6], [6, 7]], [[7, 1], [8, 9]], is_chat=False)
+    scores = trainer.score_responses(texts[:2], [" w2", " w3 w4"], trainer._rollout.completion_ids)
+    rows = [tokenizer(text)["input_ids"] for text in ("w0 w1 w2</s>", "w1 w2 w3 w4")]
+    alone = [classifier(input_ids=torch.tensor([ids])).logits.item() for ids in rows]
+    assert scores == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_four_bit_base_plays_all_roles(world, tmp_path):
