@@ -161,6 +161,27 @@ def test_files_without_a_split_beside_others_are_said_to_be_left_out(tmp_path, c
     assert list_splits(tmp_path) and not capsys.readouterr().err
 
 
+def test_names_that_are_no_unicode_break_no_report(tmp_path):
+    """It was written after the training, whose model was then lost."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt": "q", "half \\ud83d": 1}\n')
+    _, report = format_dataset(load_rows(path), "prompt")
+    report.save(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["not_used"] == {"half \ud83d": 1}
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    os.rename(path, name)
+    with pytest.raises(DataError, match="its name is not UTF-8, .*rename it"):
+        load_rows(name)
+
+
+def test_a_mapping_reaches_into_objects_of_csv(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('id,q\n1,"{""text"": ""a""}"\n')
+    assert format_dataset(load_rows(path), "prompt", mapping={"prompt": "q.text"})[0][0]["prompt"][0]["content"] == "a"
+    with pytest.raises(DataError, match="data.csv:2:id.text: missing; this row has id, q"):
+        format_dataset(load_rows(path), "prompt", mapping={"prompt": "id.text"})
+
+
 def test_a_mistyped_path_is_told_from_what_is_there(tmp_path):
     (tmp_path / "prompts.jsonl").touch()
     with pytest.raises(DataError, match=r"no such file or folder \(did you mean .*/prompts.jsonl\?\)"):
