@@ -86,7 +86,7 @@ def parse_args(argv):
 def open_store(args):
     """The store of `args.database` with every file of samples in it; made where it is missing."""
     try:
-        guidelines = args.guidelines.read_text(encoding="utf-8").strip()
+        guidelines = args.guidelines.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise UserError(f"{args.guidelines}: cannot be read ({error})") from error
     files = [(path, False) for path in args.samples] + [(path, True) for path in args.gold]

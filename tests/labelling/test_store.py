@@ -148,6 +148,7 @@ def test_a_corrected_file_does_not_add_a_second_task_under_an_id(tmp_path):
     assert serve(row("one"), row("two")) == ""
     assert "'2' has other texts" in serve(row("one"), row("twoo"))
     assert serve(row("before"), row("one"), row("two")) == "", "a line number is an id that moves"
+    assert serve(row("before", id=None), row("one", id=None), row("two", id="")) == "", "no id, as pandas writes it"
     assert Store(tmp_path / "labels.db").size()["prompt"] == 3
 
 

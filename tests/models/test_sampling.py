@@ -313,10 +313,11 @@ def test_no_prompt_of_a_folder_of_files_is_lost(tmp_path):
     """The third file's first line had the id of the second's."""
     for number in range(4):
         write_jsonl(
-            tmp_path / f"train-{number}.jsonl", [{"prompt": f"w{number}"}, {"id": "same", "prompt": f"v{number}"}]
+            tmp_path / f"train-{number}.jsonl",
+            [{"id": None, "prompt": f"w{number}"}, {"id": "same", "prompt": f"v{number}"}],
         )
     prompts = sample_responses.read_prompts(PromptsArguments(str(tmp_path)), RowArguments(), models.word_tokenizer())
     assert sorted(prompt.messages[0]["content"] for prompt in prompts) == sorted(
         f"{c}{n}" for c in "wv" for n in range(4)
     )
-    assert len({prompt.id for prompt in prompts}) == 8
+    assert {prompt.id for prompt in prompts} == {f"{id}{n}" for id in ("p1", "same") for n in ("", "-2", "-3", "-4")}
