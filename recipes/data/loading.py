@@ -12,7 +12,7 @@ from typing import Any
 
 from recipes.cli.errors import did_you_mean
 from recipes.cli.screen import say
-from recipes.data.rows import DataError, Row, check_row, failures_as_data_error, join_names, or_error
+from recipes.data.rows import NOT_UTF8, DataError, Row, check_row, failures_as_data_error, join_names, or_error
 from recipes.data.text_files import COMPRESSED, read_text_file, suffix_of
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -113,6 +113,8 @@ def _local_splits(source: str, name: str | None, data_files=None) -> Splits | No
     else:
         return None
     for file in (file for files in files_by_split.values() for file in files):
+        if NOT_UTF8.search(str(file)):
+            raise DataError(f"{file}: its name is not UTF-8, and no report could hold it; rename it")
         if suffix_of(file) not in SUFFIXES:
             known = f"{join_names(SUFFIXES)}, the texts also with {join_names(COMPRESSED)}"
             raise DataError(f"{file}: cannot read {file.suffix or 'a file without suffix'}; use {known}")
