@@ -87,6 +87,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
     ):
         if ref_model is model or (value_model is reward_model and value_model is not None):
             raise UserError("ref_model and model, value_model and reward_model must not be the same object: copy one.")
+        if isinstance(model, str):
+            raise UserError(f"model is the name {model}, and PPOTrainer takes a loaded model.")
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise UserError("model is a PeftModel already: leave peft_config out, or merge its adapter first.")
@@ -140,6 +142,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
             return self.score_responses(**kwargs)
 
         if model is not None:
+            if self._is_peft and "reward" in self._policy.peft_config:
+                raise UserError("reward_model and the policy's adapter `reward` both score: pass one of them.")
             if model.config.num_labels != 1:
                 raise UserError(f"reward_model has num_labels={model.config.num_labels}, PPO needs 1.")
             model = model_with_adapter(model, "reward_model").requires_grad_(False).eval()
@@ -152,6 +156,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         self._other_template = not render_alike(self._reward_tokenizer, policy_tokenizer)
         self._has_reward_model = model is not None or (self._is_peft and "reward" in self._policy.peft_config)
         given = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
+        if any(isinstance(function, str | nn.Module) for function in given):
+            raise UserError("reward_funcs takes Python functions: pass a reward model, loaded, as reward_model.")
         functions = [reward_model] * self._has_reward_model + [checked(function) for function in given]
         names = [function.__name__ for function in functions]
         if same := {name for name in names if names.count(name) > 1}:

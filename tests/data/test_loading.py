@@ -118,6 +118,7 @@ def test_csv_cells_stay_text(tmp_path, raw, expected):
     "content, problem",
     [
         (b"prompt,prompt\nq,r\n", "two columns are called 'prompt'\n"),
+        (b"prompt,,\nq,,\n", "two columns have no name: delete them, or name them\n"),  # as Excel leaves them
         (b"prompt;completion\nHi, you;Yes, I\n", "the only column is 'prompt;completion': .* separated by commas\n"),
         ("prompt,réponse\nq,a\n".encode("cp1252"), "not UTF-8 .*iconv -f CP1252 -t UTF-8\n"),
         (b"prompt\tcompletion\nq\ta\n", "the only column is .* separated by commas\n"),

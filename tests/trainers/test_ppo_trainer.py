@@ -614,9 +614,18 @@ def test_one_object_in_two_roles_is_refused(world, tmp_path, same):
         make_trainer(world, tmp_path, model=model, trainer_kwargs=roles)
 
 
-def test_two_critics_are_refused(world, tmp_path):
-    with pytest.raises(UserError, match="value_model and the policy's adapter `critic` are two critics"):
-        make_trainer(world, tmp_path, trainer_kwargs={"value_model": models.reward_model()})
+@pytest.mark.parametrize(
+    "roles, message",
+    [
+        ({"value_model": models.reward_model()}, "value_model and the policy's adapter `critic` are two critics"),
+        ({"reward_model": models.reward_model()}, "reward_model and the policy's adapter `reward` both score"),
+        ({"reward_funcs": models.reward_model()}, "reward_funcs takes Python functions: pass a reward model"),
+        ({"model": "gpt2"}, "model is the name gpt2, and PPOTrainer takes a loaded model"),
+    ],
+)
+def test_models_that_do_not_fit_their_keyword_are_refused(world, tmp_path, roles, message):
+    with pytest.raises(UserError, match=message):
+        make_trainer(world, tmp_path, model=roles.pop("model", None), trainer_kwargs=roles)
 
 
 def test_a_policy_under_another_name_is_refused(world, tmp_path):
