@@ -613,6 +613,14 @@ def test_alpha_does_not_depend_on_which_response_comes_first(make):
     assert math.isclose(report["krippendorff_alpha"]["nominal"], 0, abs_tol=0.01)
 
 
+def test_labelers_who_agreed_on_two_prompts_are_not_sure_to_agree_on_all(make):
+    job, labelers = make(prompts=2, labelers=2, overlap=2)
+    for labeler in labelers:
+        while task := job.next_task(labeler):
+            submit(job, labeler, task, [[id] for id in sorted(id for id, _ in task.responses)])
+    assert agreement_report(job)["pairwise"]["with_ties"] == {"share": 1.0, "ci95": None, "pairs": 12}
+
+
 def test_what_is_wrong_with_a_flagged_prompt_is_reported(make):
     """Labelers have to write it down, and no command showed it."""
     job, (ann, bob) = make(prompts=2, labelers=2, overlap=2)
