@@ -587,7 +587,7 @@ def test_agreement_report_counts_by_hand(make, tmp_path):
     assert report["prompts_shared"] == 2, "gold tasks do not flatter the agreement"
 
     text = reports.render(report, "text")
-    assert "60.0 %" in text and "72.6 %" in text and "77.3 %" in text and "disagreed with gold tasks: g0" in text
+    assert "60.0 %" in text and "72.6 %" in text and "77.3 %" in text and "disagreed with attention tasks: g0" in text
     page = reports.render(report, "html", "<Agreement>")
     assert "<svg" in page and "&lt;Agreement&gt;" in page and "60.0 %" in page
     assert "<script" not in page and "http://" not in page and "https://" not in page
