@@ -48,7 +48,7 @@ class RewardScriptArguments(ScriptArguments):
     aggregation: str = field(
         default="keep",
         metadata={
-            "help": "Rankings of one prompt by several labelers: `keep` all, or one by `majority` of each pair.",
+            "help": "Several labelers' rankings of the same responses: `keep` all, or one by `majority` of each pair.",
             "choices": ["keep", "majority"],
         },
     )

@@ -48,10 +48,11 @@ def read_prompts(data_args: PromptsArguments, format_args: RowArguments, tokeniz
     rows = load_rows(data_args.dataset_name, data_args.dataset_train_split, data_args.dataset_config)
     report = Report(rows.source, "prompt")
     formatter = Formatter("prompt", tokenizer=tokenizer, **format_args.options(), **room)
-    ids = {(row.file, row.line): row.data["id"] for row in rows if isinstance(row.data, dict) and "id" in row.data}
+    ids = {(row.file, row.line): row.data.get("id") for row in rows if isinstance(row.data, dict)}
     prompts: dict[str, Prompt] = {}
     for row, output in formatter(rows, report):
-        name = wish = str(ids.get((row.file, row.line), f"p{row.line}"))
+        id = ids.get((row.file, row.line))
+        name = wish = f"p{row.line}" if id in (None, "") else str(id)
         number = 1
         while name in prompts:  # a repeated id, or the same line of another file of a folder
             number += 1

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -53,6 +54,7 @@ def answer(command: str, more: tuple[str, ...], words: list[str]) -> None:
     if {"-h", "--help", "--help_all"} & {*words}:
         if first:
             everything = "--help_all" in words
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
             print(show(command, known if everything else own, everything))
         sys.exit(0)
     from recipes.cli.config import read_config  # not before it is known that there is an environment

@@ -38,7 +38,7 @@ def check_columns(row: Cells, task: str, own: Iterable[str] = ()) -> None:
 def read_tools(row: Cells) -> list | None:
     """The tools that the assistant may call, from `tools` or OpenAI's older `functions`."""
     if row.get("tools") not in NOTHING:
-        return row.entries("tools")
+        return list(row.objects("tools"))
     if row.get("functions") not in NOTHING:
-        return [{"type": "function", "function": function} for function in row.entries("functions")]
+        return [{"type": "function", "function": function} for function in row.objects("functions")]
     return None

@@ -273,6 +273,8 @@ class Formatter:
         turns = list(row_messages(output))
         used = {*output, *(turn["role"] for turn in turns), *(key for turn in turns for key in turn)}
         used |= {"reasoning_content"} if used & {*REASONING} else set()
+        used |= {"second"} if any(len(turn.get("tool_calls", ())) > 1 for turn in turns) else set()
+        used |= {"said"} if any("tool_calls" in turn and turn["content"].strip() for turn in turns) else set()
         used |= {"</think>"} if any("</think>" in turn["content"] for turn in turns) else set()
         for part in self._left_out.keys() & used:
             what = f"the chat template leaves out {self._left_out[part]}"

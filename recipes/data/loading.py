@@ -5,13 +5,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from recipes.cli.errors import did_you_mean
-from recipes.data.rows import DataError, Row, check_row, failures_as_data_error, join_names, or_error
+from recipes.cli.screen import say
+from recipes.data.rows import NOT_UTF8, DataError, Row, check_row, failures_as_data_error, join_names, or_error
 from recipes.data.text_files import COMPRESSED, read_text_file, suffix_of
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -19,6 +20,7 @@ SUFFIXES = (*DATA_SUFFIXES, ".txt")
 TOOLS = ("tools", "tool_calls", "functions", "function_call")
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")  # `name` or `owner/name`
 _SPLIT = re.compile(r"([\w.\-]+)(?:\[(\d*):(\d*)\])?")
+_say_once = cache(say)
 
 Splits = dict[str, Callable[[], Iterable[Row]]]  # for each split, the function that reads its rows
 
@@ -111,6 +113,8 @@ def _local_splits(source: str, name: str | None, data_files=None) -> Splits | No
     else:
         return None
     for file in (file for files in files_by_split.values() for file in files):
+        if NOT_UTF8.search(str(file)):
+            raise DataError(f"{file}: its name is not UTF-8, and no report could hold it; rename it")
         if suffix_of(file) not in SUFFIXES:
             known = f"{join_names(SUFFIXES)}, the texts also with {join_names(COMPRESSED)}"
             raise DataError(f"{file}: cannot read {file.suffix or 'a file without suffix'}; use {known}")
@@ -156,6 +160,10 @@ def _files_by_split(folder: Path, data_files: Any) -> dict[str, list[Path]]:
             with suppress(FileNotFoundError):  # a copy of a Hub dataset may lack a split
                 files = DataFilesList.from_patterns(patterns[split], place)
                 found[str(split)] = [Path(file) for file in sorted(set(files))]
+        everything = set() if data_files else set(map(Path, DataFilesList.from_patterns(["**"], place)))
+        left = sorted(file for file in everything.difference(*found.values()) if suffix_of(file) in DATA_SUFFIXES)
+        if left:
+            _say_once(f"{folder}: not read, as other files are named by split: {join_names(left[:5])}")
     for suffixes in (DATA_SUFFIXES, SUFFIXES):  # a .txt beside data is a licence or a note
         chosen = {}
         for split, files in found.items():

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from recipes.data.cells import NOTHING
+from recipes.data.cells import NOTHING, decode_json
 from recipes.data.columns import MEANINGFUL
 from recipes.data.messages import CONTEXT, ROLES, is_turns
 from recipes.data.rows import DECODER, DataError, RowError, describe, join_names
@@ -61,6 +61,8 @@ class ColumnMapping:
         for target, path in self.columns.items():
             value: Any = row
             for part in [path] if path in row else path.split("."):
+                if value is not row:
+                    value = decode_json(value, target, "an object")  # text in CSV
                 if not isinstance(value, dict) or part not in value:
                     raise RowError(f"missing; this row has {join_names(row)}", target)
                 value = value[part]

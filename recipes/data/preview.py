@@ -52,14 +52,16 @@ def left_out(tokenizer) -> dict[str, str]:
     system, result = {"role": "system", "content": PROBE}, {"role": "tool", "content": PROBE}
     tool = {"type": "function", "function": {"name": PROBE, "description": "", "parameters": {"type": "object"}}}
 
-    def call(name: str) -> dict:
-        function = {"type": "function", "function": {"name": name, "arguments": {}}}
-        return {"role": "assistant", "content": "", "tool_calls": [function]}
+    def calls(*names: str) -> dict:
+        functions = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in names]
+        return {"role": "assistant", "content": "", "tool_calls": functions}
 
     probes: dict[str, tuple[str, list, list | None]] = {
         "system": ("system messages", [system, user, answer], None),
-        "tool": ("tool results", [user, call("f"), result, answer], None),
-        "tool_calls": ("tool calls", [user, call(PROBE)], None),
+        "tool": ("tool results", [user, calls("f"), result, answer], None),
+        "tool_calls": ("tool calls", [user, calls(PROBE)], None),
+        "second": ("all but one of a turn's calls", [user, calls("f", PROBE)], None),
+        "said": ("what is said beside tool calls", [user, {**calls("f"), "content": PROBE}], None),
         "tools": ("the list of tools", [user, answer], [tool]),
         "reasoning_content": ("reasoning", [user, {**answer, "reasoning_content": PROBE}], None),
         "</think>": ("reasoning", [user, {**answer, "content": f"<think>{PROBE}</think>!"}], None),

@@ -39,6 +39,9 @@ class Report:
     fingerprint: str = ""
     lost: bool = False  # whether rows after an error could not be read
 
+    def __deepcopy__(self, memo: dict) -> "Report":
+        return self  # `datasets` and Accelerate copy a stream; what its copies read belongs into the same report
+
     def clear(self) -> None:
         vars(self).update(vars(Report(self.source, self.task)))
 
@@ -76,7 +79,8 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")  # a column's name may be no Unicode
 
     def __str__(self) -> str:
         rows = f"{counted(self.rows_in, 'row')} in, {self.rows_out} out"

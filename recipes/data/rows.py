@@ -82,7 +82,7 @@ def or_error(read: Callable[..., dict], *arguments) -> dict | RowProblem:
 
 def join_names(names: Iterable) -> str:
     """Names for a message, separated by commas."""
-    return ", ".join(map(str, names))
+    return ", ".join(str(name) or "(no name)" for name in names)
 
 
 def describe(value: Any) -> str:
@@ -150,5 +150,5 @@ def not_utf8(escaped: re.Match) -> str:
 
 def not_json(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off or edited by hand?"
+        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off, or a row on many lines?"
     return "the JSON is nested too deeply" if isinstance(error, RecursionError) else f"not usable as JSON: {error}"

@@ -196,7 +196,8 @@ def _check_header(header: list[str]) -> None:
         if bad := NOT_UTF8.search(name):
             raise LostRows(not_utf8(bad))
         if header.count(name) > 1:
-            raise LostRows(f"two columns are called {name!r}")
+            named = f"are called {name!r}" if name else "have no name: delete them, or name them"
+            raise LostRows(f"two columns {named}")
     if len(header) == 1 and re.search(r"[;\t|]", header[0]):  # as Excel writes it in much of Europe
         raise LostRows(f"the only column is {header[0]!r}: columns must be separated by commas")
 

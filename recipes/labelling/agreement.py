@@ -179,7 +179,7 @@ def _share(compared: Iterable[tuple[str, np.ndarray]]) -> dict:
     kinds, prompts = np.unique(list(by_prompt.values()), axis=0, return_counts=True)
     same, pairs = kinds.T
     interval = None
-    if prompts.sum() > 1:
+    if np.unique(same / pairs).size > 1:  # else all draws are the same, and would look like certainty
         drawn = np.random.default_rng(0).multinomial(prompts.sum(), prompts / prompts.sum(), size=RESAMPLES)
         interval = np.quantile((drawn @ same) / (drawn @ pairs), [0.025, 0.975]).tolist()
     total = int(pairs @ prompts)

@@ -48,7 +48,7 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
     seen: dict[str, tuple[int, str]] = {}  # by id: where it stands, and what for
     for row in read_text_file(Path(path)):
         try:
-            task, repeated = _task(Cells(row.read()), gold, default_id=str(row.line))
+            task, repeated = _task(Cells(row.read()), gold, default_id=row.line)
             line, known = seen.setdefault(task.sample_id, (row.line, task.id))
             if known != task.id:
                 raise RowError(f"{task.sample_id!r} stands on line {line} already, with other texts", "id")
@@ -63,7 +63,7 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
     return tasks, left_out
 
 
-def _task(row: Cells, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
+def _task(row: Cells, gold: bool, default_id: int) -> tuple[SampledPrompt, int]:
     messages = _messages(row)
     given = [] if row.get("responses") == [] else list(row.objects("responses"))
     distinct: dict[str, tuple[int, Cells]] = {}
@@ -81,7 +81,7 @@ def _task(row: Cells, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
         responses.append(
             Response(
                 id=id,
-                sample_id=str(response.get("id", index)),
+                sample_id=_name(response, index),
                 text=text,
                 model=None if model is None else _string(model, response.where("model")),
                 sampling=response.get("sampling", row.get("sampling")),
@@ -90,8 +90,12 @@ def _task(row: Cells, gold: bool, default_id: str) -> tuple[SampledPrompt, int]:
         if gold:
             ranks[id] = response.number("rank", text_too=False)
     tiers = tiers_of(ranks) if gold else None
-    task = SampledPrompt(prompt_id, str(row.get("id", default_id)), messages, responses, tiers)
+    task = SampledPrompt(prompt_id, _name(row, default_id), messages, responses, tiers)
     return task, len(given) - len(distinct)
+
+
+def _name(cells: Cells, default: int) -> str:
+    return str(default if cells.get("id") in (None, "") else cells["id"])
 
 
 def _messages(row: Cells) -> Messages:

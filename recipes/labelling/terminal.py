@@ -8,7 +8,6 @@ from string import ascii_uppercase
 
 from recipes.cli.errors import visible
 from recipes.labelling.answers import AnswerError, Flag, Submission, is_blank
-from recipes.labelling.export import export_command
 from recipes.labelling.store import ConflictError, Store, Task
 
 COMMANDS = ("skip", "flag", "undo", "guidelines", "quit")
@@ -71,8 +70,7 @@ def rank_in_terminal(store: Store, labeler_id: int) -> int:
         except (EOFError, KeyboardInterrupt):
             print("\n  Stopped. What you had entered is kept as a draft.")
             return submitted
-    print("\nNothing is left to rank. Thank you! The next step:")
-    print(export_command(store.path))
+    print("\nNothing is left to rank. Thank you!")
     return submitted
 
 

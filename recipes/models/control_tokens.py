@@ -66,6 +66,7 @@ def _mentions(value: Any, tokens: list[str]) -> bool:
     if isinstance(value, str):
         return any(token in value for token in tokens)
     if isinstance(value, dict):
-        tokens = [token for token in tokens if token not in own_marks(value)]
+        own = own_marks(value)
+        tokens = [token for token in tokens if token not in own]
         return any(_mentions(item, tokens) for item in value.values())
     return isinstance(value, list | tuple) and any(_mentions(item, tokens) for item in value)

@@ -202,8 +202,11 @@ def load_reward_model(source: ModelSource, model_args: ModelConfig) -> tuple[Pre
     tokenizer = load_tokenizer(source)
     check_model(source, tokenizer)
     model = _load_classifier(source, replace(model_args, load_in_4bit=False, load_in_8bit=False))
+    trained_with = model.config.get_text_config().pad_token_id
     if source.base is not None:
         model = PeftModel.from_pretrained(model, source.path, config=source.peft_config).merge_and_unload()
+    elif trained_with in range(len(tokenizer)):
+        tokenizer.pad_token_id = trained_with  # EOS in many: their scores are read at the token before it
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.requires_grad_(False).eval(), tokenizer
 

@@ -239,7 +239,7 @@ def sample_to_file(
     finally:
         lock.release(lock_file)
     repeated = counted(dropped, "repeated response")
-    print(f"{output}: {counted(len(plan), 'prompt')}; dropped {repeated}; {missing} could not be replaced.")
+    print(f"{output}: {counted(len(plan), 'prompt')}; {repeated} sampled again, {missing} still missing.")
 
 
 def line_of(prompt: Prompt, **columns) -> str:

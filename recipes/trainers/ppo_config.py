@@ -161,6 +161,16 @@ class PPOConfig(GRPOConfig):
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): a minibatch may not span rollouts."
             )
+        one_update = self.micro_batches_per_rollout == self.gradient_accumulation_steps
+        unused = {
+            "adaptive_kl_target multiplies kl_coef, which would stay 0": not self.kl_coef and self.adaptive_kl_target,
+            "target_kl stops the later updates on a rollout, which has only one": one_update and self.target_kl,
+            "missing_eos_penalty is for responses that mask_truncated_completions leaves out": (
+                self.mask_truncated_completions and self.missing_eos_penalty
+            ),
+        }
+        for text in (text for text, applies in unused.items() if applies):
+            raise ValueError(f"{text}: change one of them.")
         if self.total_episodes is not None:
             rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
             self.max_steps = rollouts * self.micro_batches_per_rollout // self.gradient_accumulation_steps

@@ -41,12 +41,13 @@ class PPORoles(GRPOTrainer):
         """Give the policy the adapter `ref`, or return the model that is the reference."""
         if self._is_peft:
             check_adapter_kind(self._policy)
+            self._policy.set_adapter("default")  # another may be active where several were loaded by hand
         if ref_model is None and self._is_peft:
             if "ref" not in self._policy.peft_config:
                 add_copy(self._policy, "default", "ref")
             return None
         ref_model = copy.deepcopy(self._policy) if ref_model is None else ref_model
-        return model_with_adapter(ref_model, "ref_model").requires_grad_(False)
+        return model_with_adapter(ref_model, "ref_model").requires_grad_(False).eval()
 
     def _add_critic(self, value_model: PreTrainedModel | None, trust_remote_code: bool) -> None:
         """Give the policy the adapter `critic`, or put the model that is the critic into its base."""
@@ -70,6 +71,12 @@ class PPORoles(GRPOTrainer):
             train_only(self._policy, ("default", "critic"))
         if isinstance(critic, PeftModel):
             train_only(critic, critic.active_adapters)
+
+    def _add_to_given(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let a given optimizer train what PPO has made after it: a new adapter and the critic."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        own = [p for role in ("default", "critic") for p in adapter_parameters(self._policy, role).values()]
+        optimizer.param_groups[-1]["params"] += [p for p in own if p.requires_grad and id(p) not in held]
 
     def _prepare_models(self, ref_model: PreTrainedModel | None) -> None:
         """Give every model the forward that PPO calls, and place frozen ones beside the policy."""
@@ -122,7 +129,7 @@ class PPORoles(GRPOTrainer):
 
     def _score_rows(self, rows: list[list[int]]) -> list[float]:
         """Scores of whole sequences of token ids, in their order, at most a micro-batch at a time."""
-        pad_token_id, device = self._reward_tokenizer.pad_token_id, self.accelerator.device
+        pad_token_id, device = self._reward_pad_token_id, self.accelerator.device
         ids = pad([torch.tensor(row) for row in rows], pad_token_id).to(device)
         # transformers' rule for sequence classifiers: the last token that is not the padding token
         last = (torch.arange(ids.size(1), device=device) * (ids != pad_token_id)).argmax(1)

@@ -87,6 +87,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
     ):
         if ref_model is model or (value_model is reward_model and value_model is not None):
             raise UserError("ref_model and model, value_model and reward_model must not be the same object: copy one.")
+        if isinstance(model, str):
+            raise UserError(f"model is the name {model}, and PPOTrainer takes a loaded model.")
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise UserError("model is a PeftModel already: leave peft_config out, or merge its adapter first.")
@@ -112,6 +114,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         # Last: no adapter of the policy may come into its layers.
         self._add_critic(value_model, args.trust_remote_code)
         self._train_only_roles()
+        if optimizers[0] is not None:
+            self._add_to_given(optimizers[0])
         with float32_adapters(model), refusals_in_one_line():
             super().__init__(
                 model=model,
@@ -138,15 +142,22 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
             return self.score_responses(**kwargs)
 
         if model is not None:
+            if self._is_peft and "reward" in self._policy.peft_config:
+                raise UserError("reward_model and the policy's adapter `reward` both score: pass one of them.")
             if model.config.num_labels != 1:
                 raise UserError(f"reward_model has num_labels={model.config.num_labels}, PPO needs 1.")
             model = model_with_adapter(model, "reward_model").requires_grad_(False).eval()
             add_score_forward(model)
         self._reward_model, self._reward_tokenizer = model, tokenizer or policy_tokenizer
+        own = None if model is None else model.config.get_text_config().pad_token_id
+        pads = own, self._reward_tokenizer.pad_token_id, self._reward_tokenizer.eos_token_id
+        self._reward_pad_token_id = next(pad for pad in pads if pad is not None and pad >= 0)
         self._other_vocabulary = self._reward_tokenizer.get_vocab() != policy_tokenizer.get_vocab()
         self._other_template = not render_alike(self._reward_tokenizer, policy_tokenizer)
         self._has_reward_model = model is not None or (self._is_peft and "reward" in self._policy.peft_config)
         given = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
+        if any(isinstance(function, str | nn.Module) for function in given):
+            raise UserError("reward_funcs takes Python functions: pass a reward model, loaded, as reward_model.")
         functions = [reward_model] * self._has_reward_model + [checked(function) for function in given]
         names = [function.__name__ for function in functions]
         if same := {name for name in names if names.count(name) > 1}:
@@ -237,8 +248,9 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if rollout.is_chat:
             rows = tokenizer.apply_chat_template(texts, return_dict=False, **self.chat_template_kwargs)
-        else:
-            rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        else:  # as RewardTrainer reads text: with BOS, and EOS after a finished one
+            ends = ["" if ids[-1] not in self.eos_token_ids else tokenizer.eos_token for ids in completion_ids]
+            rows = tokenizer([text + end for text, end in zip(texts, ends, strict=True)])["input_ids"]
         return self._score_rows(rows)
 
     def score_sampled_ids(self, rollout: Rollout) -> list[float]:

@@ -69,31 +69,30 @@ def ranking_loss(
 
 
 def majority_rankings(dataset: Dataset) -> Dataset:
-    """One ranking a prompt out of several labelers': a response's place is its pairwise majorities won minus lost.
+    """One ranking out of several labelers': a response's place is its pairwise majorities won minus lost.
 
-    That is Copeland's rule; equal counts are ties. Rankings of one prompt count together where they rank the same
-    responses; a response that only some labelers saw is compared by those.
+    That is Copeland's rule; equal counts are ties. Only rankings of the same responses count together: with others, of
+    a later round of samples perhaps, responses would be ordered that nobody has compared.
     """
-    rankings: dict[str, list[dict]] = {}
+    rankings: dict[tuple[str, ...], list[dict]] = {}
     for row in dataset:
-        rankings.setdefault(row["group_id"], []).append(row)
+        rankings.setdefault((row["group_id"], *sorted({*map(json.dumps, row["completions"])})), []).append(row)
     rows = []
-    for group in rankings.values():
-        texts = {json.dumps(completion): completion for row in group for completion in row["completions"]}
+    for (_, *keys), group in rankings.items():
         votes = defaultdict(int)  # how many prefer the first of a pair to the second, minus the others
         for row in group:
-            keys = [json.dumps(completion) for completion in row["completions"]]
-            for (a, rank_a), (b, rank_b) in itertools.permutations(zip(keys, row["ranks"], strict=True), 2):
+            said = zip(map(json.dumps, row["completions"]), row["ranks"], strict=True)
+            for (a, rank_a), (b, rank_b) in itertools.permutations(said, 2):
                 votes[a, b] += (rank_a < rank_b) - (rank_a > rank_b)
-        won = {a: sum((votes[a, b] > 0) - (votes[a, b] < 0) for b in texts if b != a) for a in texts}
-        order = sorted(texts, key=won.get, reverse=True)
+        won = {a: sum((votes[a, b] > 0) - (votes[a, b] < 0) for b in keys if b != a) for a in keys}
+        order = sorted(keys, key=won.get, reverse=True)
         ranks = [float(1 + sum(won[other] > won[key] for other in order)) for key in order]
-        rows.append({**group[0], "completions": [texts[key] for key in order], "ranks": ranks})
+        rows.append({**group[0], "completions": list(map(json.loads, order)), "ranks": ranks})
     return Dataset.from_list(rows, features=dataset.features)
 
 
 def keep_majorities(datasets: dict[str, Dataset]) -> None:
-    """Leave one ranking a prompt, and no prompt of which all responses are then equal.
+    """Leave one ranking of the same responses, and none in which all are then equal.
 
     Raises:
         UserError: nothing is left to train on.

@@ -1,6 +1,7 @@
 """`--help` and mistyped flags are answered from source, before torch is imported, as the real parser would."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,15 @@ def test_help_needs_no_torch(command):
     code, lines = answer(command, "--help")
     assert code == 0 and len(lines) < 75
     assert any(line.startswith(("  --", "options:")) for line in lines)
+
+
+def test_help_may_be_read_by_head():
+    read, write = os.pipe()
+    os.close(read)
+    python = [sys.executable, str(ROOT / "scripts/chat.py"), "--help"]
+    result = subprocess.run(python, stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(write)
+    assert result.stderr == b""
 
 
 def test_the_rest_is_behind_help_all():

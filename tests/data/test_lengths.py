@@ -56,6 +56,9 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 USER, ANSWER = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
 
 
+LLAMA = "not (m.tool_calls and m.content)"  # as Llama 3.1, which writes the call alone
+
+
 @pytest.mark.parametrize(
     "turns, tools, template, left_out",
     [
@@ -68,6 +71,8 @@ USER, ANSWER = {"role": "user", "content": "w1"}, {"role": "assistant", "content
             "m.role != 'tool'",
             "tool results",
         ),
+        ([USER, {**ANSWER, "tool_calls": [CALL, CALL]}], None, None, "all but one of a turn's calls"),
+        ([USER, {**ANSWER, "tool_calls": [CALL]}], None, LLAMA, "what is said beside tool calls"),
     ],
 )
 def test_what_a_template_leaves_out_without_an_error_is_said(tokenizer, turns, tools, template, left_out):
@@ -78,6 +83,8 @@ def test_what_a_template_leaves_out_without_an_error_is_said(tokenizer, turns, t
     assert len(format_dataset(rows, "sft", tokenizer=tokenizer)[0]) == 2
     if template:
         tokenizer.chat_template = SAYS_ALL.replace("in messages %}", f"in messages if {template} %}}")
+    elif template is None:  # as gpt-oss
+        tokenizer.chat_template = SAYS_ALL.replace("m.tool_calls |", "m.tool_calls[0] |")
     else:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     with pytest.raises(DataError, match=f"rows:2: the chat template leaves out {left_out}, and this row has some"):

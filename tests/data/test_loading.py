@@ -118,6 +118,7 @@ def test_csv_cells_stay_text(tmp_path, raw, expected):
     "content, problem",
     [
         (b"prompt,prompt\nq,r\n", "two columns are called 'prompt'\n"),
+        (b"prompt,,\nq,,\n", "two columns have no name: delete them, or name them\n"),  # as Excel leaves them
         (b"prompt;completion\nHi, you;Yes, I\n", "the only column is 'prompt;completion': .* separated by commas\n"),
         ("prompt,réponse\nq,a\n".encode("cp1252"), "not UTF-8 .*iconv -f CP1252 -t UTF-8\n"),
         (b"prompt\tcompletion\nq\ta\n", "the only column is .* separated by commas\n"),
@@ -148,6 +149,37 @@ def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(source):
     with pytest.raises(DataError, match="no such file or folder") as caught:
         load_rows(source)
     assert "\n" not in str(caught.value)
+
+
+def test_files_without_a_split_beside_others_are_said_to_be_left_out(tmp_path, capsys):
+    for name in ("train", "more", "test"):
+        (tmp_path / f"{name}.jsonl").write_bytes(GOOD)
+    assert list_splits(tmp_path) == ["train", "test"] and len(list(load_rows(tmp_path))) == 1
+    said = capsys.readouterr().err
+    assert said.count("not read, as other files are named by split") == 1 and "more.jsonl" in said
+    (tmp_path / "more.jsonl").unlink()
+    assert list_splits(tmp_path) and not capsys.readouterr().err
+
+
+def test_names_that_are_no_unicode_break_no_report(tmp_path):
+    """It was written after the training, whose model was then lost."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt": "q", "half \\ud83d": 1}\n')
+    _, report = format_dataset(load_rows(path), "prompt")
+    report.save(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["not_used"] == {"half \ud83d": 1}
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    os.rename(path, name)
+    with pytest.raises(DataError, match="its name is not UTF-8, .*rename it"):
+        load_rows(name)
+
+
+def test_a_mapping_reaches_into_objects_of_csv(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('id,q\n1,"{""text"": ""a""}"\n')
+    assert format_dataset(load_rows(path), "prompt", mapping={"prompt": "q.text"})[0][0]["prompt"][0]["content"] == "a"
+    with pytest.raises(DataError, match="data.csv:2:id.text: missing; this row has id, q"):
+        format_dataset(load_rows(path), "prompt", mapping={"prompt": "id.text"})
 
 
 def test_a_mistyped_path_is_told_from_what_is_there(tmp_path):

@@ -73,6 +73,14 @@ def test_arguments_of_tool_calls_are_objects(given, kept):
     assert row["messages"][1]["tool_calls"] == [{"id": "1", "function": {"name": "f", "arguments": kept}}]
 
 
+def test_tools_are_objects():
+    """Also where each is JSON text, which chat templates would quote; a mere name is none."""
+    row = {"messages": [user("q"), assistant("a")], "tools": [json.dumps(call())]}
+    assert json.loads(format_dataset([row], "sft")[0][0]["tools"]) == [call()]
+    with pytest.raises(DataError, match=r"rows:1:tools\[0\]: found the text 'rain', expected an object"):
+        format_dataset([{**row, "tools": ["rain"]}], "sft")
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 def test_reasoning_is_kept_under_every_name(key):
     turns = [user("q"), assistant("a", **{key: "because"})]

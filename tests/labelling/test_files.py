@@ -20,7 +20,7 @@ from recipes.labelling.files import new_file
 from recipes.labelling.store import Store
 from scripts import rank_responses
 from tests.labelling.jobs import write_job
-from tests.labelling.labelling_server import cli
+from tests.labelling.labelling_server import cli, write_samples
 
 KILLS = 20
 
@@ -167,6 +167,13 @@ def test_guidelines_that_are_no_utf8_are_named(tmp_path, capsys):
     words = ["terminal", "--database", str(tmp_path / "x.db"), "--guidelines", str(tmp_path / "rules.txt")]
     assert rank_responses.main(words) == 1
     assert f"error: {tmp_path / 'rules.txt'}: cannot be read" in capsys.readouterr().err
+
+
+def test_guidelines_of_a_windows_editor_begin_with_their_heading(tmp_path):
+    (tmp_path / "rules.txt").write_text("# Rank", encoding="utf-8-sig")
+    args = f"terminal --database {tmp_path / 'x.db'} --guidelines {tmp_path / 'rules.txt'} --samples".split()
+    job = rank_responses.open_store(rank_responses.parse_args([*args, str(write_samples(tmp_path / "s.jsonl"))]))
+    assert job.guidelines == "# Rank"
 
 
 def test_the_command_to_export_names_a_file_that_is_not_there(tmp_path):

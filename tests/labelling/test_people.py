@@ -313,6 +313,27 @@ def test_the_network_goes_and_comes_back(browser_job, open_page):
     assert_draft(page, "ABCD", {"A": "written in a tunnel", "B": "and this too", "C": "and reloaded"}, "")
 
 
+def test_what_another_task_had_not_saved_yet_is_saved_whole(browser_job, open_page):
+    """Two drafts that wait for the network: the second builds on the first, not on the task that is open then."""
+    page = open_page(browser_job)
+    first = page.locator("#task").get_attribute("data-prompt")
+    give_reasons(page)
+    card(page, "B").locator("[data-do=up]").click()
+    submit(page)
+    page.context.set_offline(True)
+    reason(page, "A").fill("one")
+    page.locator("#alert", has_text="NOT saved: the server does not answer").wait_for()
+    reason(page, "B").fill("two")
+    waiting = "JSON.parse(Object.values(sessionStorage).find(kept => kept.startsWith('[{'))).length"
+    wait_until(lambda: page.evaluate(waiting) == 2)
+    page.context.set_offline(False)
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.goto(f"{browser_job.url}/task/{first}")
+    page.wait_for_selector("#task:enabled")
+    page.goto(browser_job.url)
+    assert_draft(page, "ABCD", {"A": "one", "B": "two"}, "")
+
+
 def test_two_tabs_that_only_read_do_not_disturb_each_other(browser_job, open_page):
     first = open_page(browser_job)
     second = first.context.new_page()

@@ -148,6 +148,7 @@ def test_a_corrected_file_does_not_add_a_second_task_under_an_id(tmp_path):
     assert serve(row("one"), row("two")) == ""
     assert "'2' has other texts" in serve(row("one"), row("twoo"))
     assert serve(row("before"), row("one"), row("two")) == "", "a line number is an id that moves"
+    assert serve(row("before", id=None), row("one", id=None), row("two", id="")) == "", "no id, as pandas writes it"
     assert Store(tmp_path / "labels.db").size()["prompt"] == 3
 
 
@@ -586,7 +587,7 @@ def test_agreement_report_counts_by_hand(make, tmp_path):
     assert report["prompts_shared"] == 2, "gold tasks do not flatter the agreement"
 
     text = reports.render(report, "text")
-    assert "60.0 %" in text and "72.6 %" in text and "77.3 %" in text and "disagreed with gold tasks: g0" in text
+    assert "60.0 %" in text and "72.6 %" in text and "77.3 %" in text and "disagreed with attention tasks: g0" in text
     page = reports.render(report, "html", "<Agreement>")
     assert "<svg" in page and "&lt;Agreement&gt;" in page and "60.0 %" in page
     assert "<script" not in page and "http://" not in page and "https://" not in page
@@ -610,6 +611,14 @@ def test_alpha_does_not_depend_on_which_response_comes_first(make):
     report = agreement_report(job)
     assert report["pairwise"]["with_ties"]["share"] == 0.5
     assert math.isclose(report["krippendorff_alpha"]["nominal"], 0, abs_tol=0.01)
+
+
+def test_labelers_who_agreed_on_two_prompts_are_not_sure_to_agree_on_all(make):
+    job, labelers = make(prompts=2, labelers=2, overlap=2)
+    for labeler in labelers:
+        while task := job.next_task(labeler):
+            submit(job, labeler, task, [[id] for id in sorted(id for id, _ in task.responses)])
+    assert agreement_report(job)["pairwise"]["with_ties"] == {"share": 1.0, "ci95": None, "pairs": 12}
 
 
 def test_what_is_wrong_with_a_flagged_prompt_is_reported(make):
@@ -676,10 +685,14 @@ def test_markdown_is_shown_and_nothing_else_gets_through():
         assert not re.search(r"<[^>]*\s(on\w+|href|src|style)", html)
     for plain in ("plain", "two\n\nparagraphs", "2 * 3 * 4", "a < b", "", "x" * 30_000 + "**b**"):
         assert render(plain) is None, "shown as it was written"
+    for left_out in ("|a|b|\n|-|-|\n|1|2|three|", "> " * 30 + "words", "```python some words\nx\n```"):
+        assert render(left_out) is None, "nobody could judge what is not shown"
+    assert "<ol start" in render("7. a\n- 2) b\n\n> ~~~ c++ \n> x\n> ~~~\n"), "nothing is left out"
 
 
 @pytest.mark.parametrize(
-    "unit", ["*a **a ", "[", "`a", "> ", "_a", "[a]: x\n", "|", "  - x\n", "**", "![", "<a ", "&", "\\\\"]
+    "unit",
+    ["*a **a ", "[", "`a", "> ", "_a", "[a]: x\n", "|", "  - x\n", "**", "![", "<a ", "&", "\\\\", "\n", "1. ", "```"],
 )
 def test_markdown_of_a_mean_model_takes_no_time(unit):
     start = time.perf_counter()

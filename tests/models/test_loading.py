@@ -11,7 +11,7 @@ from trl import ModelConfig
 from recipes.cli.errors import UserError
 from recipes.models.adapters import use_role
 from recipes.models.heads import critic_from_policy, scores_at
-from recipes.models.loading import load_policy, load_ppo_models, load_reward_trainee
+from recipes.models.loading import load_policy, load_ppo_models, load_reward_model, load_reward_trainee
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 from tests import tiny_models as models
@@ -87,6 +87,18 @@ def test_a_reward_model_starts_from_sft_that_trained_the_lm_head(tmp_path, capsy
         score = policy.get_base_model().score.modules_to_save["reward"](hidden)[0, -1]
     reward.config.pad_token_id = 0
     torch.testing.assert_close(reward.eval()(input_ids=ids).logits[0], score)
+
+
+def test_a_reward_model_that_pads_with_eos_is_read_where_it_was_trained(tmp_path):
+    """That is before the EOS; with another padding token its scores would come from a token that never had any."""
+    tokenizer, model = models.word_tokenizer(pad_token="<eos>"), models.reward_model()
+    model.config.pad_token_id = tokenizer.eos_token_id
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    loaded, loaded_tokenizer = load_reward_model(resolve_model(str(tmp_path)), ModelConfig(dtype="float32"))
+    ids = torch.tensor([[3, 6, 7, 1]])
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert loaded_tokenizer.pad_token == "<eos>"
 
 
 @pytest.mark.parametrize("load", [load_policy, load_reward_trainee])

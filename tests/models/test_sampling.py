@@ -125,7 +125,7 @@ def test_what_a_sure_model_repeats_is_dropped_and_counted(generator, prompts, tm
     for row in rows:
         texts = [response["text"] for response in row["responses"]]
         assert len(set(texts)) == len(texts)
-    assert f"{30 - sum(kept)} could not be replaced" in capsys.readouterr().out
+    assert f"{30 - sum(kept)} still missing" in capsys.readouterr().out
 
 
 def test_no_batch_is_larger_than_was_asked_for(generator, prompts, tmp_path, monkeypatch):
@@ -313,10 +313,11 @@ def test_no_prompt_of_a_folder_of_files_is_lost(tmp_path):
     """The third file's first line had the id of the second's."""
     for number in range(4):
         write_jsonl(
-            tmp_path / f"train-{number}.jsonl", [{"prompt": f"w{number}"}, {"id": "same", "prompt": f"v{number}"}]
+            tmp_path / f"train-{number}.jsonl",
+            [{"id": None, "prompt": f"w{number}"}, {"id": "same", "prompt": f"v{number}"}],
         )
     prompts = sample_responses.read_prompts(PromptsArguments(str(tmp_path)), RowArguments(), models.word_tokenizer())
     assert sorted(prompt.messages[0]["content"] for prompt in prompts) == sorted(
         f"{c}{n}" for c in "wv" for n in range(4)
     )
-    assert len({prompt.id for prompt in prompts}) == 8
+    assert {prompt.id for prompt in prompts} == {f"{id}{n}" for id in ("p1", "same") for n in ("", "-2", "-3", "-4")}

@@ -21,7 +21,9 @@ from recipes.cli.errors import UserError
 from recipes.models.adapters import add_score_roles
 from recipes.models.loading import never_pack
 from recipes.trainers.ppo_trainer import PPOTrainer
+from recipes.trainers.rollout import Rollout
 from tests import tiny_models as models
+from tests.architectures import bos_tokenizer
 from tests.trainers.conftest import LORA, config, history, make_trainer, shared_base_policy
 
 
@@ -399,6 +401,7 @@ def test_adaptive_kl_raises_the_price(world, tmp_path):
 def test_a_reward_model_with_another_vocabulary_scores_text(world, tmp_path):
     """Words `v0 v1 …` are unknown to it, `w0 w1 …` sit at other ids: scored by ids it would read other words."""
     shifted = models.word_tokenizer(words=40)
+    shifted.pad_token = None  # the model's configuration has it
     classifier = models.reward_model(vocabulary=45)
     trainer = make_trainer(
         world,
@@ -584,6 +587,24 @@ def test_a_moving_average_leaves_a_critic_of_its_own_alone(world, tmp_path):
     assert saved.state_dict().keys() == models.reward_model().state_dict().keys()
 
 
+def test_a_policy_loaded_beside_other_adapters_is_the_one_that_speaks(world, tmp_path):
+    """PEFT leaves the first adapter active, whose samples would be trained on."""
+    model = get_peft_model(models.causal_lm(), LoraConfig(task_type="CAUSAL_LM", **LORA), adapter_name="first")
+    model.add_adapter("default", LoraConfig(task_type="CAUSAL_LM", **LORA))
+    trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_model": models.reward_model()})
+    rollout(trainer)
+    assert trainer._rollout.kl.abs().max() < 1e-4
+
+
+def test_a_reference_has_no_dropout(world, tmp_path):
+    """A model that was just built or trained is in training mode, and the reference is a copy of it."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 64}
+    policy = GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None)).train()
+    trainer = make_trainer(world, tmp_path, model=policy, trainer_kwargs={"reward_model": models.reward_model()})
+    rollout(trainer)
+    assert trainer._rollout.kl.abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("same", ["model and ref_model", "value_model and reward_model"])
 def test_one_object_in_two_roles_is_refused(world, tmp_path, same):
     model, classifier = models.causal_lm(), models.reward_model()
@@ -593,9 +614,18 @@ def test_one_object_in_two_roles_is_refused(world, tmp_path, same):
         make_trainer(world, tmp_path, model=model, trainer_kwargs=roles)
 
 
-def test_two_critics_are_refused(world, tmp_path):
-    with pytest.raises(UserError, match="value_model and the policy's adapter `critic` are two critics"):
-        make_trainer(world, tmp_path, trainer_kwargs={"value_model": models.reward_model()})
+@pytest.mark.parametrize(
+    "roles, message",
+    [
+        ({"value_model": models.reward_model()}, "value_model and the policy's adapter `critic` are two critics"),
+        ({"reward_model": models.reward_model()}, "reward_model and the policy's adapter `reward` both score"),
+        ({"reward_funcs": models.reward_model()}, "reward_funcs takes Python functions: pass a reward model"),
+        ({"model": "gpt2"}, "model is the name gpt2, and PPOTrainer takes a loaded model"),
+    ],
+)
+def test_models_that_do_not_fit_their_keyword_are_refused(world, tmp_path, roles, message):
+    with pytest.raises(UserError, match=message):
+        make_trainer(world, tmp_path, model=roles.pop("model", None), trainer_kwargs=roles)
 
 
 def test_a_policy_under_another_name_is_refused(world, tmp_path):
@@ -628,6 +658,8 @@ def test_the_other_keywords_of_trls_ppo_trainer(world, tmp_path):
     trainer.train()
     assert seen == [1, 2] and trainer.optimizer.optimizer is optimizer
     assert len(history(trainer, "eval_objective/kl")) == 2
+    moved = roles["value_model"].state_dict(), models.reward_model(seed=4).state_dict()
+    assert not torch.equal(*(weights["score.weight"] for weights in moved))  # though the optimizer is of the policy's
     lora = LoraConfig(task_type="CAUSAL_LM", **LORA)
     with pytest.raises(UserError, match="model is a PeftModel already: leave peft_config out"):
         make_trainer(world, tmp_path, trainer_kwargs={"peft_config": lora})
@@ -731,6 +763,9 @@ def test_a_function_may_pass_over_a_response(world, tmp_path):
         ({"score_clip": -1.0}, "score_clip must be above 0"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must be at least 0"),
         ({"fp16": True, "target_kl": 0.1}, "loss scaling of fp16"),
+        ({"kl_coef": 0.0, "adaptive_kl_target": 6.0}, "adaptive_kl_target multiplies kl_coef, which would stay 0"),
+        ({"num_iterations": 1, "steps_per_generation": 2, "target_kl": 0.1}, "target_kl stops the later updates"),
+        ({"mask_truncated_completions": True, "missing_eos_penalty": 1.0}, "missing_eos_penalty is for responses"),
         ({"total_episodes": 0}, "total_episodes must be above 0"),
         ({"kl_coef": math.nan}, "kl_coef must be at least 0, got nan"),
         ({"generation_kwargs": {"num_beamz": 2}}, "knows no generation argument num_beamz"),
@@ -809,6 +844,25 @@ def test_plain_text_prompts_are_answered_and_scored_as_they_are(world, tmp_path)
         )
     trainer.train()
     assert len(history(trainer, "loss/value_avg")) == 2
+
+
+def test_plain_text_is_scored_by_another_vocabulary_as_reward_trainer_reads_it(world, tmp_path):
+    """With BOS, and EOS after a response that has ended: that is where its score was trained."""
+    tokenizer, classifier = bos_tokenizer(), models.reward_model(vocabulary=258)
+    texts = [f"w{i} w{i + 1}" for i in range(16)]
+    trainer = PPOTrainer(
+        args=config(tmp_path),
+        processing_class=AutoTokenizer.from_pretrained(world["base"]),
+        model=models.causal_lm(sharpness=1.0),
+        train_dataset=Dataset.from_dict({"prompt": texts}),
+        reward_model=classifier,
+        reward_processing_class=tokenizer,
+    )
+    trainer._rollout = Rollout([[5, 6], [6, 7]], [[7, 1], [8, 9]], is_chat=False)
+    scores = trainer.score_responses(texts[:2], [" w2", " w3 w4"], trainer._rollout.completion_ids)
+    rows = [tokenizer(text)["input_ids"] for text in ("w0 w1 w2</s>", "w1 w2 w3 w4")]
+    alone = [classifier(input_ids=torch.tensor([ids])).logits.item() for ids in rows]
+    assert scores == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_four_bit_base_plays_all_roles(world, tmp_path):

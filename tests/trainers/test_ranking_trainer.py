@@ -215,6 +215,9 @@ def test_majority_of_labelers():
     ]
     cycle = [{**rows[0], "ranks": r} for r in ([1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [2.0, 3.0, 1.0])]
     assert majority_rankings(Dataset.from_list(cycle))[0]["ranks"] == [1.0, 1.0, 1.0]
+    later = [[{"role": "assistant", "content": f"w{i}"}] for i in (7, 8)]
+    rounds = [rows[0], {**rows[0], "completions": later, "ranks": [1.0, 2.0]}]
+    assert [r["ranks"] for r in majority_rankings(Dataset.from_list(rounds))] == [[1, 2, 3], [1, 2]]  # no pair across
 
 
 def test_overlong_responses_leave_their_ranking(tmp_path):

@@ -158,6 +158,7 @@ async function emptyOutbox() {
         revision = Math.max(revision, reply.revision);
         keep(REVISION, revision);
       }
+      if (outbox.length) outbox[0].revision = reply.revision; // of the same task: a page sends first what another left
       stopped ||= isHere && body.action !== "draft";
     } else {
       outbox.length = 0; // what follows builds on it
