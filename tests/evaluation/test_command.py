@@ -294,6 +294,7 @@ def brief(completions, **kwargs):
         ("reward", "reward", "is a reward model"),
         ("short", "reward", "p3.* than the 2 positions"),
         ("base", "short_reward", "p3.* than the 2 positions"),
+        ("base", "base", "base has no trained score head"),
     ],
 )
 def test_what_cannot_be_measured_is_named_before_anything_is_sampled(folders, tmp_path, policy, judge, message):
