@@ -303,6 +303,15 @@ def test_a_token_is_never_replaced_in_another_database_or_for_another_name(tmp_p
     assert "is new" not in cli(*arguments, database, "--new_token")
 
 
+def test_names_in_any_script_and_nothing_that_cannot_be_seen(tmp_path):
+    job = Store(tmp_path / "labels.db", create=True)
+    for name in ("نگین\u200cالسادات", "ශ්\u200dරී", "山田\u3000太郎", "👩\u200d🔬"):
+        accounts.add_labeler(job, name)
+    for name in ("", " ", "\u200d", "a\nb", "a\tb", "a\x1b[31m", "\u202ebob", "\udcff", "x" * 81):
+        with pytest.raises(UserError, match="printable characters"):
+            accounts.add_labeler(job, name)
+
+
 # Who gets what
 
 
