@@ -513,6 +513,21 @@ def test_export_counts_ties_and_the_formatting_module_takes_it(make, tmp_path):
     assert len(tasks) == 6 and all(task.gold for task in tasks), "rankings can become gold tasks"
 
 
+def test_prompts_of_two_files_have_ids_of_their_own_in_an_export(make, tmp_path):
+    """`scripts/sample_responses.py` numbers the prompts of every file from p1 on."""
+    job, (ann,) = make(prompts=1)
+    later = {"id": "p0", "prompt": "Another?", "responses": [{"text": "a"}, {"text": "b"}]}
+    (tmp_path / "later.jsonl").write_text(json.dumps(later))
+    job.add_tasks(read_tasks(tmp_path / "later.jsonl")[0], "later.jsonl")
+    while task := job.next_task(ann):
+        submit(job, ann, task)
+    export(job, tmp_path / "rankings.jsonl")
+    assert [task.sample_id for task in read_tasks(tmp_path / "rankings.jsonl", gold=True)[0]] == [
+        "p0:labeler 0",
+        "p0-2:labeler 0",
+    ]
+
+
 def test_nothing_to_export_is_an_error(make, tmp_path):
     job, _ = make()
     nothing = cli("export", "--database", job.path, "--output", tmp_path / "r.jsonl", check=False)
