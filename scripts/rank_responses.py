@@ -63,18 +63,18 @@ def parse_args(argv):
     for ranking in (serve, terminal):
         several = {"nargs": "+", "action": "extend", "default": [], "type": Path}
         ranking.add_argument("--samples", help="files of sampled responses to add", **several)
-        ranking.add_argument("--gold", help="rankings to add as gold tasks", **several)
+        ranking.add_argument("--gold", help="rankings to add as attention tasks", **several)
         ranking.add_argument("--guidelines", default=GUIDELINES, type=Path, help="text that labelers see first")
         ranking.add_argument("--justifications", default="required", choices=JUSTIFICATIONS, help="default required")
         ranking.add_argument("--overlap", type=at_least(1), default=1, help="labelers per prompt; default %(default)s")
-        ranking.add_argument("--gold_every", type=at_least(0), default=10, help="one gold task in so many; default 10")
+        ranking.add_argument("--gold_every", type=at_least(0), default=10, help="one attention task in so many (10)")
 
     labeler = command(run_add_labeler, "add-labeler", "add a person, and print the token to log in with")
     labeler.add_argument("name")
     labeler.add_argument("--new_token", action="store_true", help="replace the token of somebody who has one")
     exports = command(run_export, "export", "write the rankings as training data")
     exports.add_argument("--output", required=True, type=Path, help="a new .jsonl file")
-    exports.add_argument("--include_gold", action="store_true", help="the rankings of gold tasks too")
+    exports.add_argument("--include_gold", action="store_true", help="the rankings of attention tasks too")
     agreement = command(run_agreement, "agreement", "how far labelers agree, and how they work")
     agreement.add_argument("--format", default="text", choices=("text", "json", "html"))
     agreement.add_argument("--output", type=Path, help="a new file instead of the screen")
@@ -100,7 +100,8 @@ def open_store(args):
     size = store.size()
     if not size["prompt"]:
         raise UserError(f"{args.database}: no prompts yet; add some with --samples FILE")
-    print(f"{args.database}: {counted(size['prompt'], 'prompt')}, gold: {size['gold']}; labelers: {size['labeler']}")
+    kinds = f"{counted(size['prompt'], 'prompt')}, attention tasks: {size['gold']}; labelers: {size['labeler']}"
+    print(f"{args.database}: {kinds}")
     return store
 
 
@@ -138,7 +139,7 @@ def run_export(args):
     rankings, prompts = counted(found["rankings"], "ranking"), counted(found["prompts"], "prompt")
     print(f"{args.output}: {rankings} of {prompts} by {counted(found['labelers'], 'labeler')}")
     print(f"{counted(found['pairs'], 'pair')} to learn from; tied pairs, which give nothing: {found['tied_pairs']}")
-    print(f"Rankings that are all ties: {found['all_tied']}; of gold tasks, left out: {found['gold_left_out']}")
+    print(f"Rankings that are all ties: {found['all_tied']}; of attention tasks, left out: {found['gold_left_out']}")
 
 
 def run_agreement(args):

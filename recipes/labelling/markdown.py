@@ -1,5 +1,8 @@
 """Model text as people are meant to read it: Markdown, of which only harmless elements are left."""
 
+import html
+import re
+from collections import Counter
 from functools import lru_cache
 
 import nh3
@@ -14,11 +17,16 @@ _PARSER.disable(["link", "image", "autolink", "reference", "html_block", "html_i
 _INLINE = ("p", "br")
 _TAGS = {*_INLINE, "blockquote", "code", "em", "h4", "hr", "li", "ol", "pre", "s", "strong", "ul"}
 _TAGS |= {"table", "thead", "tbody", "tr", "th", "td"}
+_WORD = re.compile(r"[^\W_]+")
+_MARKERS = re.compile(
+    r"^[ \t>*+-]*(\d+[.)]|(```+|~~~+) *\S*[ \t\r]*$)", re.M
+)  # of lists and code: shown in another way
 
 
 @lru_cache(maxsize=1000)
 def render(text: str) -> str | None:
-    """Safe HTML, or None for a text that reads the same as it is written (or is too long to be worth it)."""
+    """Safe HTML, or None for a text that reads the same as it is written, or that is too long to be worth it, or of
+    which words would be left out: a table's cells beyond its header, or what is nested too deeply."""
     if len(text) > MAX_LENGTH:
         return None
     tokens = _PARSER.parse(text)
@@ -27,5 +35,8 @@ def render(text: str) -> str | None:
     for token in tokens:
         if token.type.startswith("heading"):
             token.tag = "h4"  # below the page's own headings
-    html = _PARSER.renderer.render(tokens, _PARSER.options, {})
-    return nh3.clean(html, tags=_TAGS, attributes={"ol": {"start"}}, link_rel=None)
+    rendered = _PARSER.renderer.render(tokens, _PARSER.options, {})
+    safe = nh3.clean(rendered, tags=_TAGS, attributes={"ol": {"start"}}, link_rel=None)
+    shown = html.unescape(re.sub("<[^>]*>", " ", safe))
+    lost = Counter(_WORD.findall(_MARKERS.sub("", text))) - Counter(_WORD.findall(shown))
+    return None if lost else safe

@@ -29,7 +29,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def labeler_table(report: dict) -> list[list[str]]:
     """A header and one row per labeler, the cells as people read them."""
-    table = ["labeler,ranked,skipped,flagged,median s,tied,left as shown,with others,with gold tasks".split(",")]
+    table = ["labeler,ranked,skipped,flagged,median s,tied,left as shown,with others,with attention tasks".split(",")]
     for name, labeler in report["labelers"].items():
         counts = [str(labeler[count]) for count in ("ranked", "skipped", "flagged")]
         habits = [number(labeler["median_seconds"], 0), percent(labeler["tied"]), percent(labeler["left_as_shown"])]

@@ -587,7 +587,7 @@ def test_agreement_report_counts_by_hand(make, tmp_path):
     assert report["prompts_shared"] == 2, "gold tasks do not flatter the agreement"
 
     text = reports.render(report, "text")
-    assert "60.0 %" in text and "72.6 %" in text and "77.3 %" in text and "disagreed with gold tasks: g0" in text
+    assert "60.0 %" in text and "72.6 %" in text and "77.3 %" in text and "disagreed with attention tasks: g0" in text
     page = reports.render(report, "html", "<Agreement>")
     assert "<svg" in page and "&lt;Agreement&gt;" in page and "60.0 %" in page
     assert "<script" not in page and "http://" not in page and "https://" not in page
@@ -685,10 +685,14 @@ def test_markdown_is_shown_and_nothing_else_gets_through():
         assert not re.search(r"<[^>]*\s(on\w+|href|src|style)", html)
     for plain in ("plain", "two\n\nparagraphs", "2 * 3 * 4", "a < b", "", "x" * 30_000 + "**b**"):
         assert render(plain) is None, "shown as it was written"
+    for left_out in ("|a|b|\n|-|-|\n|1|2|three|", "> " * 30 + "words", "```python some words\nx\n```"):
+        assert render(left_out) is None, "nobody could judge what is not shown"
+    assert "<ol start" in render("7. a\n- 2) b\n\n> ~~~ c++ \n> x\n> ~~~\n"), "nothing is left out"
 
 
 @pytest.mark.parametrize(
-    "unit", ["*a **a ", "[", "`a", "> ", "_a", "[a]: x\n", "|", "  - x\n", "**", "![", "<a ", "&", "\\\\"]
+    "unit",
+    ["*a **a ", "[", "`a", "> ", "_a", "[a]: x\n", "|", "  - x\n", "**", "![", "<a ", "&", "\\\\", "\n", "1. ", "```"],
 )
 def test_markdown_of_a_mean_model_takes_no_time(unit):
     start = time.perf_counter()
