@@ -18,6 +18,7 @@ if __name__ == "__main__":
     begin(__file__, *(f"{sys.path[1]}/recipes/{step}.py" for step in ("sft", "reward", "ppo")))
 
 import importlib
+import re
 from dataclasses import dataclass, field, replace
 
 import psutil
@@ -137,7 +138,7 @@ def show(title: str, parts: dict[str, float], note: str = "") -> None:
 
 
 def main():
-    words = sys.argv[1:]
+    words = [part for word in sys.argv[1:] for part in re.split("(?<=^--config)=", word)]
     config = words[words.index("--config") + 1] if "--config" in words[:-1] else ""
     named = [words.pop(0)] if words and not words[0].startswith("-") else []
     step = named[0] if named else os.path.splitext(os.path.basename(config))[0]

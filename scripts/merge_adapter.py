@@ -72,7 +72,7 @@ def merge(args: MergeArguments) -> None:
     if source.base is None:
         raise UserError(f"{adapter} is not an adapter (it has no adapter_config.json): there is nothing to merge.")
     if os.path.isfile(folder) or holds_anything(folder):
-        raise UserError(f"The output folder {folder} is in use, and nothing is ever written over: choose another.")
+        raise UserError(f"The output folder {folder} is not empty, and nothing is ever written over: choose another.")
     quantized = getattr(source.config, "quantization_config", None) is not None
     if not args.allow_quantized_merge:
         refuse_lossy_merge(adapter, source.base, quantized)

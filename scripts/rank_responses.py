@@ -67,7 +67,7 @@ def parse_args(argv):
         ranking.add_argument("--guidelines", default=GUIDELINES, type=Path, help="text that labelers see first")
         ranking.add_argument("--justifications", default="required", choices=JUSTIFICATIONS, help="default required")
         ranking.add_argument("--overlap", type=at_least(1), default=1, help="labelers per prompt; default %(default)s")
-        ranking.add_argument("--gold_every", type=at_least(0), default=10, help="one of these in so many; default 10")
+        ranking.add_argument("--gold_every", type=at_least(0), default=10, help="one attention task in so many (10)")
 
     labeler = command(run_add_labeler, "add-labeler", "add a person, and print the token to log in with")
     labeler.add_argument("name")

@@ -7,6 +7,7 @@ file with its size; then the folder is renamed to `OUTPUT_DIR/checkpoint-N`.
 import contextlib
 import json
 import os
+import re
 import shutil
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -43,10 +44,16 @@ def problem(folder: str) -> str | None:
     return None if resumable else "it holds the model only (save_only_model), nothing to go on from"
 
 
+def all_checkpoints(output_dir: str, by_time: bool = False) -> list[str]:
+    """The checkpoints of a run, oldest first; a copy that a user made, such as checkpoint-9.old, is none."""
+    paths = sort_checkpoints(output_dir, use_mtime=by_time)
+    return [path for path in paths if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", os.path.basename(path))]
+
+
 def newest_whole(output_dir: str) -> tuple[str | None, list[str]]:
     """The newest whole checkpoint of a run, and a sentence about each newer one that is not whole."""
     skipped = []
-    for path in reversed(sort_checkpoints(output_dir)):
+    for path in reversed(all_checkpoints(output_dir)):
         why = problem(path)
         if why is None:
             return path, skipped
@@ -97,7 +104,7 @@ def rotate(output_dir: str, limit: int | None, *protected: str | None) -> None:
     """Delete the oldest whole checkpoints beyond `limit`, but none that is `protected`, as Trainer does."""
     if not limit or limit < 0:
         return
-    whole = [path for path in sort_checkpoints(output_dir, use_mtime=True) if problem(path) is None]
+    whole = [path for path in all_checkpoints(output_dir, by_time=True) if problem(path) is None]
     kept = {os.path.realpath(path) for path in protected if path}
     spare = [path for path in whole if os.path.realpath(path) not in kept]
     for path in spare[: max(0, len(whole) - limit)]:

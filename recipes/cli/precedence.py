@@ -117,6 +117,10 @@ def check_used(values: Mapping[str, Any], flags: Mapping[str, Any], config: Mapp
             raise UserError(f"--{name} is not used: {REFUSED[name]}.")
         if value == "" and PATHS.fullmatch(name):
             raise UserError(f"--{name} is empty: is it a variable that is not set?")
+        if PATHS.fullmatch(name) and re.search(r"\$\{?[A-Za-z_]", str(value)):
+            raise UserError(
+                f"--{name} {value}: only a shell fills in variables: write the path out, or give the flag."
+            )
         if name in UNUSED and values[name]:
             other, without, wanted = UNUSED[name]
             decides = getattr(values.get(other), "value", values.get(other))

@@ -39,6 +39,9 @@ class Report:
     fingerprint: str = ""
     lost: bool = False  # whether rows after an error could not be read
 
+    def __deepcopy__(self, memo: dict) -> "Report":
+        return self  # `datasets` and Accelerate copy a stream; what its copies read belongs into the same report
+
     def clear(self) -> None:
         vars(self).update(vars(Report(self.source, self.task)))
 

@@ -5,9 +5,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from transformers.trainer_utils import sort_checkpoints
-
 from recipes.cli.arguments import import_function
+from recipes.cli.checkpoints import all_checkpoints
 from recipes.cli.errors import UserError
 from recipes.evaluation.policies import PolicySpec
 from recipes.models.sampling import SamplingArguments
@@ -115,7 +114,7 @@ def checkpoints(run: str, count: int) -> list[tuple[int, str]]:
     Raises:
         UserError: there is none.
     """
-    found = [path for path in sort_checkpoints(run) if path.rpartition("-")[2].isdecimal()]  # no checkpoint-9.old
+    found = all_checkpoints(run)
     if not found:
         raise UserError(f"--checkpoints {run}: there is no checkpoint-N folder in it: train with --save_steps.")
     count = min(count, len(found))

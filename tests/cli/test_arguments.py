@@ -271,6 +271,7 @@ def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
         ("", ("--lr_scheduler_kwargs", "{bad}"), "{bad} is not valid JSON"),
         ("", ("--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
         ("", ("--dataset_name", ""), "--dataset_name is empty: is it a variable that is not set"),
+        ("dataset_name: $SCRATCH/a.jsonl", (), r"--dataset_name \$SCRATCH/a.jsonl: only a shell fills in variables"),
         ("reward_model_name_or_path: ''", (), "--reward_model_name_or_path is empty"),
     ],
 )

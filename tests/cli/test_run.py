@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,10 +303,18 @@ def test_a_checkpoint_saved_twice_at_one_step_is_replaced(tmp_path):
 def test_rotation_counts_whole_checkpoints_only(tmp_path):
     paths = {step: save(tmp_path, step) for step in (1, 2, 3, 4, 5)}
     os.remove(os.path.join(paths[5], "optimizer.pt"))
+    copies = ["checkpoint-9.old", "checkpoint-best"]  # a user keeps them
+    for name in copies:
+        shutil.copytree(paths[2], tmp_path / name)
     rotate(str(tmp_path), None, paths[4])
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 5
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 7
     rotate(str(tmp_path), 2, paths[4], paths[1])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-1",
+        "checkpoint-4",
+        "checkpoint-5",
+        *copies,
+    ]
     assert newest_whole(str(tmp_path))[0] == paths[4]
     recover(str(tmp_path))
     assert problem(paths[4]) is None

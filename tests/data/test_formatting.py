@@ -422,7 +422,7 @@ def test_streams_cannot_be_split_but_can_be_mixed(tmp_path):
     assert {row["prompt"][0]["content"][0] for row in mixed_stream} == {"a", "b"}
 
 
-def test_mixed_streams_keep_tool_calls(tmp_path):
+def test_mixed_streams_keep_tool_calls_and_fill_their_reports(tmp_path):
     """Columns were guessed from the first rows, and what they had not was dropped, or could not be mixed."""
     plain = {"messages": [user("q"), assistant("a")]}
     late = write_jsonl(tmp_path / "late.jsonl", [plain] * 20 + [{"messages": TOOL_TALK, "tools": [{"name": "f"}]}])
@@ -430,7 +430,9 @@ def test_mixed_streams_keep_tool_calls(tmp_path):
     script.dataset_streaming = True
     for rows in ([plain], [{"messages": TOOL_TALK}]):
         sources = [str(late), str(write_jsonl(tmp_path / "other.jsonl", rows))]
-        train = list(load_formatted("sft", script, FormattingArguments(datasets=sources))["train"])
+        datasets = load_formatted("sft", script, FormattingArguments(datasets=sources))
+        train = list(datasets["train"])
+        assert [report.rows_in for report in datasets.reports.values()] == [21, 1]
         assert train[20] == {"messages": TOOL_TALK, "tools": '[{"name": "f"}]'}
         assert train[21] == {**rows[0], "tools": None}
 

@@ -183,7 +183,7 @@ def test_the_page_of_a_config_has_the_estimates(base, monkeypatch, capsys, tmp_p
         (tmp_path / f"{step}.yaml").write_text(
             re.sub(r"^model_name_or_path: \S+", f"model_name_or_path: {tmp_path / 'base'}", config, flags=re.M)
         )
-        line = ["--config", tmp_path / f"{step}.yaml", "--gpu_memory_gb", 80]
+        line = [f"--config={tmp_path}/{step}.yaml", "--gpu_memory_gb", 80]
         line += ["--num_processes", processes[1] if processes else 1]
         line += ["--responses_per_prompt", 4 if "UltraFeedback" in config else 2]
         code, output = command(monkeypatch, capsys, *line)
