@@ -21,6 +21,7 @@ from recipes.cli.errors import UserError, counted, first_line
 from recipes.cli.screen import say
 
 SHARDED = ("FSDP", "DEEPSPEED")
+PLAIN = {"NO": "not distributed"}  # Accelerate's name says little
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Request:
 
     def __str__(self) -> str:
         source = self.config_file or "accelerate launch without a config file"
-        return f"{count(self.num_processes)} ({self.kind}{', CPU' if self.use_cpu else ''}, by {source})"
+        kind = PLAIN.get(self.kind, self.kind) + (", CPU" if self.use_cpu else "")
+        return f"{count(self.num_processes)} ({kind}, by {source})"
 
 
 def count(processes: int) -> str:
@@ -130,7 +132,8 @@ def check_launch(training_args: TrainingArguments) -> None:
     if training_args.push_to_hub:
         check_hub(training_args.hub_token)
     state = training_args.distributed_state
-    running = f"{count(state.num_processes)} on {training_args.device.type} ({state.distributed_type.value})"
+    kind = state.distributed_type.value
+    running = f"{count(state.num_processes)} on {training_args.device.type} ({PLAIN.get(kind, kind)})"
     request = requested()
     problem = find_problem(request, state.num_processes, training_args)
     asked = request or f"{count(world_size())} without accelerate launch"

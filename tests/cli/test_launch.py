@@ -101,7 +101,7 @@ def test_a_launch_that_runs_as_asked_says_so(launch):
         ),
         pytest.param(
             ["--cpu", "--num_processes", "2"], ["--use_cpu", "true"],
-            "2 processes (NO, CPU", "1 process on cpu", "multi_cpu.yaml and --use_cpu",
+            "2 processes (not distributed, CPU", "1 process on cpu", "multi_cpu.yaml and --use_cpu",
             id="--cpu starts one process",
         ),
         pytest.param(
@@ -116,12 +116,12 @@ def test_a_launch_that_runs_as_asked_says_so(launch):
         ),
         pytest.param(
             ["--config_file", CONFIGS / "single_gpu.yaml", "--num_processes", "2"], [],
-            "2 processes (NO", "1 process on", "for one, --num_processes 1",
+            "2 processes (not distributed", "1 process on", "for one, --num_processes 1",
             id="single_gpu with two processes", marks=needs_gpu,
         ),
         pytest.param(
             ["--config_file", CONFIGS / "cpu.yaml"], [],
-            "1 process (NO, CPU", "1 process on cuda", "--use_cpu true",
+            "1 process (not distributed, CPU", "1 process on cuda", "--use_cpu true",
             id="a CPU asked for, a GPU used", marks=needs_gpu,
         ),
     ],

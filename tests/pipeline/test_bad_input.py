@@ -73,7 +73,7 @@ CASES = [
     ("sft", {"lr_scheduler_kwargs": '{"foo": 1}'}, r"An argument cannot be used: .*foo"),
     (
         "sft",
-        {"eval_strategy": "epoch", "test_split_size": 4, "metric_for_best_model": "nosuch"},
+        {"eval_strategy": "epoch", "metric_for_best_model": "nosuch"},
         r"An argument cannot be used: .*eval_nosuch",
     ),
     ("sft", {"optim": "galore_adamw", "optim_target_modules": "q_proj"}, r"An argument cannot be used: .*galore"),

@@ -442,7 +442,11 @@ def test_a_reward_model_with_another_chat_template_scores_text_in_it(world, tmp_
     assert trainer._rollout.scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"dataloader_drop_last": True}, {"steps_per_generation": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dataloader_drop_last": True}, {"steps_per_generation": 2}, {"num_generations_eval": 2}],
+    ids=str,
+)
 def test_each_prompt_of_an_evaluation_counts_the_same(world, tmp_path, options):
     """Ten prompts are a batch of eight and one of two, which counted as much or not at all; or more than a rollout."""
 
@@ -457,6 +461,9 @@ def test_each_prompt_of_an_evaluation_counts_the_same(world, tmp_path, options):
     metrics = trainer.evaluate()
     expected = sum(first_word(rows)) / 10
     assert metrics["eval_objective/scores"] == pytest.approx(expected)
+    loader = trainer.get_eval_dataloader()
+    next(iter(loader))
+    assert loader.remainder == 10 * trainer.num_generations_eval % 8  # of several processes, what is not repeated
 
 
 def test_a_float32_head_of_tied_embeddings_is_refused(world, tmp_path):
