@@ -131,6 +131,18 @@ def test_csv_headers(tmp_path, content, problem):
         format_dataset(load_rows(path), "prompt", on_error="skip")
 
 
+def test_files_that_were_joined(tmp_path):
+    """Each with a byte order mark, and CSV with a header, which was a row."""
+    mark, path = b"\xef\xbb\xbf", tmp_path / "data.csv"
+    path.write_bytes((mark + b"prompt,completion\r\nq,a\r\n") * 2 + b"prompt,completion\r\n")
+    dataset, report = format_dataset(load_rows(path), "sft")
+    assert len(dataset) == 2 and [entry["line"] for entry in report.skipped] == [3, 5]
+    for name in ("data.jsonl", "data.txt"):
+        (tmp_path / name).write_bytes((mark + GOOD) * 2)
+        first, second = format_dataset(load_rows(tmp_path / name), "prompt")[0]
+        assert first == second
+
+
 def test_csv_can_hold_messages_as_json_and_numbers_as_text(tmp_path):
     turns = [{"role": "user", "content": "q, é"}, {"role": "assistant", "content": "a"}]
     with (tmp_path / "chat.csv").open("w", newline="", encoding="utf-8") as file:

@@ -283,8 +283,11 @@ def test_near_misses_are_named():
     "task, row, line",
     [
         ("preference", {"query": "q", "good": "a", "bad": "b"}, "prompt=query chosen=good rejected=bad"),
-        ("ranking", {"row_id": "7", "Frage": "q", "A": "a", "B": "b"}, "prompt=Frage chosen=A rejected=B"),
+        ("ranking", {"row_id": "7", "Frage": "q", "A": "a", "B": "b"}, "prompt=Frage chosen=COLUMN rejected=COLUMN"),
         ("sft", {"bot_reply": "a", "user_input": "q", "n": 3}, "prompt=user_input completion=bot_reply"),
+        ("ranking", {"q": "q", "preference": "A", "one": "a"}, "prompt=q chosen=COLUMN rejected=COLUMN"),
+        ("sft", {"query": "q", "rejected": "b", "chosen": "a"}, "prompt=query completion=chosen"),
+        ("sft", {"rejected": [{"from": "human", "value": "q"}], "talk": [{"from": "human"}]}, "messages=talk"),
         ("sft", {"talk": [{"from": "human", "value": "q"}]}, "messages=talk"),
         ("prompt", {"meta": {"ask": "q"}, "n": 3}, "prompt=meta.ask"),
         ("sft", {"my question": "q", "x=y": "a"}, """'{"prompt": "my question", "completion": "x=y"}'"""),
