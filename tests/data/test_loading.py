@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from decimal import Decimal
 
 import pytest
 from fsspec.compression import compr
@@ -184,6 +185,18 @@ def test_names_that_are_no_unicode_break_no_report(tmp_path):
     os.rename(path, name)
     with pytest.raises(DataError, match="its name is not UTF-8, .*rename it"):
         load_rows(name)
+
+
+def test_decimals_are_numbers(tmp_path):
+    """As DuckDB writes 1.5 into Parquet: scores against the order of a pair were no scores."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    row |= {"score_chosen": Decimal("1.5"), "score_rejected": Decimal("2.5")}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "pairs.parquet")
+    with pytest.raises(DataError, match="score_chosen: 1.5 is lower than score_rejected 2.5"):
+        format_dataset(load_rows(tmp_path / "pairs.parquet"), "ranking")
 
 
 def test_a_mapping_reaches_into_objects_of_csv(tmp_path):

@@ -1,5 +1,6 @@
 """The estimators of evaluation against cases whose answer is known."""
 
+import fcntl
 import json
 import math
 from types import SimpleNamespace
@@ -351,6 +352,11 @@ def test_parts_are_reused_and_never_mixed(tmp_path):
     for taken in ("thesis", "thesis/chapter.txt"):
         with pytest.raises(UserError, match="holds no evaluation"):
             Parts(str(tmp_path / taken))
+    (tmp_path / "busy" / "parts").mkdir(parents=True)
+    with (tmp_path / "busy" / ".lock").open("w") as other:  # two at once sampled, and paid for, everything twice
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="busy is in use by another run"):
+            Parts(str(tmp_path / "busy"))
 
 
 def test_checkpoints_are_spread_and_end_with_the_last(tmp_path):
@@ -383,6 +389,7 @@ def test_what_is_planned():
         ({"policies": ["sft"]}, "--policies sft: write it as NAME=PATH"),
         ({"policies": ["a=1", "a=2"]}, "--policies a=2: write it as NAME=PATH, each NAME once"),
         ({"policies": []}, "--policies NAME=PATH"),
+        ({"policies": ["sft=a", "prompt=b"]}, "a column prompt already"),
         ({"reference": "gpt"}, "--reference gpt is not among --policies"),
         ({"top_k": 50}, "KL is not finite"),
         ({"temperatures": [0.0]}, "must be above 0"),
