@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from transformers import TextStreamer
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, visible
 from recipes.cli.run import run
 from recipes.models.sampling import (
     PolicyArguments,
@@ -57,11 +57,10 @@ COMMANDS = "Type a message. /reset starts a new conversation, /quit ends."
 
 
 class SafeStreamer(TextStreamer):
-    """Prints text as it comes, without control characters, which could control the terminal."""
+    """Prints text as it comes, with control characters, which could control the terminal, as escapes."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
-        shown = "".join(char for char in text if char.isprintable() or char in "\n\t")
-        print(shown, end="\n" if stream_end else "", flush=True)
+        print(visible(text.replace("\r", "")), end="\n" if stream_end else "", flush=True)
 
 
 def turns():

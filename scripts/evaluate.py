@@ -41,6 +41,7 @@ from recipes.evaluation.rewards import RewardModel, read_pairs
 from recipes.evaluation.summary import summarise
 from recipes.formatting import Formatter, RowArguments, has_test_split, load_rows
 from recipes.models.sampling import LoadingArguments, Prompt, PromptsArguments
+from recipes.models.tokenization import load_tokenizer
 
 
 @dataclass
@@ -128,7 +129,8 @@ def main():
     model_args = loading.model_config()
     reward = RewardModel(args, model_args)
     prompts = read_prompts(data_args, format_args, args.num_prompts)
-    pairs = read_pairs(judge_args.preference_datasets, format_args)
+    fits = {"tokenizer": load_tokenizer(reward.source), "positions": reward.source.positions}
+    pairs = read_pairs(judge_args.preference_datasets, format_args, data_args.dataset_test_split, **fits)
     rankings = None if judge_args.rankings is None else read_people(judge_args.rankings)
     evaluation = Evaluation(args, model_args, prompts, reward)
     measured = evaluation.measure()

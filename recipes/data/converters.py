@@ -177,7 +177,7 @@ def preferences(question: str | None = None) -> Converter:
 def _is_whole(value: Any, roles: Roles) -> bool:
     """Whether a cell is a conversation from its first turn on, and not only an answer."""
     turns = value if is_turns(value) else []
-    said = (roles.get(str(turn.get("role", turn.get("from"))).lower()) for turn in turns)
+    said = (roles.get(str(turn.get("role") or turn.get("from")).lower()) for turn in turns)
     return next((role for role in said if role != "system"), "assistant") != "assistant"
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -196,14 +197,14 @@ def _numbered(file: str, dataset: Any) -> Iterator[Row]:
         dataset = dataset.decode(False)
     with failures_as_data_error(file):
         for number, data in enumerate(dataset, 1):
-            yield Row(file, number, _without_filled_nulls(data))
+            yield Row(file, number, _plain(data))
 
 
-def _without_filled_nulls(value: Any, in_tools: bool = False) -> Any:
-    """Arrow gives every tool the keys of all others, with nulls, and chat templates would render them."""
+def _plain(value: Any, in_tools: bool = False) -> Any:
+    """Numbers as in JSON, and tools as they were: Arrow gives each the keys of all others, with nulls."""
     if isinstance(value, list):
-        return [_without_filled_nulls(item, in_tools) for item in value]
+        return [_plain(item, in_tools) for item in value]
     if isinstance(value, dict):
         kept = {key: item for key, item in value.items() if item is not None or not in_tools}
-        return {key: _without_filled_nulls(kept[key], in_tools or key in TOOLS) for key in kept}
-    return value
+        return {key: _plain(kept[key], in_tools or key in TOOLS) for key in kept}
+    return float(value) if isinstance(value, Decimal) else value

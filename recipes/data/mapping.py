@@ -89,21 +89,25 @@ PARTS = {"sft": ("prompt", "completion"), "prompt": ("prompt",)}  # for other ta
 WORDS = {  # parts of the names that people give to columns
     "prompt": ("prompt", "question", "query", "instruction", "request", "ask", "problem", "user", "input", "context"),
     "completion": ("completion", "answer", "response", "output", "reply", "solution", "target", "assistant"),
-    "chosen": ("chosen", "prefer", "best", "better", "good", "accept", "positive", "win"),
+    "chosen": ("chosen", "preferred", "best", "better", "good", "accept", "positive", "win"),
     "rejected": ("reject", "dispref", "unpref", "nonpref", "non_pref", "worst", "worse", "bad", "negative", "los"),
 }
 ORDER = ("prompt", "completion", "rejected", "chosen")  # in which they are guessed: "non_preferred" holds "prefer"
 
 
 def suggest_mapping(rows: list[dict], task: str) -> str:
-    """The whole option for columns of other names: a guess by their names, then by their order, to be checked."""
+    """The whole option for columns of other names: a guess by their names, to be checked.
+
+    Which response is better is never guessed by the order of columns, and a rejected one is no demonstration.
+    """
     cells: dict[str, Any] = {}
     for row in rows:
         for name, value in row.items():
             inner = value if isinstance(value, dict) else {}
             cells |= {f"{name}.{key}": inner[key] for key in inner if inner[key]} or {name: value}
-    turns = [name for name in cells if is_turns(cells[name])]
-    left = [name for name in cells if isinstance(cells[name], str) and not re.search(r"\bid$|_id$", name)] + turns
+    usable = [name for name in cells if task != "sft" or "reject" not in name.lower()]
+    turns = [name for name in usable if is_turns(cells[name])]
+    left = [name for name in usable if isinstance(cells[name], str) and not re.search(r"\bid$|_id$", name)] + turns
     if task == "sft" and turns:
         guess = {"messages": turns[0]}
     else:
@@ -113,7 +117,8 @@ def suggest_mapping(rows: list[dict], task: str) -> str:
             named = (name for word in WORDS[part] for name in left if word in name.rsplit(".", 1)[-1].lower())
             guess[part] = next(named, "")
             left = [name for name in left if name != guess[part]]
-        guess = {part: guess[part] or (left.pop(0) if left else "COLUMN") for part in parts}
+        ordered = ("prompt", "completion")
+        guess = {part: guess[part] or (left.pop(0) if left and part in ordered else "COLUMN") for part in parts}
     meaningful = {*MEANINGFUL, *CONTEXT, *(("tools", "functions") if task == "sft" else ())}
     known = [name for name in cells if name in meaningful and cells[name] not in NOTHING]
     guess |= {name: name for name in known if name not in guess.values()}  # what would otherwise be ignored

@@ -80,4 +80,6 @@ def combine(parts: list, sources: list[Source], streaming: bool, seed: int):
     if shares:
         total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
         parts = [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]
+        if unused := [source.path for part, source in zip(parts, sources, strict=True) if not len(part)]:
+            raise DataError(f"datasets: of {round(total)} rows none is of {unused[0]}: give it a larger fraction")
     return concatenate_datasets(parts)

@@ -99,7 +99,7 @@ def describe(value: Any) -> str:
 
 
 def _read_json_line(raw: bytes) -> dict:
-    text = raw.decode("utf-8", "surrogateescape")
+    text = raw.decode("utf-8", "surrogateescape").removeprefix("\ufeff")  # of a file that was appended
     if bad := NOT_UTF8.search(text):
         raise RowError(not_utf8(bad))
     try:

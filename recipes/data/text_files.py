@@ -21,6 +21,7 @@ from recipes.data.rows import (
     Row,
     RowError,
     RowProblem,
+    Skip,
     failures_as_data_error,
     not_json,
     not_utf8,
@@ -116,7 +117,7 @@ def _read_prompts(stream: BinaryIO) -> Places:
 
 
 def _prompt(line: bytes) -> dict:
-    text = line.decode("utf-8", "surrogateescape")
+    text = line.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     if bad := NOT_UTF8.search(text):
         raise RowError(not_utf8(bad))
     return {"prompt": text}
@@ -208,6 +209,8 @@ def _csv_row(header: list[str], cells: list[str]) -> dict:
             f"found {counted(len(cells), 'field')}, expected {len(header)} as in the header; "
             "quote fields that hold a comma"
         )
+    if [cells[0].removeprefix("\ufeff"), *cells[1:]] == header:
+        raise Skip("the header again, as where files were joined")
     row = dict(zip(header, cells, strict=True))
     for column, cell in row.items():
         if bad := NOT_UTF8.search(cell):

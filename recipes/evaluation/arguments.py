@@ -71,6 +71,8 @@ class EvaluationArguments(SamplingArguments):
         self.paths = named_paths("--policies", self.policies)
         self.runs = named_paths("--checkpoints", self.checkpoints)
         names = list(self.paths)
+        for name in {"prompt", "change"}.intersection(names):
+            raise UserError(f"--policies {name}=…: the samples have a column {name} already: name it otherwise.")
         self.reference = self.reference or ("sft" if "sft" in names else names[0])
         if self.reference not in names:
             raise UserError(f"--reference {self.reference} is not among --policies {', '.join(names)}.")

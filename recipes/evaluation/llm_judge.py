@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class LLMJudge:
 
     def __init__(self, model: str, base_url: str, memory: Path):
         self.model, self.url, self.memory = model, base_url.rstrip("/") + "/chat/completions", memory
+        self.options: dict[str, Any] = {"temperature": 0}
         self.session = requests.Session()
         self.session.mount(self.url, HTTPAdapter(pool_maxsize=WORKERS, max_retries=RETRIES))
         self.verdicts: dict[str, str | None] = {}
@@ -104,17 +105,24 @@ class LLMJudge:
         wanted = {self.key(messages): messages for messages in questions}
         pool = ThreadPoolExecutor(WORKERS)
         futures = {pool.submit(self.answer, wanted[key]): key for key in wanted if key not in self.verdicts}
-        try:
-            with self.memory.open("a", encoding="utf-8") as file:
-                for future in tqdm(as_completed(futures), total=len(futures), desc=title, disable=None):
-                    found = VERDICT.findall(future.result())
-                    key, verdict = futures[future], found[-1] if found else None
-                    self.verdicts[key] = verdict
-                    # A line break comes first: the line before may have been cut.
-                    file.write("\n" + json.dumps({"key": key, "verdict": verdict}))
-                    file.flush()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with self.memory.open("a", encoding="utf-8") as file:
+
+            def keep(future: Future) -> None:
+                found = VERDICT.findall(future.result())
+                key, verdict = futures.pop(future), found[-1] if found else None
+                self.verdicts[key] = verdict
+                # A line break comes first: the line before may have been cut.
+                file.write("\n" + json.dumps({"key": key, "verdict": verdict}))
+                file.flush()
+
+            try:
+                for future in tqdm(as_completed([*futures]), total=len(futures), desc=title, disable=None):
+                    keep(future)
+            finally:
+                pool.shutdown(cancel_futures=True)
+                for future in [*futures]:  # answers that were on their way have been paid for
+                    if not future.cancelled() and future.exception() is None:
+                        keep(future)
 
     def answer(self, messages: list[dict]) -> str:
         """The LLM's text.
@@ -124,10 +132,17 @@ class LLMJudge:
         """
         key = os.environ.get("OPENAI_API_KEY", "").strip()  # with a line break it would stand in an error message
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        body: dict[str, Any] = {"model": self.model, "messages": messages, "temperature": 0}
+        body: dict[str, Any] = {"model": self.model, "messages": messages, **self.options}
         try:
             response = self.session.post(self.url, json=body, headers=headers, timeout=TIMEOUT)
-            response.raise_for_status()
+            if response.status_code == 400 and "temperature" in body and "temperature" in response.text:
+                self.options = {}  # models that reason take only their own
+                return self.answer(messages)
+            if response.status_code == 400 and "content_filter" in response.text:
+                return ""
+            if not response.ok:  # the reason stands in the body
+                said = " ".join(response.text.replace(key or "\n", " ").split())
+                raise ValueError(f"{response.status_code} {response.reason}: {said[:300]}")
             return str(response.json()["choices"][0]["message"]["content"])
         except (OSError, ValueError, LookupError, TypeError) as error:  # requests' own are OSErrors
             problem = first_line(error)

@@ -22,6 +22,7 @@ from recipes.evaluation.metrics import kl_k1, kl_k3
 from recipes.evaluation.parts import Parts, fingerprint, identity
 from recipes.evaluation.policies import Conversation, PolicySpec, token_log_probs
 from recipes.evaluation.rewards import RewardModel
+from recipes.models.compatibility import check_model, check_score_head
 from recipes.models.heads import base_of
 from recipes.models.loading import check_policy
 from recipes.models.sampling import LoadingArguments, Prompt, check_lengths, load_generator, sample
@@ -117,8 +118,10 @@ class Evaluation:
         policies = [self.source(path) for path in dict.fromkeys(spec.path for spec in plan)]
         for source in policies:
             check_policy(source)
+        check_score_head(self.reward.source)
         for source in (*policies, self.reward.source):
-            check_lengths(source, load_tokenizer(source), self.prompts, self.args)
+            check_model(source, tokenizer := load_tokenizer(source))
+            check_lengths(source, tokenizer, self.prompts, self.args)
 
     def temperature_at(self, kl: float, temperatures: Sequence[float]) -> float:
         """The temperature that takes the reference nearest to `kl` nats from itself, by one response a prompt.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recipes.cli import lock
 from recipes.cli.errors import UserError
 from recipes.cli.files import write_text
 from recipes.cli.record import digest
@@ -20,6 +21,7 @@ class Parts:
         if not self.folder.is_dir() and (os.path.isfile(output_dir) or any(Path(output_dir).glob("*"))):
             raise UserError(f"{output_dir} is not empty and holds no evaluation: choose another --output_dir.")
         self.folder.mkdir(parents=True, exist_ok=True)
+        lock.hold(os.path.join(output_dir, ".lock"), output_dir)
 
     def get(self, name: str, made_from: dict, compute: Callable[[], Any]) -> Any:
         """What an earlier run left, or the result of `compute`.

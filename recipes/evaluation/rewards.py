@@ -13,7 +13,7 @@ from recipes.data.report import Report
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.parts import identity
 from recipes.evaluation.policies import Conversation
-from recipes.formatting import Formatter, RowArguments, load_rows
+from recipes.formatting import Formatter, RowArguments, has_test_split, load_rows
 from recipes.models.loading import (
     load_reward_model,
     read_reward_statistics,
@@ -77,17 +77,18 @@ class RewardModel:
         return rows["place"][rows["group"].isin(read_trained_prompts(self.path))].tolist()
 
 
-def read_pairs(sources: list[str], format_args: RowArguments) -> pd.DataFrame:
+def read_pairs(sources: list[str], format_args: RowArguments, test_split: str = "test", **checks) -> pd.DataFrame:
     """The pairs of preference datasets: `prompt`, `chosen` and `rejected`, messages; and what `reward_quality` names.
 
-    `source` is a row's own column of that name, else the name of the dataset; `place` is the file and line.
+    They are of the test split, or of the train split where a dataset has no other. `source` is a row's own column of
+    that name, else the name of the dataset; `place` is the file and line. `checks` are further options of `Formatter`.
     """
     pairs = []
     for source in sources:
-        rows = load_rows(source)
+        rows = load_rows(source, test_split if has_test_split(source, test_split) else "train")
         known = {(row.file, row.line): row.data for row in rows if isinstance(row.data, dict)}
         report = Report(rows.source, "preference")
-        for row, output in Formatter("preference", **format_args.options())(rows, report):
+        for row, output in Formatter("preference", **format_args.options(), **checks)(rows, report):
             data = known[row.file, row.line]
             annotator = None if data.get("annotator") is None else str(data["annotator"])
             own = {"source": str(data.get("source") or source), "annotator": annotator}

@@ -5,7 +5,8 @@ import secrets
 import time
 from typing import NamedTuple
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import UserError, visible
+from recipes.labelling.answers import is_blank
 from recipes.labelling.database import Database
 
 SESSION_SECONDS = 14 * 24 * 3600
@@ -42,7 +43,8 @@ def add_labeler(database: Database, name: str, new_token: bool = False) -> str:
     Returns the token to log in with. It is not stored and cannot be shown again.
     """
     name = name.strip()
-    if not name or len(name) > MAX_NAME or not name.isprintable():
+    # `isprintable` refuses the joiners of Persian and Sinhala names, and the wide space of Japanese ones.
+    if is_blank(name) or len(name) > MAX_NAME or visible(name) != name or {"\n", "\t"} & {*name}:
         raise UserError(f"a labeler's name has 1 to {MAX_NAME} printable characters, not {name!r}")
     token = _new_token()
     token_hash = _token_hash(token)

@@ -71,10 +71,13 @@ class Task:
 
 def standing_answers(db: sqlite3.Connection, *kinds: str) -> list[sqlite3.Row]:
     """The answers of these kinds that count, in the order the prompts were imported, then by labeler: rows of `event`
-    with the prompt's `sample_id` and `messages`, the order `shown`, the task's `seconds` and `gold` tiers or None."""
+    with the prompt's `sample_id` and `messages`, the order `shown`, the task's `seconds` and `gold` tiers or None. Of
+    prompts with the same `sample_id`, which come from several files, those after the first get a number."""
     return db.execute(
-        "SELECT e.*, p.sample_id, p.messages, l.name AS labeler, a.shown, s.active_seconds AS seconds, g.tiers AS gold"
-        " FROM task_state AS s JOIN event AS e ON e.id = s.event_id JOIN prompt AS p ON p.id = s.prompt_id"
+        "SELECT e.*, p.sample_id || iif(p.n > 1, '-' || p.n, '') AS sample_id, p.messages, l.name AS labeler, a.shown,"
+        " s.active_seconds AS seconds, g.tiers AS gold FROM task_state AS s JOIN event AS e ON e.id = s.event_id"
+        " JOIN (SELECT *, row_number() OVER (PARTITION BY sample_id ORDER BY position) AS n FROM prompt) AS p"
+        " ON p.id = s.prompt_id"
         " JOIN labeler AS l ON l.id = s.labeler_id JOIN assignment AS a USING (prompt_id, labeler_id)"
         " LEFT JOIN gold AS g ON g.prompt_id = p.id"
         f" WHERE s.kind IN ({', '.join('?' * len(kinds))}) ORDER BY p.position, l.name",

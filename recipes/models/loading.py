@@ -201,6 +201,11 @@ def load_reward_model(source: ModelSource, model_args: ModelConfig) -> tuple[Pre
     check_score_head(source)
     tokenizer = load_tokenizer(source)
     check_model(source, tokenizer)
+    if tokenizer.init_kwargs.get("chat_template") is None:
+        say(
+            f"Warning: the reward model {source.path} has no chat template and reads turns that begin with User: and "
+            "Assistant:. If it was trained on others, set chat_template in its tokenizer_config.json."
+        )
     model = _load_classifier(source, replace(model_args, load_in_4bit=False, load_in_8bit=False))
     trained_with = model.config.get_text_config().pad_token_id
     if source.base is not None:

@@ -128,6 +128,11 @@ class PPOLogging(GRPOTrainer):
         pad_is_eos = self._tokenizer.pad_token_id in self.eos_token_ids
         self._monitor = PPOMonitor(self.args, pad_is_eos, ratio_tolerance)
 
+    def _get_eval_sampler(self, eval_dataset):
+        """TRL's, which repeats each prompt; Accelerate has to know, to tell the rows that only fill the last batch."""
+        eval_dataset.total_dataset_length = len(eval_dataset) * self.num_generations_eval
+        return super()._get_eval_sampler(eval_dataset)
+
     def _log_rollout(self, rollout: Rollout) -> float:
         """Log what a rollout looks like, over the responses of all processes. Returns the KL, nats a response."""
         mode = "train" if self.model.training else "eval"
@@ -145,9 +150,8 @@ class PPOLogging(GRPOTrainer):
             "unfinished": rollout.is_unfinished(self.eos_token_ids),
             "eos": (torch.isin(rollout.ids[:, -mask.size(1) :], stops) * mask).sum(1),
         }
-        gather = self.accelerator.gather
-        if mode == "eval" and self.num_generations_eval == 1:
-            gather = self.accelerator.gather_for_metrics  # prompts that fill the last batch up count once
+        # In an evaluation, prompts that fill the last batch up count once.
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
         everywhere = dict(zip(own, gather(torch.stack([*own.values()], 1)).T, strict=True))
         for name, values in everywhere.items():
             if name.startswith("objective/"):

@@ -55,9 +55,9 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
     Hooks into TRL 1.16, which `tests/trainers/test_trl_contract.py` compares with the installed TRL. For a new rollout
     `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate`,
     `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and `_calculate_rewards`,
-    in this order. `_compute_loss`, `training_step` and `create_optimizer` (in [`PPORoles`]) are the update. `log` (in
-    [`PPOLogging`]) makes completions readable. `_save`, `_load_from_checkpoint` and `_load_best_model` (in
-    [`PPOSaving`]) make a run go on where it was.
+    in this order. `_compute_loss`, `training_step` and `create_optimizer` (in [`PPORoles`]) are the update. `log` and
+    `_get_eval_sampler` (in [`PPOLogging`]) make completions readable and each count once. `_save`,
+    `_load_from_checkpoint` and `_load_best_model` (in [`PPOSaving`]) make a run go on where it was.
 
     Raises:
         UserError: fewer prompts than one rollout, a reward model with several labels, an adapter that cannot share its
@@ -191,6 +191,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         finally:
             self._base.generation_config = of_base
             self.model.train(training)  # continuous batching leaves it in training mode
+        if not all(samples[0]):
+            raise UserError("A prompt has no tokens, and nothing predicts the first token of its response: drop it.")
         self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
         return samples
 

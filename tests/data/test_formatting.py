@@ -363,6 +363,8 @@ def test_mixtures_take_shares_without_repeating_rows(tmp_path, capsys):
     assert len(mixed(tmp_path, a, b)["train"]) == 100
     train = mixed(tmp_path, f"{a}=1", {"path": b, "fraction": 3})["train"]
     assert [row["prompt"][0]["content"][0] for row in train] == ["a"] * 10 + ["b"] * 30
+    with pytest.raises(DataError, match="of 10 rows none is of .*b.jsonl: give it a larger fraction"):
+        mixed(tmp_path, f"{a}=0.99", f"{b}=0.01")
     odd = prompts(tmp_path, "v=2", 5)
     assert len(mixed(tmp_path, odd, a)["train"]) == 15 and len(mixed(tmp_path, f"{odd}=1", f"{a}=1")["train"]) == 10
     datasets = mixed(tmp_path, f"{a}=0.5", f"{b}=0.5", evaluate=True)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from decimal import Decimal
 
 import pytest
 from fsspec.compression import compr
@@ -131,6 +132,18 @@ def test_csv_headers(tmp_path, content, problem):
         format_dataset(load_rows(path), "prompt", on_error="skip")
 
 
+def test_files_that_were_joined(tmp_path):
+    """Each with a byte order mark, and CSV with a header, which was a row."""
+    mark, path = b"\xef\xbb\xbf", tmp_path / "data.csv"
+    path.write_bytes((mark + b"prompt,completion\r\nq,a\r\n") * 2 + b"prompt,completion\r\n")
+    dataset, report = format_dataset(load_rows(path), "sft")
+    assert len(dataset) == 2 and [entry["line"] for entry in report.skipped] == [3, 5]
+    for name in ("data.jsonl", "data.txt"):
+        (tmp_path / name).write_bytes((mark + GOOD) * 2)
+        first, second = format_dataset(load_rows(tmp_path / name), "prompt")[0]
+        assert first == second
+
+
 def test_csv_can_hold_messages_as_json_and_numbers_as_text(tmp_path):
     turns = [{"role": "user", "content": "q, é"}, {"role": "assistant", "content": "a"}]
     with (tmp_path / "chat.csv").open("w", newline="", encoding="utf-8") as file:
@@ -172,6 +185,18 @@ def test_names_that_are_no_unicode_break_no_report(tmp_path):
     os.rename(path, name)
     with pytest.raises(DataError, match="its name is not UTF-8, .*rename it"):
         load_rows(name)
+
+
+def test_decimals_are_numbers(tmp_path):
+    """As DuckDB writes 1.5 into Parquet: scores against the order of a pair were no scores."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    row |= {"score_chosen": Decimal("1.5"), "score_rejected": Decimal("2.5")}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "pairs.parquet")
+    with pytest.raises(DataError, match="score_chosen: 1.5 is lower than score_rejected 2.5"):
+        format_dataset(load_rows(tmp_path / "pairs.parquet"), "ranking")
 
 
 def test_a_mapping_reaches_into_objects_of_csv(tmp_path):

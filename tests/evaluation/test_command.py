@@ -8,6 +8,7 @@ import runpy
 import shutil
 import sys
 import threading
+import time
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from urllib3 import HTTPResponse
 from recipes.cli.errors import UserError
 from recipes.evaluation import policies
 from recipes.evaluation.arguments import EvaluationArguments
-from recipes.evaluation.llm_judge import RETRIES, LLMJudge
+from recipes.evaluation.llm_judge import RETRIES, LLMJudge, question
 from recipes.evaluation.measure import Evaluation, judge_scores
 from recipes.evaluation.policies import token_log_probs
 from recipes.evaluation.report import verdict
@@ -53,6 +54,8 @@ class Endpoint(BaseHTTPRequestHandler):
         server.requests.append((self.path, dict(self.headers), request))
         if len(server.requests) in server.failures:
             return self.send_error(503)
+        if refusal := server.refuse(request):
+            return self.send_error(400, explain=refusal)
         text = request["messages"][-1]["content"]
         a, b = (re.search(rf"<<<RESPONSE {x}>>>\n(.*?)\n<<<END", text, re.S)[1].split() for x in "AB")
         fair = "A" if len(a) > len(b) else "B" if len(b) > len(a) else "TIE"
@@ -70,7 +73,7 @@ class Endpoint(BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    server.requests, server.failures, server.judge = [], set(), "fair"
+    server.requests, server.failures, server.judge, server.refuse = [], set(), "fair", lambda request: ""
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield SimpleNamespace(server=server, url=f"http://127.0.0.1:{server.server_address[1]}/v1")
@@ -294,6 +297,7 @@ def brief(completions, **kwargs):
         ("reward", "reward", "is a reward model"),
         ("short", "reward", "p3.* than the 2 positions"),
         ("base", "short_reward", "p3.* than the 2 positions"),
+        ("base", "base", "base has no trained score head"),
     ],
 )
 def test_what_cannot_be_measured_is_named_before_anything_is_sampled(folders, tmp_path, policy, judge, message):
@@ -418,6 +422,30 @@ def test_a_judge_waits_no_longer_than_a_minute_and_never_shows_its_key(endpoint,
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r\n")
     LLMJudge("m", endpoint.url, tmp_path / "verdicts.jsonl").compare(CASES, LONG, SHORT, "judging")
     assert endpoint.server.requests[0][1]["Authorization"] == "Bearer sk-secret"
+
+
+def test_what_an_endpoint_refuses(endpoint, tmp_path, monkeypatch):
+    """Models that reason take no temperature, and a filter refuses some prompts: both ended the evaluation without
+    the reason, and the answers that were on their way then were paid for twice."""
+    endpoint.server.refuse = lambda request: "unsupported temperature" if "temperature" in request else ""
+    shares, _ = LLMJudge("m", endpoint.url, tmp_path / "a.jsonl").compare(CASES, LONG, SHORT, "judging")
+    assert shares[:2].tolist() == [[1, 0, 0], [1, 0, 0]]
+    endpoint.server.refuse = lambda request: "content_filter" if "user: q1" in str(request) else ""
+    shares, found = LLMJudge("m", endpoint.url, tmp_path / "b.jsonl").compare(CASES, LONG, SHORT, "judging")
+    assert shares[0].tolist() == [1, 0, 0] and np.isnan(shares[1]).all() and found["unreadable"] == 2
+
+    def refuse(request) -> str:
+        first = question(CASES[0], LONG[0], SHORT[0]) == request["messages"]
+        return "no such model for sk-secret" if first else time.sleep(0.2) or ""
+
+    endpoint.server.refuse = refuse
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    before = len(endpoint.server.requests)
+    with pytest.raises(UserError, match="does not answer: 400 .*no such model for") as error:
+        LLMJudge("m", endpoint.url, tmp_path / "c.jsonl").compare(CASES, LONG, SHORT, "judging")
+    assert "sk-secret" not in str(error.value)
+    answered = len(endpoint.server.requests) - before - 1
+    assert len(LLMJudge("m", endpoint.url, tmp_path / "c.jsonl").verdicts) == answered > 1
 
 
 @pytest.mark.parametrize("name", ["llm_judge_model", "rankings", "ranking_task"])

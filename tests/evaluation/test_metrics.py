@@ -1,5 +1,6 @@
 """The estimators of evaluation against cases whose answer is known."""
 
+import fcntl
 import json
 import math
 from types import SimpleNamespace
@@ -16,11 +17,13 @@ from recipes.evaluation.parts import Parts
 from recipes.evaluation.people import people_outcomes, read_people, write_ranking_task
 from recipes.evaluation.policies import PolicySpec
 from recipes.evaluation.report import table, verdict, write_report
+from recipes.evaluation.rewards import read_pairs
 from recipes.evaluation.summary import Curves, over_optimization, summarise
-from recipes.formatting import FormattingArguments
+from recipes.formatting import FormattingArguments, RowArguments
 from recipes.labelling.tasks import read_tasks
 from recipes.models.sampling import LoadingArguments
 from scripts.evaluate import EvaluationPrompts, JudgeArguments, other_win_rates, read_prompts
+from tests.tiny_models import word_tokenizer
 
 RNG = np.random.default_rng
 
@@ -310,6 +313,19 @@ def test_a_prompt_that_is_repeated_counts_once(tmp_path):
     assert [prompt.messages for prompt in prompts] == [conversation(f"question {number}") for number in range(3)]
 
 
+def test_the_reward_model_is_measured_on_the_test_split_and_on_what_it_has_room_for(tmp_path):
+    """The train split was taken, which the model knows; and a pair that is too long was a traceback at the end."""
+    for split in ("train", "test", "validation"):
+        pairs = [(split, "w1", "w2"), ("w1 " * 50, "w1", "w2")]
+        rows = [dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)) for texts in pairs]
+        (tmp_path / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for split in ("test", "validation"):
+        found = read_pairs([str(tmp_path)], RowArguments(), split)
+        assert found["prompt"][0] == conversation(split) and len(found) == 2
+    with pytest.raises(UserError, match=r"test.jsonl:2.* tokens are more than the 40 positions of the model"):
+        read_pairs([str(tmp_path)], RowArguments(), tokenizer=word_tokenizer(), positions=40)
+
+
 def test_an_evaluation_does_not_go_on_with_a_model_loaded_otherwise(tmp_path):
     """Samples in float32 were taken for those in 4 bits or bfloat16."""
     args = EvaluationArguments(**ARGUMENTS, output_dir=str(tmp_path / "out"))
@@ -336,6 +352,11 @@ def test_parts_are_reused_and_never_mixed(tmp_path):
     for taken in ("thesis", "thesis/chapter.txt"):
         with pytest.raises(UserError, match="holds no evaluation"):
             Parts(str(tmp_path / taken))
+    (tmp_path / "busy" / "parts").mkdir(parents=True)
+    with (tmp_path / "busy" / ".lock").open("w") as other:  # two at once sampled, and paid for, everything twice
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="busy is in use by another run"):
+            Parts(str(tmp_path / "busy"))
 
 
 def test_checkpoints_are_spread_and_end_with_the_last(tmp_path):
@@ -368,6 +389,7 @@ def test_what_is_planned():
         ({"policies": ["sft"]}, "--policies sft: write it as NAME=PATH"),
         ({"policies": ["a=1", "a=2"]}, "--policies a=2: write it as NAME=PATH, each NAME once"),
         ({"policies": []}, "--policies NAME=PATH"),
+        ({"policies": ["sft=a", "prompt=b"]}, "a column prompt already"),
         ({"reference": "gpt"}, "--reference gpt is not among --policies"),
         ({"top_k": 50}, "KL is not finite"),
         ({"temperatures": [0.0]}, "must be above 0"),

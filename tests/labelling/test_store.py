@@ -303,6 +303,15 @@ def test_a_token_is_never_replaced_in_another_database_or_for_another_name(tmp_p
     assert "is new" not in cli(*arguments, database, "--new_token")
 
 
+def test_names_in_any_script_and_nothing_that_cannot_be_seen(tmp_path):
+    job = Store(tmp_path / "labels.db", create=True)
+    for name in ("نگین\u200cالسادات", "ශ්\u200dරී", "山田\u3000太郎", "👩\u200d🔬"):
+        accounts.add_labeler(job, name)
+    for name in ("", " ", "\u200d", "a\nb", "a\tb", "a\x1b[31m", "\u202ebob", "\udcff", "x" * 81):
+        with pytest.raises(UserError, match="printable characters"):
+            accounts.add_labeler(job, name)
+
+
 # Who gets what
 
 
@@ -502,6 +511,21 @@ def test_export_counts_ties_and_the_formatting_module_takes_it(make, tmp_path):
     assert export(job, tmp_path / "all.jsonl", include_gold=True)["rankings"] == 8
     tasks, _ = read_tasks(tmp_path / "rankings.jsonl", gold=True)
     assert len(tasks) == 6 and all(task.gold for task in tasks), "rankings can become gold tasks"
+
+
+def test_prompts_of_two_files_have_ids_of_their_own_in_an_export(make, tmp_path):
+    """`scripts/sample_responses.py` numbers the prompts of every file from p1 on."""
+    job, (ann,) = make(prompts=1)
+    later = {"id": "p0", "prompt": "Another?", "responses": [{"text": "a"}, {"text": "b"}]}
+    (tmp_path / "later.jsonl").write_text(json.dumps(later))
+    job.add_tasks(read_tasks(tmp_path / "later.jsonl")[0], "later.jsonl")
+    while task := job.next_task(ann):
+        submit(job, ann, task)
+    export(job, tmp_path / "rankings.jsonl")
+    assert [task.sample_id for task in read_tasks(tmp_path / "rankings.jsonl", gold=True)[0]] == [
+        "p0:labeler 0",
+        "p0-2:labeler 0",
+    ]
 
 
 def test_nothing_to_export_is_an_error(make, tmp_path):

@@ -89,6 +89,16 @@ def test_a_reward_model_starts_from_sft_that_trained_the_lm_head(tmp_path, capsy
     torch.testing.assert_close(reward.eval()(input_ids=ids).logits[0], score)
 
 
+def test_a_reward_model_without_a_chat_template_is_named(tmp_path, capsys):
+    models.reward_model().save_pretrained(tmp_path)
+    for template, lines in ((None, 1), (models.CHAT_TEMPLATE, 0)):
+        tokenizer = models.word_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path)
+        load_reward_model(resolve_model(str(tmp_path)), ModelConfig(dtype="float32"))
+        assert capsys.readouterr().err.count("has no chat template and reads turns") == lines
+
+
 def test_a_reward_model_that_pads_with_eos_is_read_where_it_was_trained(tmp_path):
     """That is before the EOS; with another padding token its scores would come from a token that never had any."""
     tokenizer, model = models.word_tokenizer(pad_token="<eos>"), models.reward_model()

@@ -145,4 +145,7 @@ def test_chat_goes_on_after_a_message_that_cannot_be_answered(folders, monkeypat
 def test_model_text_cannot_drive_the_terminal(capsys):
     streamer = chat.SafeStreamer(models.word_tokenizer())
     streamer.on_finalized_text("a\x1b[2Jb\x07\r\nc", stream_end=True)
-    assert capsys.readouterr().out == "a[2Jb\nc\n"
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\x07\nc\n"
+    text = "Bonjour\u00a0! \u6771\u3000\u4eac \u0645\u06cc\u200c\u062f"  # spaces and joiners, which were left out
+    streamer.on_finalized_text(text)
+    assert capsys.readouterr().out == text

@@ -35,6 +35,7 @@ OVERRIDDEN = {
     "_compute_loss": ["model", "inputs"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "create_optimizer": ["model"],
+    "_get_eval_sampler": ["eval_dataset"],
     "log": ["logs", "start_time"],
     "_save": ["output_dir", "state_dict"],
     "_load_best_model": [],
