@@ -177,7 +177,7 @@ def preferences(question: str | None = None) -> Converter:
 def _is_whole(value: Any, roles: Roles) -> bool:
     """Whether a cell is a conversation from its first turn on, and not only an answer."""
     turns = value if is_turns(value) else []
-    said = (roles.get(str(turn.get("role", turn.get("from"))).lower()) for turn in turns)
+    said = (roles.get(str(turn.get("role") or turn.get("from")).lower()) for turn in turns)
     return next((role for role in said if role != "system"), "assistant") != "assistant"
 
 
@@ -272,14 +272,16 @@ def summaries(row: Cells, roles: Roles) -> Ranking:
 
 
 def arena_conversations(row: Cells, roles: Roles) -> Ranking:
-    talks = (conversation(row, column, roles) for column in ("conversation_a", "conversation_b"))
+    turn = str(row.get("turn"))  # that was judged: in MT-bench not always the last
+    end = 2 * int(turn) or None if turn.isdecimal() else None
+    talks = (conversation(row, column, roles)[:end] for column in ("conversation_a", "conversation_b"))
     return _compare_whole(row, _arena_winner, *talks)
 
 
 def _arena_winner(row: Cells) -> tuple[int, None]:
     winner = row.require("winner")
-    if isinstance(winner, str) and re.fullmatch(r"tie( ?\(both ?bad\))?|both_?bad", winner):
-        raise Skip("tie" if winner == "tie" else "both bad", "winner")
+    if isinstance(winner, str) and re.fullmatch(r"tie( ?\(.*\))?|both_?bad", winner):
+        raise Skip("both bad" if "bad" in winner else "tie", "winner")
     if winner not in ("model_a", "model_b"):
         raise RowError(f"found {describe(winner)}, expected model_a, model_b, tie or both_bad", "winner")
     return int(winner == "model_b"), None

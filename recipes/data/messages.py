@@ -48,7 +48,8 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
         where = f"{column}[{index}]"
         if not isinstance(turn, dict):
             raise RowError(f"found {describe(turn)}, {MESSAGE}", where)
-        role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
+        sharegpt = "from" in turn and turn.get("role") is None
+        role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
         if role_key not in turn or not (content_key in turn or turn.get("tool_calls") or turn.get("function_call")):
             raise RowError(f"found {describe(turn)}, {MESSAGE}", where)
         name, content = str(turn[role_key]).lower(), turn.get(content_key)

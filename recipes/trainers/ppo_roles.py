@@ -129,6 +129,13 @@ class PPORoles(GRPOTrainer):
 
     def _score_rows(self, rows: list[list[int]]) -> list[float]:
         """Scores of whole sequences of token ids, in their order, at most a micro-batch at a time."""
+        if self._reward_model is not None:  # the prompts were measured in the policy's tokens
+            tokens, config = max(map(len, rows)), self._reward_model.config.get_text_config()
+            if tokens > (limit := getattr(config, "max_position_embeddings", None) or tokens):
+                raise UserError(
+                    f"A prompt and its response have {tokens} tokens for the reward model, which has positions for "
+                    f"{limit}: leave out long prompts, or lower max_completion_length."
+                )
         pad_token_id, device = self._reward_pad_token_id, self.accelerator.device
         ids = pad([torch.tensor(row) for row in rows], pad_token_id).to(device)
         # transformers' rule for sequence classifiers: the last token that is not the padding token

@@ -191,6 +191,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         finally:
             self._base.generation_config = of_base
             self.model.train(training)  # continuous batching leaves it in training mode
+        if not all(samples[0]):
+            raise UserError("A prompt has no tokens, and nothing predicts the first token of its response: drop it.")
         self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
         return samples
 

@@ -231,6 +231,15 @@ def test_nothing_that_matters_is_dropped_in_silence():
     assert [(entry["line"], entry["reason"]) for entry in report.skipped] == [(2, "labelled as a bad completion")]
 
 
+def test_messages_of_two_forms_may_share_a_parquet_file():
+    """Arrow gives each the keys of the other, with nulls."""
+    unset = {"role": None, "content": None}
+    said = [{"from": "human", "value": "q", **unset}, {"from": "gpt", "value": "a", **unset}]
+    assert brief(format_dataset([{"conversations": said}], "sft")[0][0]) == {"messages": ["user: q", "assistant: a"]}
+    pair = {"chosen": said, "rejected": [said[0], {**said[1], "value": "b"}]}
+    assert brief(format_dataset([pair], "preference")[0][0])["rejected"] == ["assistant: b"]
+
+
 def test_a_conversation_may_be_messages():
     """As in lmsys-chat-1m and WildChat."""
     turns = [{"role": "user", "content": "q", "toxic": False}, {"role": "assistant", "content": "a"}]

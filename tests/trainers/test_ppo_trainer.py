@@ -425,6 +425,20 @@ def test_a_reward_model_with_another_vocabulary_scores_text(world, tmp_path):
     assert trainer._rollout.scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_response_beyond_the_positions_of_a_reward_model_is_one_line(world, tmp_path):
+    """On a GPU it would be a failed assertion of the device, of which nothing can be read."""
+    roles = {"reward_model": models.reward_model(max_position_embeddings=8)}
+    trainer = make_trainer(world, tmp_path, model=models.causal_lm(), trainer_kwargs=roles)
+    with pytest.raises(UserError, match="tokens for the reward model, which has positions for 8: leave out long"):
+        rollout(trainer)
+
+
+def test_an_empty_prompt_is_one_line(world, tmp_path):
+    trainer = make_trainer(world, tmp_path)
+    with pytest.raises(UserError, match="A prompt has no tokens"):
+        rollout_of(trainer, ["w1", ""])
+
+
 def test_a_reward_model_with_another_chat_template_scores_text_in_it(world, tmp_path):
     """Same words, another template: by ids it would read a conversation of a form that it was never trained on."""
     own = models.word_tokenizer()
