@@ -451,6 +451,12 @@ def test_what_an_endpoint_refuses(endpoint, tmp_path, monkeypatch):
         first = question(CASES[0], LONG[0], SHORT[0]) == request["messages"]
         return "no such model for sk-secret" if first else time.sleep(0.2) or ""
 
+    for code, refusal in ((200, '{"error": "no credits"}'), (401, "no such key")):
+        response = SimpleNamespace(status_code=code, ok=code == 200, reason="why", text=refusal, json=dict)
+        judge = LLMJudge("m", endpoint.url, tmp_path / "d.jsonl")
+        judge.session = SimpleNamespace(post=lambda *_, response=response, **__: response)
+        with pytest.raises(UserError, match=rf"does not answer: {code} why: .*no (credits|such key)"):
+            judge.answer([])
     endpoint.server.refuse = refuse
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     before = len(endpoint.server.requests)
