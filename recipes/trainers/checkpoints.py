@@ -45,6 +45,7 @@ class WholeCheckpoints(Trainer):
         self._resumed_state: dict[str, Any] | None = None
         self._seconds_before, self._began = 0.0, time.time()
         self._stopping = self._save_due = False
+        self._passes = self._pass = self._pass_began = 0  # over a stream: before this process, now, and its first step
         self._last_step: int | None = None  # after which it was asked what to log and save
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
@@ -59,6 +60,7 @@ class WholeCheckpoints(Trainer):
             "last_logged": self._globalstep_last_logged,
             "seconds": self._seconds_before + time.time() - self._began,
             "tokens": self._total_train_tokens,
+            "pass": (self._pass, self._pass_began),
             "training": self.model.training,  # the last log of a run belongs to the mode that an evaluation left
             "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
         }
@@ -68,6 +70,7 @@ class WholeCheckpoints(Trainer):
         self._tr_loss = state["loss"].to(self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["last_logged"]
         self._seconds_before, self._total_train_tokens = state["seconds"], state["tokens"]
+        self._passes, self._pass_began = state.get("pass", (0, 0))
         self.model.train(state["training"])
         for mode, metrics in state["metrics"].items():
             self._metrics[mode].update(metrics)
@@ -206,6 +209,11 @@ class WholeCheckpoints(Trainer):
         if self.state.global_step >= self.state.max_steps:  # Trainer asks only after one more step
             self.control.should_training_stop = True
             return
+        if not hasattr(self.train_dataset, "__len__"):  # Trainer takes all passes over a stream for one
+            self._pass, kwargs["epochs_trained"] = epoch + self._passes, self._passes
+            self._pass_began = self.state.global_step if epoch else self._pass_began
+            epoch, steps = self._pass, self.state.global_step - self._pass_began
+            kwargs["steps_trained_in_current_epoch"] = steps * self.args.gradient_accumulation_steps
         sampler = innermost_sampler(train_dataloader)
         if hasattr(sampler, "set_epoch"):
             # Where a resumed run skips batches and several processes share them, Trainer does not get through to it,

@@ -213,10 +213,12 @@ def test_ppo_resumed_from_a_checkpoint_ends_on_the_same_numbers(data, runs, tmp_
     assert_same_run(runs / "ppo", tmp_path / "resumed", roles=(".", "critic", "ema"))
 
 
-def test_rows_that_are_grouped_by_length_come_in_the_order_of_an_uninterrupted_run(data, tmp_path):
-    """From the middle of the second epoch; they were drawn anew, some twice and some not at all."""
-    own = {"train_sampling_strategy": "group_by_length", "logging_steps": 1}
-    own |= {"save_strategy": "steps", "save_steps": 8, "save_total_limit": 2}
+@pytest.mark.parametrize(
+    "own", [{"train_sampling_strategy": "group_by_length"}, {"dataset_streaming": True, "max_steps": 14}], ids=list
+)
+def test_rows_of_a_second_epoch_come_in_the_order_of_an_uninterrupted_run(data, tmp_path, own):
+    """Some came twice and some not at all: they were drawn anew, and a stream began from its first row."""
+    own = own | {"logging_steps": 1, "save_strategy": "steps", "save_steps": 8, "save_total_limit": 2}
     run_recipe("sft", **sft_arguments(data, tmp_path / "whole", **own))
     again = {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-8"}
     run_recipe("sft", **sft_arguments(data, tmp_path / "resumed", **own, **again))
