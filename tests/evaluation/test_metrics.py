@@ -457,7 +457,9 @@ def test_a_report_of_hardly_anything(tmp_path, prompts, equal, kl):
     report = summarise(args, found, [conversation(f"q{number}") for number in range(prompts)], "raw scores")
     pairs = [pair(1.0, group="only one")] if prompts == 1 else [pair(1.0), pair(-1.0, 3, "h")]
     report["reward_model"] = quality(pairs)
+    (tmp_path / "over_optimization.png").touch()  # of an earlier report, which W&B would get with this one
     write_report(report, str(tmp_path))
+    assert (tmp_path / "over_optimization.png").exists() == bool(report["over_optimization"])
     report = json.loads((tmp_path / "report.json").read_text())
     text = verdict(report)
     assert (tmp_path / "report.html").read_text().count("<svg") == 2 + (report["over_optimization"] is not None)
