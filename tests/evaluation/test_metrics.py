@@ -13,7 +13,7 @@ from recipes.cli.errors import UserError
 from recipes.evaluation import frontier, metrics, reward_quality
 from recipes.evaluation.arguments import EvaluationArguments, checkpoints
 from recipes.evaluation.measure import Evaluation, Measured, same_for_same
-from recipes.evaluation.parts import Parts
+from recipes.evaluation.parts import Parts, identity
 from recipes.evaluation.people import people_outcomes, read_people, write_ranking_task
 from recipes.evaluation.policies import PolicySpec
 from recipes.evaluation.report import table, verdict, write_report
@@ -342,6 +342,7 @@ def test_an_evaluation_does_not_go_on_with_a_model_loaded_otherwise(tmp_path):
 
 
 def test_parts_are_reused_and_never_mixed(tmp_path):
+    assert identity("runs/sft/") == identity("./runs/sft") == identity("runs/sft"), "as the shell completes it"
     parts = Parts(str(tmp_path / "out"))
     assert parts.get("x", {"seed": 1}, lambda: [1]) == [1]
     assert Parts(str(tmp_path / "out")).get("x", {"seed": 1}, lambda: pytest.fail("made again")) == [1]
