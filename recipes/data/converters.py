@@ -272,14 +272,16 @@ def summaries(row: Cells, roles: Roles) -> Ranking:
 
 
 def arena_conversations(row: Cells, roles: Roles) -> Ranking:
-    talks = (conversation(row, column, roles) for column in ("conversation_a", "conversation_b"))
+    turn = str(row.get("turn"))  # that was judged: in MT-bench not always the last
+    end = 2 * int(turn) or None if turn.isdecimal() else None
+    talks = (conversation(row, column, roles)[:end] for column in ("conversation_a", "conversation_b"))
     return _compare_whole(row, _arena_winner, *talks)
 
 
 def _arena_winner(row: Cells) -> tuple[int, None]:
     winner = row.require("winner")
-    if isinstance(winner, str) and re.fullmatch(r"tie( ?\(both ?bad\))?|both_?bad", winner):
-        raise Skip("tie" if winner == "tie" else "both bad", "winner")
+    if isinstance(winner, str) and re.fullmatch(r"tie( ?\(.*\))?|both_?bad", winner):
+        raise Skip("both bad" if "bad" in winner else "tie", "winner")
     if winner not in ("model_a", "model_b"):
         raise RowError(f"found {describe(winner)}, expected model_a, model_b, tie or both_bad", "winner")
     return int(winner == "model_b"), None

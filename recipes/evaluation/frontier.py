@@ -67,7 +67,7 @@ def tilted(rewards: np.ndarray, betas: np.ndarray, scores: Curve) -> Curve:
         scores: (P, N) each, the rewards and others.
 
     Returns:
-        "kl", at most log N, the means of `scores` by their names, and "effective_samples" 1 / sum w^2, how many
+        "kl", at most log 2N, the means of `scores` by their names, and "effective_samples" 1 / sum w^2, how many
         samples carry the estimate.
     """
     whole = _tilted(rewards, betas, scores)

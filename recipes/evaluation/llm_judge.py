@@ -140,7 +140,7 @@ class LLMJudge:
                 return self.answer(messages)
             if response.status_code == 400 and "content_filter" in response.text:
                 return ""
-            if not response.ok:  # the reason stands in the body
+            if not response.ok or '"choices"' not in response.text:  # the reason stands in the body
                 said = " ".join(response.text.replace(key or "\n", " ").split())
                 raise ValueError(f"{response.status_code} {response.reason}: {said[:300]}")
             return str(response.json()["choices"][0]["message"]["content"])

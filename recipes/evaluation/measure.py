@@ -25,7 +25,7 @@ from recipes.evaluation.rewards import RewardModel
 from recipes.models.compatibility import check_model, check_score_head
 from recipes.models.heads import base_of
 from recipes.models.loading import check_policy
-from recipes.models.sampling import LoadingArguments, Prompt, check_lengths, load_generator, sample
+from recipes.models.sampling import LoadingArguments, Prompt, check_lengths, derived_seed, load_generator, sample
 from recipes.models.source import ModelSource, resolve_model
 from recipes.models.tokenization import load_tokenizer
 from recipes.trainers.fast.drop_finished import DropFinishedSampler
@@ -150,6 +150,9 @@ class Evaluation:
         model, tokenizer = self.load(spec.path)
         sampling = copy(self.args)
         sampling.num_generations, sampling.temperature = spec.num_generations, spec.temperature
+        # Of its own: with the same random numbers, responses of two policies are alike, and win rates take them for
+        # independent ones.
+        sampling.seed = derived_seed(self.args.seed, spec.name)
         with DropFinishedSampler().installed(base_of(model)):
             groups = sample(model, tokenizer, self.conversations, sampling, f"Sampling {spec.name}")
         rows = [{"prompt": row} | vars(response) for row, group in enumerate(groups) for response in group]

@@ -51,5 +51,5 @@ def fingerprint(value: Any) -> str:
 
 
 def identity(path: str) -> list:
-    """A model's name, and a digest of a local one's weights."""
-    return [path, digest(path) if os.path.isdir(path) else None]
+    """A model's name, with or without a slash at its end, and a digest of a local one's weights."""
+    return [os.path.normpath(path), digest(path) if os.path.isdir(path) else None]

@@ -48,6 +48,8 @@ def write_report(report: dict, output_dir: str) -> None:
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     figures = plots.figures(report)
+    for name in {"over_optimization", "reward_model"} - figures.keys():  # of an earlier report with more data
+        (folder / f"{name}.png").unlink(missing_ok=True)
     plots.save_png(figures, folder)
     page = render(
         Path(__file__).with_name("report.html.jinja"),

@@ -232,7 +232,7 @@ def load_ppo_models(
         return models
     if model_args.use_peft and reward.base is not None and not separate_reward_model:
         add_score_roles(models["model"], {"reward": reward.path, "critic": reward.path})
-        return models
+        return models | {"reward_processing_class": load_tokenizer(reward)}
     reward_model, tokenizer = load_reward_model(reward, model_args)
     models |= {"reward_model": reward_model, "reward_processing_class": tokenizer}
     if model_args.use_peft:

@@ -53,7 +53,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token is None:
         raise UserError(f"The tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json.")
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
+    needs_pad = tokenizer.pad_token in (None, tokenizer.eos_token)
+    if needs_pad and tokenizer.pad_token is not None and name != source.weights:
+        needs_pad = not source.has_score_head  # a reward adapter's scores were trained at the token before its padding
+    if needs_pad:
         spare = [token for token in (*PAD_TOKENS, tokenizer.unk_token) if token in tokenizer.get_vocab()]
         tokenizer.pad_token = next((token for token in spare if token != tokenizer.eos_token), tokenizer.eos_token)
     if tokenizer.chat_template is None:

@@ -13,7 +13,7 @@ from recipes.cli.errors import UserError
 from recipes.evaluation import frontier, metrics, reward_quality
 from recipes.evaluation.arguments import EvaluationArguments, checkpoints
 from recipes.evaluation.measure import Evaluation, Measured, same_for_same
-from recipes.evaluation.parts import Parts
+from recipes.evaluation.parts import Parts, identity
 from recipes.evaluation.people import people_outcomes, read_people, write_ranking_task
 from recipes.evaluation.policies import PolicySpec
 from recipes.evaluation.report import table, verdict, write_report
@@ -342,6 +342,7 @@ def test_an_evaluation_does_not_go_on_with_a_model_loaded_otherwise(tmp_path):
 
 
 def test_parts_are_reused_and_never_mixed(tmp_path):
+    assert identity("runs/sft/") == identity("./runs/sft") == identity("runs/sft"), "as the shell completes it"
     parts = Parts(str(tmp_path / "out"))
     assert parts.get("x", {"seed": 1}, lambda: [1]) == [1]
     assert Parts(str(tmp_path / "out")).get("x", {"seed": 1}, lambda: pytest.fail("made again")) == [1]
@@ -457,7 +458,9 @@ def test_a_report_of_hardly_anything(tmp_path, prompts, equal, kl):
     report = summarise(args, found, [conversation(f"q{number}") for number in range(prompts)], "raw scores")
     pairs = [pair(1.0, group="only one")] if prompts == 1 else [pair(1.0), pair(-1.0, 3, "h")]
     report["reward_model"] = quality(pairs)
+    (tmp_path / "over_optimization.png").touch()  # of an earlier report, which W&B would get with this one
     write_report(report, str(tmp_path))
+    assert (tmp_path / "over_optimization.png").exists() == bool(report["over_optimization"])
     report = json.loads((tmp_path / "report.json").read_text())
     text = verdict(report)
     assert (tmp_path / "report.html").read_text().count("<svg") == 2 + (report["over_optimization"] is not None)

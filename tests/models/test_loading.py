@@ -89,6 +89,16 @@ def test_a_reward_model_starts_from_sft_that_trained_the_lm_head(tmp_path, capsy
     torch.testing.assert_close(reward.eval()(input_ids=ids).logits[0], score)
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_reward_adapter_that_pads_with_eos_keeps_that(tmp_path, separate):
+    base = models.save_base(tmp_path / "base")
+    reward = models.save_adapter(tmp_path / "reward", base, "SEQ_CLS", std=0.1)
+    models.word_tokenizer(pad_token="<eos>").save_pretrained(reward)
+    args = ModelConfig(use_peft=True, dtype="float32")
+    loaded = load_ppo_models(resolve_model(base), resolve_model(reward), args, separate)
+    assert loaded["reward_processing_class"].pad_token == "<eos>"
+
+
 def test_a_reward_model_without_a_chat_template_is_named(tmp_path, capsys):
     models.reward_model().save_pretrained(tmp_path)
     for template, lines in ((None, 1), (models.CHAT_TEMPLATE, 0)):
