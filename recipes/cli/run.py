@@ -225,7 +225,13 @@ class RunFolder:
             start, history = self.record["arguments"]["model_name_or_path"], trainer.state.log_history
             say(result_line(self.record["recipe"], self.path, start, history, launcher()))
         if trainer.args.push_to_hub:
-            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+            try:
+                trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+            except Exception as error:  # of the Hub, or of the network below it
+                why = f"the Hub did not take it: {first_line(error)}"
+                raise UserError(
+                    f"The run is saved to {self.path}, but {why}; push it later with hf upload."
+                ) from error
         if trainer.accelerator.is_main_process:
             lock.release(os.path.join(self.path, LOCK))
         trainer.accelerator.wait_for_everyone()

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ScriptArguments
 
+from recipes.cli import launch as launch_checks
 from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
 from recipes.formatting import FormattingArguments, load_formatted
+from recipes.trainers.checkpoints import WholeSFTTrainer
 from scripts import sample_responses
 from tests import tiny_models as models
 from tests.conftest import ROOT, flags, recipe_line, run_command, run_recipe, write_jsonl
@@ -211,6 +213,18 @@ def test_ppo_resumed_from_a_checkpoint_ends_on_the_same_numbers(data, runs, tmp_
     again = {"resume_from_checkpoint": runs / "ppo" / "checkpoint-3"} | with_extras(data)
     run_recipe("ppo", **ppo_arguments(data, runs, tmp_path / "resumed", **again))
     assert_same_run(runs / "ppo", tmp_path / "resumed", roles=(".", "critic", "ema"))
+
+
+def test_a_hub_that_fails_after_the_training_is_one_line(data, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("503 Server Error")
+
+    monkeypatch.setattr(launch_checks, "check_hub", lambda token: None)
+    monkeypatch.setattr(WholeSFTTrainer, "init_hf_repo", lambda *args: None)
+    monkeypatch.setattr(WholeSFTTrainer, "push_to_hub", fail)
+    with pytest.raises(UserError, match="The run is saved to .*, but the Hub did not take it: 503 Server Error; push"):
+        run_recipe("sft", **sft_arguments(data, tmp_path / "run", max_steps=1, push_to_hub=True, hub_strategy="end"))
+    assert (tmp_path / "run" / "train_config.yaml").exists()
 
 
 @pytest.mark.parametrize(
