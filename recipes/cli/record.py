@@ -3,11 +3,13 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -201,7 +203,10 @@ def plain(value):
 
 
 def digest(path: str) -> str:
-    """A short digest of a file, or of a model's files: name, size and both ends of each, since weights are large."""
+    """A short digest of a file, or of a model's files: name, size and both ends of each, since weights are large.
+
+    That of an adapter covers its base, where it is a folder.
+    """
     if os.path.isfile(path):
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     total = hashlib.sha256()
@@ -211,6 +216,10 @@ def digest(path: str) -> str:
             total.update(f"{name} {size} ".encode() + file.read(SAMPLE))
             file.seek(max(0, size - SAMPLE))
             total.update(file.read())
+    with suppress(OSError, ValueError, AttributeError, RecursionError):  # no adapter, or one that is refused later
+        adapter = json.loads(Path(path, "adapter_config.json").read_text(encoding="utf-8"))
+        if os.path.isdir(base := adapter.get("base_model_name_or_path") or ""):
+            total.update(digest(base).encode())
     return total.hexdigest()[:16]
 
 

@@ -205,6 +205,17 @@ def test_every_argument_that_may_change_is_in_the_docs():
         assert f"`{name.replace('.*', '*')}`" in page, name
 
 
+def test_the_digest_of_an_adapter_covers_its_base(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder, weights in ((base, "model.safetensors"), (adapter, "adapter_model.safetensors")):
+        folder.mkdir()
+        (folder / weights).write_bytes(b"1")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = record.digest(str(adapter))
+    (base / "model.safetensors").write_bytes(b"2")
+    assert record.digest(str(adapter)) != before
+
+
 @pytest.mark.parametrize(
     "weights", ["adapter_model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
 )
