@@ -51,8 +51,8 @@ def read_prompts(data_args: PromptsArguments, format_args: RowArguments, tokeniz
     ids = {(row.file, row.line): row.data.get("id") for row in rows if isinstance(row.data, dict)}
     prompts: dict[str, Prompt] = {}
     for row, output in formatter(rows, report):
-        id = ids.get((row.file, row.line))
-        name = wish = f"p{row.line}" if id in (None, "") else str(id)
+        own = ids.get((row.file, row.line))
+        name = wish = f"p{row.line}" if own in (None, "") else str(own)
         number = 1
         while name in prompts:  # a repeated id, or the same line of another file of a folder
             number += 1

@@ -208,7 +208,7 @@ def sample_to_file(
     """
     plan = sorted(prompts, key=lambda prompt: (-prompt_length(prompt.messages), prompt.id))
     check_lengths(model, tokenizer, plan, sampling)
-    made_from = {"model": model_name, "sampling": {**asdict(sampling), **loading}}
+    made_from = {"model": os.path.normpath(model_name), "sampling": {**asdict(sampling), **loading}}
     per_batch = max(1, sampling.generation_batch_size // sampling.num_generations)
     dropped = missing = 0
     lock_file = f"{os.path.realpath(output)}.lock"  # the same by whatever link
@@ -291,7 +291,7 @@ def read_done(output: str, plan: list[Prompt], made_from: dict) -> tuple[int, in
 
 
 def refuse_changes(output: str, row: dict, made_from: dict) -> None:
-    was, now = ({"model": each["model"], **each["sampling"]} for each in (row, made_from))
+    was, now = ({"model": os.path.normpath(each["model"]), **each["sampling"]} for each in (row, made_from))
     changed = [f"{key} was {was.get(key)}, now {now.get(key)}" for key in was | now if was.get(key) != now.get(key)]
     if changed:
         raise UserError(

@@ -297,6 +297,8 @@ def test_command_line(folders, tmp_path):
     line[line.index(folders["adapter"])] = str(adapter)
     line[line.index(str(output))] = str(tmp_path / "other.jsonl")
     sample_responses.main(*parse(sample_responses.ARGUMENTS, line))
+    line[line.index(str(adapter))] = f"{adapter}/"  # the same model
+    sample_responses.main(*parse(sample_responses.ARGUMENTS, line))
     models.save_adapter(adapter, folders["base"], std=0.4)
     with pytest.raises(UserError, match="weights was .*, now .*choose another --output"):
         sample_responses.main(*parse(sample_responses.ARGUMENTS, line))
