@@ -32,7 +32,7 @@ FIRST = {"A": 1.0, "TIE": 0.5, "B": 0.0, None: np.nan}  # points for the respons
 
 
 class PatientRetry(Retry):
-    """Waits as long as it is told to, but not until tomorrow."""
+    """Waits as long as the server asks for, at most `LONGEST_WAIT`."""
 
     def get_retry_after(self, response) -> float:
         with suppress(InvalidHeader):  # as of 1.5

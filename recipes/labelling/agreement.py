@@ -1,4 +1,4 @@
-"""How far labelers agree with each other and with gold tasks, and how they work.
+"""How far labelers agree with each other and with attention tasks, and how they work.
 
 A pair of responses has one of three outcomes: the first is better (1), a tie (0), the second is better (-1). Ranks of
 different prompts are not on one scale, so everything but Kendall's W (which is per prompt) is computed on outcomes.
@@ -139,7 +139,7 @@ def agreement_report(database: Database) -> dict:
 
 
 def _habits(given: list[Judgement]) -> dict:
-    """How a labeler works, and their agreement with gold tasks."""
+    """How a labeler works, and their agreement with attention tasks."""
     gold = [judgement for judgement in given if judgement.gold is not None]
     return {
         "median_seconds": median(judgement.seconds for judgement in given) if given else None,

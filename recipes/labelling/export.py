@@ -15,7 +15,7 @@ from recipes.labelling.store import standing_answers, stored_answer
 
 
 def export(database: Database, output: str | Path, include_gold: bool = False) -> dict[str, int]:
-    """Writes the rankings that count to a new file; rankings of gold tasks only when asked for.
+    """Writes the rankings that count to a new file; rankings of attention tasks only when asked for.
 
     Returns counts: `rankings`, `prompts`, `labelers`, `pairs` (strict ones: what a reward model can learn from),
     `tied_pairs`, `all_tied` (rankings without any pair) and `gold_left_out`.

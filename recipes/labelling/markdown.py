@@ -25,8 +25,11 @@ _MARKERS = re.compile(
 
 @lru_cache(maxsize=1000)
 def render(text: str) -> str | None:
-    """Safe HTML, or None for a text that reads the same as it is written, or that is too long to be worth it, or of
-    which words would be left out: a table's cells beyond its header, or what is nested too deeply."""
+    """Safe HTML, or None where the text is better shown as it is written.
+
+    That is a text without Markdown, one that is too long, and one of which HTML would leave words out: cells of a
+    table beyond its header, or what is nested too deeply.
+    """
     if len(text) > MAX_LENGTH:
         return None
     tokens = _PARSER.parse(text)

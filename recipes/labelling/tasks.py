@@ -1,4 +1,4 @@
-"""Reads what is to be ranked: sampled responses, and gold tasks whose ranking is known."""
+"""Reads what is to be ranked: sampled responses, and attention tasks whose ranking is known."""
 
 import hashlib
 import json

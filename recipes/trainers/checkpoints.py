@@ -219,7 +219,9 @@ class WholeCheckpoints(Trainer):
             # Where a resumed run skips batches and several processes share them, Trainer does not get through to it,
             # and rows come in the order of the first epoch.
             sampler.set_epoch(epoch)
-        elif hasattr(sampler, "generator"):  # it would go on where it was, or draw what dropout leaves of each process
+        elif hasattr(sampler, "generator"):
+            # An order by the seed and the epoch: that of its own generator, or of torch's, depends on what was drawn
+            # before, which a resumed run does not repeat.
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler.generator = torch.Generator().manual_seed(seed + epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, start_time=start_time, **kwargs)
