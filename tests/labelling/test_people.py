@@ -320,6 +320,8 @@ def test_what_another_task_had_not_saved_yet_is_saved_whole(browser_job, open_pa
     give_reasons(page)
     card(page, "B").locator("[data-do=up]").click()
     submit(page)
+    page.wait_for_load_state("networkidle")  # of the next task
+    page.wait_for_selector("#task:enabled")
     page.context.set_offline(True)
     reason(page, "A").fill("one")
     page.locator("#alert", has_text="NOT saved: the server does not answer").wait_for()
