@@ -90,7 +90,7 @@ CASES = {
     "reward-full-checkpointing": Case("reward", peft=False, checkpointing=True),
     "ppo-lora": Case("ppo", rollout=2),
     "ppo-lora-long": Case("ppo", rows=2, prompt=256, response=512, rollout=4),
-    "ppo-lora-checkpointing": Case("ppo", size="5M", response=64, checkpointing=True),
+    "ppo-lora-checkpointing": Case("ppo", rows=4, response=64, checkpointing=True),
     "ppo-lora-vocabulary": Case("ppo", size="5M", vocabulary=128_000, rows=2, response=32),
     "ppo-full": Case("ppo", size="5M", response=64, peft=False),
 }
