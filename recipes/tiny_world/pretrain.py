@@ -1,4 +1,4 @@
-"""Makes the tiny world's base model from nothing: a corpus, the byte pairs of its tokenizer, a tiny Llama.
+"""Makes the tiny world's base model: a corpus, the byte pairs of its tokenizer, a Llama of the shipped one's shape.
 
     OMP_NUM_THREADS=1 python -m recipes.tiny_world.pretrain --output_dir runs/tiny_base
 
