@@ -49,8 +49,10 @@ class WholeCheckpoints(Trainer):
         self._last_step = 0  # after which it was asked what to log and save
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
-            # Accelerate rounds all that a sharded module gives: scores, values, log-probabilities.
-            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+            # Accelerate rounds all that a sharded module gives (scores, values, log-probabilities), and gradients
+            # before it sums them over processes.
+            exact = {"output_dtype": None, "reduce_dtype": torch.float32}
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
 
     def running_state(self) -> dict[str, Any]:
         """What this process keeps between steps beside what Trainer saves, in types that `torch.load` takes safely."""

@@ -202,8 +202,10 @@ class PPOLogging(GRPOTrainer):
 
     def _log_gradient_norms(self) -> None:
         if self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler  # of fp16, whose scale the gradients still have
+            scale = 1.0 if scaler is None else scaler.get_scale()
             for name, norm in gradient_norms(self._policy).items():
-                self._metrics["train"][name].append(norm)
+                self._metrics["train"][name].append(norm / scale)
 
     def _phase(self, name: str):
         """Counts seconds for `time/<name>`, in training."""

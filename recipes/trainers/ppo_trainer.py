@@ -221,7 +221,10 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         kl = self._log_rollout(rollout)
         if self.model.training:
             self._update_stopped = False
-            if (target := self.args.adaptive_kl_target) is not None and not math.isnan(kl):
+            target = self.args.adaptive_kl_target
+            # While the critic warms up the policy stands still: its KL says nothing about the coefficient.
+            moves = self.state.global_step >= self.args.critic_warmup_steps and not math.isnan(kl)
+            if target is not None and moves:
                 episodes, horizon = self.args.generation_batch_size, self.args.adaptive_kl_horizon
                 self._kl_coef = ppo_math.adapted_kl_coef(self._kl_coef, kl, target, episodes, horizon)
         return batch | {
@@ -260,12 +263,13 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         rollout, tokenizer = self._rollout, self._reward_tokenizer
         if not (self._other_vocabulary or rollout.is_chat and self._other_template):
             return self.score_sampled_ids(rollout)
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        if rollout.is_chat:
+        if rollout.is_chat:  # without the space that the policy's template may have before an answer
+            answers = [[{**answer, "content": answer["content"].strip()}] for (answer,) in completions]
+            texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
             rows = tokenizer.apply_chat_template(texts, return_dict=False, **self.chat_template_kwargs)
         else:  # as RewardTrainer reads text: with BOS, and EOS after a finished one
             ends = ["" if ids[-1] not in self.eos_token_ids else tokenizer.eos_token for ids in completion_ids]
-            rows = tokenizer([text + end for text, end in zip(texts, ends, strict=True)])["input_ids"]
+            rows = tokenizer([*map("".join, zip(prompts, completions, ends, strict=True))])["input_ids"]
         return self._score_rows(rows)
 
     def score_sampled_ids(self, rollout: Rollout) -> list[float]:
@@ -315,7 +319,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
     # Step 4: update
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """PPO's loss of one micro-batch, a scalar whose sum over the minibatch is a mean over its tokens.
+        """PPO's loss of one micro-batch, a scalar; over a minibatch they sum up to the mean loss of a token.
 
         `policy loss - entropy_coef * entropy + ptx_coef * demonstrations' loss + vf_coef * value loss`. The parts with
         forwards of their own are backwarded one after the other where that saves memory.
@@ -348,9 +352,10 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         return loss
 
     def _tokens_per_update(self, inputs: dict, mask: torch.Tensor) -> torch.Tensor:
-        """What the token losses of a micro-batch are divided by, so that their sum over a minibatch is its mean.
+        """What the token losses of a micro-batch are divided by: the mean tokens of a minibatch of this rollout.
 
-        `loss_type` bnpo averages within each micro-batch instead, and then over micro-batches.
+        So each token of a rollout counts the same, whichever minibatch it is in. `loss_type` bnpo averages within each
+        micro-batch instead, and then over micro-batches.
         """
         accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
         if self.loss_type == "bnpo":

@@ -359,13 +359,15 @@ def test_responses_that_are_left_out_are_in_no_mean_of_the_kl(world, tmp_path):
 
 
 def test_critic_warmup_and_its_own_learning_rate(world, tmp_path):
-    trainer = make_trainer(world, tmp_path, critic_warmup_steps=4, critic_learning_rate=3e-3, max_steps=4)
+    options = {"critic_learning_rate": 3e-3, "max_steps": 4, "adaptive_kl_target": 1.0, "adaptive_kl_horizon": 64}
+    trainer = make_trainer(world, tmp_path, critic_warmup_steps=4, **options)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
     assert changed == {name for name in start if ".critic." in name}
     rates = {group["lr"] for group in trainer.optimizer.param_groups if group["params"]}
     assert rates == {1e-3, 3e-3}
+    assert trainer._kl_coef == trainer.args.kl_coef, "the KL of a policy that stands still is no reason to change it"
 
 
 def test_target_kl_stops_the_update_not_the_run(world, tmp_path):
@@ -918,6 +920,17 @@ def test_plain_text_is_scored_by_another_vocabulary_as_reward_trainer_reads_it(w
     rows = [tokenizer(text)["input_ids"] for text in ("w0 w1 w2</s>", "w1 w2 w3 w4")]
     alone = [classifier(input_ids=torch.tensor([ids])).logits.item() for ids in rows]
     assert scores == pytest.approx(alone, abs=1e-5)
+
+
+def test_chat_is_scored_by_another_vocabulary_without_the_space_before_an_answer(world, tmp_path):
+    tokenizer, classifier = bos_tokenizer(), models.reward_model(vocabulary=258)
+    tokenizer.chat_template = models.word_tokenizer().chat_template
+    kwargs = {"reward_model": classifier, "reward_processing_class": tokenizer}
+    trainer = make_trainer(world, tmp_path, model=models.causal_lm(), trainer_kwargs=kwargs)
+    trainer._rollout = Rollout([[5, 6]] * 2, [[7, 1]] * 2, is_chat=True)
+    answers = [[{"role": "assistant", "content": text}] for text in ("w2", " w2")]
+    clean, spaced = trainer.score_responses(models.prompts(1) * 2, answers, trainer._rollout.completion_ids)
+    assert clean == spaced and answers[1][0]["content"] == " w2"
 
 
 def test_a_four_bit_base_plays_all_roles(world, tmp_path):
