@@ -73,8 +73,10 @@ def evaluate(folder: Path, seed: int) -> dict:
     heldout = evaluation(folder, "heldout", seed)
     greedy = {spec.name: spec.at(0, 1) for spec in heldout.plan}
     measured = heldout.measure([*heldout.plan, *greedy.values()])
-    # SFT at the lower temperature with the KL of PPO: what a lower temperature alone gains.
-    temperature = evaluation(folder, "validation", seed).temperature_at(measured["ppo"].k1.mean(), TEMPERATURES)
+    # SFT at the lower temperature that takes it as far as PPO went: what a lower temperature gains without RL.
+    validation, kl = evaluation(folder, "validation", seed), measured["ppo"].k1.mean()
+    lower = validation.measure([validation.reference.at(temperature, 1) for temperature in TEMPERATURES]).values()
+    temperature = min(lower, key=lambda one: abs(one.k1.mean() - kl)).spec.temperature
     (sharpened,) = heldout.measure([heldout.reference.at(temperature, 4)]).values()
     policies = {
         name: means(measured[name], *judge.REWARD_FUNCTIONS, "reward", "k1", "length")
