@@ -119,10 +119,11 @@ class Quickstart:
         before = self.commands.setdefault(stage.name, command)
         if before != command:
             raise UserError(
-                f"{self.folder}: the stage {stage.name} was made by another command ({shlex.join(before)}): choose "
-                "another --output_dir."
+                f"{output} was made by another command ({shlex.join(before)}): choose another --output_dir."
             )
-        if stage.name in self.seconds and output.exists():
+        if stage.name in self.seconds:
+            if not output.exists():  # what was made from it would be shown beside what is made now
+                raise UserError(f"{output} has been removed after it was made: choose another --output_dir.")
             print(f"\n{stage.title}\n  finished before, in {self.seconds[stage.name]:.0f} s: {output}", flush=True)
             return
         self.save()
@@ -217,8 +218,8 @@ def quickstart(folder: Path, seed: int) -> None:
 
     total = sum(max(state.seconds[stage.name] for stage in group) for group in PIPELINE)
     report = write_report(state.folder, seed, state.seconds | {"total": total})
-    samples = report["policies"]["ppo"]["n"]
-    print(f"\nIn {total / 60:.1f} minutes. On {samples} samples for held-out prompts (gold: true quality):\n")
+    count = report["policies"]["ppo"]["n"]
+    print(f"\nIn {total / 60:.1f} minutes. On {count} samples for held-out prompts (gold: true quality):\n")
     print(table(report))
     print(f"\nPlots and samples: {state.folder / 'report.html'}    Numbers: {state.folder / 'report.json'}")
     print("\nThe labeler above is a program. To rank the same answers yourself:")
