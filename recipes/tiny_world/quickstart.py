@@ -218,8 +218,8 @@ def quickstart(folder: Path, seed: int) -> None:
 
     total = sum(max(state.seconds[stage.name] for stage in group) for group in PIPELINE)
     report = write_report(state.folder, seed, state.seconds | {"total": total})
-    count = report["policies"]["ppo"]["n"]
-    print(f"\nIn {total / 60:.1f} minutes. On {count} samples for held-out prompts (gold: true quality):\n")
+    samples = report["policies"]["ppo"]["n"]
+    print(f"\nIn {total / 60:.1f} minutes. On {samples} samples for held-out prompts (gold: true quality):\n")
     print(table(report))
     print(f"\nPlots and samples: {state.folder / 'report.html'}    Numbers: {state.folder / 'report.json'}")
     print("\nThe labeler above is a program. To rank the same answers yourself:")
