@@ -137,7 +137,7 @@ def main():
     report = summarise(args, measured, evaluation.conversations, reward.unit)
     texts = {name: measured[name].first_texts for name in args.paths}
     report["win_rates"] += other_win_rates(evaluation, texts, judge_args, rankings)
-    report |= {"reward_model": None, "git_revision": git_revision()}
+    report["git_revision"] = git_revision()
     if not pairs.empty:
         report["reward_model"] = reward_model_quality(reward.pairs(pairs)) | {"trained_on": reward.trained_on(pairs)}
     write_report(report, args.output_dir)

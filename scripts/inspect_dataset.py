@@ -103,7 +103,7 @@ def preview(row: dict, tokenizer) -> str:
     if tokenizer is None:
         return json.dumps(row, ensure_ascii=False)
     lines = []
-    for name, ids, shared in sequences(row, tokenizer):
+    for name, ids, shared, _ in sequences(row, tokenizer):
         lines.append(f"{name}: {counted(len(ids), 'token')}, {len(ids) - shared} of them in the marked part")
         lines.append(f"{tokenizer.decode(ids[:shared])}⟦{tokenizer.decode(ids[shared:])}⟧")
     return "\n".join(lines)

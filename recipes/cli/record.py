@@ -134,6 +134,15 @@ def read_record(path: str) -> dict[str, Any] | None:
     return record
 
 
+def trained_in_few_bits(folder: str) -> bool:
+    """Whether a model, a checkpoint or its `ema/` is of a run on a base in 4 or 8 bits, as far as is known."""
+    path = os.path.abspath(folder)
+    while re.fullmatch(r"ema|checkpoint-\d+", os.path.basename(path)):
+        path = os.path.dirname(path)
+    record = read_record(os.path.join(path, RESULT)) or read_record(os.path.join(path, RECORD)) or {"arguments": {}}
+    return any(record["arguments"].get(name) for name in ("load_in_4bit", "load_in_8bit"))
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What a later start of a run differs in from its first, one phrase each."""
     was = fixed(before)

@@ -46,11 +46,13 @@ class WholeCheckpoints(Trainer):
         self._seconds_before, self._began = 0.0, time.time()
         self._stopping = self._save_due = False
         self._passes = self._pass = self._pass_began = 0  # over a stream: before this process, now, and its first step
-        self._last_step: int | None = None  # after which it was asked what to log and save
+        self._last_step = 0  # after which it was asked what to log and save
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
-            # Accelerate rounds all that a sharded module gives: scores, values, log-probabilities.
-            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+            # Accelerate rounds all that a sharded module gives (scores, values, log-probabilities), and gradients
+            # before it sums them over processes.
+            exact = {"output_dtype": None, "reduce_dtype": torch.float32}
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
 
     def running_state(self) -> dict[str, Any]:
         """What this process keeps between steps beside what Trainer saves, in types that `torch.load` takes safely."""
@@ -204,7 +206,12 @@ class WholeCheckpoints(Trainer):
             rotate(output_dir, self.args.save_total_limit, self._resumed_from, state.best_model_checkpoint)
 
     def _run_epoch(self, *, epoch, train_dataloader, start_time, **kwargs):
-        self._began, self._last_step = start_time, None
+        if self.args.auto_find_batch_size and self._last_step > self.state.global_step:  # it begins again
+            raise UserError(
+                f"Memory ran out after step {self._last_step}, and --auto_find_batch_size true would train what is "
+                f"trained already anew: set --per_device_train_batch_size {self._train_batch_size} or less."
+            )
+        self._began, self._last_step, self._save_due = start_time, self.state.global_step, False
         self._take_up_state()
         if self.state.global_step >= self.state.max_steps:  # Trainer asks only after one more step
             self.control.should_training_stop = True

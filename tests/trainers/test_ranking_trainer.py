@@ -166,6 +166,26 @@ def test_a_checkpoint_of_an_older_version_goes_on(tmp_path):
     assert trainer.running_state()["rankings"] == {"train": [], "eval": []}
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_smaller_batch_does_not_begin_again_with_trained_weights(tmp_path, monkeypatch, late):
+    trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings(), auto_find_batch_size=True, max_steps=3)
+    step, failures = RankingRewardTrainer.training_step, []
+
+    def out_of_memory(self, *args, **kwargs):
+        if self.state.global_step == late and not failures:
+            failures.append(self._train_batch_size)
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RankingRewardTrainer, "training_step", out_of_memory)
+    if late:
+        with pytest.raises(UserError, match="Memory ran out after step 1, .* --per_device_train_batch_size 3 or less"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert trainer._train_batch_size < failures[0]
+
+
 def test_accuracy_weighs_every_pair_the_same(tmp_path):
     """One batch with 6 pairs, one with 3: a mean of batch means would differ."""
     dataset = rankings([RANKS[0], RANKS[2]])
