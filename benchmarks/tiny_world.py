@@ -43,7 +43,7 @@ EVALUATE = (
 
 
 def evaluation(seed: int) -> Stage:
-    return Stage("evaluation", f"Evaluation, seed {seed}", EVALUATE, "evaluation", continues=True)
+    return Stage("evaluation", f"Evaluation, seed {seed}", EVALUATE, "evaluation")
 
 
 def evaluated(seed: int) -> list[list[Stage]]:
@@ -53,8 +53,8 @@ def evaluated(seed: int) -> list[list[Stage]]:
     rank = RANK.replace("samples.jsonl", f"{samples}.jsonl").replace("{seed}", str(seed + 1000))
     jobs = [
         [
-            Stage(samples, f"Held-out answers, seed {seed}", sample, f"{samples}.jsonl", continues=True),
-            Stage(rankings, "Their ranking", rank, f"{rankings}.jsonl"),
+            Stage(samples, f"Held-out answers, seed {seed}", sample, f"{samples}.jsonl"),
+            Stage(rankings, "Their ranking", rank, f"{rankings}.jsonl", continues=False),
         ]
     ]
     for kl_coef, steps in SWEEP_STEPS.items():

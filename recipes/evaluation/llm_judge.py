@@ -4,9 +4,10 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -101,28 +102,21 @@ class LLMJudge:
         }
 
     def ask(self, questions: list[list[dict]], title: str) -> None:
-        """Fill in the verdicts that are not known."""
-        wanted = {self.key(messages): messages for messages in questions}
-        pool = ThreadPoolExecutor(WORKERS)
-        futures = {pool.submit(self.answer, wanted[key]): key for key in wanted if key not in self.verdicts}
-        with self.memory.open("a", encoding="utf-8") as file:
+        """Fill in the verdicts that are not known. After an error, answers on their way are kept: they cost."""
+        unknown = {key: each for each in questions if (key := self.key(each)) not in self.verdicts}
+        lock = Lock()
+        with self.memory.open("a", encoding="utf-8") as file, ThreadPoolExecutor(WORKERS) as pool:
 
-            def keep(future: Future) -> None:
-                found = VERDICT.findall(future.result())
-                key, verdict = futures.pop(future), found[-1] if found else None
-                self.verdicts[key] = verdict
-                # A line break comes first: the line before may have been cut.
-                file.write("\n" + json.dumps({"key": key, "verdict": verdict}))
-                file.flush()
+            def judge(key: str) -> None:
+                found = VERDICT.findall(self.answer(unknown[key]))
+                with lock:
+                    self.verdicts[key] = found[-1] if found else None
+                    # A line break comes first: the line before may have been cut.
+                    file.write("\n" + json.dumps({"key": key, "verdict": self.verdicts[key]}))
+                    file.flush()
 
-            try:
-                for future in tqdm(as_completed([*futures]), total=len(futures), desc=title, disable=None):
-                    keep(future)
-            finally:
-                pool.shutdown(cancel_futures=True)
-                for future in [*futures]:  # answers that were on their way have been paid for
-                    if not future.cancelled() and future.exception() is None:
-                        keep(future)
+            for _ in tqdm(pool.map(judge, unknown), total=len(unknown), desc=title, disable=None):
+                pass
 
     def answer(self, messages: list[dict]) -> str:
         """The LLM's text.

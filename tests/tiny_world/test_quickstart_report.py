@@ -266,8 +266,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_stopped_run_is_waited_for_while_it_saves(tmp_path):
-    """Its launcher ends at once; the next quickstart found the folder in use."""
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_stopped_run_is_waited_for_while_it_saves(tmp_path, order):
+    """Its launcher ends at once; the next quickstart found the folder in use. In either order: a job that failed was
+    noticed only when those before it had ended.
+    """
     saves = "time.sleep(1), open('saved', 'w'), sys.exit()"
     child = (
         f"import signal, sys, time; signal.signal(15, lambda *_: ({saves})); print('up', flush=True); time.sleep(60)"
@@ -284,7 +287,7 @@ def test_a_stopped_run_is_waited_for_while_it_saves(tmp_path):
 
     with pytest.raises(UserError, match="stop"):
         job = partial(quickstart.execute, [sys.executable, "-c", launcher], log, "run")
-        quickstart.run_parallel([fail, job], 2)
+        quickstart.run_parallel([fail, job][::order], 2)
     assert (tmp_path / "saved").exists()
 
 
