@@ -81,7 +81,7 @@ def evaluate(folder: Path, seed: int) -> dict:
     for name in POLICIES:
         one = measured[name]
         policies[name] = {part: float(one.scores[part].mean()) for part in judge.REWARD_FUNCTIONS} | {
-            "proxy_reward": float(one.reward.mean()),
+            "proxy_reward": float(one.scores["reward"].mean()),
             "kl": float(one.k1.mean()),
             "length": float(one.array("length").mean()),
             "gold_greedy": float(measured[greedy[name].name].scores["gold"].mean()),
