@@ -1,8 +1,8 @@
 """Reads the arguments of a recipe or tool: YAML and flags into dataclasses, with errors of one line."""
 
 import argparse
-import importlib
 import json
+import pkgutil
 import re
 import sys
 from collections.abc import Callable
@@ -105,9 +105,8 @@ def import_function(path: str, flag: str) -> Callable:
     Raises:
         UserError: it cannot be imported.
     """
-    module, _, name = path.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = pkgutil.resolve_name(path)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{flag} {path}: write it as module.function, importable from here ({why}).") from error

@@ -20,7 +20,7 @@ def model_card(record: Mapping[str, Any], log_history: list[dict[str, Any]], bas
     """Markdown with the Hub's metadata.
 
     Args:
-        record: what [`describe`], `add_datasets` and `add_used` say of the run.
+        record: what [`describe`] and `add_rows` say of the run.
         log_history: Trainer's rows of metrics, in their order.
         base: the base of an adapter; `None` where a full model was trained.
     """

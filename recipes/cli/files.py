@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 from safetensors import SafetensorError
@@ -29,20 +30,14 @@ def is_write_error(error: BaseException) -> bool:
 
 def sync_tree(folder: str) -> None:
     """Wait until everything below a folder is on the disk."""
-    for path, _, names in os.walk(folder):
-        for name in names:
-            sync(os.path.join(path, name))
+    for path in (*Path(folder).rglob("*"), folder):
         sync(path)
 
 
 def sizes(folder: str) -> dict[str, int]:
     """Bytes of every file below a folder, by its path from there."""
-    found = {}
-    for path, _, names in os.walk(folder):
-        for name in names:
-            file = os.path.join(path, name)
-            found[os.path.relpath(file, folder)] = os.path.getsize(file)
-    return found
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 @contextmanager

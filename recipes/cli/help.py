@@ -84,25 +84,20 @@ class OneLineParser(argparse.ArgumentParser):
 
 def show(command: str, flags: dict[str, Flag], everything: bool) -> str:
     """The help: the most used flags, a line each, or all flags by the class that they come from."""
-    name, width = os.path.basename(command), max(80, shutil.get_terminal_size((119, 24)).columns)
-    text = f"{ast.get_docstring(tree(command))}\n\nFlags, also as keys of --config FILE.yaml; flags win."
-    shown = list(flags.values())
+    width = max(80, shutil.get_terminal_size((119, 24)).columns)
     few = len(flags) > FEW and not everything
-    if few:
-        shown = [flags[flag] for flag in MOST_USED if flag in flags]
-        text += f" {name} --help_all lists all {len(flags)}."
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=44, width=width)
-    parser = argparse.ArgumentParser(name, argparse.SUPPRESS, text, formatter_class=formatter, add_help=False)
-    groups: dict[str, Any] = {}
-    for flag in shown:
+    more = f" {os.path.basename(command)} --help_all lists all {len(flags)}." if few else ""
+    lines = [ast.get_docstring(tree(command)), "", f"Flags, also as keys of --config FILE.yaml; flags win.{more}"]
+    groups: dict[str, list[str]] = {}
+    for flag in [flags[name] for name in MOST_USED if name in flags] if few else flags.values():
         words = flag.help if everything else re.split(r"\.(?= [A-Z]|$)", flag.help)[0]
         words += " (required)" if flag.required else f" (default: {flag.default})" if flag.default != "None" else ""
         words = words if everything else textwrap.shorten(words, width - 44, placeholder=" …")
-        title = "Most used" if few else flag.owner
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(f"--{flag.name}", metavar=flag.kind, help=words.replace("%", "%%"))
-    return parser.format_help().rstrip()
+        shown = textwrap.wrap(f"{f'  --{flag.name} {flag.kind}':43} {words}", width, subsequent_indent=" " * 44)
+        groups.setdefault("Most used" if few else flag.owner, []).extend(shown)
+    for title, shown in groups.items():
+        lines += ["", f"{title}:", *shown]
+    return "\n".join(lines)
 
 
 # Reading source

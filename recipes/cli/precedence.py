@@ -8,7 +8,10 @@ import math
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
+
+from trl import ModelConfig
 
 from recipes.cli.errors import UserError
 from recipes.cli.screen import say
@@ -21,25 +24,22 @@ SAME = {
     "activation checkpointing": ("activation_checkpointing", "gradient_checkpointing"),
     "its options": ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 }
-LORA = (
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
-    *("lora_modules_to_save", "use_rslora", "use_dora"),
-)
-FOUR_BIT = ("bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant")
+IS_LORA = re.compile("lora_|use_rslora|use_dora")
 # argument: (the argument that decides whether it is used, values that leave it unused, a value that uses it)
 UNUSED = {
     "save_steps": ("save_strategy", ("no", "epoch", "best"), "steps"),
     "eval_steps": ("eval_strategy", ("no", "epoch"), "steps"),
     "do_eval": ("eval_strategy", ("no",), "epoch"),
     "eval_on_start": ("eval_strategy", ("no",), "epoch"),
+    "test_split_size": ("eval_strategy", ("no",), "epoch"),
     "logging_steps": ("logging_strategy", ("no", "epoch"), "steps"),
     "warmup_steps": ("lr_scheduler_type", ("constant",), "constant_with_warmup"),
     "adaptive_kl_horizon": ("adaptive_kl_target", (None,), "a KL in nats"),
     "ptx_max_length": ("ptx_dataset_name", (None,), "demonstrations"),
     "ptx_dataset_split": ("ptx_dataset_name", (None,), "demonstrations"),
     "max_error_rate": ("on_error", ("raise",), "skip"),
-    **{name: ("use_peft", (False,), "true") for name in LORA},
-    **{name: ("load_in_4bit", (False,), "true") for name in FOUR_BIT},
+    **{each.name: ("use_peft", (False,), "true") for each in fields(ModelConfig) if IS_LORA.match(each.name)},
+    **{each.name: ("load_in_4bit", (False,), "true") for each in fields(ModelConfig) if "bnb_" in each.name},
 }
 
 # arguments of TRL that no recipe has a use for, and what does it here

@@ -74,25 +74,25 @@ def describe(recipe: str, arguments: tuple) -> dict[str, Any]:
     }
 
 
-def add_datasets(record: dict[str, Any], reports: Mapping[str, Any]) -> None:
-    record["datasets"] = {
-        name: {"source": report.source, "rows": report.rows_out, "fingerprint": report.fingerprint}
-        for name, report in reports.items()
-    }
+def add_rows(record: dict[str, Any], reports: Mapping[str, Any], datasets: Mapping[str, Any]) -> None:
+    """Put where the rows are from, and what is trained and evaluated on, into the record and the reports on its rows.
 
-
-def add_used(record: dict[str, Any], reports: Mapping[str, Any], datasets: Mapping[str, Any]) -> None:
-    """Put what is trained and evaluated on, as the trainer has it, into the record and the reports on its rows."""
+    Args:
+        datasets: "train" and perhaps "eval" as the trainer has them.
+    """
     record["used"] = {name: count(dataset) for name, dataset in datasets.items() if hasattr(dataset, "__len__")}
     if "train" in record["used"]:
         record["setup"]["training_rows"] = record["used"]["train"]["rows"]
+    record["datasets"] = {}
     for name, report in reports.items():
+        found = {"source": report.source, "rows": report.rows_out, "fingerprint": report.fingerprint}
+        record["datasets"][name] = found
         if name.startswith(("train", "eval")):
             report.used = record["used"]
 
 
 def used_in_words(record: Mapping[str, Any]) -> list[str]:
-    """What [`add_used`] counted, a sentence for training and one for evaluation."""
+    """What [`add_rows`] counted, a sentence for training and one for evaluation."""
     verbs = {"train": "Training", "eval": "Evaluating"}
     return [
         f"{verbs[name]} on {', '.join(counted(number, what.removesuffix('s')) for what, number in counts.items())}."

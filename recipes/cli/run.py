@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,7 @@ from recipes.cli.progress import show_lines
 from recipes.cli.record import (
     RECORD,
     RESULT,
-    add_datasets,
-    add_used,
+    add_rows,
     all_arguments,
     describe,
     read_record,
@@ -151,8 +151,7 @@ class RunFolder:
         Args:
             reports: what became of the rows, by dataset, as `load_formatted` gives them.
         """
-        add_datasets(self.record, reports)
-        add_used(self.record, reports, {"train": trainer.train_dataset, "eval": trainer.eval_dataset})
+        add_rows(self.record, reports, {"train": trainer.train_dataset, "eval": trainer.eval_dataset})
         for sentence in used_in_words(self.record):
             trainer.accelerator.print(sentence)
 
@@ -344,9 +343,6 @@ def end_process(code: int, failure: str) -> None:
 
 def holds_anything(folder: str) -> bool:
     """Whether a folder holds more than a run leaves that was stopped before its first step."""
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        path = os.path.join(folder, name)
-        empty = os.path.isdir(path) and not os.listdir(path)
-        if name not in (LOCK, UNFINISHED, f"{RECORD}.partial") and not empty:
-            return True
-    return False
+    left = (LOCK, UNFINISHED, f"{RECORD}.partial")
+    others = [path for path in Path(folder).glob("*") if path.name not in left]
+    return any(not path.is_dir() or any(path.iterdir()) for path in others)

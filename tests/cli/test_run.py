@@ -258,7 +258,7 @@ def test_a_template_file_that_was_edited_is_noticed(tmp_path):
 def test_other_rows_and_another_launch_are_noticed(training_args):
     def described(fingerprint, **setup):
         found = record.describe("sft", (training_args(),))
-        record.add_datasets(found, {"train": Report("rows.jsonl", "sft", fingerprint=fingerprint)})
+        record.add_rows(found, {"train": Report("rows.jsonl", "sft", fingerprint=fingerprint)}, {})
         found["setup"] |= setup
         return yaml.safe_load(yaml.safe_dump(found))
 
@@ -384,7 +384,7 @@ def test_the_record_of_a_run_is_complete_and_holds_no_secret(training_args, tmp_
     args = training_args(learning_rate=3e-4, hub_token="another_secret")
     found = record.describe("sft", (Secretive(), args))
     report = Report("rows.jsonl", "sft", rows_in=3, rows_out=2, fingerprint="abc")
-    record.add_datasets(found, {"train": report})
+    record.add_rows(found, {"train": report}, {})
     record.write_record(str(tmp_path / "record.yaml"), found)
     text = (tmp_path / "record.yaml").read_text(encoding="utf-8")
     assert "secret" not in text
