@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import yaml
 from trl import ModelConfig
 
 from recipes.cli.arguments import parse
@@ -252,6 +253,18 @@ def test_an_adapter_samples_as_itself(folders, generator, prompts):
     assert own != base
     with adapter[0].disable_adapter():
         assert sample(*adapter, conversations, greedy) == base
+
+
+def test_prompts_that_are_written_otherwise_than_in_training_are_said(folders, tmp_path, capsys):
+    """PPO writes them with `chat_template_kwargs`; samples, chats and evaluations were of other prompts."""
+    folder = shutil.copytree(folders["adapter"], tmp_path / "ppo" / "checkpoint-2")
+    record = {"recipe": "ppo", "arguments": {"chat_template_kwargs": {"enable_thinking": False}}}
+    (folder.parent / "run_arguments.yaml").write_text(yaml.safe_dump(record))
+    template = (folder / "chat_template.jinja").read_text() + "{% if enable_thinking == false %}<user> {% endif %}"
+    for first_line, said in (("", 1), ("{% set enable_thinking = false %}", 0)):
+        (folder / "chat_template.jinja").write_text(first_line + template)
+        load_generator(ModelConfig(model_name_or_path=str(folder)))
+        assert capsys.readouterr().err.count("chat_template_kwargs {'enable_thinking': False}, and here") == said
 
 
 def test_a_base_answers_in_four_bits(folders, prompts):
