@@ -100,11 +100,7 @@ def without_secrets(words: list[str]) -> list[str]:
 
 
 def import_function(path: str, flag: str) -> Callable:
-    """The function `module.function`.
-
-    Raises:
-        UserError: it cannot be imported.
-    """
+    """The function `module.function`; a `UserError` names `flag` where it cannot be imported."""
     try:
         function = pkgutil.resolve_name(path)
     except Exception as error:

@@ -64,16 +64,11 @@ def newest_whole(output_dir: str) -> tuple[str | None, list[str]]:
 def last_good_state(output_dir: str) -> str:
     """A sentence that names the newest whole checkpoint of a run."""
     newest, _ = newest_whole(output_dir)
-    return f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
+    return f"The last good checkpoint is {newest}." if newest else "There is no checkpoint to go on from."
 
 
 def put_in_place(folder: str, output_dir: str, files: dict[str, int], resumable: bool) -> str:
-    """Give a complete checkpoint below `.unfinished` its manifest and then its name; returns the new path.
-
-    Args:
-        files: bytes of every file in it, by its path from there.
-        resumable: whether it holds all that a run goes on from.
-    """
+    """Give a checkpoint below `.unfinished`, of `files` with their sizes, a manifest and its name; the new path."""
     manifest = {"resumable": resumable, "files": dict(sorted(files.items()))}
     write_text(os.path.join(folder, MANIFEST), json.dumps(manifest, indent=2) + "\n")
     target = os.path.join(output_dir, os.path.basename(folder))

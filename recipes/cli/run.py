@@ -22,7 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 from recipes.cli import lock, signals
 from recipes.cli.arguments import parse
 from recipes.cli.card import model_card
-from recipes.cli.checkpoints import UNFINISHED, newest_whole, problem, recover, unfinished
+from recipes.cli.checkpoints import UNFINISHED, last_good_state, newest_whole, problem, recover, unfinished
 from recipes.cli.errors import RunEnded, UserError, counted, first_line
 from recipes.cli.files import is_write_error, move_contents, write_text
 from recipes.cli.launch import launcher, world_size
@@ -115,11 +115,7 @@ class RunFolder:
         else:
             origin, checkpoint, notes = os.path.dirname(os.path.abspath(given)), given, []
             if why := problem(given):
-                whole, _ = newest_whole(origin)
-                instead = f" {whole} is whole." if whole else ""
-                raise UserError(
-                    f"--resume_from_checkpoint {given}: {why}; there is no checkpoint to go on from.{instead}"
-                )
+                raise UserError(f"--resume_from_checkpoint {given}: {why}. {last_good_state(origin)}")
             if entries and os.path.realpath(origin) != os.path.realpath(self.path):
                 raise UserError(
                     f"The output folder {self.path} is not empty, and {given} is a checkpoint of another run: "
@@ -244,11 +240,7 @@ def refuse_stream(script_args: Any) -> None:
 
 
 def settle_evaluation(training_args: TrainingArguments, datasets: Mapping[str, Any]) -> None:
-    """Turn evaluation off where there is nothing to evaluate on.
-
-    Raises:
-        UserError: the best checkpoint was to be found by it.
-    """
+    """Turn evaluation off where there is nothing to evaluate on; refuse where it was to find the best checkpoint."""
     if training_args.eval_strategy != "no" and "eval" not in datasets:
         if training_args.load_best_model_at_end:
             raise UserError("--load_best_model_at_end true needs rows to evaluate on: add prompts or set it to false.")
@@ -256,11 +248,7 @@ def settle_evaluation(training_args: TrainingArguments, datasets: Mapping[str, A
 
 
 def check_steps(trainer: Trainer) -> None:
-    """Say where an epoch is less than one whole step, and where a run ends while its learning rate still rises.
-
-    Raises:
-        UserError: no epoch has a step.
-    """
+    """Say where an epoch is less than one step, and where a run ends while its learning rate rises; refuse no step."""
     if not hasattr(trainer.train_dataset, "__len__"):
         return
     args, rows = trainer.args, len(trainer.train_dataset)
@@ -323,8 +311,8 @@ def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
 def end_process(code: int, failure: str) -> None:
     """End with exit code `code`, or with 1 and the text of a failure.
 
-    A process that fails ends at once, so that the launcher ends the others, which may be waiting for it. One of
-    several that is done ends without waiting for threads: one that never ends would hold all machines.
+    A process that fails ends at once, so that the launcher ends the others, which may wait for it. One of several
+    that is done waits for no thread: one that never ends would hold all machines.
     """
     if failure:
         code = 1
