@@ -55,11 +55,7 @@ class RecipeParser(TrlParser):
 
 
 def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> tuple:
-    """Dataclasses from `--config FILE.yaml` and flags, which win; several `--config` are not merged.
-
-    Raises:
-        UserError: an unknown key or flag, a bad value, a missing or malformed file, a machine that cannot run it.
-    """
+    """Dataclasses from `--config FILE.yaml` and flags, which win; what cannot be used is a `UserError`."""
     check_gpus()
     parser = RecipeParser(dataclass_types, allow_abbrev=False)  # a misspelt flag may not pass for another
     parser.add_argument("--config", action="append")

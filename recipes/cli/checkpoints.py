@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
@@ -108,10 +109,8 @@ def rotate(output_dir: str, limit: int | None, *protected: str | None) -> None:
 
 def recover(output_dir: str) -> None:
     """Clear what a killed run left below `.unfinished`; a checkpoint that was whole but had no name yet gets it."""
-    folder = unfinished(output_dir)
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        target = os.path.join(output_dir, name)
-        if name.startswith(PREFIX_CHECKPOINT_DIR) and not os.path.exists(target):
-            if problem(os.path.join(folder, name)) is None:
-                os.rename(os.path.join(folder, name), target)
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in Path(unfinished(output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        target = Path(output_dir, path.name)
+        if not target.exists() and problem(str(path)) is None:
+            path.rename(target)
+    shutil.rmtree(unfinished(output_dir), ignore_errors=True)

@@ -68,7 +68,11 @@ def describe(recipe: str, arguments: tuple) -> dict[str, Any]:
         "recipe": recipe,
         "arguments": values,
         "models": {name: digest(folder) for name, folder in folders.items()},
-        "setup": {"processes": training_args.world_size, "device": training_args.device.type},
+        "setup": {
+            "processes": training_args.world_size,
+            "device": training_args.device.type,
+            "precision": training_args.mixed_precision,  # perhaps that of accelerate launch
+        },
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_revision": git_revision(),
     }

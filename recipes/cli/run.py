@@ -142,11 +142,7 @@ class RunFolder:
         return checkpoint, [*notes, f"{self.path}: {way}."]
 
     def train(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
-        """Write down what the run was started with, compare it where the run goes on, and train.
-
-        Args:
-            reports: what became of the rows, by dataset, as `load_formatted` gives them.
-        """
+        """Write down what the run was started with, compare it where the run goes on, and train."""
         add_rows(self.record, reports, {"train": trainer.train_dataset, "eval": trainer.eval_dataset})
         for sentence in used_in_words(self.record):
             trainer.accelerator.print(sentence)
@@ -177,8 +173,7 @@ class RunFolder:
     def save_model(self, trainer: Trainer, last: Callable[[str], None] | None = None) -> None:
         """Put the trained model into the folder: all its files are written aside first, then moved.
 
-        Args:
-            last: writes further files of the first process into the folder it is called with.
+        The first process calls `last` with the folder aside, to write further files into it.
         """
         aside = unfinished(self.path, "result")
         try:

@@ -255,7 +255,7 @@ def test_a_template_file_that_was_edited_is_noticed(tmp_path):
     assert change.startswith("the digest of --chat_template_path was ")
 
 
-def test_other_rows_and_another_launch_are_noticed(training_args):
+def test_other_rows_and_another_launch_are_noticed(training_args, monkeypatch):
     def described(fingerprint, **setup):
         found = record.describe("sft", (training_args(),))
         record.add_rows(found, {"train": Report("rows.jsonl", "sft", fingerprint=fingerprint)}, {})
@@ -265,6 +265,9 @@ def test_other_rows_and_another_launch_are_noticed(training_args):
     assert record.changes(described("a"), described("a")) == []
     assert record.changes(described("a"), described("b")) == ["the digest of the train rows was a, now b"]
     assert record.changes(described("a"), described("a", processes=2)) == ["processes was 1, now 2"]
+    before = described("a")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # by another file of accelerate_configs/
+    assert record.changes(before, described("a")) == ["precision was no, now bf16"]
 
 
 def test_a_finished_run_is_left_alone_unless_more_steps_are_asked_for(training_args, resume, tmp_path):
