@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
-from recipes.cli import lock, signals
+from recipes.cli import lock, record, signals
 from recipes.cli.arguments import parse
 from recipes.cli.card import model_card
 from recipes.cli.checkpoints import UNFINISHED, last_good_state, newest_whole, problem, recover, unfinished
@@ -27,18 +27,6 @@ from recipes.cli.errors import RunEnded, UserError, counted, first_line
 from recipes.cli.files import is_write_error, move_contents, write_text
 from recipes.cli.launch import launcher, world_size
 from recipes.cli.progress import show_lines
-from recipes.cli.record import (
-    RECORD,
-    RESULT,
-    add_rows,
-    all_arguments,
-    describe,
-    read_record,
-    refuse_changes,
-    used_in_words,
-    wants_more,
-    write_record,
-)
 from recipes.cli.screen import result_line, say
 
 LOCK = ".lock"
@@ -68,7 +56,7 @@ class RunFolder:
         self.arguments = arguments
         self.training_args = next(group for group in arguments if isinstance(group, TrainingArguments))
         self.path = self.training_args.output_dir
-        self.record = describe(recipe, arguments)
+        self.record = record.describe(recipe, arguments)
         self.before: dict[str, Any] | None = None
         self.training_args.resume_from_checkpoint = self._agree(self._claim)
 
@@ -121,12 +109,12 @@ class RunFolder:
                     f"The output folder {self.path} is not empty, and {given} is a checkpoint of another run: "
                     "choose another --output_dir."
                 )
-        self.before = read_record(os.path.join(origin, RECORD))
-        refuse_changes(self.before, self.record, origin)
-        finished = read_record(os.path.join(self.path, RESULT))
+        self.before = record.read_record(os.path.join(origin, record.RECORD))
+        record.refuse_changes(self.before, self.record, origin)
+        finished = record.read_record(os.path.join(self.path, record.RESULT))
         if finished is not None:
             state = vars(TrainerState.load_from_json(os.path.join(self.path, TRAINER_STATE_NAME)))
-            if not wants_more(self.record["arguments"], finished["arguments"], state):
+            if not record.wants_more(self.record["arguments"], finished["arguments"], state):
                 steps = counted(state["global_step"], "step")
                 raise RunEnded(f"{self.path} holds a finished run of {steps}: nothing to do.")
         if self.training_args.save_only_model:
@@ -137,20 +125,22 @@ class RunFolder:
             why = "; ".join([f"there is no{' whole' if notes else ''} checkpoint in {self.path}", *notes])
             raise UserError(f"--resume_from_checkpoint {given}: {why}.")
         if self.before is None:
-            notes.append(f"{origin} has no {RECORD}: the arguments are not compared with those the run started with.")
+            notes.append(
+                f"{origin} has no {record.RECORD}: arguments are not compared with those the run started with."
+            )
         way = f"going on from {checkpoint}" if checkpoint else "no checkpoint yet, starting from the beginning"
         return checkpoint, [*notes, f"{self.path}: {way}."]
 
     def train(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
         """Write down what the run was started with, compare it where the run goes on, and train."""
-        add_rows(self.record, reports, {"train": trainer.train_dataset, "eval": trainer.eval_dataset})
-        for sentence in used_in_words(self.record):
+        record.add_rows(self.record, reports, {"train": trainer.train_dataset, "eval": trainer.eval_dataset})
+        for sentence in record.used_in_words(self.record):
             trainer.accelerator.print(sentence)
 
         def compare_or_write() -> None:
-            refuse_changes(self.before, self.record, self.path)
-            if not os.path.exists(path := os.path.join(self.path, RECORD)):
-                write_record(path, self.record)
+            record.refuse_changes(self.before, self.record, self.path)
+            if not os.path.exists(path := os.path.join(self.path, record.RECORD)):
+                record.write_record(path, self.record)
 
         self._agree(compare_or_write)
         show_lines(trainer)
@@ -167,7 +157,7 @@ class RunFolder:
                 raise
             saved, _ = newest_whole(self.path)
             if saved is None and trainer.accelerator.is_main_process:  # there is nothing to go on from
-                os.unlink(os.path.join(self.path, RECORD))
+                os.unlink(os.path.join(self.path, record.RECORD))
             raise UserError(f"An argument cannot be used: {' '.join(str(error).split())}") from error
 
     def save_model(self, trainer: Trainer, last: Callable[[str], None] | None = None) -> None:
@@ -186,7 +176,7 @@ class RunFolder:
                 last(aside)
             trainer.accelerator.wait_for_everyone()
             if trainer.args.should_save:
-                move_contents(aside, self.path, last=RESULT)
+                move_contents(aside, self.path, last=record.RESULT)
                 recover(self.path)
         except Exception as error:
             if not is_write_error(error):
@@ -206,8 +196,8 @@ class RunFolder:
             trainer.state.save_to_json(os.path.join(aside, TRAINER_STATE_NAME))
             for name, report in reports.items():
                 report.save(os.path.join(aside, f"data_report_{name.replace(' ', '_')}.json"))
-            settled = all_arguments(self.arguments)  # some arguments are settled on the way
-            write_record(os.path.join(aside, RESULT), self.record | {"arguments": settled})
+            settled = record.all_arguments(self.arguments)  # some arguments are settled on the way
+            record.write_record(os.path.join(aside, record.RESULT), self.record | {"arguments": settled})
             write_text(os.path.join(aside, "README.md"), trainer.card())
 
         self.save_model(trainer, write_records)
@@ -326,6 +316,6 @@ def end_process(code: int, failure: str) -> None:
 
 def holds_anything(folder: str) -> bool:
     """Whether a folder holds more than a run leaves that was stopped before its first step."""
-    left = (LOCK, UNFINISHED, f"{RECORD}.partial")
+    left = (LOCK, UNFINISHED, f"{record.RECORD}.partial")
     others = [path for path in Path(folder).glob("*") if path.name not in left]
     return any(not path.is_dir() or any(path.iterdir()) for path in others)

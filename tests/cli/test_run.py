@@ -340,12 +340,20 @@ def test_files_move_each_as_a_whole_and_the_last_after_all_others(tmp_path, monk
     for name in ("a.txt", "critic/b.txt", "z.txt"):
         (source / name).write_text("new")
     target.mkdir()
-    (target / "z.txt").write_text("old")
-    moved = []
+    for name in ("a.txt", "z.txt"):
+        (target / name).write_text("old")
+    moved, is_whole = [], []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(os.path.basename(b)), replace(a, b)))
+
+    def note(a, b):
+        moved.append(os.path.basename(b))
+        is_whole.append((target / "a.txt").exists())
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", note)
     move_contents(str(source), str(target), last="a.txt")
     assert moved[-1] == "a.txt" and sorted(moved) == ["a.txt", "b.txt", "z.txt"]
+    assert not any(is_whole), "a run that is extended replaces an older result"
     assert (target / "z.txt").read_text() == (target / "critic" / "b.txt").read_text() == "new"
     assert not source.exists()
 
