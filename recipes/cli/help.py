@@ -124,9 +124,10 @@ def read_class(name: str, path: str) -> dict[str, Flag]:
         if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation):
             call = item.value.keywords if isinstance(item.value, ast.Call) else []
             options = {keyword.arg: keyword.value for keyword in call}
-            if "init" not in options:
-                flag = read_flag(item, options, name)
-                found[flag.name] = flag
+            if "init" in options:  # no flag, whatever it is in a base
+                found.pop(item.target.id, None)
+            else:
+                found[item.target.id] = read_flag(item, options, name)
     return found
 
 
