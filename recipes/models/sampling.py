@@ -18,7 +18,8 @@ from trl import ModelConfig
 from recipes.cli import lock
 from recipes.cli.errors import UserError, counted
 from recipes.cli.files import sync
-from recipes.cli.record import digest
+from recipes.cli.record import digest, trained_in_few_bits
+from recipes.cli.screen import say
 from recipes.data.preview import check_positions, sequences
 from recipes.data.rows import RowError
 from recipes.models.compatibility import check_model
@@ -122,6 +123,12 @@ def load_generator(
     model = load_policy(source, replace(model_args, use_peft=source.base is not None)).eval().requires_grad_(False)
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         model = model.to(PartialState().device)
+        quantized = getattr(source.config, "quantization_config", None) is not None
+        if source.base is not None and not quantized and trained_in_few_bits(source.path):
+            say(
+                f"Warning: the adapter {source.path} was trained on a quantised base, and on unquantised weights it "
+                "answers otherwise: set --load_in_4bit or --load_in_8bit true, as in its training."
+            )
     # The head gets a slice of the hidden states, the last token of each row. torch multiplies such a view row by row,
     # and on a CPU reads the whole head for each: 7 times as long in float32, and far longer in bfloat16.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))

@@ -61,12 +61,15 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def set_chat_template(
-    tokenizer: PreTrainedTokenizerBase, source: ModelSource, path: str, may_add_tokens: bool
-) -> None:
+    tokenizer: PreTrainedTokenizerBase, source: ModelSource, path: str | None, may_add_tokens: bool
+) -> str | None:
     """Give a model's tokenizer the template of a .jinja file, or template and EOS token of another model's tokenizer.
 
     What that tokenizer adds to the vocabulary comes with it, or is a `UserError` where nothing may be added.
+    Returns the `path` that TRL still has to read, to give the model itself room for what was added.
     """
+    if path is None:
+        return None
     with load_errors(f"--chat_template_path {path}: no template could be read", path):
         if os.path.isfile(path):
             other, template = None, Path(path).read_text(encoding="utf-8-sig")
@@ -86,6 +89,7 @@ def set_chat_template(
         tokenizer.add_tokens(new)
         tokenizer.eos_token = other.eos_token or tokenizer.eos_token
     stop_at_turn_end(tokenizer, source)
+    return path if other is not None and may_add_tokens else None
 
 
 def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
