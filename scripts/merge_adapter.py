@@ -26,8 +26,8 @@ from recipes.cli.files import is_write_error, move_contents
 from recipes.cli.record import arguments_of
 from recipes.cli.run import holds_anything, run
 from recipes.models.compatibility import check_model
-from recipes.models.loading import TRAINED_PROMPTS, load_policy, load_reward_model, not_finite, statistics_file
-from recipes.models.source import resolve_model
+from recipes.models.loading import STATISTICS, TRAINED_PROMPTS, load_policy, load_reward_model, not_finite
+from recipes.models.source import find_file, resolve_model
 from recipes.models.tokenization import load_tokenizer
 
 
@@ -90,9 +90,8 @@ def merge(args: MergeArguments) -> None:
         os.makedirs(aside)
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        for file in (statistics_file(adapter), os.path.join(adapter, TRAINED_PROMPTS)):
-            if file is not None and os.path.exists(file):
-                shutil.copy(file, aside)
+        for file in filter(None, (find_file(adapter, name) for name in (STATISTICS, TRAINED_PROMPTS))):
+            shutil.copy(file, aside)
         move_contents(aside, folder, last="config.json")
         tidy(folder)
     except Exception as error:

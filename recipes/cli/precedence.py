@@ -77,8 +77,7 @@ RANGES = {
 def without_overridden(config: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a YAML but for those whose place a flag of another name takes, which a line on stderr names.
 
-    Raises:
-        UserError: two names of the same thing on the command line, or in the YAML where no flag decides.
+    Two names of the same thing on the command line, or in the YAML where no flag decides, are refused.
     """
     kept = dict(config)
     for what, names in SAME.items():
@@ -108,11 +107,9 @@ def check_ranges(given: Mapping[str, Any]) -> None:
 
 
 def check_used(values: Mapping[str, Any], flags: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Refuse an argument that would go unused, by itself or beside another that was given with it; an empty path.
+    """Refuse a path that is empty, and what would go unused of the `flags` and of the YAML's `config`.
 
-    Args:
-        values: all arguments as they were parsed.
-        flags: those of the command line; they come before `config`, the values of the YAML.
+    `values` are all arguments as they were parsed; they decide what is used.
     """
     for name, value in {**config, **flags}.items():
         if name in REFUSED and value not in (None, name == "do_train"):

@@ -226,10 +226,9 @@ def sample_to_file(
         loading: how the model was loaded and what its weights are, which is kept with the sampling arguments.
 
     Raises:
-        UserError: `output` was made otherwise, is in use or cannot be written; a prompt does not fit into the model.
+        UserError: `output` was made otherwise, is in use or cannot be written.
     """
     plan = sorted(prompts, key=lambda prompt: (-prompt_length(prompt.messages), prompt.id))
-    check_lengths(model, tokenizer, plan, sampling)
     made_from = {"model": os.path.normpath(model_name), "sampling": {**asdict(sampling), **loading}}
     per_batch = max(1, sampling.generation_batch_size // sampling.num_generations)
     dropped = missing = 0
@@ -295,20 +294,17 @@ def read_done(output: str, plan: list[Prompt], made_from: dict) -> tuple[int, in
         raise UserError(f"{output} is not a file: choose another --output.")
     with open(output, "rb") as file:
         *lines, cut = file.read().split(b"\n")
-    for number, line in enumerate([*lines, *([cut] if cut else [])]):
-        begin = line_of(plan[number], responses=[])[:-2].encode() if number < len(plan) else None
-        is_cut = number == len(lines)
-        is_ours = begin is not None and (line.startswith(begin) or is_cut and begin.startswith(line))
-        row = None
+    for number, line in enumerate([*lines, cut] if cut else lines):
+        begin = line_of(plan[number], responses=[])[:-2].encode() if number < len(plan) else b"\n"  # of no line
+        if number == len(lines) and (line.startswith(begin) or begin.startswith(line)):
+            continue
         try:
-            if is_ours and not is_cut:
-                row = json.loads(line)
+            row = json.loads(line) if number < len(lines) and line.startswith(begin) else None
         except ValueError:
-            is_ours = False
-        if not is_ours:
+            row = None
+        if row is None:
             raise UserError(f"{output}:{number + 1}: not a line of samples of these prompts: choose another --output.")
-        if row is not None:
-            refuse_changes(output, row, made_from)
+        refuse_changes(output, row, made_from)
     return len(lines), sum(len(line) + 1 for line in lines)
 
 
@@ -322,10 +318,10 @@ def refuse_changes(output: str, row: dict, made_from: dict) -> None:
         )
 
 
-def check_lengths(model, tokenizer, plan: list[Prompt], sampling: SamplingArguments) -> None:
+def check_lengths(model, tokenizer, prompts: Iterable[Prompt], sampling: SamplingArguments) -> None:
     """Check that the template takes every prompt, and that the model has room for it and a response."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for prompt in plan:
+    for prompt in prompts:
         try:
             (sequence,) = sequences({"prompt": prompt.messages}, tokenizer)
             check_positions(len(sequence.ids), limit, sampling.max_completion_length)

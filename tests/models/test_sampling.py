@@ -221,10 +221,12 @@ def test_an_output_that_cannot_be_written_is_one_line(generator, prompts, tmp_pa
         write(generator, prompts, tmp_path / "file" / "samples.jsonl")
 
 
-def test_a_prompt_that_does_not_fit_is_named(generator, prompts, tmp_path):
-    long = Prompt("long", models.prompts(1, length=130)[0], "prompts.jsonl:11")
-    with pytest.raises(UserError, match=r"prompts\.jsonl:11: \d+ tokens .* 128 positions"):
-        write(generator, [*prompts, long], tmp_path / "samples.jsonl")
+def test_a_prompt_that_does_not_fit_is_named(folders, tmp_path):
+    rows = [{"prompt": "w1"}, {"prompt": models.prompts(1, length=130)[0]}]
+    line = flags(model_name_or_path=folders["base"], output=tmp_path / "samples.jsonl")
+    line += flags(dataset_name=write_jsonl(tmp_path / "prompts.jsonl", rows))
+    with pytest.raises(UserError, match=r"prompts\.jsonl:2: .*\d+ tokens .* 128 positions"):
+        sample_responses.main(*parse(sample_responses.ARGUMENTS, line))
     assert not (tmp_path / "samples.jsonl").exists()
 
 
