@@ -65,9 +65,11 @@ def write_text(path: str, text: str) -> None:
 def move_contents(source: str, target: str, last: str) -> None:
     """Move every file below `source` to the same place below `target`, each as a whole, and `last` after all others.
 
-    Files of the same name are replaced, and the emptied `source` is removed.
+    Files of the same name are replaced, and the emptied `source` is removed. An older `last` goes first: it says that
+    its `target` is whole.
     """
     sync_tree(source)
+    Path(target, last).unlink(missing_ok=True)
     names = sorted(sizes(source), key=lambda name: name == last)
     folders = {os.path.dirname(os.path.join(target, name)) for name in names}
     for folder in folders:

@@ -132,11 +132,7 @@ def check_hub(token: str | None) -> None:
 
 
 def check_launch(training_args: TrainingArguments) -> None:
-    """Compare the request with what runs, and print both; check the services that are asked for.
-
-    Raises:
-        UserError: another number of processes, another kind of distribution or another device than asked for.
-    """
+    """Refuse services that do not answer, and a run by other processes or devices than asked for; print both."""
     if getattr(training_args, "activation_offloading", False) and training_args.device.type == "cpu":
         raise UserError("activation_offloading moves activations off a GPU, and this runs on a CPU: leave it out.")
     if "wandb" in training_args.report_to:
