@@ -7,23 +7,19 @@ CPU time without it over the time with it (above 1: it saves time) and the peak 
 it (below 1: it saves memory).
 """
 
-import argparse
 from dataclasses import asdict
 
 from ppo_vs_trl import PHASES, SETTINGS, commands, same_tokens
-from turns import alternate, compare, publish
+from turns import alternate, compare, parser, publish
 
 from recipes.trainers.ppo_config import FAST_PATHS
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--setting", choices=SETTINGS, default="fixed")
-    parser.add_argument("--paths", nargs="+", choices=[*FAST_PATHS, "all"], default=[*FAST_PATHS, "all"])
-    parser.add_argument("--alternations", type=int, default=2)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--output", help="JSON file for the result, the environment and every turn.")
-    args = parser.parse_args()
+    arguments = parser(__doc__, alternations=2)
+    arguments.add_argument("--setting", choices=SETTINGS, default="fixed")
+    arguments.add_argument("--paths", nargs="+", choices=[*FAST_PATHS, "all"], default=[*FAST_PATHS, "all"])
+    args = arguments.parse_args()
     shape = SETTINGS[args.setting]
     sides = {path: f"without_{path}" for path in args.paths}
     turns = alternate(

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ppo_vs_trl import PHASES, SETTINGS, commands
-from turns import Meter, alternate, medians, publish
+from turns import Meter, alternate, medians, parser, publish
 from workload import LORA, SIZES, Shape
 
 SIDE = {"cpu": 2048, "cuda": 8192}
@@ -74,14 +74,11 @@ def matrix_products(device: str) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--setting", choices=list(SETTINGS), default="fixed")
-    parser.add_argument("--sides", nargs="+", choices=["ours", "trl"], default=["ours"])
-    parser.add_argument("--alternations", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--output", help="JSON file for the result, the environment and every turn.")
-    parser.add_argument("--matrix_products", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    arguments = parser(__doc__, alternations=3)
+    arguments.add_argument("--setting", choices=SETTINGS, default="fixed")
+    arguments.add_argument("--sides", nargs="+", choices=["ours", "trl"], default=["ours"])
+    arguments.add_argument("--matrix_products", action="store_true", help=argparse.SUPPRESS)
+    args = arguments.parse_args()
     if args.matrix_products:
         matrix_products(args.device)
     shape = SETTINGS[args.setting]

@@ -125,20 +125,12 @@ def train(case: dict, models: dict, folder: str) -> tuple[list[dict], list[dict]
     import numpy
     import torch
     from datasets import Dataset
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
     from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from workload import word_tokenizer
 
     case = COMMON | case
     models = copy.deepcopy(models)
-    names = [f"<{token}>" for token in range(VOCABULARY)]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({name: token for token, name in enumerate(names)}, unk_token=names[-1])),
-        pad_token=names[case.pop("pad")],
-        eos_token=names[case.pop("eos")],
-        padding_side="left",
-    )
+    tokenizer = word_tokenizer(VOCABULARY, case.pop("pad"), case.pop("eos"))
     generator = torch.Generator().manual_seed(1)
     lengths = [2 + row % 4 for row in range(case.pop("rows"))]
     rows = [torch.randint(FIRST_WORD, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]

@@ -12,7 +12,6 @@ import contextlib
 import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,9 +33,11 @@ from transformers import (
 from transformers.utils import logging
 from trl.kernels import ChunkedLogProbFunction
 
-from benchmarks.memory import tokenizer, turn
+from benchmarks.turns import ROOT, rounded
+from benchmarks.workload import ALONE, CHAT_TEMPLATE, LORA, turn, word_tokenizer
 from recipes import ppo, reward, sft
 from recipes.cli.arguments import parse
+from recipes.cli.record import git_revision
 from recipes.models.adapters import adapter_parameters, add_score_roles, use_role
 from recipes.models.loading import never_pack
 from recipes.models.merged import merged_copy
@@ -46,9 +47,7 @@ from recipes.trainers.memory import GIB, Setting, estimate
 from recipes.trainers.ppo_config import FAST_PATHS, PPOConfig
 from recipes.trainers.ppo_trainer import PPOTrainer
 
-ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "head_dim": 16}
 QWEN = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
@@ -112,7 +111,7 @@ def base_model(shape: Shape, dtype: torch.dtype = torch.bfloat16, in_4bit: bool 
 
 def policy_model(shape: Shape, **kwargs) -> PeftModel:
     """A policy as after SFT, its matrices B not 0, with the roles `reward` and `critic`."""
-    model = get_peft_model(base_model(shape, **kwargs), LoraConfig(**LORA))
+    model = get_peft_model(base_model(shape, **kwargs), LoraConfig(task_type="CAUSAL_LM", **LORA))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1e-3)
@@ -133,19 +132,17 @@ def ppo_trainer(shape: Shape, model: PeftModel, folder: str, **kwargs) -> PPOTra
         "learning_rate": 3e-5,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
         "use_cpu": DEVICE == "cpu",
         "bf16": True,
         "activation_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
+        **ALONE,
     }
     lengths = torch.linspace(shape.prompt // 2, shape.prompt, 2 * shape.rows).int().tolist()
-    prompts = [turn("user", length, seed) for seed, length in enumerate(lengths)]
+    generator = torch.Generator().manual_seed(0)
+    prompts = [turn("user", length, shape.vocabulary, generator) for length in lengths]
     return PPOTrainer(
         args=PPOConfig(folder, **(options | kwargs)),
-        processing_class=tokenizer(shape.vocabulary),
+        processing_class=word_tokenizer(shape.vocabulary, chat_template=CHAT_TEMPLATE),
         model=model,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
     )
@@ -341,7 +338,7 @@ def training(shape: Shape, dtype=torch.bfloat16, in_4bit=False, checkpointing=Fa
         response_tokens=shape.new,
         rollout_rows=shape.rows,
         merged_copy=DEVICE == "cuda" and "merged_copy" in fast_paths,
-        lora=LoraConfig(**LORA),
+        lora=LoraConfig(task_type="CAUSAL_LM", **LORA),
         dtype=dtype,
         autocast=True,
         quantization="4bit" if in_4bit else None,
@@ -442,17 +439,10 @@ def ask(question: str, function: Callable, expected: str, shape: Shape, output, 
     return ok is not False
 
 
-def rounded(value):
-    if isinstance(value, dict):
-        return {name: rounded(each) for name, each in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 def machine(shape: Shape) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     rate = peak_rate() / 1e12
-    return {"ok": None, "device": device, "torch": torch.__version__, "commit": commit.strip(), "tflops_bf16": rate}
+    return {"ok": None, "device": device, "torch": torch.__version__, "commit": git_revision(), "tflops_bf16": rate}
 
 
 def main():

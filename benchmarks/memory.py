@@ -1,6 +1,6 @@
 """The estimates of recipes/trainers/memory.py against the peaks of real runs.
 
-    python benchmarks/memory.py [--cases NAME …] [--output benchmarks/results/memory.json]
+    python -m benchmarks.memory [--cases NAME …] [--output benchmarks/results/memory.json]
 
 Each case trains a Llama of 5M to 42M parameters for two steps with the trainer of its recipe on a CPU. Measured is the
 largest resident memory of the process (VmHWM of Linux) over what was resident before the model was built. On a CPU the
@@ -10,33 +10,27 @@ checkpointing and the trainers hold.
 
 import argparse
 import ctypes
-import gc
 import json
 import tempfile
 from dataclasses import dataclass, replace
 
 import torch
 from datasets import Dataset
-from peft import get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
-from trl import ModelConfig, RewardConfig, SFTConfig, SFTTrainer, get_peft_config
+from trl import RewardConfig, SFTConfig, SFTTrainer
 
+from benchmarks.turns import forget_peak, resident, rounded
+from benchmarks.workload import ALONE, CHAT_TEMPLATE, LORA, Shape, turn, word_tokenizer
 from recipes.models.adapters import add_score_roles, seq_cls_config
 from recipes.trainers.memory import GIB, Setting, estimate
 from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
 from recipes.trainers.ranking_trainer import RankingRewardTrainer
-
-TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
-SIZES = {
-    "5M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "42M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
-}
 
 
 @dataclass(frozen=True)
@@ -56,12 +50,10 @@ class Case:
     accumulation: int = 1
 
     def config(self) -> LlamaConfig:
-        sizes = SIZES[self.size] | {"tie_word_embeddings": True, "max_position_embeddings": 2048}
-        return LlamaConfig(vocab_size=self.vocabulary, pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
+        return Shape(size=self.size, vocabulary=self.vocabulary).config()
 
-    def peft_config(self):
-        arguments = ModelConfig(use_peft=self.peft, lora_r=16, lora_target_modules="all-linear", lora_dropout=0.0)
-        return get_peft_config(arguments)
+    def peft_config(self) -> LoraConfig | None:
+        return LoraConfig(task_type="CAUSAL_LM", **LORA) if self.peft else None
 
     def setting(self) -> Setting:
         return Setting(
@@ -91,24 +83,10 @@ CASES = {
     "ppo-lora": Case("ppo", rollout=2),
     "ppo-lora-long": Case("ppo", rows=2, prompt=256, response=512, rollout=4),
     "ppo-lora-checkpointing": Case("ppo", rows=4, response=64, checkpointing=True),
-    "ppo-lora-vocabulary": Case("ppo", size="5M", vocabulary=128_000, rows=2, response=32),
-    "ppo-full": Case("ppo", size="5M", response=64, peft=False),
+    "ppo-lora-vocabulary": Case("ppo", size="small", vocabulary=128_000, rows=2, response=32),
+    "ppo-full": Case("ppo", size="small", response=64, peft=False),
 }
-WARM_UP = Case("sft", size="5M", vocabulary=2000, rows=2, prompt=8, response=8)
-
-
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    names = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
-    words = Tokenizer(models.WordLevel(names, unk_token="<eos>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", chat_template=TEMPLATE
-    )
-
-
-def turn(role: str, words: int, seed: int) -> list[dict]:
-    ids = torch.randint(2, 2000, (words,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [{"role": role, "content": " ".join(f"w{i}" for i in ids)}]
+WARM_UP = Case("sft", size="small", vocabulary=2000, rows=2, prompt=8, response=8)
 
 
 def trainer_of(case: Case, words: PreTrainedTokenizerFast, folder: str):
@@ -122,15 +100,13 @@ def trainer_of(case: Case, words: PreTrainedTokenizerFast, folder: str):
         "use_cpu": True,
         "bf16": case.bf16,
         "gradient_checkpointing": case.checkpointing,
-        "dataloader_pin_memory": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
         "logging_steps": 1,
+        **ALONE,
     }
     count = 2 * case.rows * steps
-    prompts = [turn("user", case.prompt, seed) for seed in range(count)]
-    answers = [turn("assistant", case.response, -1 - seed) for seed in range(count)]
+    generator = torch.Generator().manual_seed(0)
+    prompts = [turn("user", case.prompt, case.vocabulary, generator) for _ in range(count)]
+    answers = [turn("assistant", case.response, case.vocabulary, generator) for _ in range(count)]
     config, setting = case.config(), case.setting()
     if case.step == "reward":
         ranked = zip(prompts[::2], answers[::2], answers[1::2], strict=True)
@@ -174,29 +150,13 @@ def trainer_of(case: Case, words: PreTrainedTokenizerFast, folder: str):
     return trainer
 
 
-def resident(name: str) -> int:
-    """Bytes of a line of /proc/self/status: VmRSS, what is resident now, or VmHWM, the most since `forget_peak`."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
-
-
-def forget_peak() -> None:
-    libc = ctypes.CDLL("libc.so.6")
-    for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: else glibc keeps tensors that were freed
-        libc.mallopt(parameter, 65536)
-    gc.collect()
-    libc.malloc_trim(0)
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
-
-
 def measure(case: Case) -> int:
     """Bytes that two steps of `case` take at their peak, model and optimizer included."""
     torch.manual_seed(0)
-    words = tokenizer(case.vocabulary)  # a large vocabulary takes more than a small model
+    # Before what is measured: a large vocabulary takes more than a small model.
+    words = word_tokenizer(case.vocabulary, chat_template=CHAT_TEMPLATE)
     with tempfile.TemporaryDirectory() as folder:
-        forget_peak()
-        before = resident("VmRSS")
+        before = forget_peak()
         trainer = trainer_of(case, words, folder)
         forget_peak()  # a model whose head is tied is built with two of them
         trainer.train()
@@ -208,23 +168,21 @@ def main():
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
     parser.add_argument("--output", help="JSON file for the results.")
     args = parser.parse_args()
+    for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: else glibc keeps tensors that were freed
+        ctypes.CDLL("libc.so.6").mallopt(setting, 65536)
     for step in ("sft", "reward", "ppo"):
         measure(replace(WARM_UP, step=step))  # imports, threads, caches
     results = {}
     for name in args.cases:
         expected, measured = estimate(CASES[name].setting()).total, measure(CASES[name])
         error = expected / measured - 1
-        results[name] = {
-            "estimated_gib": round(expected / GIB, 3),
-            "measured_gib": round(measured / GIB, 3),
-            "error": round(error, 3),
-        }
+        results[name] = {"estimated_gib": expected / GIB, "measured_gib": measured / GIB, "error": error}
         print(
             f"{name:26} estimated {expected / GIB:6.3f}  measured {measured / GIB:6.3f} GiB  {error:+.1%}", flush=True
         )
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
-            json.dump({"setting": "Llama on a CPU, two steps, VmHWM", "cases": results}, file, indent=2)
+            json.dump({"setting": "Llama on a CPU, two steps, VmHWM", "cases": rounded(results)}, file, indent=2)
             file.write("\n")
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
 from turns import Meter
-from workload import LORA, Shape, force_lengths, response_tokens, word
+from workload import ALONE, LORA, Shape, force_lengths, response_tokens, word, word_tokenizer
 
 
 class TakeTurns(TrainerCallback):
@@ -47,11 +47,8 @@ def common(shape: Shape, device: str) -> dict:
         "use_cpu": device == "cpu",
         "bf16": device == "cuda",
         "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
         "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
+        **ALONE,
     }
 
 
@@ -91,7 +88,7 @@ def ours(shape: Shape, rows: list[list[int]], rollouts: int, device: str, meter:
     meter.loaded("models")
     trainer = PPOTrainer(
         args=args,
-        processing_class=shape.tokenizer(),
+        processing_class=word_tokenizer(shape.vocabulary),
         model=model,
         value_model=value_model,
         train_dataset=Dataset.from_dict({"prompt": [" ".join(map(word, row)) for row in rows]}),
@@ -131,7 +128,7 @@ def trl(shape: Shape, rows: list[list[int]], rollouts: int, device: str, meter: 
     ppo_trainer.DataLoader = lambda *args, **kwargs: loader(*args, **(kwargs | {"shuffle": False}))
     trainer = PPOTrainer(
         args=args,
-        processing_class=shape.tokenizer(),
+        processing_class=word_tokenizer(shape.vocabulary),
         model=model,
         ref_model=None,
         reward_model=reward_model,

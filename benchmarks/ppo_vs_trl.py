@@ -7,14 +7,13 @@ rollout warms both up. The last line is one JSON object; ratios of time are TRL'
 ratios of memory ours over TRL's. README.md has the method and the results.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from peer import peer_python
-from turns import alternate, compare, publish
+from turns import alternate, compare, parser, publish
 from workload import Shape
 
 SETTINGS = {
@@ -49,6 +48,7 @@ DIFFERENCES = [
     "gradient clipping: on here (max_grad_norm 1), ignored by TRL",
     "entropy metric: TRL takes a softmax of all positions once more, ours comes with the log-probabilities",
     "value after EOS: TRL learns one more state of each response that ended",
+    "last batch of the dataset: TRL takes an optimizer step after every micro-batch; the data here is longer",
 ]
 
 
@@ -95,19 +95,16 @@ def memory(shapes: list[Shape], device: str, output: str | None) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--setting", choices=[*SETTINGS, "memory"], default="fixed")
-    parser.add_argument("--sides", nargs="+", choices=["trl", "ours", "ours_full_critic"])
-    parser.add_argument("--alternations", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--output", help="JSON file for the result, the environment and every turn.")
-    args = parser.parse_args()
+    arguments = parser(__doc__, alternations=3)
+    arguments.add_argument("--setting", choices=[*SETTINGS, "memory"], default="fixed")
+    arguments.add_argument("--sides", nargs="+", choices=["trl", "ours", "ours_full_critic"])
+    args = arguments.parse_args()
     if args.setting == "memory":
         memory(MEMORY, args.device, args.output)
         return
     sides = tuple(args.sides or SIDES.get(args.setting, ("trl", "ours")))
     if not {"trl", "ours"} <= set(sides):
-        parser.error("--sides needs trl and ours.")
+        arguments.error("--sides needs trl and ours.")
     speed(args.setting, sides, args.alternations, args.device, args.output)
 
 

@@ -14,12 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from turns import Meter, alternate, compare, publish
-from workload import Shape, word
+from turns import Meter, alternate, compare, parser, publish
+from workload import ALONE, CHAT_TEMPLATE, Shape, turn, word_tokenizer
 
 PROMPT, RESPONSE = 16, 32
 SHAPE = Shape(size="small", vocabulary=2000)
-TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
 DIFFERENCES = [
     "batches: as many tokens a batch as the pairs', so ours holds fewer prompts",
     "loss: mean over the pairs of a prompt, then over prompts; the same gradient as TRL's on the same pairs",
@@ -31,16 +30,11 @@ def rankings(prompts: int, responses: int):
     from datasets import Dataset
 
     generator = torch.Generator().manual_seed(responses)
-
-    def turn(role: str, length: int) -> list[dict]:
-        ids = torch.randint(2, SHAPE.vocabulary, (length,), generator=generator).tolist()
-        return [{"role": role, "content": " ".join(map(word, ids))}]
-
     rows = []
     for _ in range(prompts):
-        completions = [turn("assistant", RESPONSE) for _ in range(responses)]
-        ranks = list(range(1, responses + 1))
-        rows.append({"prompt": turn("user", PROMPT), "completions": completions, "ranks": ranks})
+        completions = [turn("assistant", RESPONSE, SHAPE.vocabulary, generator) for _ in range(responses)]
+        prompt, ranks = turn("user", PROMPT, SHAPE.vocabulary, generator), list(range(1, responses + 1))
+        rows.append({"prompt": prompt, "completions": completions, "ranks": ranks})
     return Dataset.from_list(rows)
 
 
@@ -67,8 +61,7 @@ def run_side(side: str, prompts: int, responses: int, turns: int, device: str) -
     trainer_class, batch_size = RankingRewardTrainer, max(1, 24 // responses)
     if side == "trl":
         dataset, trainer_class, batch_size = pairs(dataset), RewardTrainer, 12
-    tokenizer = SHAPE.tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = word_tokenizer(SHAPE.vocabulary, chat_template=CHAT_TEMPLATE)
     for _ in range(turns):
         torch.manual_seed(0)
         model = LlamaForSequenceClassification(SHAPE.config(num_labels=1))
@@ -79,12 +72,10 @@ def run_side(side: str, prompts: int, responses: int, turns: int, device: str) -
                 per_device_train_batch_size=batch_size,
                 max_length=None,
                 logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
                 use_cpu=device == "cpu",
                 bf16=device != "cpu",
                 activation_checkpointing=False,
+                **ALONE,
             )
             trainer = trainer_class(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
             tokens = sum(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())
@@ -96,14 +87,11 @@ def run_side(side: str, prompts: int, responses: int, turns: int, device: str) -
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--responses", type=int, nargs="+", default=[2, 4, 9])
-    parser.add_argument("--prompts", type=int, help="Rankings an epoch; default: 288 responses of them.")
-    parser.add_argument("--alternations", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--output", help="JSON file for the result, the environment and every turn.")
-    parser.add_argument("--side", choices=["trl", "ours"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    arguments = parser(__doc__, alternations=3)
+    arguments.add_argument("--responses", type=int, nargs="+", default=[2, 4, 9])
+    arguments.add_argument("--prompts", type=int, help="Rankings an epoch; default: 288 responses of them.")
+    arguments.add_argument("--side", choices=["trl", "ours"], help=argparse.SUPPRESS)
+    args = arguments.parse_args()
     if args.side:
         run_side(args.side, args.prompts, args.responses[0], args.alternations + 1, args.device)
         return

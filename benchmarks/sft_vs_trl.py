@@ -15,11 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from turns import Meter, alternate, compare, publish
-from workload import EOS, FIRST_WORD, SIZES, Shape, word
+from turns import Meter, alternate, compare, parser, publish
+from workload import CHAT_TEMPLATE, EOS, SIZES, Shape, turn, word, word_tokenizer
 
 PHASES = ("prepare", "train", "save")
-TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}" + word(EOS)
 DIFFERENCES = [
     "prepare: ours also detects the schema, checks every row and reports on the data",
     "save: ours also writes the data report, the trainer's state, the model card and the record of the run",
@@ -33,17 +32,14 @@ def write_inputs(folder: Path, shape: Shape, rows: int, turns: int) -> None:
 
     torch.manual_seed(0)
     LlamaForCausalLM(shape.config()).save_pretrained(folder / "base")
-    tokenizer = shape.tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = word_tokenizer(shape.vocabulary, chat_template=CHAT_TEMPLATE + word(EOS))
     tokenizer.save_pretrained(folder / "base")
     generator = torch.Generator().manual_seed(0)
-
-    def turn(role: str) -> dict:
-        length = int(torch.randint(8, 64, (1,), generator=generator))
-        ids = torch.randint(FIRST_WORD, shape.vocabulary, (length,), generator=generator).tolist()
-        return {"role": role, "content": " ".join(map(word, ids))}
-
-    lines = [json.dumps({"prompt": [turn("user")], "completion": [turn("assistant")]}) for _ in range(rows)]
+    lines = []
+    for question, answer in torch.randint(8, 64, (rows, 2), generator=generator).tolist():
+        prompt = turn("user", question, shape.vocabulary, generator)
+        completion = turn("assistant", answer, shape.vocabulary, generator)
+        lines.append(json.dumps({"prompt": prompt, "completion": completion}))
     for number in range(turns):
         data = folder / f"data{number}"
         data.mkdir()
@@ -86,15 +82,12 @@ def run_side(side: str, folder: Path, batch: int, turns: int, device: str) -> No
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=list(SIZES), default="42M")
-    parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--alternations", type=int, default=5)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--output", help="JSON file for the result, the environment and every turn.")
-    parser.add_argument("--side", choices=["trl", "ours"], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    arguments = parser(__doc__, alternations=5)
+    arguments.add_argument("--size", choices=SIZES, default="42M")
+    arguments.add_argument("--rows", type=int, default=96)
+    arguments.add_argument("--side", choices=["trl", "ours"], help=argparse.SUPPRESS)
+    arguments.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = arguments.parse_args()
     shape, turns = Shape(size=args.size, vocabulary=8000, micro_batch=16), args.alternations + 1
     if args.side:
         run_side(args.side, args.folder, shape.micro_batch, turns, args.device)

@@ -4,6 +4,7 @@ A side loads its models, then is stopped; each time the parent says go it runs o
 wall seconds and peak memory. So imports and loading are not timed, and A B A B A B sees the same weather on both.
 """
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -158,14 +159,12 @@ class Meter:
         return resident("VmRSS")
 
     def _forget_peak(self) -> None:
-        gc.collect()
         if self.device == "cuda":
             import torch
 
             torch.cuda.reset_peak_memory_stats()
-            return
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        else:
+            forget_peak()
 
     def _peak(self) -> int:
         if self.device == "cuda":
@@ -173,6 +172,14 @@ class Meter:
 
             return torch.cuda.max_memory_allocated()
         return resident("VmHWM")
+
+
+def forget_peak() -> int:
+    """Let VmHWM begin anew at what is resident now, and return that, in bytes."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return resident("VmRSS")
 
 
 def resident(name: str) -> int:
@@ -222,25 +229,32 @@ def compare(peer: list[dict], ours: list[dict], phases: tuple[str, ...]) -> dict
     }
 
 
-def rounded(value, digits: int = 3):
-    """`value` with its numbers rounded, however deep they are."""
+def parser(description: str, alternations: int) -> argparse.ArgumentParser:
+    """The arguments of every benchmark whose sides take turns."""
+    arguments = argparse.ArgumentParser(description=description.splitlines()[0])
+    arguments.add_argument("--alternations", type=int, default=alternations)
+    arguments.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    arguments.add_argument("--output", help="JSON file for the result, the environment and every turn.")
+    return arguments
+
+
+def rounded(value, digits: int = 4):
+    """`value` with its numbers rounded to so many significant digits, however deep they are."""
     if isinstance(value, dict):
         return {key: rounded(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [rounded(item, digits) for item in value]
-    return round(value, digits) if isinstance(value, float) else value
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def environment() -> dict:
     """Where a result comes from: commit, versions and the kind of machine."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    from recipes.cli.record import git_revision  # not for the sides, whose memory it would be
+
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "commit": commit + (" and changes" if changes else ""),
+        "commit": git_revision(),
         "machine": f"{os.cpu_count()} cores, {models[0] if models else platform.machine()}",
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "versions": {name: version(name).split("+")[0] for name in ("torch", "trl", "transformers", "peft")},

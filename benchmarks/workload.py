@@ -1,7 +1,8 @@
-"""What the sides of a PPO benchmark share: model, prompts, and the length of each response.
+"""What benchmarks share: random models, a tokenizer of made-up words, prompts, and the length of each response.
 
-The models are random, so lengths are forced: the last token of a prompt names the length of its response, and
-[`ForcedLengths`] samples EOS there and nowhere else. Both sides then train on the same number of tokens, row by row.
+In PPO lengths are forced, as a random model does not stop where a benchmark needs it: the last token of a prompt names
+the length of its response, and [`ForcedLengths`] samples EOS there and nowhere else. Both sides then train on the same
+number of tokens, row by row.
 """
 
 import functools
@@ -24,6 +25,9 @@ SIZES = {
     "42M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
 }
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+# Of a trainer that leaves no files and says nothing
+ALONE = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,6 @@ class Shape:
         ids = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
         sizes = SIZES[self.size] | {"tie_word_embeddings": True, "max_position_embeddings": 1024}
         return LlamaConfig(vocab_size=self.vocabulary, **ids, **sizes, **kwargs)
-
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        words = {word(token): token for token in range(self.vocabulary)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token=word(self.vocabulary - 1)))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token=word(PAD), eos_token=word(EOS), padding_side="left"
-        )
 
     def lengths(self) -> list[tuple[int, int]]:
         """Tokens of prompt and response of each row of a rollout."""
@@ -84,6 +80,21 @@ class Shape:
 
 def word(token: int) -> str:
     return f"<{token}>"
+
+
+def word_tokenizer(vocabulary: int, pad: int = PAD, eos: int = EOS, **options) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the words `<0>`, `<1>`, …; `options` are transformers'."""
+    words = {word(token): token for token in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=word(vocabulary - 1)))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": word(pad), "eos_token": word(eos)}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special, **options)
+
+
+def turn(role: str, length: int, vocabulary: int, generator: torch.Generator) -> list[dict]:
+    """A message of so many random words."""
+    ids = torch.randint(FIRST_WORD, vocabulary, (length,), generator=generator).tolist()
+    return [{"role": role, "content": " ".join(map(word, ids))}]
 
 
 class ForcedLengths(LogitsProcessor):

@@ -15,8 +15,7 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
-    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # instead of this file's folder
     from recipes.cli.start import begin
 
     begin(__file__)
@@ -80,11 +79,6 @@ def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -
     scaled = [name for name in ("score_mean", "score_std") if getattr(training_args, name) is not None]
     if scaled and script_args.reward_model_name_or_path is None:
         raise UserError(f"--{scaled[0]} is about the reward model's score: set --reward_model_name_or_path.")
-    if 0 < training_args.max_steps <= training_args.critic_warmup_steps:
-        raise UserError(
-            f"--critic_warmup_steps {training_args.critic_warmup_steps}: the run has {training_args.max_steps} steps, "
-            "and none would train the policy."
-        )
     weights = training_args.reward_weights
     if weights is not None and len(weights) != len(sources):
         raise UserError(
@@ -122,6 +116,13 @@ def main(
     settle_evaluation(training_args, datasets)
     prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
     training_args.check_prompts(prompts)
+    updates = prompts // rollout * training_args.micro_batches_per_rollout // training_args.gradient_accumulation_steps
+    steps = training_args.max_steps if training_args.max_steps > 0 else int(updates * training_args.num_train_epochs)
+    if 0 < steps <= training_args.critic_warmup_steps:
+        raise UserError(
+            f"--critic_warmup_steps {training_args.critic_warmup_steps}: the run has {steps} steps, and none would "
+            "train the policy."
+        )
     if left := prompts % rollout:
         say(f"Each epoch leaves out {left} of {counted(prompts, 'prompt')}, other ones each time.")
     if script_args.ptx_dataset_name is not None:

@@ -12,8 +12,7 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
-    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # instead of this file's folder
     from recipes.cli.start import begin
 
     begin(__file__)
@@ -138,7 +137,7 @@ def main():
     report = summarise(args, measured, evaluation.conversations, reward.unit)
     texts = {name: measured[name].first_texts for name in args.paths}
     report["win_rates"] += other_win_rates(evaluation, texts, judge_args, rankings)
-    report |= {"reward_model": None, "git_revision": git_revision()}
+    report["git_revision"] = git_revision()
     if not pairs.empty:
         report["reward_model"] = reward_model_quality(reward.pairs(pairs)) | {"trained_on": reward.trained_on(pairs)}
     write_report(report, args.output_dir)

@@ -12,8 +12,7 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
-    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # instead of this file's folder
     from recipes.cli.start import begin
 
     begin(__file__)
@@ -104,7 +103,7 @@ def preview(row: dict, tokenizer) -> str:
     if tokenizer is None:
         return json.dumps(row, ensure_ascii=False)
     lines = []
-    for name, ids, shared in sequences(row, tokenizer):
+    for name, ids, shared, _ in sequences(row, tokenizer):
         lines.append(f"{name}: {counted(len(ids), 'token')}, {len(ids) - shared} of them in the marked part")
         lines.append(f"{tokenizer.decode(ids[:shared])}⟦{tokenizer.decode(ids[shared:])}⟧")
     return "\n".join(lines)

@@ -5,7 +5,7 @@
 
 Each stage is a command that is printed before it runs; its output goes to OUTPUT_DIR/logs. Run the same line again to
 go on where it stopped. A CPU and a GPU differ in `SIZES` and in the flags of `machine`. `--publish` then writes
-benchmarks/results/real_model.json and the section of docs/results.md that is made from it.
+benchmarks/results/real_model.json and docs/real_model.md, which is made from it.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
         return (
             f"python {script or f'recipes/{name}.py'} --config recipes/configs/smollm2_135m/{name}.yaml "
             f"--dataset_name {{folder}}/data/{data}.jsonl --dataset_train_split train {own} {arguments} "
-            f"{machine(device)} --output_dir {{folder}}/{{output}} --seed {{seed}}"
+            f"{machine(device)} --output_dir {{folder}}/{{output}} --seed {{seed}} --resume_from_checkpoint auto"
         )
 
     reward = (
@@ -133,12 +133,19 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
     return [
         [
             [
-                Stage("base", "The base model", f"{data} base --base {base} --output {{folder}}/{{output}}", "base"),
+                Stage(
+                    "base",
+                    "The base model",
+                    f"{data} base --base {base} --output {{folder}}/{{output}}",
+                    "base",
+                    continues=False,
+                ),
                 Stage(
                     "split",
                     "The comparisons, split by prompt",
                     f"{data} split --comparisons {comparisons} {limits} --output {{folder}}/{{output}}",
                     "data",
+                    continues=False,
                 ),
             ]
         ],
@@ -157,7 +164,7 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
         ],
         [
             [Stage("reward", "Reward model", recipe("reward", "policy_pairs", reward), "reward")],
-            [Stage("trl_reward", "TRL's RewardTrainer", trl_reward, "trl_reward")],
+            [Stage("trl_reward", "TRL's RewardTrainer", trl_reward, "trl_reward", continues=False)],
         ],
         [
             *([ppo_stage(name, kl_coef)] for name, kl_coef in PPO_RUNS.items()),
@@ -165,7 +172,7 @@ def plan(base: str, comparisons: str, device: str, size: Size) -> list[list[list
             [Stage("accuracy", "Reward models on unseen comparisons", measure, "accuracy.json")],
         ],
         [
-            [Stage("evaluation", "Evaluation on held-out prompts", evaluate, "evaluation", continues=True)],
+            [Stage("evaluation", "Evaluation on held-out prompts", evaluate, "evaluation")],
             [
                 Stage("tax", "Loss on ordinary text", f"{measure} --tokens {size.text_tokens}", "tax.json"),
                 Stage("samples", "Answers side by side", measure, "samples.json"),

@@ -11,11 +11,7 @@ _made: set[str] = set()  # folders that were made for a lock
 
 
 def hold(path: str, what: str) -> None:
-    """Hold the lock file `path` until `release`, or until this process ends; `what` names what it protects.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Hold the lock file `path` until `release`, or until this process ends; refuse where another holds `what`."""
     path = os.path.abspath(path)
     if path in _held:
         return

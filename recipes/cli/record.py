@@ -68,31 +68,31 @@ def describe(recipe: str, arguments: tuple) -> dict[str, Any]:
         "recipe": recipe,
         "arguments": values,
         "models": {name: digest(folder) for name, folder in folders.items()},
-        "setup": {"processes": training_args.world_size, "device": training_args.device.type},
+        "setup": {
+            "processes": training_args.world_size,
+            "device": training_args.device.type,
+            "precision": training_args.mixed_precision,  # perhaps that of accelerate launch
+        },
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_revision": git_revision(),
     }
 
 
-def add_datasets(record: dict[str, Any], reports: Mapping[str, Any]) -> None:
-    record["datasets"] = {
-        name: {"source": report.source, "rows": report.rows_out, "fingerprint": report.fingerprint}
-        for name, report in reports.items()
-    }
-
-
-def add_used(record: dict[str, Any], reports: Mapping[str, Any], datasets: Mapping[str, Any]) -> None:
-    """Put what is trained and evaluated on, as the trainer has it, into the record and the reports on its rows."""
+def add_rows(record: dict[str, Any], reports: Mapping[str, Any], datasets: Mapping[str, Any]) -> None:
+    """Put where the rows are from, and what is used of them as the trainer has it, into the record and the reports."""
     record["used"] = {name: count(dataset) for name, dataset in datasets.items() if hasattr(dataset, "__len__")}
     if "train" in record["used"]:
         record["setup"]["training_rows"] = record["used"]["train"]["rows"]
+    record["datasets"] = {}
     for name, report in reports.items():
+        found = {"source": report.source, "rows": report.rows_out, "fingerprint": report.fingerprint}
+        record["datasets"][name] = found
         if name.startswith(("train", "eval")):
             report.used = record["used"]
 
 
 def used_in_words(record: Mapping[str, Any]) -> list[str]:
-    """What [`add_used`] counted, a sentence for training and one for evaluation."""
+    """What [`add_rows`] counted, a sentence for training and one for evaluation."""
     verbs = {"train": "Training", "eval": "Evaluating"}
     return [
         f"{verbs[name]} on {', '.join(counted(number, what.removesuffix('s')) for what, number in counts.items())}."
@@ -118,11 +118,7 @@ def write_record(path: str, record: Mapping[str, Any]) -> None:
 
 
 def read_record(path: str) -> dict[str, Any] | None:
-    """A record, or `None` where there is none.
-
-    Raises:
-        UserError: the file is no record.
-    """
+    """A record, or `None` where there is none; a file that is no record is a `UserError`."""
     if not os.path.isfile(path):
         return None
     try:
@@ -132,6 +128,15 @@ def read_record(path: str) -> dict[str, Any] | None:
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as the record of a run: {' '.join(str(error).split())}.") from error
     return record
+
+
+def arguments_of(folder: str) -> dict[str, Any]:
+    """The arguments of the run that a model, a checkpoint or its `ema/` is of; empty where they are not known."""
+    path = os.path.abspath(folder)
+    while re.fullmatch(r"ema|checkpoint-\d+", os.path.basename(path)):
+        path = os.path.dirname(path)
+    record = read_record(os.path.join(path, RESULT)) or read_record(os.path.join(path, RECORD))
+    return record["arguments"] if record else {}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -163,11 +168,7 @@ def same(was: Any, value: Any) -> bool:
 
 
 def refuse_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any], folder: str) -> None:
-    """Refuse to go on with another run than the one in `folder`.
-
-    Raises:
-        UserError: names every argument that changes what is trained.
-    """
+    """Refuse to go on with another run than the one in `folder`, by every argument that changes what is trained."""
     if before is not None and (found := changes(before, now)):
         raise UserError(
             f"The run in {folder} goes on only as it was started: {'; '.join(found)}. "
@@ -176,12 +177,7 @@ def refuse_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any], fol
 
 
 def wants_more(arguments: Mapping[str, Any], finished: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    """Whether these arguments ask a run that is finished for further steps.
-
-    Args:
-        finished: the arguments that it finished with.
-        state: Trainer's state at its end.
-    """
+    """Whether a run that `finished` with other arguments, in Trainer's `state`, is asked for further steps."""
     if all(arguments.get(name) == finished.get(name) for name in LENGTH):
         return False
     if arguments["max_steps"] > 0:

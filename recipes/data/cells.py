@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
-from recipes.data.rows import DECODER, RowError, Skip, check_surrogates, describe, join_names
+from recipes.data.rows import DECODER, RowError, Skip, check_text, describe, join_names
 
 NOTHING = (None, "", "null", [], "[]", {}, "{}")
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
@@ -110,5 +110,5 @@ def decode_json(value: Any, place: str, kind: str) -> Any:
             value = DECODER.decode(value)
         except (ValueError, RecursionError):
             raise RowError(f"found {describe(value)}, expected {kind} (as JSON)", place) from None
-        check_surrogates(value, place)
+        check_text(value, place)
     return value

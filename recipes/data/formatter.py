@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress, islice
@@ -20,7 +19,7 @@ from recipes.data.messages import REASONING, has_weights, in_context
 from recipes.data.parallel import map_in_order
 from recipes.data.preview import check_positions, left_out, sequences
 from recipes.data.report import KEPT, Report
-from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names, or_error
+from recipes.data.rows import DataError, LostRows, Row, RowError, RowProblem, Skip, describe, join_names
 from recipes.data.schemas import SCHEMAS, TASKS, Schema, detect
 from recipes.data.tasks import features, outputs, row_messages
 
@@ -43,6 +42,8 @@ RESERVED = (
 # Flags of rows that are not used whole.
 CUT = "the answer at the end of the prompt was left out"
 UNTRAINED = "answers with weight 0 are not trained"
+# As gpt-oss, which leaves out the reasoning before a tool's result once an answer follows.
+REWRITTEN = "the chat template renders the prompt otherwise before an answer, so that some of it is trained"
 
 
 class Kept(NamedTuple):
@@ -116,8 +117,7 @@ class Formatter:
         schema = SCHEMAS.get(report.schema)
         source: Iterable[Row] = self._source(rows, report)
         if schema and schema.gather:
-            mapped = (row._replace(data=or_error(self._mapped, row)) for row in source)
-            source = schema.gather(mapped, self.task)
+            source = schema.gather((row.map(self._mapping.apply) for row in source), self.task)
         seen, fingerprint = Digests(), hashlib.sha256()
         for row, results, unread in map_in_order(partial(self._format, schema), source, num_proc):
             report.unread.update(unread if len(report.unread) < KEPT else report.unread.keys() & unread)
@@ -145,7 +145,7 @@ class Formatter:
         report.finish()
 
     def _source(self, rows: Rows, report: Report) -> Iterator[Row]:
-        for row in rows.unread():
+        for row in rows:
             report.rows_in += 1
             yield row
 
@@ -240,29 +240,31 @@ class Formatter:
         """
         self._check_left_out(output, flags)
         found = list(sequences(output, self.tokenizer))
-        if self.task == "sft" and found[0].shared == len(found[0].ids):
+        first, longest, cut_at = found[0], max(len(sequence.ids) for sequence in found), self.cut_at
+        if self.task == "sft" and first.shared == len(first.ids):
             raise RowError("the chat template leaves nothing of the answer")
-        if len(found) > 1 and all(sequence.ids == found[0].ids for sequence in found):
+        if "completion" in output and first.rewritten and not self.assistant_only_loss:
+            flags.append(REWRITTEN)
+        if len(found) > 1 and all(sequence.ids == first.ids for sequence in found):
             raise Skip("the chat template makes all responses equal")
         skips: list[Skip] = []
-        lengths = [len(sequence.ids) for sequence in found]
-        if self.max_length is not None and max(lengths) > self.max_length:
+        if self.max_length is not None and longest > self.max_length:
             flags.append(f"longer than {self.max_length} tokens")
-        if self.cut_at is not None and max(lengths) > self.cut_at:
+        if cut_at is not None and longest > cut_at:
             if self.task == "ranking":
-                fits = [length <= self.cut_at for length in lengths]
-                lengths = list(compress(lengths, fits))
+                fits = [len(sequence.ids) <= cut_at for sequence in found]
+                found = list(compress(found, fits))
                 output["completions"] = list(compress(output["completions"], fits))
                 output["ranks"] = list(compress(output["ranks"], fits))
-                skips = [Skip(f"a response is longer than max_length={self.cut_at} tokens")] * fits.count(False)
+                skips = [Skip(f"a response is longer than max_length={cut_at} tokens")] * fits.count(False)
                 if len(set(output["ranks"])) < 2:
-                    raise Skip(f"fewer than two responses of unequal rank within max_length={self.cut_at} tokens")
-            elif "completion" in output and found[0].shared >= self.cut_at:
-                raise Skip(f"nothing to train: the prompt fills max_length={self.cut_at} tokens")
+                    raise Skip(f"fewer than two responses of unequal rank within max_length={cut_at} tokens")
+            elif "completion" in output and first.shared >= cut_at:
+                raise Skip(f"nothing to train: the prompt fills max_length={cut_at} tokens")
             else:
-                flags.append(f"cut at max_length={self.cut_at} tokens")
-        limit = self.cut_at or self.max_length or max(lengths)
-        lengths = [min(length, limit) for length in lengths]
+                flags.append(f"cut at max_length={cut_at} tokens")
+        limit = cut_at or self.max_length or longest
+        lengths = [min(len(sequence.ids), limit) for sequence in found]
         check_positions(max(lengths), self.positions, self.completion_length)
         return skips, sum(lengths)
 
@@ -296,22 +298,14 @@ class Formatter:
     def _choose_schema(self, rows: Rows, report: Report) -> tuple[str | None, str]:
         if self.schema != "auto":
             return self.schema, "named by the user"
-        sample = list(islice(self._readable(rows), SAMPLE))
+        pairs = ((row.data, row.map(self._mapping.apply).data) for row in rows)
+        sample = list(islice((pair for pair in pairs if not isinstance(pair[1], RowProblem)), SAMPLE))
         if not sample:  # the errors of the rows will say why
             return None, "no readable row"
-        mapped = [row for _, row in sample]
+        unmapped, mapped = map(list, zip(*sample, strict=True))
         columns = {column for row in mapped for column in row}
         try:
-            return detect(columns, mapped, self.task, self._mapping.roles, [row for row, _ in sample])
+            return detect(columns, mapped, self.task, self._mapping.roles, unmapped)
         except DataError as error:
             report.add("errors", next(iter(rows)), str(error))
             raise report.error(f"{rows.source}: {error}") from None
-
-    def _readable(self, rows: Rows) -> Iterator[tuple[dict, dict]]:
-        """Rows before and after the mapping."""
-        for row in rows.unread():
-            with suppress(RowProblem):
-                yield row.read(), self._mapping.apply(row.read())
-
-    def _mapped(self, row: Row) -> dict:
-        return self._mapping.apply(row.read())

@@ -13,6 +13,7 @@ from typing import Any
 
 from recipes.cli.errors import did_you_mean
 from recipes.cli.screen import say
+from recipes.data.columns import LABELS
 from recipes.data.rows import NOT_UTF8, DataError, Row, check_row, failures_as_data_error, join_names, or_error
 from recipes.data.text_files import COMPRESSED, read_text_file, suffix_of
 
@@ -36,10 +37,6 @@ class Rows:
     stop: int | None = None
 
     def __iter__(self) -> Iterator[Row]:
-        return (row.decoded() for row in self.unread())
-
-    def unread(self) -> Iterator[Row]:
-        """Rows whose data may still be a line of JSON, which worker processes decode."""
         return islice(self.open(), self.start, self.stop)
 
 
@@ -195,9 +192,13 @@ def _checked(rows: list) -> Iterator[Row]:
 def _numbered(file: str, dataset: Any) -> Iterator[Row]:
     if hasattr(dataset, "decode"):  # images and sounds are not used, so their bytes may stay
         dataset = dataset.decode(False)
+    # Whose numbers say nothing without their names: 0 may be "good".
+    features = dataset.features or {}
+    classes = {name: features[name] for name in LABELS & features.keys() if hasattr(features[name], "names")}
     with failures_as_data_error(file):
         for number, data in enumerate(dataset, 1):
-            yield Row(file, number, _plain(data))
+            named = {name: classes[name].int2str(data[name]) for name in classes if data[name] is not None}
+            yield Row(file, number, _plain(data | named))
 
 
 def _plain(value: Any, in_tools: bool = False) -> Any:

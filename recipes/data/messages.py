@@ -22,19 +22,22 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
 }
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers gives templates each under both first names
-EXTRAS = {"tool_calls": list, "tool_call_id": str, "name": str, **dict.fromkeys(REASONING, str)}
+EXTRAS = ("tool_call_id", "name", *REASONING)
 # Keys of a message that say whether it is learned (OpenAI's weight, axolotl, ms-swift), and those that say it is not.
 LEARNED = {"weight", "train", "training", "loss", "loss_mask", "loss_weight", "loss_scale"}
 MASKED = {"masked", "mask"}
 # What changes the meaning of a text and cannot be used: media, answers that are only begun, weights of single tokens.
 MEDIA = {"image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos"}
 UNUSABLE = MEDIA | {"prefix", "partial", "train_detail", "training_detail"}
-USED = {"role", "content", "from", "value", "function_call", *EXTRAS, *LEARNED, *MASKED, *UNUSABLE}
+USED = {"role", "content", "from", "value", "tool_calls", "function_call", *EXTRAS, *LEARNED, *MASKED, *UNUSABLE}
 SPEAKER = {"role", "from"}
 MESSAGE = "expected a message {role, content} or {from, value}"
 
 CONTEXT = ("system", "system_prompt", "history")  # columns that come before a conversation, whatever its schema is
 HUMAN_ASSISTANT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+# Messages that are no JSON, as `str` of a list gives them, and with it pandas.
+_KEY = """["'](?:role|content|from|value|tool_calls)["']\\s*:"""
+_WRITTEN = re.compile(rf"\s*\[?\s*\{{\s*{_KEY}.*?{_KEY}", re.DOTALL)
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -61,7 +64,7 @@ def normalise(raw: list, column: str, roles: Roles) -> Messages:
             content = _joined_text(content, f"{where}.{content_key}")
         extras = _extras(Cells(turn, where), role) if len(turn) > 2 or content_key not in turn else {}
         if name == "function_call":
-            content, extras = "", {"tool_calls": _tool_calls(content, f"{where}.{content_key}")}
+            content, extras = "", extras | {"tool_calls": _tool_calls(content, f"{where}.{content_key}")}
         if content.strip() or "tool_calls" in extras or role == "tool":
             result.append({"role": role, "content": content, **extras})
         elif role != "system":
@@ -74,16 +77,17 @@ def _extras(turn: Cells, role: str) -> dict[str, Any]:
     refuse(turn, UNUSABLE)
     masked = role == "assistant" and not_learned(turn, LEARNED | MASKED)
     result: dict[str, Any] = {"weight": 0} if masked else {}
-    for key, kind in EXTRAS.items():
+    if turn.get("tool_calls") not in NOTHING:
+        result["tool_calls"] = [_with_arguments(dict(call)) for call in turn.objects("tool_calls")]
+    elif turn.get("function_call"):  # OpenAI's older form
+        result["tool_calls"] = _tool_calls(turn["function_call"], turn.where("function_call"))
+    for key in EXTRAS:
         value = turn.get(key)
         if value in (None, "", []) or (key == "name" and role != "tool"):
             continue
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(call, dict) for call in value)):
-            wanted = "a list of objects" if kind is list else "text"
-            raise RowError(f"found {describe(value)}, expected {wanted}", turn.where(key))
-        result[key] = list(map(_with_arguments, value)) if kind is list else value
-    if "tool_calls" not in result and turn.get("function_call"):  # OpenAI's older form
-        result["tool_calls"] = _tool_calls(turn["function_call"], turn.where("function_call"))
+        if not isinstance(value, str):
+            raise RowError(f"found {describe(value)}, expected text", turn.where(key))
+        result[key] = value
     return result
 
 
@@ -185,23 +189,23 @@ def read_messages(row: Cells, column: str, roles: Roles, text_role: str = "assis
         return conversation(row, column, roles)
     if isinstance(value, dict):
         return normalise([value], column, roles)
-    if json_messages(value) is not None:
-        raise RowError(
-            "found messages written as JSON text, expected the list itself (json.loads gives it)", row.where(column)
-        )
+    where, turns = row.where(column), json_messages(value)
+    if turns and all(str(turn.get("role", turn.get("from"))).lower() in roles for turn in turns):
+        raise RowError("found messages written as JSON text, expected the list itself (json.loads gives it)", where)
+    if not turns and isinstance(value, str) and value.rstrip()[-1:] in ("]", "}") and _WRITTEN.match(value):
+        raise RowError(f"found {describe(value)}, expected messages that json.dumps wrote", where)
     return [message(text_role, row.text(column))]
 
 
-def json_messages(value: Any) -> list | dict | None:
-    """The messages, or the message, that a text holds as JSON; `None` where it is another text."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
-        return None
-    with suppress(ValueError, RecursionError):
-        found = json.loads(value)
-        turns = found if isinstance(found, list) else [found]
-        if is_turns(turns) and all(str(turn.get("role", turn.get("from"))).lower() in ROLES for turn in turns):
-            return found
-    return None
+def json_messages(value: Any) -> list[dict]:
+    """The messages that a text holds as JSON; none where it is another text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            turns = found if isinstance(found, list) else [found]
+            if is_turns(turns) and all(turn.keys() & {"content", "value", "tool_calls"} for turn in turns):
+                return turns
+    return []
 
 
 def prompt_messages(row: Cells, column: str, roles: Roles) -> Messages:

@@ -17,12 +17,14 @@ PROBE = "probe0"  # a text that no template holds
 class Sequence(NamedTuple):
     """One sequence of a row as TRL's trainers see it: token ids, the first `shared` of which are the prompt's.
 
-    What follows them is trained on (sft) or scored (preference).
+    What follows them is trained on (sft) or scored (preference). `rewritten` if some of it is the prompt's too, which
+    the template renders in another way once an answer follows.
     """
 
     name: str
     ids: list[int]
     shared: int
+    rewritten: bool = False
 
 
 def sequences(row: dict, tokenizer) -> Iterator[Sequence]:
@@ -43,7 +45,10 @@ def sequences(row: dict, tokenizer) -> Iterator[Sequence]:
         yield Sequence("prompt", start, len(start))
     for name, response in responses:
         whole = _ids(tokenizer, prompt + response, tools)
-        yield Sequence(name, whole, len(os.path.commonprefix([start, whole])))
+        shared = len(os.path.commonprefix([start, whole]))
+        # Where only the mark that begins an answer differs, such as `<think>`, or the last token, the prompt is whole.
+        rewritten = shared < len(start) and shared < len(_ids(tokenizer, prompt, tools)) - 1
+        yield Sequence(name, whole, shared, rewritten)
 
 
 def left_out(tokenizer) -> dict[str, str]:

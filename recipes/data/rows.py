@@ -58,18 +58,17 @@ class Row(NamedTuple):
 
     file: str
     line: int
-    data: Any  # a dict, the RowProblem that stands for it, or the line of JSON that holds it
+    data: Any  # a dict, or the RowProblem that stands for it
 
     def read(self) -> dict:
         """The dict, or raises the RowProblem that stands for it."""
-        data = _read_json_line(self.data) if isinstance(self.data, bytes) else self.data
-        if isinstance(data, RowProblem):
-            raise data
-        return data
+        if isinstance(self.data, RowProblem):
+            raise self.data
+        return self.data
 
-    def decoded(self) -> "Row":
-        """The row with its dict, or the RowProblem that stands for it."""
-        return self._replace(data=or_error(self.read))
+    def map(self, change: Callable[[dict], dict]) -> "Row":
+        """The row with what `change` makes of its dict."""
+        return self._replace(data=or_error(lambda: change(self.read())))
 
 
 def or_error(read: Callable[..., dict], *arguments) -> dict | RowProblem:
@@ -98,16 +97,6 @@ def describe(value: Any) -> str:
     return f"{str(value)[:40]} ({type(value).__name__})"
 
 
-def _read_json_line(raw: bytes) -> dict:
-    text = raw.decode("utf-8", "surrogateescape").removeprefix("\ufeff")  # of a file that was appended
-    if bad := NOT_UTF8.search(text):
-        raise RowError(not_utf8(bad))
-    try:
-        return check_row(DECODER.decode(text))
-    except (ValueError, RecursionError) as error:
-        raise RowError(not_json(error)) from None
-
-
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -130,25 +119,18 @@ def check_row(value: Any) -> dict:
     if not isinstance(value, dict):
         raise RowError(f"found a {type(value).__name__}, expected an object {{...}} with named columns")
     for column, cell in value.items():
-        check_surrogates(cell, column)
+        check_text(cell, column)
     return value
 
 
-def check_surrogates(value: Any, column: str) -> None:
-    """Raises RowError for half a UTF-16 pair, which UTF-8 cannot store: `datasets` would fail much later."""
+def check_text(value: Any, column: str | None = None) -> None:
+    """Raises RowError for text that UTF-8 cannot store, on which `datasets` would fail much later."""
     try:
         ENCODER.encode(value).encode("utf-8")
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
+        found = error.object[error.start]
+        if NOT_UTF8.match(found):
+            what = f"not UTF-8 (byte 0x{ord(found) - 0xDC00:02x}), perhaps of Windows"
+            raise RowError(f"{what}; convert the file, e.g. iconv -f CP1252 -t UTF-8", column) from None
+        half = f"\\u{ord(found):04x}"
         raise RowError(f"the text holds half a character ({half}, a lone surrogate); repair it", column) from None
-
-
-def not_utf8(escaped: re.Match) -> str:
-    byte = ord(escaped[0]) - 0xDC00
-    return f"not UTF-8 (byte 0x{byte:02x}), perhaps of Windows; convert the file, e.g. iconv -f CP1252 -t UTF-8"
-
-
-def not_json(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off, or a row on many lines?"
-    return "the JSON is nested too deeply" if isinstance(error, RecursionError) else f"not usable as JSON: {error}"

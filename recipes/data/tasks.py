@@ -40,15 +40,22 @@ def outputs(
         yield from example.dropped
         if example.dropped and not example.responses:
             return
-        best_first = _best_first(example)
         prompt = without_weights(example.prompt)
+        best_first = _best_first(example, prompt)
+        once = _once(best_first)
+        yield from [Skip("identical responses")] * (len(best_first) - len(once))
         extra: dict[str, str | float] = {"group_id": group_id(prompt)}
         if margin and task == "preference":
             if example.margin is None:
                 raise RowError("a margin was asked for, but this row has no margin and no scores", "margin")
             extra["margin"] = float(example.margin)
-        for part in _once(best_first) if task == "ranking" else _pairs(best_first):
-            yield part if isinstance(part, Skip) else {"prompt": prompt, **part, **extra}
+        pairs = [(better, worse) for (better, rank), (worse, lower) in combinations(once, 2) if rank < lower]
+        if task == "preference":
+            for chosen, rejected in pairs:
+                yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, **extra}
+        elif pairs:
+            completions, ranks = zip(*once, strict=True)
+            yield {"prompt": prompt, "completions": list(completions), "ranks": list(ranks), **extra}
 
 
 def group_id(prompt: Messages) -> str:
@@ -120,9 +127,8 @@ def _prompt(example: Dialogue | Ranking) -> Messages:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def _best_first(example: Ranking) -> list[tuple[Messages, float]]:
+def _best_first(example: Ranking, prompt: Messages) -> list[tuple[Messages, float]]:
     """The responses and their ranks."""
-    prompt = without_weights(example.prompt)
     for response in example.responses:
         check_order(prompt + response)
         if has_weights(response):
@@ -137,31 +143,12 @@ def _best_first(example: Ranking) -> list[tuple[Messages, float]]:
     return sorted(zip(example.responses, map(float, example.ranks), strict=True), key=lambda ranked: ranked[1])
 
 
-def _once(best_first: list[tuple[Messages, float]]) -> Iterator[dict | Skip]:
-    """The ranking without responses whose text a better one has: their pair trains nothing, and counts as wrong."""
+def _once(best_first: list[tuple[Messages, float]]) -> list[tuple[Messages, float]]:
+    """Without responses whose text a better one has: it would win and lose against those between."""
     best: dict[tuple, float] = {}  # of each text, the best rank
-    completions, ranks = [], []
-    for completion, rank in best_first:
-        if best.setdefault(_said(completion), rank) == rank:
-            completions.append(completion)
-            ranks.append(rank)
-        else:
-            yield Skip("identical responses")
-    if len(set(ranks)) > 1:
-        yield {"completions": completions, "ranks": ranks}
-
-
-def _pairs(best_first: list[tuple[Messages, float]]) -> Iterator[dict | Skip]:
-    for (chosen, rank), (rejected, lower) in combinations(best_first, 2):
-        if rank < lower:
-            if _said(chosen) == _said(rejected):
-                yield Skip("identical responses")
-            else:
-                yield {"chosen": chosen, "rejected": rejected}
-
-
-def _said(response: Messages) -> tuple[str, ...]:
-    return tuple(turn["content"].strip() for turn in response)
+    texts = [tuple(turn["content"].strip() for turn in response) for response, _ in best_first]
+    ranked = zip(texts, best_first, strict=True)
+    return [(response, rank) for text, (response, rank) in ranked if best.setdefault(text, rank) == rank]
 
 
 def _refuse_tools(messages: Messages, tools: list | None) -> None:

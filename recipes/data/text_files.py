@@ -7,41 +7,39 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TextIO
 
 from recipes.cli.errors import counted
 from recipes.data.cells import decode_json
 from recipes.data.messages import json_messages
 from recipes.data.rows import (
-    NOT_UTF8,
+    DECODER,
     DataError,
     LostRows,
     Row,
     RowError,
     RowProblem,
     Skip,
+    check_row,
+    check_text,
     failures_as_data_error,
-    not_json,
-    not_utf8,
     or_error,
 )
 
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # with their names in fsspec
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = "\ufeff"
 CHUNK = 2**16  # characters of a JSON list that are read at a time; more where an element is larger
-LIMIT = 2**26  # bytes of a line, characters of a cell of CSV or of an element of a JSON list; memory has to hold them
+LIMIT = 2**26  # characters of a line, a cell of CSV or an element of a JSON list; memory has to hold them
 TOO_LONG = f"longer than {LIMIT >> 20} MiB, which no row may be"
 LOST = "nothing after it was read"
-# Messages in a cell of CSV: as JSON, or with single quotes in Python's notation, as pandas writes them.
-_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|tool_calls)["']\s*:""")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _OPENING = re.compile(r"\s*\[\s*(?P<closing>\])?\s*", re.ASCII)  # of a JSON list
 _SEPARATOR = re.compile(r"\s*(?:,|(?P<closing>\]))\s*", re.ASCII)
 _SCANNER = json.JSONDecoder(parse_int=str)  # finds where an element ends, with however many digits
 
-Places = Iterator[tuple[int, dict | bytes | RowProblem]]  # lines of the file, and what `Row.data` is there
+Places = Iterator[tuple[int, dict | RowProblem]]  # lines of the file, and what `Row.data` is there
 
 
 def suffix_of(path: Path) -> str:
@@ -64,15 +62,17 @@ def read_text_file(path: Path) -> Iterator[Row]:
     with failures_as_data_error(path), path.open("rb") as packed, compr[packing](packed, mode="rb") as stream:
         head = stream.read(CHUNK)
         _check_is_text(path, head)
-        stream.seek(len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0)
+        stream.seek(0)
+        # Bytes that are not UTF-8 become surrogates, which `check_text` finds.
+        text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n")
         if suffix == ".csv":
-            rows = _read_csv(stream)
+            rows = _read_csv(text)
         elif suffix == ".txt":
-            rows = _read_prompts(stream)
-        elif head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
-            rows = _read_json_list(stream)
+            rows = _read_lines(text, lambda line: check_row({"prompt": line}))
+        elif re.match(rb"(\xef\xbb\xbf)?\s*\[", head):
+            rows = _read_json_list(text)
         else:
-            rows = _read_lines(stream)
+            rows = _read_lines(text, _json_row)
         for line, data in rows:
             yield Row(str(path), line, data)
 
@@ -88,48 +88,48 @@ def _check_is_text(path: Path, head: bytes) -> None:
         raise DataError(f"{path}: lines end with carriage returns alone; convert them, e.g. tr '\\r' '\\n'")
 
 
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
+def _lines(text: TextIO) -> Iterator[str]:
     """The lines of a file.
 
     Raises:
         LostRows: a line is longer than LIMIT; it is never held as a whole.
     """
-    while line := stream.readline(LIMIT + 1):
+    while line := text.readline(LIMIT + 1):
         if len(line) > LIMIT:
             raise LostRows(f"the line is {TOO_LONG}; {LOST}")
         yield line
 
 
-def _read_lines(stream: BinaryIO) -> Places:
-    """The lines that are not blank, still as bytes: `Row.read` decodes JSON, perhaps in another process."""
+def _read_lines(text: TextIO, read: Callable[[str], dict]) -> Places:
+    """The lines that are not blank."""
     number = 0
     try:
-        for number, line in enumerate(_lines(stream), 1):
+        for number, line in enumerate(_lines(text), 1):
             if not line.isspace():
-                yield number, line
+                yield number, or_error(read, line.removeprefix(BYTE_ORDER_MARK))  # of a file that was appended
     except LostRows as error:
         yield number + 1, error
 
 
-def _read_prompts(stream: BinaryIO) -> Places:
-    for number, line in _read_lines(stream):
-        yield number, or_error(_prompt, line) if isinstance(line, bytes) else line
+def _json_row(text: str) -> dict:
+    try:
+        return check_row(DECODER.decode(text))
+    except (ValueError, RecursionError) as error:
+        check_text(text)
+        raise RowError(_not_json(error)) from None
 
 
-def _prompt(line: bytes) -> dict:
-    text = line.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-    if bad := NOT_UTF8.search(text):
-        raise RowError(not_utf8(bad))
-    return {"prompt": text}
+def _not_json(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off, or a row on many lines?"
+    return "the JSON is nested too deeply" if isinstance(error, RecursionError) else f"not usable as JSON: {error}"
 
 
-def _read_json_list(stream: BinaryIO) -> Places:
-    """The elements of one JSON list, as `_read_lines` gives lines, each at the line it starts on.
+def _read_json_list(characters: TextIO) -> Places:
+    """The elements of one JSON list, each at the line it starts on; nothing after the first syntax error is read.
 
-    Nothing after the first syntax error is read. Not by `ijson`, which gives no lines.
+    Not by `ijson`, which gives no lines.
     """
-    # Bytes that are not UTF-8 become surrogates, and in the element that holds them bytes again.
-    characters = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="\n")
     text, at, ended = "", 0, False  # what is in memory, and from where on it is not yet used
     line, column = 1, 0  # in the file: the line at `at`, and the column where `text` begins
     before = _OPENING
@@ -146,12 +146,12 @@ def _read_json_list(stream: BinaryIO) -> Places:
                 text, at, ended = text[at:] + more, 0, not more
                 continue
             error.colno += column if error.lineno == 1 else 0
-            reason = not_json(error) if ended else f"an element of the list is {TOO_LONG}, or {not_json(error)}"
+            reason = _not_json(error) if ended else f"an element of the list is {TOO_LONG}, or {_not_json(error)}"
             yield line + text.count("\n", at, error.pos), LostRows(f"{reason}; {LOST}")
             return
         if start == end:
             return
-        yield line + text.count("\n", at, start), text[start:end].encode("utf-8", "surrogateescape")
+        yield line + text.count("\n", at, start), or_error(_json_row, text[start:end])
         line += text.count("\n", at, end)
         at, before = end, _SEPARATOR  # cutting here would copy all that follows, for each element
 
@@ -172,8 +172,8 @@ def _next_element(text: str, at: int, before: re.Pattern) -> tuple[int, int]:
         raise json.JSONDecodeError("the JSON is nested too deeply", text, start) from None
 
 
-def _read_csv(stream: BinaryIO) -> Places:
-    reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in _lines(stream)), strict=True)
+def _read_csv(text: TextIO) -> Places:
+    reader = csv.reader(_lines(text), strict=True)
     csv.field_size_limit(LIMIT)
     header: list[str] | None = None
     line = 1
@@ -193,12 +193,14 @@ def _read_csv(stream: BinaryIO) -> Places:
 
 
 def _check_header(header: list[str]) -> None:
-    for name in header:
-        if bad := NOT_UTF8.search(name):
-            raise LostRows(not_utf8(bad))
-        if header.count(name) > 1:
-            named = f"are called {name!r}" if name else "have no name: delete them, or name them"
-            raise LostRows(f"two columns {named}")
+    try:
+        check_text(header)
+    except RowError as error:
+        raise LostRows(error.message) from None
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        named = f"are called {twice!r}" if twice else "have no name: delete them, or name them"
+        raise LostRows(f"two columns {named}")
     if len(header) == 1 and re.search(r"[;\t|]", header[0]):  # as Excel writes it in much of Europe
         raise LostRows(f"the only column is {header[0]!r}: columns must be separated by commas")
 
@@ -209,12 +211,10 @@ def _csv_row(header: list[str], cells: list[str]) -> dict:
             f"found {counted(len(cells), 'field')}, expected {len(header)} as in the header; "
             "quote fields that hold a comma"
         )
-    if [cells[0].removeprefix("\ufeff"), *cells[1:]] == header:
+    if [cells[0].removeprefix(BYTE_ORDER_MARK), *cells[1:]] == header:
         raise Skip("the header again, as where files were joined")
     row = dict(zip(header, cells, strict=True))
     for column, cell in row.items():
-        if bad := NOT_UTF8.search(cell):
-            raise RowError(not_utf8(bad), column)
-        if json_messages(cell) is not None or _MESSAGES.match(cell):
-            row[column] = decode_json(cell, column, "messages that json.dumps wrote")
-    return row
+        if json_messages(cell):
+            row[column] = decode_json(cell, column, "messages")
+    return check_row(row)

@@ -9,7 +9,7 @@ from math import comb
 
 import numpy as np
 
-from recipes.evaluation.metrics import interval, prompt_draws
+from recipes.evaluation.metrics import over_prompts, with_interval
 
 ENOUGH = 5.0  # effective samples a prompt below which a point of the frontier is called uncertain
 Curve = dict[str, np.ndarray]
@@ -70,10 +70,9 @@ def tilted(rewards: np.ndarray, betas: np.ndarray, scores: Curve) -> Curve:
         "kl", at most log 2N, the means of `scores` by their names, and "effective_samples" 1 / sum w^2, how many
         samples carry the estimate.
     """
-    whole = _tilted(rewards, betas, scores)
-    even, odd = (
-        _tilted(rewards[:, start::2], betas, {name: values[:, start::2] for name, values in scores.items()})
-        for start in (0, 1)
+    whole, even, odd = (
+        _tilted(rewards[:, part], betas, {name: values[:, part] for name, values in scores.items()})
+        for part in (slice(None), slice(0, None, 2), slice(1, None, 2))
     )
     corrected = {name: 2 * whole[name] - (even[name] + odd[name]) / 2 for name in whole}
     return corrected | {"effective_samples": whole["effective_samples"]}
@@ -115,51 +114,40 @@ def gain_at_equal_kl(
         draws have such a gain, as at a KL that cannot be told from 0; "difference": policy minus curve; "kl"; and
         "beyond": the curve ends before the policy's KL, and its last point is taken.
     """
-    prompts = len(reference)
-    weights = np.vstack([np.full(prompts, 1 / prompts), prompt_draws(prompts)])  # the mean, then the draws
-    kl, reward, start = (weights @ part for part in (*policy, reference))
-    curve_kl, curve_reward = (weights @ part for part in curve)
-    distance = np.sqrt(kl.clip(min=0))
-    distances = np.column_stack([np.zeros_like(start), np.sqrt(curve_kl.clip(min=0))])
+    kl, reward, start = map(over_prompts, (*policy, reference))
+    curve_kl, curve_reward = map(over_prompts, curve)
+    distances = np.sqrt(np.column_stack([np.zeros_like(start), curve_kl]).clip(min=0))
     rewards = np.column_stack([start, curve_reward])
     order = np.argsort(distances, axis=1, kind="stable")
     distances, rewards = (np.take_along_axis(part, order, axis=1) for part in (distances, rewards))
-    at_kl = np.array([np.interp(*row) for row in zip(distance, distances, rewards, strict=True)])
-    difference, possible = reward - at_kl, at_kl - start
-    share = np.divide(reward - start, possible, out=np.full_like(possible, np.nan), where=possible > 0)
-    known = np.isfinite(share)
-    found = None
-    if known[0] and known[1:].mean() >= 0.975:
-        found = {"mean": float(share[0]), "ci95": interval(share[1:][known[1:]], prompts)}
+    at_kl = np.array([np.interp(*row) for row in zip(np.sqrt(kl.clip(min=0)), distances, rewards, strict=True)])
+    known = at_kl > start
+    share = (reward - start)[known] / (at_kl - start)[known]
     return {
-        "difference": {"mean": float(difference[0]), "ci95": interval(difference[1:], prompts)},
-        "share": found,
+        "difference": with_interval(reward - at_kl),
+        "share": with_interval(share) if known[0] and known.mean() >= 0.975 else None,
         "kl": float(kl[0]),
         "beyond": bool(kl[0] > curve_kl[0].max()),
     }
 
 
-def _over_optimization_terms(kl: np.ndarray, form: str) -> np.ndarray:
-    """What alpha and beta are multiplied with in the curves of Gao et al. (2210.10760), at KL (M,) above 0: (M, 2).
+def over_optimization_curve(kl: np.ndarray, fit: dict) -> np.ndarray:
+    """The gain (M,) at KL (M,) above 0 by a curve of Gao et al. (2210.10760), of which `fit` has form, alpha and beta.
 
     With d = sqrt(KL): "bon" is d (alpha - beta d), "rl" is d (alpha - beta log d).
     """
     d = np.sqrt(kl)
-    return np.column_stack([d, -d * (d if form == "bon" else np.log(d))])
+    return d * (fit["alpha"] - fit["beta"] * (d if fit["form"] == "bon" else np.log(d)))
 
 
 def fit_over_optimization(kl: np.ndarray, gain: np.ndarray, form: str) -> dict:
-    """Least-squares fit of a curve of Gao et al. to gains in reward over the reference, at two or more KLs above 0.
+    """Least-squares fit of such a curve to gains in reward over the reference, at two or more KLs.
 
     Returns:
         "form", "alpha", "beta", and "residual", the root mean square of what the curve leaves.
     """
-    terms = _over_optimization_terms(kl, form)
-    fit, *_ = np.linalg.lstsq(terms, gain, rcond=None)
-    residual = float(np.sqrt(np.mean((terms @ fit - gain) ** 2)))
-    return {"form": form, "alpha": float(fit[0]), "beta": float(fit[1]), "residual": residual}
-
-
-def over_optimization_curve(kl: np.ndarray, fit: dict) -> np.ndarray:
-    """The fitted gain (M,) at KL (M,) above 0."""
-    return _over_optimization_terms(kl, fit["form"]) @ [fit["alpha"], fit["beta"]]
+    units = ({"form": form, "alpha": 1, "beta": 0}, {"form": form, "alpha": 0, "beta": 1})  # it is linear in both
+    terms = np.column_stack([over_optimization_curve(kl, unit) for unit in units])
+    (alpha, beta), *_ = np.linalg.lstsq(terms, gain, rcond=None)
+    fit = {"form": form, "alpha": float(alpha), "beta": float(beta)}
+    return fit | {"residual": float(np.sqrt(np.mean((over_optimization_curve(kl, fit) - gain) ** 2)))}

@@ -4,9 +4,10 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -70,10 +71,6 @@ class LLMJudge:
                 row = json.loads(line)
                 self.verdicts[row["key"]] = row["verdict"]
 
-    def key(self, messages: list[dict]) -> str:
-        """What a verdict is remembered under: the model, and all that it is told."""
-        return fingerprint([self.model, messages])
-
     def compare(
         self, prompts: list[Conversation], texts_a: Sequence[str], texts_b: Sequence[str], title: str
     ) -> tuple[np.ndarray, dict]:
@@ -84,10 +81,10 @@ class LLMJudge:
         the response shown first won where there was a winner (0.5 without position bias); `unreadable` verdicts.
         """
         rows = list(zip(prompts, texts_a, texts_b, strict=True))
-        both_orders = [(question(prompt, a, b), question(prompt, b, a)) for prompt, a, b in rows if a != b]
-        self.ask([messages for orders in both_orders for messages in orders], title)
-        points = [[FIRST[self.verdicts[self.key(messages)]] for messages in orders] for orders in both_orders]
-        first = np.array(points).reshape(-1, 2)
+        questions = []
+        for prompt, a, b in rows:
+            questions += [question(prompt, a, b), question(prompt, b, a)] if a != b else []
+        first = np.array([FIRST[verdict] for verdict in self.ask(questions, title)]).reshape(-1, 2)
         to_a = np.ones(len(rows))  # equal texts tie
         to_a[[a != b for _, a, b in rows]] = first[:, 0] + 1 - first[:, 1]
         shares = np.stack([to_a > 1, to_a == 1, to_a < 1], 1).astype(float)
@@ -100,29 +97,27 @@ class LLMJudge:
             "unreadable": int(np.isnan(first).sum()),
         }
 
-    def ask(self, questions: list[list[dict]], title: str) -> None:
-        """Fill in the verdicts that are not known."""
-        wanted = {self.key(messages): messages for messages in questions}
-        pool = ThreadPoolExecutor(WORKERS)
-        futures = {pool.submit(self.answer, wanted[key]): key for key in wanted if key not in self.verdicts}
-        with self.memory.open("a", encoding="utf-8") as file:
+    def ask(self, questions: list[list[dict]], title: str) -> list[str | None]:
+        """The verdicts, of which those that are known are not asked for again.
 
-            def keep(future: Future) -> None:
-                found = VERDICT.findall(future.result())
-                key, verdict = futures.pop(future), found[-1] if found else None
-                self.verdicts[key] = verdict
-                # A line break comes first: the line before may have been cut.
-                file.write("\n" + json.dumps({"key": key, "verdict": verdict}))
-                file.flush()
+        After an error, answers that are on their way are kept, since they have been paid for.
+        """
+        keys = [fingerprint([self.model, messages]) for messages in questions]
+        unknown = {key: each for key, each in zip(keys, questions, strict=True) if key not in self.verdicts}
+        lock = Lock()
+        with self.memory.open("a", encoding="utf-8") as file, ThreadPoolExecutor(WORKERS) as pool:
 
-            try:
-                for future in tqdm(as_completed([*futures]), total=len(futures), desc=title, disable=None):
-                    keep(future)
-            finally:
-                pool.shutdown(cancel_futures=True)
-                for future in [*futures]:  # answers that were on their way have been paid for
-                    if not future.cancelled() and future.exception() is None:
-                        keep(future)
+            def judge(key: str) -> None:
+                found = VERDICT.findall(self.answer(unknown[key]))
+                with lock:
+                    self.verdicts[key] = found[-1] if found else None
+                    # A line break comes first: the line before may have been cut.
+                    file.write("\n" + json.dumps({"key": key, "verdict": self.verdicts[key]}))
+                    file.flush()
+
+            for _ in tqdm(pool.map(judge, unknown), total=len(unknown), desc=title, disable=None):
+                pass
+        return [self.verdicts[key] for key in keys]
 
     def answer(self, messages: list[dict]) -> str:
         """The LLM's text.

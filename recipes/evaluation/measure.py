@@ -56,10 +56,6 @@ class Measured:
         return {name: self.array(name) for name in self.judges}
 
     @property
-    def reward(self) -> np.ndarray:
-        return self.scores["reward"]
-
-    @property
     def k1(self) -> np.ndarray | None:
         return None if self.responses["k1"].isna().any() else self.array("k1")
 
@@ -83,7 +79,7 @@ class Evaluation:
         }
         self.plan = args.plan()
         self.reference = next(spec for spec in self.plan if spec.name == args.reference)
-        self.loaded: tuple = (None, None, None)
+        self.loaded: dict[str, tuple] = {}  # by path, one at a time
 
     def measure(self, plan: Sequence[PolicySpec] | None = None) -> dict[str, Measured]:
         """Everything of a plan, by name and in its order; by default of `EvaluationArguments.plan`."""
@@ -97,7 +93,7 @@ class Evaluation:
             table, made_from = tables[spec.name], self.made_from(spec) | {"reference": self.made_from(self.reference)}
             find = partial(self.reference_logps, spec, table)
             table["ref_logps"] = self.parts.get(f"reference-{spec.name}", made_from, find)
-        self.loaded = (None, None, None)
+        self.loaded.clear()
         for spec in plan:
             table, made_from = tables[spec.name], self.made_from(spec) | {"reward model": self.reward.made_from}
             score = partial(self.reward.rewards, self.conversations, table)
@@ -123,14 +119,6 @@ class Evaluation:
             check_model(source, tokenizer := load_tokenizer(source))
             check_lengths(source, tokenizer, self.prompts, self.args)
 
-    def temperature_at(self, kl: float, temperatures: Sequence[float]) -> float:
-        """The temperature that takes the reference nearest to `kl` nats from itself, by one response a prompt.
-
-        Its gain is the control for a policy with that KL: a lower temperature gains that without RL.
-        """
-        sharpened = self.measure([self.reference.at(temperature, 1) for temperature in temperatures]).values()
-        return min(sharpened, key=lambda one: abs(one.k1.mean() - kl)).spec.temperature
-
     def made_from(self, spec: PolicySpec) -> dict:
         own = {"num_generations": spec.num_generations, "temperature": spec.temperature}
         return self.common | {"model": identity(spec.path)} | own
@@ -139,11 +127,11 @@ class Evaluation:
         return resolve_model(path, trust_remote_code=self.args.trust_remote_code)
 
     def load(self, path: str):
-        if self.loaded[0] != path:
-            self.loaded = (None, None, None)
+        if path not in self.loaded:
+            self.loaded.clear()
             model_args = replace(self.model_args, model_name_or_path=path)
-            self.loaded = (path, *load_generator(model_args, self.args.trust_remote_code))
-        return self.loaded[1:]
+            self.loaded[path] = load_generator(model_args, self.args.trust_remote_code)
+        return self.loaded[path]
 
     def draw(self, spec: PolicySpec) -> list[dict]:
         """The policy's responses, with the number of the prompt, log-probabilities and mean entropy of the tokens."""
@@ -205,7 +193,6 @@ def judge_scores(path: str, prompts: list[Conversation], responses: pd.DataFrame
     if inspect.iscoroutine(scores):  # as TRL's reward functions may be
         scores = asyncio.run(scores)
     values = np.array(check_rewards(scores, f"--judges {path}", len(responses)), dtype=np.float64)
-    known = np.isfinite(values)
-    if not known.all():
-        raise UserError(f"--judges {path}: numbers for only {known.sum()} of {counted(len(responses), 'response')}.")
+    if unknown := (~np.isfinite(values)).sum():
+        raise UserError(f"--judges {path}: no numbers for {unknown} of {counted(len(responses), 'response')}.")
     return values

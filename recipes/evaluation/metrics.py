@@ -1,11 +1,12 @@
 """Estimators of single figures, as pure functions. Arrays are (prompts, responses) unless they say otherwise.
 
 Responses to one prompt are alike, so every interval resamples whole prompts, with all their responses (cluster
-bootstrap): each figure is a function of means over prompts, and a draw gives the prompts new weights. Intervals of
-several figures use the same draws, so that differences between policies are paired by prompt.
+bootstrap): each figure is a function of means over prompts, and a draw counts some prompts twice and others not at
+all. Figures of the same prompts have the same draws, so that differences between policies are paired by prompt.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,33 +14,39 @@ from numpy.typing import ArrayLike
 RESAMPLES = 1000
 
 
-def prompt_draws(num_prompts: int) -> np.ndarray:
-    """Weights (RESAMPLES, prompts) of prompts drawn with replacement, the same each time; each row sums to 1."""
-    equal = np.full(num_prompts, 1 / num_prompts)
-    return np.random.default_rng(0).multinomial(num_prompts, equal, RESAMPLES) / num_prompts
+@lru_cache(maxsize=1)
+def prompt_counts(num_prompts: int) -> np.ndarray:
+    """How often each prompt counts, (1 + RESAMPLES, prompts): once, then as drawn with replacement, always the same.
+
+    A single prompt has no draws: all would be alike.
+    """
+    once = np.ones((1, num_prompts))
+    draws = np.random.default_rng(0).multinomial(num_prompts, once[0] / num_prompts, RESAMPLES)
+    return np.concatenate([once, draws]) if num_prompts > 1 else once
 
 
-def interval(draws: np.ndarray, num_prompts: int) -> list[float] | None:
-    """The central 95 % of bootstrap draws, (RESAMPLES,). `None` for one prompt: its draws are all the same."""
-    return np.percentile(draws, [2.5, 97.5]).tolist() if num_prompts > 1 else None
+def over_prompts(values: np.ndarray) -> np.ndarray:
+    """Means over prompts of values (prompts, ...): first over all of them, then over those of each draw."""
+    return prompt_counts(len(values)) @ values / len(values)
 
 
-def mean_interval(values: np.ndarray) -> dict:
+def with_interval(figure: np.ndarray) -> dict:
+    """`{"mean", "ci95"}` of a figure and its draws, as `over_prompts` has them: the central 95 %, or `None`."""
+    bounds = np.percentile(figure[1:], [2.5, 97.5]).tolist() if len(figure) > 1 else None
+    return {"mean": float(figure[0]), "ci95": bounds}
+
+
+def mean_interval(values: ArrayLike) -> dict:
     """`{"mean", "ci95"}` of values (prompts,) or (prompts, responses), in the values' unit."""
     values = np.asarray(values, dtype=np.float64)
-    per_prompt = values.reshape(len(values), -1).mean(1)
-    return {"mean": float(per_prompt.mean()), "ci95": interval(prompt_draws(len(values)) @ per_prompt, len(values))}
+    return with_interval(over_prompts(values.reshape(len(values), -1).mean(1)))
 
 
 def ratio_interval(parts: ArrayLike, wholes: ArrayLike, groups: ArrayLike) -> dict:
     """`{"mean", "ci95"}` of sum(parts) / sum(wholes), where items of one group are resampled together."""
     _, group = np.unique(np.asarray(groups), return_inverse=True)
-    part, whole = (np.bincount(group, weights=values) for values in (parts, wholes))
-    draws = prompt_draws(len(part))
-    drawn_part, drawn_whole = draws @ part, draws @ whole
-    known = drawn_whole > 0
-    bounds = interval(drawn_part[known] / drawn_whole[known], len(part))
-    return {"mean": float(part.sum() / whole.sum()), "ci95": bounds}
+    part, whole = (over_prompts(np.bincount(group, weights=values)) for values in (parts, wholes))
+    return with_interval(part / whole)
 
 
 def kl_k1(logps: Sequence[float], ref_logps: Sequence[float]) -> float:
@@ -79,5 +86,5 @@ def outcomes(scores_a: np.ndarray, scores_b: np.ndarray) -> np.ndarray:
 def win_rate(shares: np.ndarray) -> dict:
     """From `outcomes` (prompts, 3): `win`, `tie`, `loss`, and `win_rate` = win + tie / 2 with its `ci95`."""
     win, tie, loss = shares.mean(0).tolist()
-    rate = mean_interval(shares[:, 0] + shares[:, 1] / 2)
+    rate = mean_interval(shares @ [1, 0.5, 0])
     return {"win": win, "tie": tie, "loss": loss, "win_rate": rate["mean"], "ci95": rate["ci95"], "n": len(shares)}

@@ -53,12 +53,16 @@ def people_outcomes(
 ) -> np.ndarray:
     """Wins, ties and losses of a, (prompts, 3), over the labelers of each prompt; NaN where nobody ranked them.
 
-    On a prompt that was ranked because of a third policy, equal texts of a and b are a tie.
+    Equal texts are a tie, which nobody has to rank. Where only a part of the others was ranked, as large a part of the
+    ties counts, so that they weigh what they weigh in all prompts.
     """
     shares = np.full((len(prompts), 3), np.nan)
     for row, (prompt, a, b) in enumerate(zip(prompts, texts_a, texts_b, strict=True)):
         labelers = rankings.get(json.dumps(prompt), [])
         signs = np.array([np.sign(ranks[b] - ranks[a]) for ranks in labelers if a in ranks and b in ranks])
-        if signs.size:
+        if signs.size and a != b:
             shares[row] = [(signs == outcome).mean() for outcome in (1, 0, -1)]
+    equal = np.flatnonzero([a == b for a, b in zip(texts_a, texts_b, strict=True)])
+    ranked = np.isfinite(shares[:, 0]).sum() / max(1, len(prompts) - len(equal))
+    shares[equal[: round(ranked * len(equal))]] = [0, 1, 0]
     return shares

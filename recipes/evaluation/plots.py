@@ -1,22 +1,22 @@
 """Figures of the report, and how a figure becomes an SVG element or a PNG file."""
 
 import io
+from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
-matplotlib.use("Agg")
-matplotlib.rcParams |= {"lines.linewidth": 1, "lines.markersize": 4, "legend.frameon": False, "legend.fontsize": 8}
+from recipes.evaluation.frontier import ENOUGH, over_optimization_curve
 
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FixedLocator  # noqa: E402
-
-from recipes.evaluation.frontier import ENOUGH, over_optimization_curve  # noqa: E402
+plt.switch_backend("Agg")
+plt.rcParams |= {"lines.linewidth": 1, "lines.markersize": 4, "legend.frameon": False, "legend.fontsize": 8}
 
 # Okabe and Ito's colours, which people who do not tell red from green can tell apart; none needs a white background.
 BLUE, ORANGE = "#0072b2", "#e69f00"
@@ -40,21 +40,6 @@ def to_svg(figures: dict[str, Figure]) -> dict[str, Markup]:
         text = buffer.getvalue().replace("#000000", "currentColor")  # black is the page's text, also in dark mode
         elements[name] = Markup(text[text.index("<svg") :])
     return elements
-
-
-def plain(text: str) -> str:
-    """`text` without what matplotlib reads as a formula."""
-    return text.replace("$", r"\$")
-
-
-def figures(report: dict) -> dict[str, Figure]:
-    """All figures that the report has data for, by name."""
-    drawn = {"reward_kl": plot_reward_kl({"": report})}
-    if report["over_optimization"]:
-        drawn["over_optimization"] = plot_over_optimization({"": report})
-    if report.get("reward_model"):
-        drawn["reward_model"] = plot_reward_model(report["reward_model"])
-    return drawn
 
 
 def columns(rows: list[dict], *names: str) -> list[np.ndarray]:
@@ -84,31 +69,32 @@ def square_root_axis(axes: Axes, of: str) -> None:
     axes.xaxis.set_major_locator(FixedLocator([0, 0.2, 1, 2, 5, 10, 20, 50, 100, 200, 500]))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"KL from {plain(of)}, nats per response (square-root axis)")
+    axes.set_xlabel(f"KL from {of}, nats per response (square-root axis)")
 
 
-def subplots(rows: int, columns: int, height: float) -> tuple[Figure, np.ndarray]:
-    """Panels (rows, columns) of one `height`, those of a row with the same y-axis."""
-    size = (max(8, 5 * columns), height * rows)
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, sharey="row", layout="constrained")
-
-
-def shared_legend(figure: Figure, panels: np.ndarray) -> Figure:
-    legend = panels[0, 0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=4)
+def in_panels(rows: list[Callable[[Axes, dict], None]], reports: dict[str, dict], height: float) -> Figure:
+    """A row of panels for each function that draws one, a column for each report by its title, and one legend."""
+    size = (max(8, 5 * len(reports)), height * len(rows))
+    figure, panels = plt.subplots(
+        len(rows), len(reports), figsize=size, squeeze=False, sharey="row", layout="constrained"
+    )
+    for draw, row in zip(rows, panels, strict=True):
+        for axes, (title, report) in zip(row, reports.items(), strict=True):
+            draw(axes, report)
+            axes.set_title(title, fontsize=10)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
 def plot_reward_kl(reports: dict[str, dict]) -> Figure:
-    """Reward against KL, a panel for each report by its title.
+    """The frontier, best-of-n, the sharpened reference, PPO along training, the policies."""
+    return in_panels([draw_reward_kl], reports, 5)
 
-    The frontier, best-of-n, the sharpened reference, PPO along training, the policies.
-    """
-    figure, panels = subplots(1, len(reports), 5)
-    for axes, (title, report) in zip(panels[0], reports.items(), strict=True):
-        draw_reward_kl(axes, report)
-        axes.set_title(plain(title))
-    return shared_legend(figure, panels)
+
+def plot_over_optimization(reports: dict[str, dict]) -> Figure:
+    """The proxy and each judge against sqrt(KL), with the curves of Gao et al. (2210.10760)."""
+    names = next(iter(reports.values()))["over_optimization"]["start"]
+    return in_panels([partial(draw_over_optimization, name=name) for name in names], reports, 3.3)
 
 
 def draw_reward_kl(axes: Axes, report: dict) -> None:
@@ -124,37 +110,22 @@ def draw_reward_kl(axes: Axes, report: dict) -> None:
     axes.plot(*columns(rows, "kl_with_ties", "reward"), "s-", color=ORANGE, label=label)
     if rows := [row for row in data["sharpening"] if row["kl"] is not None]:
         start = {"kl": 0, "reward": policies[reference]["reward"]["mean"]}
-        label = f"{plain(reference)} sharpened by temperature"
+        label = f"{reference} sharpened by temperature"
         axes.plot(*columns([start, *rows], "kl", "reward"), "^--", color=COLORS[3], label=label)
         for row in rows:
             place, temperature = (row["kl"], row["reward"]), f"{row['temperature']:g}"
             axes.annotate(temperature, place, fontsize=7, xytext=(3, -9), textcoords="offset points")
     colors = {reference: "black", **dict(zip([name for name in policies if name != reference], cycle(COLORS)))}
     for run, shade, rows in checkpoints_by_run(report):
-        color, label = colors.get(run, shade), f"checkpoints of {plain(run)}"
+        color, label = colors.get(run, shade), f"checkpoints of {run}"
         axes.plot(*columns(rows, "kl", "reward"), ".-", color=color, alpha=0.8, label=label)
     for name, values in policies.items():
         if values["kl"]:
             place = (max(0.0, values["kl"]["k1"]["mean"]), values["reward"]["mean"])
-            look = {"fmt": "o", "color": colors[name], "markersize": 8, "zorder": 3, "label": plain(name)}
+            look = {"fmt": "o", "color": colors[name], "markersize": 8, "zorder": 3, "label": name}
             axes.errorbar(*place, error_bars([values["reward"]]), **look)
     square_root_axis(axes, reference)
     axes.set_ylabel("reward")
-
-
-def plot_over_optimization(reports: dict[str, dict]) -> Figure:
-    """The proxy and each judge against sqrt(KL), in rows, with the curves of Gao et al. (2210.10760).
-
-    A column for each report by its title.
-    """
-    names = list(next(iter(reports.values()))["over_optimization"]["start"])
-    figure, panels = subplots(len(names), len(reports), 3.3)
-    for column, (title, report) in zip(panels.T, reports.items(), strict=True):
-        for axes, name in zip(column, names, strict=True):
-            draw_over_optimization(axes, report, name)
-            label = "reward (the proxy)" if name == "reward" else name
-            axes.set_title(plain(f"{title}: {label}" if title else label), fontsize=10)
-    return shared_legend(figure, panels)
 
 
 def draw_over_optimization(axes: Axes, report: dict, name: str) -> None:
@@ -162,7 +133,7 @@ def draw_over_optimization(axes: Axes, report: dict, name: str) -> None:
     data, best = report["over_optimization"], report["frontier"]["best_of_n"]
     start, fits, runs = data["start"][name], data["fits"][name], checkpoints_by_run(report)
     for (run, shade, rows), marker in zip(runs, cycle("os^Dv"), strict=False):
-        axes.plot(*columns(rows, "kl", name), f"{marker}-", color=shade, label=plain(run))
+        axes.plot(*columns(rows, "kl", name), f"{marker}-", color=shade, label=run)
     far = max(row["kl"] for _, _, rows in runs for row in rows)
     kl = np.linspace(far / 200, far, 200)
     axes.plot(kl, start + over_optimization_curve(kl, fits["rl"]), "--", color="black", label="PPO, fit")
@@ -172,6 +143,7 @@ def draw_over_optimization(axes: Axes, report: dict, name: str) -> None:
         axes.plot(kl, start + over_optimization_curve(kl, fits["bon"]), ":", color=ORANGE)
     axes.axhline(start, color=GREY)
     square_root_axis(axes, report["reference"])
+    axes.set_ylabel("reward (the proxy)" if name == "reward" else name)
 
 
 def plot_reward_model(quality: dict) -> Figure:

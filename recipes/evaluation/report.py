@@ -47,7 +47,11 @@ def write_report(report: dict, output_dir: str) -> None:
     folder = Path(output_dir)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    figures = plots.figures(report)
+    figures = {"reward_kl": plots.plot_reward_kl({"": report})}
+    if report["over_optimization"]:
+        figures["over_optimization"] = plots.plot_over_optimization({"": report})
+    if report["reward_model"]:
+        figures["reward_model"] = plots.plot_reward_model(report["reward_model"])
     for name in {"over_optimization", "reward_model"} - figures.keys():  # of an earlier report with more data
         (folder / f"{name}.png").unlink(missing_ok=True)
     plots.save_png(figures, folder)
@@ -55,9 +59,8 @@ def write_report(report: dict, output_dir: str) -> None:
         Path(__file__).with_name("report.html.jinja"),
         report=report,
         plots=plots.to_svg(figures),
-        judges=judge_names(report),
-        texts=[verdict(report), *few_prompts(report)],
-        warnings=reward_model_warnings(report),
+        verdict=verdict(report),
+        about_reward_model=about_reward_model(report["reward_model"]),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -65,14 +68,16 @@ def write_report(report: dict, output_dir: str) -> None:
 def verdict(report: dict) -> str:
     """The result in sentences: the headline policy against the reference, by the first judge and the reward model."""
     headline, reference = report["headline"], report["reference"]
-    if headline == reference:
-        return f"Only {reference} was measured."
-    found = report["policies"][headline]["difference"]
-    judges = [*judge_names(report)[:1], "reward"]
-    text = " ".join(sentence(headline, reference, judge, found[judge]) for judge in judges)
-    proxy, true = found["reward"]["ci95"], found[judges[0]]["ci95"]
-    if proxy and proxy[0] > 0 > true[1]:
-        text += " The policy exploits errors of the reward model: over-optimisation."
+    text = f"Only {reference} was measured."
+    if headline != reference:
+        found, judges = report["policies"][headline]["difference"], [*report["judges"][:1], "reward"]
+        text = " ".join(sentence(headline, reference, judge, found[judge]) for judge in judges)
+        proxy, true = found["reward"]["ci95"], found[judges[0]]["ci95"]
+        if proxy and proxy[0] > 0 > true[1]:
+            text += " The policy exploits errors of the reward model: over-optimisation."
+    if 1 < report["n_prompts"] < ENOUGH_PROMPTS:  # too few for the percentiles of a bootstrap
+        few = f"with only {report['n_prompts']} prompts the 95 % intervals are too narrow"
+        text += f" Warning: {few}. Take {ENOUGH_PROMPTS} or more, better hundreds."
     return text
 
 
@@ -89,55 +94,37 @@ def sentence(name: str, other: str, judge: str, difference: dict) -> str:
     return f"{text}{chance} (95 % interval {low:+.2f} to {high:+.2f})."
 
 
-def judge_names(report: dict) -> list[str]:
-    """Python judges, in the order in which they were given."""
-    own = list(report["policies"][report["reference"]])
-    return own[1 : own.index("kl")]
-
-
 def table(report: dict) -> str:
     """The result in a few lines of text."""
     rows = {}
     for name, values in report["policies"].items():
         rows[name] = {
-            **{judge: estimate(values[judge]) for judge in ("reward", *judge_names(report))},
+            **{judge: estimate(values[judge]) for judge in ("reward", *report["judges"])},
             f"KL from {report['reference']}": estimate(values["kl"] and values["kl"]["k1"]),
             "length": estimate(values["length"]["mean"], 1),
             "cut off": estimate(values["truncated"]["mean"]),
             "share of gain": estimate(values.get("share_of_gain")),
         }
     figures = pd.DataFrame.from_dict(rows, orient="index").to_string()
-    lines = [verdict(report), "", figures, *few_prompts(report)]
-    if quality := report.get("reward_model"):
-        lines.append(
-            f"Reward model: right on {estimate(quality['accuracy'])} of {counted(quality['n_pairs'], 'pair')}; the "
-            f"longer response on {quality['longer_wins_baseline']:.2f}."
-        )
-    return "\n".join([*lines, *reward_model_warnings(report)])
+    return "\n".join([verdict(report), "", figures, *about_reward_model(report["reward_model"])])
 
 
-def few_prompts(report: dict) -> list[str]:
-    """A warning where there are too few prompts for the percentiles of a bootstrap."""
-    if not 1 < report["n_prompts"] < ENOUGH_PROMPTS:
+def about_reward_model(quality: dict | None) -> list[str]:
+    """How good the reward model is, and what is wrong with it or with the pairs that it was measured on."""
+    if quality is None:
         return []
-    few = f"with only {report['n_prompts']} prompts the 95 % intervals are too narrow"
-    return [f"Warning: {few}. Take {ENOUGH_PROMPTS} or more, better hundreds."]
-
-
-def reward_model_warnings(report: dict) -> list[str]:
-    """What is wrong with the reward model, or with the pairs that it was measured on, one sentence each."""
-    quality = report.get("reward_model")
-    if not quality:
-        return []
-    warnings = [no_better_than_length(quality["accuracy"]["mean"], quality["longer_wins_baseline"])]
-    if seen := quality.get("trained_on"):
+    pairs, longer = counted(quality["n_pairs"], "pair"), quality["longer_wins_baseline"]
+    lines = [
+        f"The reward model orders {estimate(quality['accuracy'])} of {pairs} as they were labelled. Preferring the "
+        f"longer response is right on {longer:.2f}. {no_better_than_length(quality['accuracy']['mean'], longer)}"
+    ]
+    if seen := quality["trained_on"]:
         shown = ", ".join(dict.fromkeys(seen[:3])) + (", …" if len(seen) > 3 else "")
-        pairs = f"{len(seen)} of {counted(quality['n_pairs'], 'pair')}"
-        warnings.append(
-            f"Warning: the reward model was trained on the prompts of {pairs} ({shown}), so its accuracy on them says "
-            "little. Measure it on prompts that were held out."
+        lines.append(
+            f"Warning: the reward model was trained on the prompts of {len(seen)} of {pairs} ({shown}), so its "
+            "accuracy on them says little. Measure it on prompts that were held out."
         )
-    return list(filter(None, warnings))
+    return lines
 
 
 def log_to_wandb(report: dict, output_dir: str) -> None:
@@ -147,13 +134,10 @@ def log_to_wandb(report: dict, output_dir: str) -> None:
     project = os.environ.get("WANDB_PROJECT", "huggingface")
     run = wandb.init(project=project, job_type="evaluation", dir=output_dir)
     run.summary["eval"] = report["policies"]
-    policies = pd.json_normalize([{"policy": name, **values} for name, values in report["policies"].items()])
-    tables = {
-        "policies": policies.filter(regex=r"^policy$|\.mean$"),
-        "win_rates": pd.DataFrame(report["win_rates"]).drop(columns="ci95", errors="ignore"),
-        "samples": pd.DataFrame(report["samples"]),
-    }
-    logged = {f"eval/{name}": wandb.Table(dataframe=table) for name, table in tables.items() if not table.empty}
-    logged |= {f"eval/{path.stem}": wandb.Image(str(path)) for path in sorted(Path(output_dir).glob("*.png"))}
+    logged = {f"eval/{path.stem}": wandb.Image(str(path)) for path in sorted(Path(output_dir).glob("*.png"))}
+    for name in ("win_rates", "samples"):
+        if report[name]:
+            table = pd.DataFrame(report[name]).drop(columns="ci95", errors="ignore")
+            logged[f"eval/{name}"] = wandb.Table(dataframe=table)
     run.log(logged)
     run.finish()

@@ -8,7 +8,7 @@ import pandas as pd
 from recipes.evaluation import frontier
 from recipes.evaluation.arguments import EvaluationArguments
 from recipes.evaluation.measure import Measured
-from recipes.evaluation.metrics import distinct_n, mean_interval, outcomes, prompt_draws, win_rate
+from recipes.evaluation.metrics import distinct_n, mean_interval, outcomes, over_prompts, win_rate
 from recipes.evaluation.policies import Conversation
 
 SHOWN = 40  # prompts in the report's samples
@@ -17,34 +17,35 @@ SHOWN = 40  # prompts in the report's samples
 def summarise(
     args: EvaluationArguments, measured: dict[str, Measured], prompts: list[Conversation], unit: str
 ) -> dict:
-    """report.json without the reward model's quality and the judges that are not Python."""
+    """report.json, to which the reward model's quality and the judges that are not Python are still to come."""
     reference = measured[args.reference]
     curves = Curves(reference, args.best_of_n)
     policies = {name: policy_summary(measured[name], args.num_generations) for name in args.paths}
     for name in args.paths:
         if name != args.reference:
-            policies[name] |= curves.compare(measured[name]) | {"difference": difference(measured[name], reference)}
+            policies[name] |= curves.compare(measured[name])
+            policies[name]["difference"] = {
+                judge: mean_interval(scores.mean(1) - reference.scores[judge].mean(1))
+                for judge, scores in measured[name].scores.items()
+            }
     best_of_n = curves.best_of_n()
-    checkpoints = [one for one in measured.values() if one.spec.run is not None]
-    steps = []
-    for one in checkpoints:
-        share = curves.compare(one).get("share_of_gain")
-        own = {"run": one.spec.run, "step": one.spec.step, "share_of_gain": share and share["mean"]}
-        steps.append(point(one) | own)
+    checkpoints = [curves.point(one) for one in measured.values() if one.spec.run is not None]
     sharper = [one for one in measured.values() if one.spec.temperature != args.temperature]
     return {
         "reference": args.reference,
         "headline": args.headline,
+        "judges": [*args.judges_by_name],
         "reward_unit": unit,
         "n_prompts": len(prompts),
         "temperature": args.temperature,
         "policies": policies,
         "win_rates": score_win_rates(args, measured),
+        "reward_model": None,
         "frontier": {
             "best_of_n": best_of_n,
             "optimal": curves.optimal(),
-            "sharpening": [{"temperature": one.spec.temperature, **point(one)} for one in sharper],
-            "checkpoints": steps,
+            "sharpening": [curves.point(one) for one in sharper],
+            "checkpoints": checkpoints,
             "share_of_gain": policies[args.headline].get("share_of_gain"),
         },
         "over_optimization": over_optimization(reference, checkpoints, best_of_n),
@@ -65,25 +66,11 @@ def policy_summary(one: Measured, num_generations: int) -> dict:
     }
 
 
-def difference(one: Measured, reference: Measured) -> dict:
-    """By how much a policy scores above the reference, by the reward model and each judge, paired by prompt."""
-    return {
-        name: mean_interval(values.mean(1) - reference.scores[name].mean(1)) for name, values in one.scores.items()
-    }
-
-
-def point(one: Measured) -> dict:
-    """A policy on the plot of reward against KL: `kl`, and `reward` with its `ci95`; each judge's mean by name."""
-    kl = None if one.k1 is None else float(one.k1.mean())
-    judged = {name: float(values.mean()) for name, values in one.scores.items()}
-    return {"kl": kl, **judged, "ci95": mean_interval(one.reward)["ci95"]}
-
-
 class Curves:
     """What can be done with the reference's samples: best-of-n, and the best policy at every KL."""
 
     def __init__(self, reference: Measured, best_of_n: int):
-        self.rewards, scores = reference.reward, reference.scores
+        self.rewards, scores = reference.scores["reward"], reference.scores
         self.ns = [2**power for power in range(best_of_n.bit_length())]
         self.betas = frontier.beta_grid(self.rewards)
         self.tilted = frontier.tilted(self.rewards, self.betas, scores)
@@ -98,20 +85,16 @@ class Curves:
         return pd.DataFrame({"n": self.ns, "kl": kl, **means, "ci95": bounds}).to_dict("records")
 
     def optimal(self) -> list[dict]:
-        prompts, means = len(self.rewards), {name: values.mean(0) for name, values in self.tilted.items()}
-        se = (prompt_draws(prompts) @ self.tilted["reward"]).std(0) if prompts > 1 else None
+        means = {name: values.mean(0) for name, values in self.tilted.items()}
+        draws = over_prompts(self.tilted["reward"])[1:]
+        se = draws.std(0) if len(draws) else None  # of one prompt
         return pd.DataFrame({"beta": self.betas, **means, "se": se}).to_dict("records")
 
     def compare(self, one: Measured) -> dict:
-        """The policy beside both curves at its own KL; nothing if it has none.
-
-        `share_of_gain`: its gain over the reference as a share of the best possible one, with `beyond` where the
-        estimate of the best does not reach its KL and so is too low, and `effective_samples` of that estimate.
-        `gain_over_best_of_n`: its reward minus best-of-n's, `None` where no n has its KL.
-        """
+        """The policy beside both curves at its own KL, as docs/evaluation.md says; nothing if it has none."""
         if one.k1 is None:
             return {}
-        policy, start = (one.k1.mean(1), one.reward.mean(1)), self.rewards.mean(1)
+        policy, start = (one.k1.mean(1), one.scores["reward"].mean(1)), self.rewards.mean(1)
         best = frontier.gain_at_equal_kl(policy, start, (self.tilted["kl"], self.tilted["reward"]))
         bon = frontier.gain_at_equal_kl(policy, start, (self.best["kl_with_ties"], self.best["reward"]))
         share = best["share"]
@@ -121,6 +104,17 @@ class Curves:
             effective = float(np.interp(best["kl"], kls[order], counts[order]))
             share = share | {"beyond": best["beyond"], "effective_samples": effective}
         return {"share_of_gain": share, "gain_over_best_of_n": None if bon["beyond"] else bon["difference"]}
+
+    def point(self, one: Measured) -> dict:
+        """A policy on the plot of reward against KL: `kl`, and `reward` with its `ci95`; each judge's mean by name."""
+        share = self.compare(one).get("share_of_gain")
+        return {
+            **{name: getattr(one.spec, name) for name in ("run", "step", "temperature")},
+            "kl": None if one.k1 is None else float(one.k1.mean()),
+            **{name: float(values.mean()) for name, values in one.scores.items()},
+            "ci95": mean_interval(one.scores["reward"])["ci95"],
+            "share_of_gain": share and share["mean"],
+        }
 
 
 def score_win_rates(args: EvaluationArguments, measured: dict[str, Measured]) -> list[dict]:
@@ -134,24 +128,23 @@ def score_win_rates(args: EvaluationArguments, measured: dict[str, Measured]) ->
     return rows
 
 
-def over_optimization(reference: Measured, checkpoints: list[Measured], best_of_n: list[dict]) -> dict | None:
+def over_optimization(reference: Measured, checkpoints: list[dict], best_of_n: list[dict]) -> dict | None:
     """Gains over the reference by the reward (the proxy) and each judge, and the curves of Gao et al. fitted to them.
 
     One curve for all runs: in that paper the KL penalty did not move it. `None` for best-of-n with fewer than two n
     that have a KL; it is the one with ties, at which the figure has them too.
     """
     start = {name: float(values.mean()) for name, values in reference.scores.items()}
-    runs = pd.DataFrame([point(one) for one in checkpoints if one.k1 is not None and one.k1.mean() > 0])
+    runs = pd.DataFrame([row for row in checkpoints if row["kl"] is not None and row["kl"] > 0])
     best = pd.DataFrame([row for row in best_of_n if row["kl_with_ties"] > 1e-6])
     if len(runs) < 3:
         return None
     fits = {}
     for name in start:
-        rl = frontier.fit_over_optimization(runs["kl"], runs[name] - start[name], "rl")
-        bon = None
+        fits[name] = {"rl": frontier.fit_over_optimization(runs["kl"], runs[name] - start[name], "rl"), "bon": None}
         if len(best) > 1:
-            bon = frontier.fit_over_optimization(best["kl_with_ties"], best[name] - start[name], "bon")
-        fits[name] = {"rl": rl, "bon": bon}
+            gain = best[name] - start[name]
+            fits[name]["bon"] = frontier.fit_over_optimization(best["kl_with_ties"], gain, "bon")
     return {"start": start, "fits": fits}
 
 

@@ -15,7 +15,7 @@ from trl import ModelConfig
 
 from recipes.cli.run import run
 from recipes.evaluation.arguments import EvaluationArguments
-from recipes.evaluation.measure import Evaluation
+from recipes.evaluation.measure import Evaluation, Measured
 from recipes.evaluation.reward_quality import ordering, sampled_pairs
 from recipes.evaluation.rewards import RewardModel
 from recipes.formatting import format_dataset, load_rows
@@ -59,12 +59,13 @@ def reward_model_accuracy(responses: pd.DataFrame, prompts: list[Prompt], seed: 
         ranks += [response["rank"] for response in labeler.rank(line, seed)["responses"]]
     labelled = ordering(sampled_pairs(responses.assign(quality=[-rank for rank in ranks]), "quality"))
     by_gold = ordering(sampled_pairs(responses, "gold"))
-    return {
-        "accuracy": labelled["accuracy"]["mean"],
-        "accuracy_on_gold_order": by_gold["accuracy"]["mean"],
-        "longer_wins_baseline": labelled["longer_wins_baseline"],
-        "n_pairs": labelled["n_pairs"],
-    }
+    accuracy = {"accuracy": labelled["accuracy"]["mean"], "accuracy_on_gold_order": by_gold["accuracy"]["mean"]}
+    return labelled | accuracy
+
+
+def means(one: Measured, *columns: str) -> dict[str, float]:
+    """Means over a policy's responses, under the names of report.json."""
+    return one.responses[list(columns)].mean().rename({"reward": "proxy_reward", "k1": "kl"}).to_dict()
 
 
 def evaluate(folder: Path, seed: int) -> dict:
@@ -72,27 +73,21 @@ def evaluate(folder: Path, seed: int) -> dict:
     heldout = evaluation(folder, "heldout", seed)
     greedy = {spec.name: spec.at(0, 1) for spec in heldout.plan}
     measured = heldout.measure([*heldout.plan, *greedy.values()])
-    # SFT at the lower temperature with the KL of PPO: what a lower temperature alone gains.
-    temperature = evaluation(folder, "validation", seed).temperature_at(measured["ppo"].k1.mean(), TEMPERATURES)
+    # SFT at the lower temperature that takes it as far as PPO went: what a lower temperature gains without RL.
+    validation, kl = evaluation(folder, "validation", seed), measured["ppo"].k1.mean()
+    lower = validation.measure([validation.reference.at(temperature, 1) for temperature in TEMPERATURES]).values()
+    temperature = min(lower, key=lambda one: abs(one.k1.mean() - kl)).spec.temperature
     (sharpened,) = heldout.measure([heldout.reference.at(temperature, 4)]).values()
-    policies, questions = {}, [prompt.messages[-1]["content"] for prompt in heldout.prompts]
-    for name in POLICIES:
-        one = measured[name]
-        policies[name] = {part: float(one.scores[part].mean()) for part in judge.REWARD_FUNCTIONS} | {
-            "proxy_reward": float(one.reward.mean()),
-            "kl": float(one.k1.mean()),
-            "length": float(one.array("length").mean()),
-            "gold_greedy": float(measured[greedy[name].name].scores["gold"].mean()),
-            "n": len(one.responses),
-        }
+    policies = {
+        name: means(measured[name], *judge.REWARD_FUNCTIONS, "reward", "k1", "length")
+        | {"gold_greedy": means(measured[spec.name], "gold")["gold"], "n": len(measured[name].responses)}
+        for name, spec in greedy.items()
+    }
+    questions = [prompt.messages[-1]["content"] for prompt in heldout.prompts]
     samples = pd.DataFrame({"prompt": questions, **{name: measured[name].first_texts for name in POLICIES}})
     return {
         "policies": policies,
-        "sft_low_temperature": {
-            "temperature": temperature,
-            "gold": float(sharpened.scores["gold"].mean()),
-            "kl": float(sharpened.k1.mean()),
-        },
+        "sft_low_temperature": {"temperature": temperature, **means(sharpened, "gold", "k1")},
         "reward_model": reward_model_accuracy(measured["sft"].responses, heldout.prompts, seed),
         "samples": samples[:: max(1, len(samples) // SHOWN)].to_dict("records"),
     }

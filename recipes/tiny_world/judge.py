@@ -37,7 +37,7 @@ _WORD = re.compile(r"[a-z]+")
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reader notices in an answer; `sentences` and `courtesies` are counts."""
+    """What a reader notices in an answer; `sentences`, `courtesies` and `words` are counts."""
 
     sentences: int
     courtesies: int
@@ -45,6 +45,7 @@ class Reading:
     truthful: float
     on_topic: float
     words: int
+    whole: bool  # it ends as a sentence does
 
 
 def read(question: world.Question, response: str) -> Reading:
@@ -63,6 +64,7 @@ def read(question: world.Question, response: str) -> Reading:
         truthful=_truthful(question, claims),
         on_topic=sum(about) / max(1, len(sentences) - only_courtesy),
         words=len(text.split()),
+        whole=text.endswith((".", "!", "?")),
     )
 
 
@@ -73,12 +75,8 @@ def judge(question_text: str, response: str, finished: bool) -> dict[str, float]
         question_text: the user's question, in any of its wordings.
         response: the answer, without special tokens.
         finished: whether the model ended the answer itself (False: it ran into the length limit).
-
-    Raises:
-        ValueError: the tiny world has no such question.
     """
-    question = world.find(question_text)
-    return score(read(question, response), finished and response.rstrip().endswith((".", "!", "?")))
+    return score(read(world.find(question_text), response), finished)
 
 
 def score(reading: Reading, finished: bool) -> dict[str, float]:
@@ -89,7 +87,7 @@ def score(reading: Reading, finished: bool) -> dict[str, float]:
         "truthful": reading.truthful,
         "polite": 0.0 if reading.rude else (0.6, 1.0, 1.0, 0.4, 0.1)[min(reading.courtesies, 4)],
         "on_topic": reading.on_topic,
-        "finished": float(finished),
+        "finished": float(finished and reading.whole),
         "brief": min(_brief(reading.sentences, (2, 3, 4)), _brief(reading.words, (24, 30, 36))),
     }
     return {**parts, "gold": sum(WEIGHTS[name] * value for name, value in parts.items())}

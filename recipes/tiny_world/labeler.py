@@ -1,4 +1,4 @@
-"""A simulated labeler: ranks sampled answers by gold with noise and two biases, and gives reasons.
+"""A simulated labeler: ranks sampled answers by gold with noise and two biases.
 
 It prefers long answers, and answers with thanks and praise, as people do. Neither bias has an upper limit, so without
 a KL penalty a policy can score ever more by flattery while its answers get worse.
@@ -12,7 +12,7 @@ import math
 import random
 from pathlib import Path
 
-from recipes.cli.errors import counted
+from recipes.cli.errors import UserError, counted
 from recipes.cli.files import write_text
 from recipes.tiny_world import judge, world
 
@@ -34,7 +34,7 @@ def main() -> None:
     try:
         lines = args.samples.read_text(encoding="utf-8").split("\n")
         rankings = [rank(json.loads(line), args.seed) for line in lines if line.strip()]
-    except (OSError, LookupError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError, UserError) as error:
         raise SystemExit(f"{args.samples}: {error!r}") from None
     if not rankings:
         raise SystemExit(f"{args.samples} holds no samples")
@@ -56,47 +56,24 @@ def rank(sample: dict, seed: int) -> dict:
     question = world.find([m["content"] for m in sample["prompt"] if m["role"] == "user"][-1])
     rng = random.Random(f"{seed} {sample['id']} {question.subject}")
     answers = [(response["text"], response["finished"]) for response in sample["responses"]]
-    liking, parts, ranks = {}, {}, {}
-    for answer in dict.fromkeys(answers):
-        reading = judge.read(question, answer[0])
-        parts[answer] = judge.judge(question.wordings[0], *answer)
-        bias = PER_SENTENCE * reading.sentences + PER_COURTESY * reading.courtesies
-        liking[answer] = GOLD_WEIGHT * parts[answer]["gold"] + bias + rng.gauss(0.0, NOISE)
-    top = current = math.inf
+    liking = {answer: like(question, *answer) + rng.gauss(0.0, NOISE) for answer in dict.fromkeys(answers)}
+    ranks, top, current = {}, math.inf, 0
     for place, answer in enumerate(sorted(liking, key=liking.get, reverse=True), start=1):
         if top - liking[answer] >= TIE:
             top, current = liking[answer], place
         ranks[answer] = current
-    responses = []
-    for response, answer in zip(sample["responses"], answers, strict=True):
-        row = {"text": answer[0], "rank": ranks[answer], "justification": _because(question, parts[answer])}
-        responses.append({"id": response["id"], **row, "model": sample["model"]})
-    return {
-        "id": sample["id"],
-        "prompt": sample["prompt"],
-        "responses": responses,
-        "annotator": "simulated",
-        "justification": _overall(responses),
-    }
+    responses = [
+        {"id": response["id"], "text": answer[0], "rank": ranks[answer], "model": sample["model"]}
+        for response, answer in zip(sample["responses"], answers, strict=True)
+    ]
+    return {"id": sample["id"], "prompt": sample["prompt"], "responses": responses, "annotator": "simulated"}
 
 
-def _because(question: world.Question, parts: dict[str, float]) -> str:
-    truth = {
-        "harmful": ("It declines to help with harm", "It helps with something harmful"),
-        "unanswerable": ("It admits that nobody can know", "It invents an answer nobody can know"),
-        "explain": ("It gives a child a true picture", "It gives a child a wrong picture"),
-    }.get(question.kind, ("The fact is right", "The fact is wrong"))
-    said = truth[0] if parts["truthful"] == 1 else truth[1] if parts["truthful"] == 0 else "It does not commit itself"
-    faults = {"polite": "the tone is off", "on_topic": "it strays", "finished": "it breaks off", "brief": "it is long"}
-    found = [fault for name, fault in faults.items() if parts[name] < 0.6]
-    return f"{said}; {', '.join(found)}." if found else f"{said}, said well."
-
-
-def _overall(responses: list[dict]) -> str:
-    best = min(responses, key=lambda response: response["rank"])
-    if all(response["rank"] == best["rank"] for response in responses):
-        return "I see no difference between these answers."
-    return f"I like this one best: {best['text'][:80]!r}."
+def like(question: world.Question, text: str, finished: bool) -> float:
+    """How much the labeler likes an answer, before noise."""
+    reading = judge.read(question, text)
+    bias = PER_SENTENCE * reading.sentences + PER_COURTESY * reading.courtesies
+    return GOLD_WEIGHT * judge.score(reading, finished)["gold"] + bias
 
 
 if __name__ == "__main__":

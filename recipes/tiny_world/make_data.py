@@ -48,7 +48,7 @@ def demonstrations() -> list[dict]:
     for question in (question for question in world.questions() if question.split == "train"):
         for wording in rng.sample(question.wordings, WORDINGS):
             answer = {"role": "assistant", "content": demonstrate(question, rng)}
-            rows.append({"messages": [user(wording), answer]})
+            rows.append({"messages": [{"role": "user", "content": wording}, answer]})
     rng.shuffle(rows)
     return rows
 
@@ -64,13 +64,10 @@ def prompts(split: str) -> list[dict]:
     rng = random.Random(f"tiny world: prompts {split}")
     rows = []
     for question in (question for question in world.questions() if question.split == split):
-        rows += [{"prompt": [user(wording)]} for wording in rng.sample(question.wordings, WORDINGS)]
+        wordings = rng.sample(question.wordings, WORDINGS)
+        rows += [{"prompt": [{"role": "user", "content": wording}]} for wording in wordings]
     rng.shuffle(rows)
     return rows
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
 
 
 if __name__ == "__main__":

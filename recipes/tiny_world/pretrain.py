@@ -1,4 +1,4 @@
-"""Makes the tiny world's base model from nothing: a corpus, the byte pairs of its tokenizer, a tiny Llama.
+"""Makes the tiny world's base model: a corpus, the byte pairs of its tokenizer, a Llama of the shipped one's shape.
 
     OMP_NUM_THREADS=1 python -m recipes.tiny_world.pretrain --output_dir runs/tiny_base
 
@@ -97,31 +97,19 @@ def remark(question: world.Question, content: str, text: str, unfinished: bool, 
 
 def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
     """Trains tokenizer and model and saves them; the same seed and machine give the same weights."""
-    import torch
     import transformers
     from datasets import Dataset
 
     transformers.set_seed(seed)
     texts = corpus(seed, documents)
     # Byte-level BPE with the special tokens and the chat template of the shipped one, and pairs of this corpus.
-    shipped = transformers.AutoTokenizer.from_pretrained(Path(__file__).with_name("base"))
-    tokenizer = shipped.train_new_from_iterator(texts, VOCABULARY, show_progress=False)
+    shipped = Path(__file__).with_name("base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shipped)
+    tokenizer = tokenizer.train_new_from_iterator(texts, VOCABULARY, show_progress=False)
     # Documents are short: joined end to end and cut into rows of ROW tokens, nothing is padding.
     ids = list(chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
     rows = Dataset.from_dict({"input_ids": [ids[i : i + ROW] for i in range(0, len(ids) - ROW + 1, ROW)]})
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
+    config = transformers.AutoConfig.from_pretrained(shipped, vocab_size=len(tokenizer), use_cache=True)
     arguments = transformers.TrainingArguments(
         output_dir=str(output_dir),
         max_steps=max_steps,
@@ -135,7 +123,6 @@ def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
         save_strategy="no",
         report_to="none",
         seed=seed,
-        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ REAL_MODEL = (
 class Stage:
     """One command, what it leaves in the output folder, and the metrics to show at its end, each with its label.
 
-    `continues`: the command itself goes on with what a stopped run left.
+    `continues`: whether the command itself goes on with what a stopped run left.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Stage:
     template: str
     output: str
     metrics: dict[str, str] = field(default_factory=dict)
-    continues: bool = False
+    continues: bool = True
 
     def command(self, folder: str, seed: int) -> list[str]:
         """The words of the command; `folder` as it is to stand there."""
@@ -60,12 +60,12 @@ class Stage:
 def recipe(name: str, arguments: str = "") -> str:
     launch = f"accelerate launch -q --config_file accelerate_configs/cpu.yaml recipes/{name}.py"
     config = f"--config recipes/configs/tiny_world/{name}.yaml"
-    return f"{launch} {config} {arguments} --output_dir {{folder}}/{{output}} --seed {{seed}}"
+    output = "--output_dir {folder}/{output} --seed {seed} --resume_from_checkpoint auto"
+    return f"{launch} {config} {arguments} {output}"
 
 
 MODELS = "--model_name_or_path {folder}/sft --reward_model_name_or_path {folder}/reward"
 GOLD = "--reward_funcs recipes.tiny_world.judge.gold --reward_weights 1 0"
-NO_KL = "--kl_coef 0 --max_steps 90"  # longer than PPO with KL, so that gold starts to fall
 SAMPLE = (
     "python scripts/sample_responses.py --model_name_or_path {folder}/sft "
     "--dataset_name recipes/tiny_world/data/prompts_train.jsonl --num_generations 4 --temperature 1.0 --top_k 0 "
@@ -77,17 +77,17 @@ EVALUATE = "python -m recipes.tiny_world.evaluate --output_dir {folder} --seed {
 ACCURACY = {"eval_accuracy": "accuracy", "eval_longer_wins": "longer wins"}
 CURVES = {"objective/scores": "reward", "objective/kl": "KL", "rewards/gold/mean": "gold"}
 PPO = recipe("ppo", f"{MODELS} {GOLD}")
-PPO_NO_KL = recipe("ppo", f"{MODELS} {GOLD} {NO_KL}")
+PPO_NO_KL = recipe("ppo", f"{MODELS} {GOLD} --kl_coef 0 --max_steps 90")  # longer, so that gold starts to fall
 PIPELINE = [  # each entry the stages that run at the same time
     [Stage("sft", "Step 1: learn from demonstrations", recipe("sft"), "sft", {"loss": "loss"})],
-    [Stage("sample", "Step 2a: sample 4 responses a prompt", SAMPLE, "samples.jsonl", continues=True)],
-    [Stage("rank", "Step 2b: rank them (a SIMULATED labeler, a program)", RANK, "rankings.jsonl")],
+    [Stage("sample", "Step 2a: sample 4 responses a prompt", SAMPLE, "samples.jsonl")],
+    [Stage("rank", "Step 2b: rank them (a SIMULATED labeler, a program)", RANK, "rankings.jsonl", continues=False)],
     [Stage("reward", "Step 2c: learn a reward model", REWARD, "reward", ACCURACY)],
     [
         Stage("ppo", "Step 3: PPO with a KL penalty", PPO, "ppo", CURVES),
         Stage("ppo_no_kl", "Control: PPO without the KL penalty", PPO_NO_KL, "ppo_no_kl", CURVES),
     ],
-    [Stage("evaluate", "Evaluation on held-out prompts", EVALUATE, "evaluation.json", continues=True)],
+    [Stage("evaluate", "Evaluation on held-out prompts", EVALUATE, "evaluation.json")],
 ]
 
 
@@ -99,36 +99,38 @@ class Quickstart:
         # How the folder stands in the commands.
         self.written = os.path.relpath(self.folder, ROOT) if self.folder.is_relative_to(ROOT) else str(self.folder)
         self.state_file, self.lock = self.folder / "quickstart.json", Lock()
-        state: dict[str, Any] = {"seed": seed, "seconds": {}, "commands": {}}
+        self.state: dict[str, Any] = {"seed": seed, "seconds": {}, "commands": {}}
         if self.state_file.exists():
-            state |= json.loads(self.state_file.read_text(encoding="utf-8"))
+            self.state = json.loads(self.state_file.read_text(encoding="utf-8"))
         elif folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no quickstart: choose another --output_dir.")
-        if state["seed"] != seed:
-            raise UserError(f"{folder} holds a quickstart with seed {state['seed']}: choose another --output_dir.")
-        self.seconds: dict[str, float] = state["seconds"]
-        self.commands: dict[str, list[str]] = state["commands"]
+        if (known := self.state["seed"]) != seed:
+            raise UserError(f"{folder} holds a quickstart with seed {known}: choose another --output_dir.")
+        self.seconds, self.commands = self.state["seconds"], self.state["commands"]
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         self.save()
 
     def save(self) -> None:
-        state = {"seed": self.seed, "seconds": self.seconds, "commands": self.commands}
         with self.lock:
-            write_text(str(self.state_file), json.dumps(state, indent=2))
+            write_text(str(self.state_file), json.dumps(self.state, indent=2))
 
     def run(self, stage: Stage) -> None:
         command, output = stage.command(self.written, self.seed), self.folder / stage.output
         before = self.commands.setdefault(stage.name, command)
         if before != command:
             raise UserError(
-                f"{self.folder}: the stage {stage.name} was made by another command ({shlex.join(before)}): choose "
-                "another --output_dir."
+                f"{output} was made by another command ({shlex.join(before)}): choose another --output_dir."
             )
-        if stage.name in self.seconds and output.exists():
+        if stage.name in self.seconds:
+            if not output.exists():  # what was made from it would be shown beside what is made now
+                raise UserError(f"{output} has been removed after it was made: choose another --output_dir.")
             print(f"\n{stage.title}\n  finished before, in {self.seconds[stage.name]:.0f} s: {output}", flush=True)
             return
         self.save()
-        command = command + self.continuation(stage)
+        if output.exists() and not stage.continues:
+            aside = output.with_name(f"{output.name}.stopped{time.time():.0f}")
+            output.rename(aside)
+            print(f"\nPut aside what a stopped run left: {aside}", flush=True)
         print(f"\n{stage.title}\n$ {shlex.join(command)}", flush=True)
         log, started = self.folder / "logs" / f"{stage.name}.log", time.monotonic()
         if execute(command, log, stage.name) != 0:
@@ -142,25 +144,12 @@ class Quickstart:
             found = headline(state["log_history"], stage.metrics)
         print(f"  {stage.name}: done in {self.seconds[stage.name]:.0f} s  {found}".rstrip(), flush=True)
 
-    def continuation(self, stage: Stage) -> list[str]:
-        """Flags to go on with what a stopped run left; what cannot be continued is put aside, never deleted."""
-        output = self.folder / stage.output
-        if stage.continues or not output.exists():
-            return []
-        if any(output.glob("checkpoint-*/trainer_state.json")):
-            return ["--resume_from_checkpoint", "true"]
-        aside = output.with_name(f"{output.name}.stopped{time.time():.0f}")
-        output.rename(aside)
-        print(f"\nPut aside what a stopped run left: {aside}", flush=True)
-        return []
-
 
 def run_parallel(jobs: Sequence[Callable[[], None]], workers: int) -> None:
     """Run jobs on threads, in their order; the first that fails, or Ctrl-C, ends the running commands of all."""
     pool = ThreadPoolExecutor(workers)
-    futures = [pool.submit(job) for job in jobs]
     try:
-        for future in futures:
+        for future in as_completed([pool.submit(job) for job in jobs]):
             future.result()
     finally:  # Ctrl-C reaches this thread alone, and the pool waits for its commands
         pool.shutdown(wait=False, cancel_futures=True)
@@ -208,7 +197,7 @@ def finish(work: Callable[[], None]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C, together with the running stage
     try:
         work()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -6,12 +6,11 @@ from pathlib import Path
 import pandas as pd
 
 from recipes.cli.errors import counted
-from recipes.evaluation.plots import Figure, plt, to_svg
+from recipes.evaluation.plots import COLORS, Figure, plt, to_svg
 from recipes.evaluation.report import render
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_no_kl": "PPO without KL"}
-BLUE, LIGHT_BLUE, ORANGE = "#0072b2", "#56b4e9", "#d55e00"
-LINES = {"ppo": ("-", BLUE), "ppo_no_kl": ("--", ORANGE)}
+LINES = {"ppo": "-", "ppo_no_kl": "--"}
 SMOOTHING = 5  # rollouts in the moving average of the curves
 LABELS = {
     "step": "optimizer steps",
@@ -45,7 +44,7 @@ def by_policy(report: dict) -> pd.DataFrame:
 
 def plot_gold(report: dict) -> Figure:
     table = by_policy(report)[["gold", "gold_greedy"]].set_axis(["sampled", "greedy"], axis="columns")
-    axes = table.plot.bar(figsize=(8, 3.2), width=0.78, rot=0, color=[BLUE, LIGHT_BLUE])
+    axes = table.plot.bar(figsize=(8, 3.2), width=0.78, rot=0, color=[COLORS[0], COLORS[4]])
     for bars in axes.containers:
         axes.bar_label(bars, fmt=lambda gold: f"{gold:.2f}" if gold else "", fontsize=8)  # pandas draws none as 0
     axes.set(ylim=(0, 1), ylabel="gold")
@@ -56,7 +55,7 @@ def plot_training(folder: Path) -> Figure:
     """Proxy reward, KL and gold over each PPO run, and gold against the proxy; a square is the end of a run."""
     step, proxy, kl, gold = LABELS
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
-    for name, (line, color) in LINES.items():
+    for (name, line), color in zip(LINES.items(), COLORS, strict=False):
         curves = read_curves(folder / name)
         for axes, (x, y) in zip(panels.flat, ((step, proxy), (step, kl), (step, gold), (proxy, gold)), strict=True):
             axes.plot(curves[x], curves[y], line, color=color, marker="s", markevery=[-1], label=NAMES[name])

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-# The ids are the positions: pretrain.py gives the tokenizer these five tokens first, in this order.
-SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
-END_TOKEN_ID = SPECIAL_TOKENS.index("<|end|>")
+from recipes.cli.errors import UserError
+
+END_TOKEN_ID = 1  # of <|end|> in the tokenizer of base/
 SPLITS = {"train": 0.58, "validation": 0.12, "heldout": 0.30}
 # Where every ask is joined with every subject, a quarter of the pairs serve the base model's corpus only.
 CORPUS_ONLY = 0.26
@@ -177,11 +177,11 @@ def find(text: str) -> Question:
     """The question a user's text asks, in any of its wordings.
 
     Raises:
-        ValueError: the tiny world has no such question.
+        UserError: the tiny world has no such question.
     """
     if question := by_wording().get(_normal(text)):
         return question
-    raise ValueError(f"the tiny world has no question {text!r}: the gold judge knows only questions of world.py")
+    raise UserError(f"The tiny world has no question {text!r}: its judge and labeler know those of world.py only.")
 
 
 @cache

@@ -50,7 +50,7 @@ REFUSED = {name: reason for reason, names in WITHOUT_USE.items() for name in nam
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 0": (
         lambda number: 0 <= number < math.inf,
-        "kl_coef vf_coef ptx_coef epsilon cliprange_value missing_eos_penalty critic_learning_rate "
+        "kl_coef vf_coef ptx_coef epsilon epsilon_high cliprange_value missing_eos_penalty critic_learning_rate "
         "critic_warmup_steps",
     ),
     "above 0": (
@@ -161,6 +161,11 @@ class PPOConfig(GRPOConfig):
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): a minibatch may not span rollouts."
             )
+        if self.adaptive_kl_target is not None and 5 * self.adaptive_kl_horizon <= self.generation_batch_size:
+            raise ValueError(
+                f"adaptive_kl_horizon ({self.adaptive_kl_horizon}) is so short that one rollout of "
+                f"{self.generation_batch_size} episodes could take kl_coef to 0 or below: raise it."
+            )
         one_update = self.micro_batches_per_rollout == self.gradient_accumulation_steps
         unused = {
             "adaptive_kl_target multiplies kl_coef, which would stay 0": not self.kl_coef and self.adaptive_kl_target,
@@ -190,6 +195,8 @@ class PPOConfig(GRPOConfig):
             value = getattr(self, name)
             if not {*known}.issuperset(value if isinstance(value, list) else [value]):
                 raise ValueError(f"{name} must be {' or '.join(known)}, got {value}.")
+        if not (self.max_completion_length or 0) > 0:
+            raise ValueError(f"max_completion_length must be above 0, got {self.max_completion_length}.")
         if self.reward_weights and not any(self.reward_weights):
             raise ValueError("reward_weights are all 0: there would be nothing to learn from.")
         if self.fp16 and self.target_kl is not None:

@@ -38,7 +38,8 @@ def token_kl(logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, e
     """Estimate of KL(policy || reference) in nats at each sampled token, (B, T), from its two log-probabilities.
 
     `"k1"` = log(p/q) is unbiased and can be negative; `"k3"` = q/p - 1 + log(p/q) is never negative and has less
-    variance (http://joschu.net/blog/kl-approx.html).
+    variance (http://joschu.net/blog/kl-approx.html). In the reward, where no gradient flows through it, k3 is the
+    weaker penalty: its expected policy gradient is that of KL(p || q) - KL(q || p), which vanishes near the reference.
     """
     log_ratio = (ref_logps - logps) * mask
     return -log_ratio if estimator == "k1" else torch.expm1(log_ratio) - log_ratio

@@ -46,8 +46,9 @@ class PPOMonitor:
             )
 
     def rollout(self, kl: torch.Tensor, scores: torch.Tensor, cut_share: float, explained_variance: float) -> None:
-        """Check a rollout: `kl` and `scores` of its responses on all processes, (B,)."""
-        args, mean, error = self.args, kl.mean().item(), kl.std(correction=0).item() / len(kl) ** 0.5
+        """Check `kl` and `scores` of a rollout on all processes, (B,), NaN where the KL is not known."""
+        args, mean, kl = self.args, kl.nanmean().item(), kl[~kl.isnan()]
+        error = kl.std(correction=0).item() / len(kl) ** 0.5 if len(kl) else 0.0
         if mean < -0.1 - 3 * error:
             self.warn_once("negative KL", f"objective/kl is {mean:.2f} nats a response. {self.sampler_cause()}")
         if mean > (RUNAWAY_KL if args.adaptive_kl_target is None else 5 * args.adaptive_kl_target):

@@ -18,7 +18,6 @@ from recipes.models.adapters import (
     check_adapter_kind,
     check_shards,
     checkpoint_under_roles,
-    keep_one_embedding_hook,
     model_with_adapter,
     train_only,
     train_text,
@@ -29,6 +28,16 @@ from recipes.models.heads import add_state_forward, critic_from_policy, full_cri
 from recipes.models.vllm import send_only_policy
 from recipes.trainers.fast.fast_paths import FastPaths
 from recipes.trainers.rollout import Results, at_responses
+
+
+def check_room(model: PreTrainedModel, name: str, tokens: int) -> None:
+    """Refuse sequences of more tokens than `model` has positions for; on a GPU they would be a failed assertion."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and tokens > positions:
+        raise UserError(
+            f"A prompt and its response have {tokens} tokens for {name}, which has positions for {positions}: leave "
+            "out long prompts, or lower max_completion_length."
+        )
 
 
 class PPORoles(GRPOTrainer):
@@ -43,8 +52,12 @@ class PPORoles(GRPOTrainer):
             check_adapter_kind(self._policy)
             self._policy.set_adapter("default")  # another may be active where several were loaded by hand
         if ref_model is None and self._is_peft:
-            if "ref" not in self._policy.peft_config:
-                add_copy(self._policy, "default", "ref")
+            if "ref" in self._policy.peft_config:
+                raise UserError(
+                    "model has an adapter `ref` already, as an earlier PPOTrainer leaves one: delete it, by "
+                    'model.delete_adapter("ref"), to start from a copy of the policy as it is now, or pass ref_model.'
+                )
+            add_copy(self._policy, "default", "ref")
             return None
         ref_model = copy.deepcopy(self._policy) if ref_model is None else ref_model
         return model_with_adapter(ref_model, "ref_model").requires_grad_(False).eval()
@@ -91,9 +104,7 @@ class PPORoles(GRPOTrainer):
         add_state_forward(base, self.temperature, self._fast.frozen_head(base))
         if args.disable_dropout:
             disable_dropout_rates(base)
-        keep_one_embedding_hook(base)
-        if self._is_peft:
-            checkpoint_under_roles(self._policy)
+        checkpoint_under_roles(self._policy)
         if ref_model is not None:
             add_fused_lm_head(ref_model, self.temperature, args.cast_lm_head_to_fp32)
             add_state_forward(ref_model, self.temperature, self._fast.frozen_head(ref_model))
@@ -130,12 +141,7 @@ class PPORoles(GRPOTrainer):
     def _score_rows(self, rows: list[list[int]]) -> list[float]:
         """Scores of whole sequences of token ids, in their order, at most a micro-batch at a time."""
         if self._reward_model is not None:  # the prompts were measured in the policy's tokens
-            tokens, config = max(map(len, rows)), self._reward_model.config.get_text_config()
-            if tokens > (limit := getattr(config, "max_position_embeddings", None) or tokens):
-                raise UserError(
-                    f"A prompt and its response have {tokens} tokens for the reward model, which has positions for "
-                    f"{limit}: leave out long prompts, or lower max_completion_length."
-                )
+            check_room(self._reward_model, "the reward model", max(map(len, rows)))
         pad_token_id, device = self._reward_pad_token_id, self.accelerator.device
         ids = pad([torch.tensor(row) for row in rows], pad_token_id).to(device)
         # transformers' rule for sequence classifiers: the last token that is not the padding token

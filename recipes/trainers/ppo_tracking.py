@@ -137,16 +137,18 @@ class PPOLogging(GRPOTrainer):
         """Log what a rollout looks like, over the responses of all processes. Returns the KL, nats a response."""
         mode = "train" if self.model.training else "eval"
         metrics, mask, kl_coef = self._metrics[mode], rollout.mask, self._kl_coef
-        kl, lengths = rollout.kl.sum(1), mask.sum(1)
+        # Of a response that `mask_truncated_completions` leaves out nothing is known: it is NaN here and in no mean.
+        left_out = mask.sum(1) == 0
+        kl, entropy = (x.sum(1).masked_fill(left_out, torch.nan) for x in (rollout.kl, -rollout.logps * mask))
         stops = torch.tensor(self.eos_token_ids, device=mask.device)
         own = {  # (B,) each
             "objective/kl": kl,
-            "objective/entropy": -(rollout.logps * mask).sum(1),
+            "objective/entropy": entropy,
             "objective/non_score_reward": -kl_coef * kl,
             "objective/scores": rollout.scores,
             "objective/rlhf_reward": -kl_coef * kl + rollout.scores,
-            "prompts": rollout.attention_mask.sum(1) - lengths,
-            "lengths": lengths,
+            "prompts": kl.new_tensor([*map(len, rollout.prompt_ids)]),
+            "lengths": kl.new_tensor([*map(len, rollout.completion_ids)]),
             "unfinished": rollout.is_unfinished(self.eos_token_ids),
             "eos": (torch.isin(rollout.ids[:, -mask.size(1) :], stops) * mask).sum(1),
         }
@@ -156,7 +158,7 @@ class PPOLogging(GRPOTrainer):
         for name, values in everywhere.items():
             if name.startswith("objective/"):
                 # The last batch of an evaluation is smaller: each response counts the same, not each batch.
-                metrics[name].extend(values.tolist() if mode == "eval" else [values.mean().item()])
+                metrics[name].extend(values.tolist() if mode == "eval" else [values.nanmean().item()])
         scores = everywhere["objective/scores"]
         found = describe(rollout, scores, everywhere["prompts"], self._sum_over_processes)
         found |= {"objective/kl_coef": kl_coef, "val/num_eos_tokens": everywhere["eos"].sum().item()}
@@ -171,12 +173,12 @@ class PPOLogging(GRPOTrainer):
         # GRPO's view of the rewards, by groups of one: its spread is always 0 and its sum misses PPO's normalisation.
         for name in ("reward", "reward_std", "frac_reward_zero_std"):
             metrics.pop(name, None)
-        advantages = gather_object((rollout.advantages.sum(1) / lengths.clamp(min=1)).tolist())
+        advantages = gather_object((rollout.advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist())
         table = self._logs["advantages"]  # ends with GRPO's
         self._logs["advantages"] = deque([*table][: -len(advantages)] + advantages, table.maxlen)
         self._logs["extra"]["kl"].extend(gather_object(kl.tolist()))
         self._logs["extra"]["score"].extend(gather_object(rollout.scores.tolist()))
-        return everywhere["objective/kl"].mean().item()
+        return everywhere["objective/kl"].nanmean().item()
 
     def _log_update(self, by_token: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, float]:
         """Log the means of (B, T) numbers over the tokens of a whole minibatch, however it is split.
@@ -200,8 +202,10 @@ class PPOLogging(GRPOTrainer):
 
     def _log_gradient_norms(self) -> None:
         if self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler  # of fp16, whose scale the gradients still have
+            scale = 1.0 if scaler is None else scaler.get_scale()
             for name, norm in gradient_norms(self._policy).items():
-                self._metrics["train"][name].append(norm)
+                self._metrics["train"][name].append(norm / scale)
 
     def _phase(self, name: str):
         """Counts seconds for `time/<name>`, in training."""

@@ -11,6 +11,7 @@ needs a value for every token. A rollout has four steps, in this order in the fi
 `docs/ppo.md` explains every metric, and `recipes/trainers/ppo_math.py` has the formulas.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,7 +29,7 @@ from recipes.models.loading import not_finite
 from recipes.models.tokenization import render_alike, turn_end
 from recipes.trainers import ppo_math
 from recipes.trainers.ppo_config import PPOConfig
-from recipes.trainers.ppo_roles import PPORoles
+from recipes.trainers.ppo_roles import PPORoles, check_room
 from recipes.trainers.ppo_saving import PPOSaving
 from recipes.trainers.ppo_tracking import PPOLogging
 from recipes.trainers.ptx import PtxBatches
@@ -53,11 +54,11 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         ptx_dataset: demonstrations trained beside PPO, for `args.ptx_coef` above 0 (see [`PtxBatches`]).
 
     Hooks into TRL 1.16, which `tests/trainers/test_trl_contract.py` compares with the installed TRL. For a new rollout
-    `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate`,
-    `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and `_calculate_rewards`,
-    in this order. `_compute_loss`, `training_step` and `create_optimizer` (in [`PPORoles`]) are the update. `log` and
-    `_get_eval_sampler` (in [`PPOLogging`]) make completions readable and each count once. `_save`,
-    `_load_from_checkpoint` and `_load_best_model` (in [`PPOSaving`]) make a run go on where it was.
+    `_prepare_inputs` calls `_generate_and_score_completions`, and that calls `_generate` (which calls
+    `_tokenize_prompts`), `_get_per_token_logps_and_entropies` (the policy's, unless the rollout is one update) and
+    `_calculate_rewards`, in this order. `_compute_loss`, `training_step` and `create_optimizer` (in [`PPORoles`]) are
+    the update. `log` and `_get_eval_sampler` (in [`PPOLogging`]) make completions readable and each count once.
+    `_save`, `_load_from_checkpoint` and `_load_best_model` (in [`PPOSaving`]) make a run go on where it was.
 
     Raises:
         UserError: fewer prompts than one rollout, a reward model with several labels, an adapter that cannot share its
@@ -119,7 +120,13 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         with float32_adapters(model), refusals_in_one_line():
             super().__init__(
                 model=model,
-                reward_funcs=self._rewards(reward_model, reward_processing_class, processing_class, reward_funcs),
+                reward_funcs=self._rewards(
+                    reward_model,
+                    reward_processing_class,
+                    processing_class,
+                    reward_funcs,
+                    getattr(train_dataset, "column_names", None),
+                ),
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -135,7 +142,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
             self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed, **options)
         self._start_logging(ratio_tolerance=1e-3 if self._in_float32 else 0.05)
 
-    def _rewards(self, model, tokenizer, policy_tokenizer, reward_funcs) -> list[Callable]:
+    def _rewards(self, model, tokenizer, policy_tokenizer, reward_funcs, columns) -> list[Callable]:
         """What TRL calls for rewards: the reward model first, where there is one, then the functions."""
 
         def reward_model(**kwargs):  # its name in metrics and errors
@@ -158,7 +165,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         given = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
         if any(isinstance(function, str | nn.Module) for function in given):
             raise UserError("reward_funcs takes Python functions: pass a reward model, loaded, as reward_model.")
-        functions = [reward_model] * self._has_reward_model + [checked(function) for function in given]
+        functions = [reward_model] * self._has_reward_model + [checked(function, columns) for function in given]
         names = [function.__name__ for function in functions]
         if same := {name for name in names if names.count(name) > 1}:
             raise UserError(f"Two rewards are called {same.pop()}: the log would mix their numbers. Rename one.")
@@ -185,16 +192,22 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
             with self._fast.sampling(), self._phase("sample"):
                 samples = super()._generate(prompts)
         except (UserError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not not_finite(self._policy):
+            if not not_finite(self._policy):
                 raise
             self.stop(f"nothing can be sampled ({first_line(error)})")
         finally:
             self._base.generation_config = of_base
             self.model.train(training)  # continuous batching leaves it in training mode
-        if not all(samples[0]):
-            raise UserError("A prompt has no tokens, and nothing predicts the first token of its response: drop it.")
         self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
         return samples
+
+    def _tokenize_prompts(self, prompts: list):
+        """TRL's token ids of B prompts, each with room for a response, and what else it makes of them."""
+        prompt_ids, *rest = super()._tokenize_prompts(prompts)
+        if not all(prompt_ids):
+            raise UserError("A prompt has no tokens, and nothing predicts the first token of its response: drop it.")
+        check_room(self._base, "the policy", max(map(len, prompt_ids)) + self.max_completion_length)
+        return prompt_ids, *rest
 
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
@@ -208,7 +221,10 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         kl = self._log_rollout(rollout)
         if self.model.training:
             self._update_stopped = False
-            if (target := self.args.adaptive_kl_target) is not None:
+            target = self.args.adaptive_kl_target
+            # While the critic warms up the policy stands still: its KL says nothing about the coefficient.
+            moves = self.state.global_step >= self.args.critic_warmup_steps and not math.isnan(kl)
+            if target is not None and moves:
                 episodes, horizon = self.args.generation_batch_size, self.args.adaptive_kl_horizon
                 self._kl_coef = ppo_math.adapted_kl_coef(self._kl_coef, kl, target, episodes, horizon)
         return batch | {
@@ -247,12 +263,13 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         rollout, tokenizer = self._rollout, self._reward_tokenizer
         if not (self._other_vocabulary or rollout.is_chat and self._other_template):
             return self.score_sampled_ids(rollout)
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        if rollout.is_chat:
+        if rollout.is_chat:  # without the space that the policy's template may have before an answer
+            answers = [[{**answer, "content": answer["content"].strip()}] for (answer,) in completions]
+            texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
             rows = tokenizer.apply_chat_template(texts, return_dict=False, **self.chat_template_kwargs)
         else:  # as RewardTrainer reads text: with BOS, and EOS after a finished one
             ends = ["" if ids[-1] not in self.eos_token_ids else tokenizer.eos_token for ids in completion_ids]
-            rows = tokenizer([text + end for text, end in zip(texts, ends, strict=True)])["input_ids"]
+            rows = tokenizer([*map("".join, zip(prompts, completions, ends, strict=True))])["input_ids"]
         return self._score_rows(rows)
 
     def score_sampled_ids(self, rollout: Rollout) -> list[float]:
@@ -302,7 +319,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
     # Step 4: update
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """PPO's loss of one micro-batch, a scalar whose sum over the minibatch is a mean over its tokens.
+        """PPO's loss of one micro-batch, a scalar; over a minibatch they sum up to the mean loss of a token.
 
         `policy loss - entropy_coef * entropy + ptx_coef * demonstrations' loss + vf_coef * value loss`. The parts with
         forwards of their own are backwarded one after the other where that saves memory.
@@ -335,9 +352,10 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         return loss
 
     def _tokens_per_update(self, inputs: dict, mask: torch.Tensor) -> torch.Tensor:
-        """What the token losses of a micro-batch are divided by, so that their sum over a minibatch is its mean.
+        """What the token losses of a micro-batch are divided by: the mean tokens of a minibatch of this rollout.
 
-        `loss_type` bnpo averages within each micro-batch instead, and then over micro-batches.
+        So each token of a rollout counts the same, whichever minibatch it is in. `loss_type` bnpo averages within each
+        micro-batch instead, and then over micro-batches.
         """
         accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
         if self.loss_type == "bnpo":

@@ -1,8 +1,9 @@
 """Python reward functions: what they give is checked before it becomes a score."""
 
 import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
@@ -10,14 +11,26 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from recipes.cli.errors import UserError, counted
 
+# What TRL calls reward functions with, beside the columns of the dataset
+KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
-def checked(function: Callable) -> Callable:
+
+def checked(function: Callable, columns: Iterable[str] | None = None) -> Callable:
     """`function`, of TRL's signature, with an error that names it where it does not give one number a response.
 
     None stands for a response that the function does not judge. Functions may be asynchronous.
+
+    Raises:
+        UserError: it cannot be called with TRL's keywords and the dataset's columns, where these are known.
     """
     name = get_callable_name(function)
     title = f"The reward function {name!r}"
+    try:
+        if columns is not None:
+            inspect.signature(function).bind(**dict.fromkeys({*KEYWORDS, *columns} - {"prompt", "completion"}))
+    except TypeError as error:
+        form = f"{name}(prompts, completions, **kwargs), where kwargs has the dataset's other columns"
+        raise UserError(f"{title} cannot be called: {error}. TRL's form is {form}.") from error
 
     def call(**kwargs):
         return check_rewards(function(**kwargs), title, len(kwargs["completions"]))

@@ -102,6 +102,18 @@ def test_reasoning_that_a_template_leaves_out_is_flagged(tokenizer):
     assert format_dataset(rows, "sft", tokenizer=tokenizer)[1].flags == []
 
 
+def test_a_prompt_that_a_template_renders_anew_is_flagged(tokenizer):
+    """As gpt-oss does with reasoning before the result of a tool: what follows it in the prompt is trained too."""
+    first = {"role": "assistant", "content": "w2", "reasoning_content": "w3"}
+    rows = [{"messages": [USER, ANSWER, USER, ANSWER]}, {"messages": [USER, first, USER, ANSWER]}]
+    tokenizer.chat_template = SAYS_ALL.replace("if m.reason", "if messages|length < 4 and m.reason")
+    _, report = format_dataset(rows, "sft", tokenizer=tokenizer, prompt_completion=True)
+    (entry,) = report.flags
+    assert entry["line"] == 2 and entry["flag"].startswith("the chat template renders the prompt otherwise before an")
+    tokenizer.chat_template = SAYS_ALL.replace("'<assistant> '", "'<assistant> w9 '")  # as the start of `<think>`
+    assert format_dataset(rows, "sft", tokenizer=tokenizer, prompt_completion=True)[1].flags == []
+
+
 def test_answers_that_a_template_leaves_out_are_not_trained(tokenizer):
     tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }} {% endfor %}<assistant>"
     with pytest.raises(DataError, match="rows:1: the chat template leaves nothing of the answer"):

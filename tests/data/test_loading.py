@@ -199,6 +199,18 @@ def test_decimals_are_numbers(tmp_path):
         format_dataset(load_rows(tmp_path / "pairs.parquet"), "ranking")
 
 
+def test_a_label_that_is_a_class_is_read_by_its_name():
+    """By its number, class 0 was a bad answer, also where it is called "good"."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    rows = {"prompt": ["q", "q", "q"], "completion": ["a", "b", "c"], "label": [1, 0, None]}
+    for names, expected in ((["false", "true"], "ac"), (["true", "false"], "bc")):
+        kinds = {"prompt": Value("string"), "completion": Value("string"), "label": ClassLabel(names=names)}
+        features = Features(kinds)
+        dataset, _ = format_dataset(Dataset.from_dict(rows, features), "sft")
+        assert "".join(row["messages"][1]["content"] for row in dataset) == expected
+
+
 def test_a_mapping_reaches_into_objects_of_csv(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text('id,q\n1,"{""text"": ""a""}"\n')

@@ -1,5 +1,6 @@
 """Keys and columns that change what a row means are used, or the row is left out by name; the rest is reported."""
 
+import csv
 import json
 import re
 
@@ -10,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from recipes.data.converters import Dialogue
 from recipes.data.mapping import parse_mapping
 from recipes.data.schemas import SCHEMAS, Schema
-from recipes.formatting import DataError, format_dataset
+from recipes.formatting import DataError, format_dataset, load_rows
 
 
 def user(content):
@@ -351,8 +352,27 @@ def test_a_prompt_beside_whole_conversations_is_theirs():
 def test_messages_as_json_text_are_no_text(row, column):
     with pytest.raises(DataError, match=f"rows:1:{re.escape(column)}: found messages written as JSON text"):
         format_dataset([row], "preference")
-    text = {"prompt": 'Write [{"role": …}]', "completion": '[{"role": "admin", "content": "x"}]'}
-    assert format_dataset([text], "sft")[0][0]["messages"][1]["content"] == text["completion"]
+
+
+def test_messages_in_pythons_notation_are_no_text():
+    """As pandas makes them of lists, in any kind of file: they were trained as what the assistant says."""
+    for column in ("prompt", "chosen"):
+        row = {"prompt": "q", "chosen": "a", "rejected": "b", column: str([assistant("it's")])}
+        with pytest.raises(DataError, match=rf"rows:1:{column}: found the text .*expected messages that json.dumps"):
+            format_dataset([row], "preference")
+
+
+@pytest.mark.parametrize(
+    "answer", ['[{"role": "admin", "content": "x"}]', '{"from": "Oslo", "to": "Rome"}', '{"id": 1, "role": "user"}']
+)
+def test_an_answer_in_json_is_a_text(tmp_path, answer):
+    """In CSV each was an error, since its keys are also those of messages."""
+    text = {"prompt": 'Write [{"role": …}]', "completion": answer}
+    assert format_dataset([text], "sft")[0][0]["messages"][1]["content"] == answer
+    if "content" not in answer:
+        with (tmp_path / "data.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([text, text.values()])
+        assert format_dataset(load_rows(tmp_path / "data.csv"), "sft")[0][0]["messages"][1]["content"] == answer
 
 
 @pytest.mark.parametrize(
@@ -415,6 +435,8 @@ def test_a_function_call_is_one_however_its_role_is_written():
     said = [{"from": "human", "value": "q"}, {"from": "Function_Call", "value": '{"name": "f", "arguments": {}}'}]
     (row,) = format_dataset([{"conversations": said}], "sft")[0]
     assert row["messages"][1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    masked = {"conversations": [said[0], {**said[1], "weight": 0}]}  # the mark was lost
+    assert skipped(masked, good={"conversations": said})[1] == "every answer has weight 0"
 
 
 def test_a_mapped_column_that_nothing_reads_is_an_error():

@@ -148,8 +148,9 @@ def is_estimate(value) -> bool:
 def judged(**intervals) -> dict:
     """A report in which `ppo` differs from `sft` by these intervals, by judge."""
     difference = {name: {"mean": (low + high) / 2, "ci95": [low, high]} for name, (low, high) in intervals.items()}
-    policies = {"sft": {**difference, "kl": None}, "ppo": {"difference": difference}}
-    return {"headline": "ppo", "reference": "sft", "policies": policies}
+    judges = [name for name in intervals if name != "reward"]
+    policies = {"sft": difference, "ppo": {"difference": difference}}
+    return {"headline": "ppo", "reference": "sft", "judges": judges, "n_prompts": 100, "policies": policies}
 
 
 def test_the_first_sentence_says_which_is_better_and_whether_that_could_be_chance():

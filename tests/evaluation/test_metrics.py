@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
 from recipes.evaluation import frontier, metrics, reward_quality
 from recipes.evaluation.arguments import EvaluationArguments, checkpoints
@@ -22,6 +23,7 @@ from recipes.evaluation.summary import Curves, over_optimization, summarise
 from recipes.formatting import FormattingArguments, RowArguments
 from recipes.labelling.tasks import read_tasks
 from recipes.models.sampling import LoadingArguments
+from scripts.evaluate import ARGUMENTS as ARGUMENTS_OF_COMMAND
 from scripts.evaluate import EvaluationPrompts, JudgeArguments, other_win_rates, read_prompts
 from tests.tiny_models import word_tokenizer
 
@@ -285,7 +287,10 @@ def test_people_judge_blind(tmp_path):
     rankings = tmp_path / "rankings.jsonl"
     rankings.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     shares = people_outcomes(read_people(str(rankings)), prompts, texts["ppo"], texts["sft"])
-    assert shares[:2].tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]] and np.isnan(shares[2]).all()
+    assert shares.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]], "the same text is a tie"
+    two_ties = [texts["ppo"] + ["same"], texts["sft"] + ["same"]]
+    half = people_outcomes(dict([read_people(str(rankings)).popitem()]), prompts + prompts[2:], *two_ties)
+    assert half[1:3].tolist() == [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]] and np.isnan(half[[0, 3]]).all(), "half of both"
     rankings.write_text('{"prompt": "p"}\n')
     with pytest.raises(UserError, match="rankings.jsonl:1: not a ranking"):
         read_people(str(rankings))
@@ -392,10 +397,7 @@ def test_what_is_planned():
         ({"policies": []}, "--policies NAME=PATH"),
         ({"policies": ["sft=a", "prompt=b"]}, "a column prompt already"),
         ({"reference": "gpt"}, "--reference gpt is not among --policies"),
-        ({"top_k": 50}, "KL is not finite"),
         ({"temperatures": [0.0]}, "must be above 0"),
-        ({"best_of_n": 1}, "--best_of_n 1"),
-        ({"num_prompts": 0}, "--num_prompts 0"),
         ({"judges": [f"{__name__}.reward"]}, "the report has a figure reward already"),
         ({"judges": [f"{__name__}.brief", "tests.evaluation.test_command.brief"]}, "a figure brief already"),
         ({"judges": [f"{__name__}.missing"]}, "--judges .*missing: write it as module.function"),
@@ -407,6 +409,19 @@ def test_bad_arguments_are_one_clear_line(change, message):
     of one name the second took that of the first."""
     with pytest.raises(UserError, match=message):
         EvaluationArguments(**ARGUMENTS | change)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--best_of_n", "1"], "--best_of_n 1: expected 2 or more"),
+        (["--num_prompts", "0"], "--num_prompts 0: expected 1 or more"),
+        (["--top_k", "50"], "unrecognized arguments: --top_k 50"),
+    ],
+)
+def test_bad_flags_are_one_clear_line(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(ARGUMENTS_OF_COMMAND, flags)
 
 
 def reward(completions, **kwargs):
@@ -430,9 +445,10 @@ def test_the_curve_of_best_of_n_goes_through_its_points():
     args = EvaluationArguments(**ARGUMENTS, best_of_n=64)
     rewards = RNG(0).integers(0, 3, (200, 64))
     reference = measured(args.plan()[1], rewards, 0.0)
-    best = Curves(reference, 64).best_of_n()
+    curves = Curves(reference, 64)
+    best = curves.best_of_n()
     runs = [measured(PolicySpec(f"ppo@step{step}", "c", 2, 1.0, "ppo", step), rewards, step) for step in (1, 2, 3)]
-    found = over_optimization(reference, runs, best)
+    found = over_optimization(reference, [curves.point(one) for one in runs], best)
     kl, reward = (np.array([row[key] for row in best[1:]]) for key in ("kl_with_ties", "reward"))
     assert best[-1]["kl_with_ties"] < best[-1]["kl"] / 2
     curve = found["start"]["reward"] + frontier.over_optimization_curve(kl, found["fits"]["reward"]["bon"])
@@ -457,7 +473,7 @@ def test_a_report_of_hardly_anything(tmp_path, prompts, equal, kl):
         found[name] = measured(PolicySpec(name, "c", 2, 1.0, "ppo", step), start, kl and kl * step)
     report = summarise(args, found, [conversation(f"q{number}") for number in range(prompts)], "raw scores")
     pairs = [pair(1.0, group="only one")] if prompts == 1 else [pair(1.0), pair(-1.0, 3, "h")]
-    report["reward_model"] = quality(pairs)
+    report["reward_model"] = quality(pairs) | {"trained_on": []}
     (tmp_path / "over_optimization.png").touch()  # of an earlier report, which W&B would get with this one
     write_report(report, str(tmp_path))
     assert (tmp_path / "over_optimization.png").exists() == bool(report["over_optimization"])

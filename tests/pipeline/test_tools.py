@@ -9,10 +9,12 @@ import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import ModelConfig
 
 from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
 from recipes.cli.run import holds_anything
+from recipes.models.sampling import load_generator
 from scripts import chat, merge_adapter
 from tests import tiny_models as models
 
@@ -70,7 +72,7 @@ def test_the_result_has_the_base_s_precision_unless_told(folders, tmp_path):
         assert AutoModelForCausalLM.from_pretrained(tmp_path / wish).dtype == dtype
 
 
-def test_what_would_lose_something_is_refused(folders, tmp_path):
+def test_what_would_lose_something_is_refused(folders, tmp_path, capsys):
     with pytest.raises(UserError, match="not an adapter"):
         merge(folders / "base", tmp_path / "merged")
     with pytest.raises(UserError, match="nothing is ever written over"):
@@ -78,8 +80,12 @@ def test_what_would_lose_something_is_refused(folders, tmp_path):
     shutil.copytree(folders / "policy", tmp_path / "qlora")
     record = {"recipe": "sft", "arguments": {"load_in_4bit": True}}
     (tmp_path / "qlora" / "train_config.yaml").write_text(yaml.safe_dump(record))
-    with pytest.raises(UserError, match="trained on a quantised base.*--allow_quantized_merge true"):
-        merge(tmp_path / "qlora", tmp_path / "merged")
+    for part in (".", "checkpoint-3", "ema", "checkpoint-3/ema"):  # the record is in the folder of the run
+        shutil.copytree(folders / "policy", tmp_path / "qlora" / part, dirs_exist_ok=True)
+        with pytest.raises(UserError, match="trained on a quantised base.*--allow_quantized_merge true"):
+            merge(tmp_path / "qlora" / part, tmp_path / "merged")
+        load_generator(ModelConfig(str(tmp_path / "qlora" / part)))
+        assert "was trained on a quantised base, and on unquantised weights" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
     merge(tmp_path / "qlora", tmp_path / "merged", allow_quantized_merge=True)
     assert (tmp_path / "merged" / "model.safetensors").exists()
@@ -123,12 +129,12 @@ def test_chat_compares_two_policies_and_forgets_on_reset(folders, monkeypatch, c
     base, policy = str(folders / "base"), str(folders / "policy")
     flags = ["--model_name_or_path", base, "--compare", policy, "--max_completion_length", "5", "--temperature", "0"]
     monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\nw3\n/reset\nw1 w2\n\n/quit\nw9\n"))
-    chat.main(*parse(chat.ARGUMENTS, [*flags, "--num_generations", "1"]))
+    chat.main(*parse(chat.ARGUMENTS, flags))
     answers = [line for line in capsys.readouterr().out.splitlines() if line.startswith((base, policy))]
     assert len(answers) == 6
     assert answers[0:2] == answers[4:6]
     assert answers[0].removeprefix(base) != answers[1].removeprefix(policy)
-    with pytest.raises(UserError, match="--num_generations 4: a message gets one answer"):
+    with pytest.raises(UserError, match="unrecognized arguments: --num_generations 4"):
         parse(chat.ARGUMENTS, [*flags, "--num_generations", "4"])
 
 

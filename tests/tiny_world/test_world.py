@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes.cli.errors import UserError
 from recipes.tiny_world import judge, labeler, make_data, world
 
 WORLD = Path(world.__file__).parent
@@ -125,8 +126,9 @@ def test_no_two_questions_have_a_wording_in_common():
     assert len(world.by_wording()) == sum(len(question.wordings) for question in world.questions())
 
 
-def test_unknown_question_is_named():
-    with pytest.raises(ValueError, match="the tiny world has no question 'What is love\\?'"):
+def test_unknown_question_is_one_line():
+    """Also in a run whose reward function is gold; it ended in a traceback."""
+    with pytest.raises(UserError, match="The tiny world has no question 'What is love\\?'"):
         gold("What is love?", "Baby.")
 
 
@@ -196,9 +198,8 @@ def test_labeler_writes_rankings_once(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rankings.jsonl").read_text().split("\n")[:-1]]
     assert [row["id"] for row in rows] == ["p0", "p1", "p2"]
     for row in rows:
-        assert row["annotator"] == "simulated" and row["justification"]
+        assert row["annotator"] == "simulated"
         assert [response["text"] for response in row["responses"]] == texts
-        assert all(response["justification"].endswith(".") for response in row["responses"])
         ranks = [response["rank"] for response in row["responses"]]
         assert ranks[0] == ranks[3] == 1 and ranks[1] > 1 and ranks[2] > 1
     before = (tmp_path / "rankings.jsonl").read_bytes()
@@ -215,7 +216,7 @@ def test_labeler_writes_rankings_once(tmp_path):
         ('{"id": "a"}', "'prompt'"),
         (
             '{"id": "a", "prompt": [{"role": "user", "content": "Who?"}], "model": "m", "responses": []}',
-            "the tiny world has no question 'Who?'",
+            "The tiny world has no question 'Who?'",
         ),
     ],
 )
@@ -258,7 +259,8 @@ def test_pretraining_runs_from_nothing(tmp_path):
     pretrain.train(tmp_path / "base", max_steps=3, documents=400, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert tokenizer.convert_tokens_to_ids(list(world.SPECIAL_TOKENS)) == list(range(len(world.SPECIAL_TOKENS)))
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    assert tokenizer.convert_tokens_to_ids(special) == list(range(5))
     assert model.config.vocab_size == len(tokenizer)
     assert model.generation_config.eos_token_id == world.END_TOKEN_ID
     again = run("pretrain", "--output_dir", tmp_path / "base")

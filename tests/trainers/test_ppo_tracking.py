@@ -1,5 +1,6 @@
 """What PPO tells trackers: phases, histograms, spreads, gradient norms, readable completions."""
 
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from transformers.integrations import TensorBoardCallback
 
-from recipes.trainers.ppo_tracking import PPOTracking, describe, gradient_norms, readable
+from recipes.trainers.ppo_tracking import PPOLogging, PPOTracking, describe, gradient_norms, readable
 from recipes.trainers.rollout import Rollout
 
 
@@ -75,3 +76,12 @@ def test_gradient_norms_of_policy_and_critic_are_apart():
     assert gradient_norms(model) == {"grad_norm/policy": 5.0, "grad_norm/critic": 2.0}
     model["layer"].weight.grad = None  # critic_warmup_steps
     assert gradient_norms(model) == {"grad_norm/policy": 0.0, "grad_norm/critic": 2.0}
+
+
+def test_gradient_norms_are_without_the_scale_of_fp16():
+    model = torch.nn.ModuleDict({"critic": torch.nn.Linear(2, 1, bias=False)})
+    model["critic"].weight.grad = torch.tensor([[0.0, 2.0]])
+    accelerator = SimpleNamespace(sync_gradients=True, scaler=SimpleNamespace(get_scale=lambda: 4.0))
+    trainer = SimpleNamespace(accelerator=accelerator, _policy=model, _metrics={"train": defaultdict(list)})
+    PPOLogging._log_gradient_norms(trainer)
+    assert trainer._metrics["train"] == {"grad_norm/policy": [0.0], "grad_norm/critic": [0.5]}

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from recipes.cli.errors import UserError
-from recipes.models.adapters import add_score_roles
+from recipes.models.adapters import adapter_parameters, add_score_roles
 from recipes.models.loading import never_pack
 from recipes.trainers.ppo_trainer import PPOTrainer
 from recipes.trainers.rollout import Rollout
@@ -341,14 +341,33 @@ def test_a_high_kl_price_keeps_the_policy_at_the_reference(world, tmp_path):
     assert abs(runs[5.0]) < 0.2 * runs[0.0]
 
 
+def test_responses_that_are_left_out_are_in_no_mean_of_the_kl(world, tmp_path):
+    """They would count as 0 nats, in the log and for the adaptive price."""
+    kwargs = {"per_device_train_batch_size": 16, "mask_truncated_completions": True, "adaptive_kl_target": 1.0}
+    trainer = make_trainer(world, tmp_path, **kwargs)
+    for parameter in adapter_parameters(trainer.model, "ref").values():
+        parameter.data += 0.05
+    rollout(trainer, 64)
+    found, finished = trainer._rollout, ~trainer._rollout.is_unfinished(trainer.eos_token_ids)
+    assert finished.any() and not finished.all()
+    metrics, kl = trainer._metrics["train"], found.kl[finished].sum(1).mean().item()
+    assert metrics["objective/kl"][-1] == pytest.approx(kl) and abs(kl) > 0.01
+    assert trainer._log_rollout(found) == pytest.approx(kl)
+    assert torch.tensor(trainer._logs["extra"]["kl"]).isnan().sum() == (~finished).sum()
+    found.mask.zero_()
+    assert math.isnan(trainer._log_rollout(found)), "nothing is known of any"
+
+
 def test_critic_warmup_and_its_own_learning_rate(world, tmp_path):
-    trainer = make_trainer(world, tmp_path, critic_warmup_steps=4, critic_learning_rate=3e-3, max_steps=4)
+    options = {"critic_learning_rate": 3e-3, "max_steps": 4, "adaptive_kl_target": 1.0, "adaptive_kl_horizon": 64}
+    trainer = make_trainer(world, tmp_path, critic_warmup_steps=4, **options)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
     assert changed == {name for name in start if ".critic." in name}
     rates = {group["lr"] for group in trainer.optimizer.param_groups if group["params"]}
     assert rates == {1e-3, 3e-3}
+    assert trainer._kl_coef == trainer.args.kl_coef, "the KL of a policy that stands still is no reason to change it"
 
 
 def test_target_kl_stops_the_update_not_the_run(world, tmp_path):
@@ -430,6 +449,13 @@ def test_a_response_beyond_the_positions_of_a_reward_model_is_one_line(world, tm
     roles = {"reward_model": models.reward_model(max_position_embeddings=8)}
     trainer = make_trainer(world, tmp_path, model=models.causal_lm(), trainer_kwargs=roles)
     with pytest.raises(UserError, match="tokens for the reward model, which has positions for 8: leave out long"):
+        rollout(trainer)
+
+
+def test_a_prompt_beyond_the_positions_of_the_policy_is_one_line(world, tmp_path):
+    model = models.causal_lm(max_position_embeddings=8)
+    trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_model": models.reward_model()})
+    with pytest.raises(UserError, match="tokens for the policy, which has positions for 8: leave out long"):
         rollout(trainer)
 
 
@@ -649,6 +675,13 @@ def test_models_that_do_not_fit_their_keyword_are_refused(world, tmp_path, roles
         make_trainer(world, tmp_path, model=roles.pop("model", None), trainer_kwargs=roles)
 
 
+def test_a_second_trainer_does_not_take_the_reference_of_the_first(world, tmp_path):
+    model = shared_base_policy(world)
+    make_trainer(world, tmp_path, model=model)
+    with pytest.raises(UserError, match="an adapter `ref` already, as an earlier PPOTrainer leaves one: delete it"):
+        make_trainer(world, tmp_path, model=model)
+
+
 def test_a_policy_under_another_name_is_refused(world, tmp_path):
     model = get_peft_model(models.causal_lm(), LoraConfig(task_type="CAUSAL_LM", **LORA), adapter_name="sft")
     with pytest.raises(UserError, match="The policy is the adapter `default`, and there is only sft"):
@@ -784,6 +817,9 @@ def test_a_function_may_pass_over_a_response(world, tmp_path):
         ({"score_clip": -1.0}, "score_clip must be above 0"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must be at least 0"),
         ({"fp16": True, "target_kl": 0.1}, "loss scaling of fp16"),
+        ({"adaptive_kl_target": 6.0, "adaptive_kl_horizon": 3}, "one rollout of 16 episodes could take kl_coef to 0"),
+        ({"epsilon_high": -0.1}, "epsilon_high must be at least 0"),
+        ({"max_completion_length": None}, "max_completion_length must be above 0, got None"),
         ({"kl_coef": 0.0, "adaptive_kl_target": 6.0}, "adaptive_kl_target multiplies kl_coef, which would stay 0"),
         ({"num_iterations": 1, "steps_per_generation": 2, "target_kl": 0.1}, "target_kl stops the later updates"),
         ({"mask_truncated_completions": True, "missing_eos_penalty": 1.0}, "missing_eos_penalty is for responses"),
@@ -884,6 +920,17 @@ def test_plain_text_is_scored_by_another_vocabulary_as_reward_trainer_reads_it(w
     rows = [tokenizer(text)["input_ids"] for text in ("w0 w1 w2</s>", "w1 w2 w3 w4")]
     alone = [classifier(input_ids=torch.tensor([ids])).logits.item() for ids in rows]
     assert scores == pytest.approx(alone, abs=1e-5)
+
+
+def test_chat_is_scored_by_another_vocabulary_without_the_space_before_an_answer(world, tmp_path):
+    tokenizer, classifier = bos_tokenizer(), models.reward_model(vocabulary=258)
+    tokenizer.chat_template = models.word_tokenizer().chat_template
+    kwargs = {"reward_model": classifier, "reward_processing_class": tokenizer}
+    trainer = make_trainer(world, tmp_path, model=models.causal_lm(), trainer_kwargs=kwargs)
+    trainer._rollout = Rollout([[5, 6]] * 2, [[7, 1]] * 2, is_chat=True)
+    answers = [[{"role": "assistant", "content": text}] for text in ("w2", " w2")]
+    clean, spaced = trainer.score_responses(models.prompts(1) * 2, answers, trainer._rollout.completion_ids)
+    assert clean == spaced and answers[1][0]["content"] == " w2"
 
 
 def test_a_four_bit_base_plays_all_roles(world, tmp_path):

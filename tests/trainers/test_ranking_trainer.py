@@ -156,14 +156,24 @@ def test_training_learns_the_order_and_logs_it(tmp_path):
     assert after["eval_margin/rank_gap_3_or_more"] > 0
 
 
-def test_a_checkpoint_of_an_older_version_goes_on(tmp_path):
-    """It has sums where rankings are now."""
-    trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings(), max_steps=1)
-    trainer.train()
-    state = trainer.running_state() | {"pairs": {"train": {"pairs": 3.0}, "eval": {}}}
-    del state["rankings"]
-    trainer.restore_running_state(state)
-    assert trainer.running_state()["rankings"] == {"train": [], "eval": []}
+@pytest.mark.parametrize("late", [False, True])
+def test_a_smaller_batch_does_not_begin_again_with_trained_weights(tmp_path, monkeypatch, late):
+    trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings(), auto_find_batch_size=True, max_steps=3)
+    step, failures = RankingRewardTrainer.training_step, []
+
+    def out_of_memory(self, *args, **kwargs):
+        if self.state.global_step == late and not failures:
+            failures.append(self._train_batch_size)
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RankingRewardTrainer, "training_step", out_of_memory)
+    if late:
+        with pytest.raises(UserError, match="Memory ran out after step 1, .* --per_device_train_batch_size 3 or less"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert trainer._train_batch_size < failures[0]
 
 
 def test_accuracy_weighs_every_pair_the_same(tmp_path):

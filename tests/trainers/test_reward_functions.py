@@ -49,6 +49,19 @@ def test_none_passes_over_a_response():
     assert call([None, 2]) == [None, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("function", "shown"),
+    [
+        (lambda prompts, completions: [], "got an unexpected keyword argument"),
+        (lambda completions, solution, **kwargs: [], "missing a required argument: 'solution'"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_one_line_before_the_first_rollout(function, shown):
+    with pytest.raises(UserError, match=f"cannot be called: {shown}"):
+        checked(function, ["prompt", "answer"])
+    checked(lambda completions, answer, **kwargs: [], ["prompt", "answer"])
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     ("returned", "shown"),

@@ -22,6 +22,7 @@ from tests.trainers.conftest import config, make_trainer
 OVERRIDDEN = {
     "_prepare_inputs": ["generation_batch"],
     "_generate": ["prompts"],
+    "_tokenize_prompts": ["prompts"],
     "_generate_and_score_completions": ["inputs"],
     "_get_per_token_logps_and_entropies": [
         "model",
