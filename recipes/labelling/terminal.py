@@ -14,6 +14,7 @@ COMMANDS = ("skip", "flag", "undo", "guidelines", "quit")
 FLAG_LETTERS: dict[str, Flag] = {"h": "harmful", "u": "untruthful", "n": "did_not_answer"}
 IDLE_SECONDS = 300  # somebody who takes longer over one question has left the keyboard
 HELP = f"Best first, `=` for a tie: B > A = C > D. Or a word: {', '.join(COMMANDS)}."
+MARKS = "Ratings 1-7 and problems, h(armful) u(ntruthful) n(o answer), as in A6 B2u; Enter submits: "
 
 
 class _Command(Exception):
@@ -102,8 +103,7 @@ class _TaskSession:
         if self.store.justifications != "off":
             for id in [id for tier in self.answer.tiers for id in tier]:
                 self.ask_until_valid(self.justify, id)
-        self.ask_until_valid(self.mark)
-        self.ask_until_valid(self.submit)
+        self.ask_until_valid(self.mark_and_submit)
 
     def ask_until_valid(self, step, *args):
         while True:
@@ -137,16 +137,12 @@ class _TaskSession:
         review.justification = text
         self.record("draft")
 
-    def mark(self):
-        marks = "Ratings 1-7 and problems, h(armful) u(ntruthful) n(o answer), as in A6 B2u (Enter for none): "
-        for letter, (rating, flags) in parse_marks(self.ask(marks), self.letters).items():
-            review = self.answer.reviews[self.ids[letter]]
-            review.rating, review.flags = rating, flags
-        self.record("draft")
-
-    def submit(self):
-        if self.ask(f"Enter submits (or {', '.join(COMMANDS)}): "):
-            raise AnswerError(f"press Enter to submit, or type one of {', '.join(COMMANDS)}")
+    def mark_and_submit(self):
+        while text := self.ask(MARKS):
+            for letter, (rating, flags) in parse_marks(text, self.letters).items():
+                review = self.answer.reviews[self.ids[letter]]
+                review.rating, review.flags = rating, flags
+            self.record("draft")
         self.record("submit")
 
     def ask(self, question, commands=True):

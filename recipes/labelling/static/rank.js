@@ -65,29 +65,11 @@ function finish(action) {
   freezeDuring(save(action), () => location.assign("/"));
 }
 
-function toggleText(card, button) {
-  const open = card.classList.toggle("open");
-  button.setAttribute("aria-expanded", open);
-  button.textContent = open ? "Show less" : "Show all";
-}
-
-function toggleRaw(card, button) {
-  button.setAttribute("aria-pressed", card.classList.toggle("raw"));
-  offerMore(card);
-}
-
-function offerMore(card) {
-  const body = card.querySelector(".body");
-  const more = card.querySelector(".more");
-  if (!card.classList.contains("open")) more.hidden = body.scrollHeight <= body.clientHeight + 1;
-}
-
 const ACTIONS = {
   up: (card) => moveTo(card, cards().indexOf(card) - 1),
   down: (card) => moveTo(card, cards().indexOf(card) + 1),
   tie: toggleTie,
-  more: toggleText,
-  raw: toggleRaw,
+  raw: (card, button) => button.setAttribute("aria-pressed", card.classList.toggle("raw")),
   submit: () => finish("submit"),
   skip: () => finish("skip"),
   flag: () => finish("flag"),
@@ -139,9 +121,7 @@ window.addEventListener("beforeunload", (event) => {
   if (isUnsaved()) event.preventDefault();
 });
 window.addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); }); // an old state, gone back to
-window.addEventListener("resize", () => cards().forEach(offerMore));
 
-cards().forEach(offerMore);
 refresh();
 if (await sendWhatWasLeft()) task.disabled = false;
 else location.replace(location.pathname);
