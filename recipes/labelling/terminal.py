@@ -4,7 +4,6 @@ import re
 import secrets
 import time
 from dataclasses import replace
-from string import ascii_uppercase
 
 from recipes.cli.errors import visible
 from recipes.labelling.answers import AnswerError, Flag, Submission, is_blank
@@ -81,8 +80,8 @@ class _TaskSession:
     def __init__(self, store: Store, labeler_id: int, task: Task):
         self.store, self.labeler_id, self.task = store, labeler_id, task
         self.answer, self.revision = task.answer, task.revision
-        self.ids = {letter: id for letter, (id, _) in zip(ascii_uppercase, task.responses, strict=False)}
-        self.letter = {id: letter for letter, id in self.ids.items()}
+        self.letter = {id: letter for id, (letter, _) in task.responses.items()}
+        self.ids = {letter: id for id, letter in self.letter.items()}
         self.letters = "".join(self.ids)
         self.seconds = 0.0
 
@@ -96,7 +95,7 @@ class _TaskSession:
         print(f"\n{'─' * 78}\n{progress['ranked']} ranked, {progress['left']} left\n")
         for message in self.task.messages:
             print(f"{visible(message['role']).upper()}: {visible(message['content'])}")
-        for letter, (_, text) in zip(self.letters, self.task.responses, strict=True):
+        for letter, text in self.task.responses.values():
             print(f"\n[{letter}] {visible(text)}")
         print()
         self.ask_until_valid(self.rank)

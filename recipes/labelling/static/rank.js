@@ -2,12 +2,12 @@
 
 import { tick } from "./clock.js";
 import { cards, list, moveTo, refresh, tiers, toggleTie } from "./order.js";
-import { complain, isPending, isUnsaved, save, saveAll, saveOnLeaving, sendWhatWasLeft, touch } from "./saving.js";
+import { isPending, isUnsaved, save, saveAll, saveOnLeaving, sendWhatWasLeft, touch } from "./saving.js";
 
 const task = document.getElementById("task"); // a fieldset: nothing in it can be used while it is disabled
 const header = document.querySelector("header");
 const comment = document.getElementById("comment");
-const shown = task.dataset.shown.trim();
+const shown = task.dataset.shown;
 const cardOf = (node) => node.closest?.(".card");
 
 // A text of which something can be seen; the server asks the same, in answers.py.
@@ -32,6 +32,12 @@ function problem(action) {
     return { text: "One question: the order is as it was shown. If that is your ranking, submit again." };
   }
   return {};
+}
+
+function complain(text, isQuestion = false) {
+  const box = document.getElementById("problem");
+  box.textContent = text;
+  box.classList.toggle("question", isQuestion);
 }
 
 // Once an answer was refused, the page follows what is still missing.
