@@ -125,9 +125,10 @@ def read_class(name: str, path: str) -> dict[str, Flag]:
             call = item.value.keywords if isinstance(item.value, ast.Call) else []
             options = {keyword.arg: keyword.value for keyword in call}
             if "init" in options:  # no flag, whatever it is in a base
-                found.pop(item.target.id, None)
+                found.pop(ast.unparse(item.target), None)
             else:
-                found[item.target.id] = read_flag(item, options, name)
+                flag = read_flag(item, options, name)
+                found[flag.name] = flag
     return found
 
 

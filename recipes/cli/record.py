@@ -129,13 +129,13 @@ def read_record(path: str) -> dict[str, Any] | None:
     return record
 
 
-def trained_in_few_bits(folder: str) -> bool:
-    """Whether a model, a checkpoint or its `ema/` is of a run on a base in 4 or 8 bits, as far as is known."""
+def arguments_of(folder: str) -> dict[str, Any]:
+    """The arguments of the run that a model, a checkpoint or its `ema/` is of; empty where they are not known."""
     path = os.path.abspath(folder)
     while re.fullmatch(r"ema|checkpoint-\d+", os.path.basename(path)):
         path = os.path.dirname(path)
-    record = read_record(os.path.join(path, RESULT)) or read_record(os.path.join(path, RECORD)) or {"arguments": {}}
-    return any(record["arguments"].get(name) for name in ("load_in_4bit", "load_in_8bit"))
+    record = read_record(os.path.join(path, RESULT)) or read_record(os.path.join(path, RECORD))
+    return record["arguments"] if record else {}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -98,8 +98,8 @@ def test_a_new_adapter_is_on_all_linear_layers(folders):
 
 def test_one_launch_of_ppo_resolves_each_model_once(folders, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in models.prompts(8)])
-    found, find = [], source.find_adapter_config_file
-    monkeypatch.setattr(source, "find_adapter_config_file", lambda name: found.append(name) or find(name))
+    found, find = [], source.adapter_config
+    monkeypatch.setattr(source, "adapter_config", lambda name: found.append(name) or find(name))
     run_recipe(
         "ppo",
         model_name_or_path=folders / "sft",
