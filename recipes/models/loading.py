@@ -28,7 +28,7 @@ from recipes.cli.errors import UserError, counted, refusals_in_one_line
 from recipes.cli.files import write_text
 from recipes.cli.screen import say
 from recipes.models.adapters import add_score_roles, new_adapter_config, only_on_text, seq_cls_config, train_text
-from recipes.models.compatibility import check_model, check_score_head, refuse_other_adapter
+from recipes.models.compatibility import check_score_head, refuse_other_adapter
 from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource, find_file, load_errors
 from recipes.models.tokenization import load_tokenizer
@@ -210,7 +210,6 @@ def load_reward_model(source: ModelSource, model_args: ModelConfig) -> tuple[Pre
     """A trained reward model on its own base with its tokenizer, frozen, an adapter merged into the weights."""
     check_score_head(source)
     tokenizer = load_tokenizer(source)
-    check_model(source, tokenizer)
     if tokenizer.init_kwargs.get("chat_template") is None:
         say(
             f"Warning: the reward model {source.path} has no chat template and reads turns that begin with User: and "

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -44,11 +43,6 @@ class SamplingArguments:
     generation_batch_size: int = field(default=64, metadata={"help": "Responses sampled at once."})
 
     def __post_init__(self):
-        for name in ("num_generations", "max_completion_length", "generation_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: expected 1 or more.")
-        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError("--temperature and --top_k must be 0 or more, --top_p above 0 and at most 1.")
         if self.temperature == 0 and self.num_generations > 1:
             raise UserError("--temperature 0 always gives the same response: set --num_generations 1 or sample.")
 
@@ -220,13 +214,8 @@ def sample_to_file(
     """Append one JSON line per prompt to `output`; a run that was stopped goes on where it was.
 
     Batches and seeds depend on nothing but the arguments, so a file made in several runs equals one made in one. The
-    longest prompts come first: a batch that does not fit into memory fails at once.
-
-    Args:
-        loading: how the model was loaded and what its weights are, which is kept with the sampling arguments.
-
-    Raises:
-        UserError: `output` was made otherwise, is in use or cannot be written.
+    longest prompts come first: a batch that does not fit into memory fails at once. How the model was loaded, and what
+    its weights are (`loading`), is kept with the sampling arguments.
     """
     plan = sorted(prompts, key=lambda prompt: (-prompt_length(prompt.messages), prompt.id))
     made_from = {"model": os.path.normpath(model_name), "sampling": {**asdict(sampling), **loading}}

@@ -383,6 +383,17 @@ def test_a_lock_is_gone_with_its_process(tmp_path):
         assert not os.path.exists(path)
 
 
+def test_a_disk_that_locks_no_files_is_named(training_args, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"--output_dir .*out is on a disk that locks no files \(Function"):
+        RunFolder("sft", training_args())
+    lock.release_all()
+    assert not (tmp_path / "out").exists()
+
+
 @dataclass
 class Secretive:
     hub_token: str = "hf_secret"

@@ -244,7 +244,7 @@ def test_a_prompt_that_does_not_fit_is_named(folders, tmp_path):
 )
 def test_impossible_arguments(wrong):
     with pytest.raises(UserError, match="--"):
-        SamplingArguments(**wrong)
+        parse((SamplingArguments,), flags(**wrong))
 
 
 def test_an_adapter_samples_as_itself(folders, generator, prompts):
