@@ -78,7 +78,7 @@ def merge(args: MergeArguments) -> None:
     tokenizer = load_tokenizer(source)
     check_model(source, tokenizer)
     model_args = ModelConfig(dtype="float32")
-    is_reward_model = source.peft_config.task_type == "SEQ_CLS"
+    is_reward_model = source.has_score_head or source.peft_config.task_type == "SEQ_CLS"
     model = load_reward_model(source, model_args)[0] if is_reward_model else load_policy(source, model_args)
     if not quantized:
         model.to(source.config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype))
