@@ -13,8 +13,7 @@ import random
 import sys
 
 if __name__ == "__main__":
-    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
-    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # instead of this file's folder
     from recipes.cli.start import begin
 
     begin(__file__)
@@ -39,6 +38,7 @@ from recipes.models.loading import (
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer, set_chat_template
 from recipes.trainers.ranking_trainer import RankingRewardTrainer, conversations, keep_majorities, results_in_words
+from recipes.trainers.replaced import replaced
 
 
 @dataclass
@@ -96,10 +96,7 @@ def main(
     tokenizer = load_tokenizer(start)
     check_model(start, tokenizer)
     template = training_args.chat_template_path
-    if template is not None:
-        set_chat_template(tokenizer, start, template, may_add_tokens=not model_args.use_peft)
-        if model_args.use_peft or os.path.isfile(template):
-            training_args.chat_template_path = None  # TRL would give the base below the adapter another vocabulary
+    template = set_chat_template(tokenizer, start, template, may_add_tokens=not model_args.use_peft)
     datasets = load_formatted(
         "ranking",
         script_args,
@@ -118,7 +115,7 @@ def main(
 
     set_seed(training_args.seed)
     model = load_reward_trainee(start, model_args)
-    with float32_adapters(model), refusals_in_one_line():
+    with float32_adapters(model), refusals_in_one_line(), replaced(training_args, chat_template_path=template):
         trainer = RankingRewardTrainer(
             model=model,
             args=training_args,
@@ -126,7 +123,6 @@ def main(
             eval_dataset=datasets.get("eval"),
             processing_class=tokenizer,
         )
-    training_args.chat_template_path = template
     report_half_precision(model)
     check_steps(trainer)
     folder.train(trainer, datasets.reports)

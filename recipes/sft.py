@@ -11,8 +11,7 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
-    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # instead of this file's folder
     from recipes.cli.start import begin
 
     begin(__file__)
@@ -30,6 +29,7 @@ from recipes.models.loading import disable_router_logits, load_policy, report_ha
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer, set_chat_template
 from recipes.trainers.checkpoints import WholeSFTTrainer
+from recipes.trainers.replaced import replaced
 
 ARGUMENTS = (ScriptArguments, SFTConfig, ModelConfig, FormattingArguments)
 
@@ -53,10 +53,7 @@ def main(
     tokenizer = load_tokenizer(base)
     check_model(base, tokenizer)
     template = training_args.chat_template_path
-    if template is not None:
-        set_chat_template(tokenizer, base, template, may_add_tokens=not model_args.use_peft)
-        if model_args.use_peft or os.path.isfile(template):
-            training_args.chat_template_path = None  # TRL would give the base below the adapter another vocabulary
+    template = set_chat_template(tokenizer, base, template, may_add_tokens=not model_args.use_peft)
 
     datasets = load_formatted(
         "sft",
@@ -75,7 +72,7 @@ def main(
 
     set_seed(training_args.seed)
     model = load_policy(base, model_args)
-    with float32_adapters(model), refusals_in_one_line():
+    with float32_adapters(model), refusals_in_one_line(), replaced(training_args, chat_template_path=template):
         trainer = WholeSFTTrainer(
             model=model,
             args=training_args,
@@ -83,7 +80,6 @@ def main(
             eval_dataset=datasets.get("eval"),
             processing_class=tokenizer,
         )
-    training_args.chat_template_path = template
     report_half_precision(model)
     check_steps(trainer)
     folder.train(trainer, datasets.reports)

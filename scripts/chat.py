@@ -10,8 +10,7 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
-    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # instead of this file's folder
     from recipes.cli.start import begin
 
     begin(__file__)
@@ -44,12 +43,7 @@ class ChatArguments:
 class ChatSampling(SamplingArguments):
     """How answers are sampled, one to each message."""
 
-    num_generations: int = field(default=1, metadata={"help": "Only 1: a message gets one answer."})
-
-    def __post_init__(self):
-        if self.num_generations != 1:
-            raise UserError(f"--num_generations {self.num_generations}: a message gets one answer; leave it out.")
-        super().__post_init__()
+    num_generations: int = field(default=1, init=False)
 
 
 ARGUMENTS = (ChatSampling, PolicyArguments, ChatArguments)

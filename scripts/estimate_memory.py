@@ -11,11 +11,10 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
-    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # instead of this file's folder
     from recipes.cli.start import begin
 
-    begin(__file__, *(f"{sys.path[1]}/recipes/{step}.py" for step in ("sft", "reward", "ppo")))
+    begin(__file__, *(f"{sys.path[0]}/recipes/{step}.py" for step in ("sft", "reward", "ppo")))
 
 import importlib
 import re
@@ -23,15 +22,17 @@ from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
+import transformers.training_args
 from trl import ModelConfig
 
-from recipes.cli.arguments import RecipeParser, parse
+from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError, counted
 from recipes.cli.run import run
 from recipes.models.adapters import new_adapter_config
 from recipes.models.source import resolve_model
 from recipes.trainers.fast.merged_copy import fits_beside
 from recipes.trainers.memory import GIB, Setting, estimate
+from recipes.trainers.replaced import replaced
 
 STEPS = ("sft", "reward", "ppo")
 # Assumed, not measured: what CUDA's context and libraries take, and the share of the allocator's memory lost to gaps.
@@ -51,21 +52,14 @@ class EstimateArguments:
     num_processes: int = field(default=1, metadata={"help": "Processes; more than one exchange gradients (DDP)."})
 
 
-@dataclass
-class DeviceArguments:
-    use_cpu: bool = False
-
-
 ARGUMENTS = (EstimateArguments,)
-
-
-def recipe_arguments(step: str) -> tuple[type, ...]:
-    return importlib.import_module(f"recipes.{step}").ARGUMENTS
 
 
 def parse_on_any_machine(step: str, words: list[str]) -> tuple:
     """The recipe's arguments and this command's, without the refusal of bf16 where there is no GPU."""
-    return parse((*recipe_arguments(step), *ARGUMENTS), [*words, "--use_cpu", "true"])
+    recipe = importlib.import_module(f"recipes.{step}")
+    with replaced(transformers.training_args, is_torch_bf16_gpu_available=lambda: True):
+        return parse((*recipe.ARGUMENTS, *ARGUMENTS), words)
 
 
 def add_base(model_args: ModelConfig, step: str, config: str) -> ModelConfig:
@@ -80,7 +74,7 @@ def add_base(model_args: ModelConfig, step: str, config: str) -> ModelConfig:
     return replace(model_args, **{name: getattr(sft, name) for name in ("model_name_or_path", *names)})
 
 
-def read_setting(step: str, training_args, model_args: ModelConfig, args: EstimateArguments, on_cpu: bool) -> Setting:
+def read_setting(step: str, training_args, model_args: ModelConfig, args: EstimateArguments) -> Setting:
     source = resolve_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
     lora = new_adapter_config(model_args)
     if lora is not None and source.base is not None:  # the adapter of a folder is trained on
@@ -105,7 +99,7 @@ def read_setting(step: str, training_args, model_args: ModelConfig, args: Estima
         response_tokens=response_tokens,
         rollout_rows=rows * training_args.steps_per_generation if samples_here else 0,
         scoring_rows=training_args.local_rollout_forward_batch_size if is_ppo else 0,
-        merged_copy=samples_here and not on_cpu and "merged_copy" in training_args.fast_paths,
+        merged_copy=samples_here and not training_args.use_cpu and "merged_copy" in training_args.fast_paths,
         lora=lora,
         dtype=getattr(torch, dtype) if dtype != "auto" else source.config.dtype or torch.float32,
         autocast=training_args.bf16,
@@ -116,7 +110,7 @@ def read_setting(step: str, training_args, model_args: ModelConfig, args: Estima
         optimizer=training_args.optim,
         accumulates=training_args.gradient_accumulation_steps > 1,
         buckets=args.num_processes > 1,
-        on_cpu=on_cpu,
+        on_cpu=training_args.use_cpu,
     )
 
 
@@ -144,12 +138,9 @@ def main():
     step = named[0] if named else os.path.splitext(os.path.basename(config))[0]
     if step not in STEPS:
         raise UserError(f"Command line: begin with {', '.join(STEPS)}, or give the --config of one.")
-    device, _ = RecipeParser(DeviceArguments, allow_abbrev=False).parse_args_and_config(
-        words, return_remaining_strings=True, separate_remaining_strings=False
-    )
     *_, training_args, model_args, _, args = parse_on_any_machine(step, words)
     model_args = add_base(model_args, step, config)
-    setting = read_setting(step, training_args, model_args, args, device.use_cpu)
+    setting = read_setting(step, training_args, model_args, args)
     memory = device_memory(args.gpu_memory_gb, setting.on_cpu)
     found = estimate(setting)
     copied = found.phases.get("generation", {}).get("merged copy", 0)

@@ -11,8 +11,7 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # The working directory instead of this file's, as for `python -m`: a user's modules come first.
-    sys.path[:1] = ["", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # instead of this file's folder
     from recipes.cli.start import begin
 
     begin(__file__)

@@ -1,8 +1,8 @@
 """Reads the arguments of a recipe or tool: YAML and flags into dataclasses, with errors of one line."""
 
 import argparse
-import importlib
 import json
+import pkgutil
 import re
 import sys
 from collections.abc import Callable
@@ -55,11 +55,7 @@ class RecipeParser(TrlParser):
 
 
 def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> tuple:
-    """Dataclasses from `--config FILE.yaml` and flags, which win; several `--config` are not merged.
-
-    Raises:
-        UserError: an unknown key or flag, a bad value, a missing or malformed file, a machine that cannot run it.
-    """
+    """Dataclasses from `--config FILE.yaml` and flags, which win; what cannot be used is a `UserError`."""
     check_gpus()
     parser = RecipeParser(dataclass_types, allow_abbrev=False)  # a misspelt flag may not pass for another
     parser.add_argument("--config", action="append")
@@ -100,14 +96,9 @@ def without_secrets(words: list[str]) -> list[str]:
 
 
 def import_function(path: str, flag: str) -> Callable:
-    """The function `module.function`.
-
-    Raises:
-        UserError: it cannot be imported.
-    """
-    module, _, name = path.rpartition(".")
+    """The function `module.function`; a `UserError` names `flag` where it cannot be imported."""
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = pkgutil.resolve_name(path)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{flag} {path}: write it as module.function, importable from here ({why}).") from error

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 from safetensors import SafetensorError
@@ -29,20 +30,14 @@ def is_write_error(error: BaseException) -> bool:
 
 def sync_tree(folder: str) -> None:
     """Wait until everything below a folder is on the disk."""
-    for path, _, names in os.walk(folder):
-        for name in names:
-            sync(os.path.join(path, name))
+    for path in (*Path(folder).rglob("*"), folder):
         sync(path)
 
 
 def sizes(folder: str) -> dict[str, int]:
     """Bytes of every file below a folder, by its path from there."""
-    found = {}
-    for path, _, names in os.walk(folder):
-        for name in names:
-            file = os.path.join(path, name)
-            found[os.path.relpath(file, folder)] = os.path.getsize(file)
-    return found
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 @contextmanager
@@ -52,14 +47,12 @@ def complete_file(path: str | os.PathLike) -> Iterator[TextIO]:
     try:
         with open(partial, "w", encoding="utf-8") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        with suppress(OSError):
+        sync(partial)
+        os.replace(partial, path)
+        sync(os.path.dirname(path) or ".")
+    finally:
+        with suppress(OSError):  # it has its name
             os.remove(partial)
-        raise
-    os.replace(partial, path)
-    sync(os.path.dirname(path) or ".")
 
 
 def write_text(path: str, text: str) -> None:
@@ -70,9 +63,11 @@ def write_text(path: str, text: str) -> None:
 def move_contents(source: str, target: str, last: str) -> None:
     """Move every file below `source` to the same place below `target`, each as a whole, and `last` after all others.
 
-    Files of the same name are replaced, and the emptied `source` is removed.
+    Files of the same name are replaced, and the emptied `source` is removed. An older `last` goes first: it says that
+    its `target` is whole.
     """
     sync_tree(source)
+    Path(target, last).unlink(missing_ok=True)
     names = sorted(sizes(source), key=lambda name: name == last)
     folders = {os.path.dirname(os.path.join(target, name)) for name in names}
     for folder in folders:

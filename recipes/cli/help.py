@@ -53,11 +53,7 @@ class Flag:
 
 
 def check(words: list[str], path: str, config: dict[str, Any], known: dict[str, Flag], own: dict[str, Flag]) -> None:
-    """Compare a command line, and the values of the YAML at `path`, with the flags there are.
-
-    Raises:
-        UserError: an unknown flag or key, with the nearest that there is, or a required one that is missing.
-    """
+    """Refuse a flag, or a key of the YAML at `path`, that there is not, naming the nearest, and a missing one."""
     options = {"config", "help", "help_all", *(option for flag in known.values() for option in flag.options)}
     flags = [word.removeprefix("--") for word in words if word.startswith("--")]
     for where, names, possible in (("Command line", flags, options), (f"--config {path}", config, known)):
@@ -84,25 +80,20 @@ class OneLineParser(argparse.ArgumentParser):
 
 def show(command: str, flags: dict[str, Flag], everything: bool) -> str:
     """The help: the most used flags, a line each, or all flags by the class that they come from."""
-    name, width = os.path.basename(command), max(80, shutil.get_terminal_size((119, 24)).columns)
-    text = f"{ast.get_docstring(tree(command))}\n\nFlags, also as keys of --config FILE.yaml; flags win."
-    shown = list(flags.values())
+    width = max(80, shutil.get_terminal_size((119, 24)).columns)
     few = len(flags) > FEW and not everything
-    if few:
-        shown = [flags[flag] for flag in MOST_USED if flag in flags]
-        text += f" {name} --help_all lists all {len(flags)}."
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=44, width=width)
-    parser = argparse.ArgumentParser(name, argparse.SUPPRESS, text, formatter_class=formatter, add_help=False)
-    groups: dict[str, Any] = {}
-    for flag in shown:
+    more = f" {os.path.basename(command)} --help_all lists all {len(flags)}." if few else ""
+    lines = [ast.get_docstring(tree(command)), "", f"Flags, also as keys of --config FILE.yaml; flags win.{more}"]
+    groups: dict[str, list[str]] = {}
+    for flag in [flags[name] for name in MOST_USED if name in flags] if few else flags.values():
         words = flag.help if everything else re.split(r"\.(?= [A-Z]|$)", flag.help)[0]
         words += " (required)" if flag.required else f" (default: {flag.default})" if flag.default != "None" else ""
         words = words if everything else textwrap.shorten(words, width - 44, placeholder=" …")
-        title = "Most used" if few else flag.owner
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(f"--{flag.name}", metavar=flag.kind, help=words.replace("%", "%%"))
-    return parser.format_help().rstrip()
+        shown = textwrap.wrap(f"{f'  --{flag.name} {flag.kind}':43} {words}", width, subsequent_indent=" " * 44)
+        groups.setdefault("Most used" if few else flag.owner, []).extend(shown)
+    for title, shown in groups.items():
+        lines += ["", f"{title}:", *shown]
+    return "\n".join(lines)
 
 
 # Reading source
@@ -133,7 +124,9 @@ def read_class(name: str, path: str) -> dict[str, Flag]:
         if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation):
             call = item.value.keywords if isinstance(item.value, ast.Call) else []
             options = {keyword.arg: keyword.value for keyword in call}
-            if "init" not in options:
+            if "init" in options:  # no flag, whatever it is in a base
+                found.pop(ast.unparse(item.target), None)
+            else:
                 flag = read_flag(item, options, name)
                 found[flag.name] = flag
     return found

@@ -32,6 +32,8 @@ class Request:
     kind: str
     use_cpu: bool
     config_file: str | None
+    gpu_ids: str  # "all", or such as "0,1"
+    command: str  # the beginning of a line that starts another script in the same way
 
     def __str__(self) -> str:
         source = self.config_file or "accelerate launch without a config file"
@@ -65,33 +67,42 @@ def requested() -> Request | None:
 def launcher() -> str:
     """How this process was started, as the beginning of another command."""
     request = requested()
-    config = f" --config_file {shlex.quote(request.config_file)}" if request and request.config_file else ""
-    return f"accelerate launch -q{config}" if request else "python"
+    return request.command if request else "python"
 
 
 def read_request(launch_arguments: list[str]) -> Request:
     """The request in the arguments of `accelerate launch`: flags first, then the config file."""
     args = launch_command_parser().parse_args(launch_arguments)
-    config_file = args.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
-    if args.cpu and args.config_file is None:  # then Accelerate does not read its default file either
-        config_file = None
+    has_default = os.path.isfile(default_config_file) and not args.cpu  # then Accelerate does not read it
+    config_file = args.config_file or (default_config_file if has_default else None)
     config = load_config_from_file(args.config_file) if config_file else None
     kind = "NO" if config is None else DistributedType(config.distributed_type).value
     flags = {"FSDP": args.use_fsdp, "DEEPSPEED": args.use_deepspeed, "MULTI_GPU": args.multi_gpu}
     kind = next((name for name, given in flags.items() if given), kind)
     num_processes = args.num_processes or getattr(config, "num_processes", None) or world_size()
     use_cpu = bool(args.cpu or getattr(config, "use_cpu", False))
-    return Request(num_processes, kind, use_cpu, config_file)
+    gpu_ids = args.gpu_ids or getattr(config, "gpu_ids", None) or "all"
+    own = launch_arguments[: -1 - len(args.training_script_args)]
+    words = [word for word in own if word not in ("-q", "--quiet", "-m", "--module")]
+    command = shlex.join(["accelerate", "launch", "-q", *words])
+    return Request(num_processes, kind, use_cpu, config_file, gpu_ids, command)
 
 
 def check_gpus() -> None:
-    """Refuse a GPU configuration without a GPU, and more processes than GPUs, before libraries fail on it."""
+    """Refuse a GPU configuration without a GPU, GPUs that are not ours, and more processes than GPUs."""
     local, gpus, request = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count(), requested()
     if request and request.config_file and not request.use_cpu and not torch.accelerator.is_available():
         instead = "cpu.yaml" if request.num_processes == 1 else "multi_cpu.yaml"
         raise UserError(
             f"Launched: {request}. No GPU was found: launch with accelerate_configs/{instead} and --use_cpu true."
         )
+    if request and request.gpu_ids != "all":  # Accelerate puts them in the place of what the environment allows
+        ours = psutil.Process(os.getppid()).environ().get("CUDA_VISIBLE_DEVICES", request.gpu_ids)
+        if not {*request.gpu_ids.split(",")} <= {*ours.split(",")}:
+            raise UserError(
+                f"Launched: {request}. Its gpu_ids {request.gpu_ids} would take other GPUs than CUDA_VISIBLE_DEVICES "
+                f"names, {ours}: choose from these with --gpu_ids."
+            )
     if 0 < gpus < local and not (request and request.use_cpu):
         raise UserError(
             f"{count(local)} on {counted(gpus, 'GPU')}: lower --num_processes of accelerate launch to {gpus}."
@@ -120,11 +131,7 @@ def check_hub(token: str | None) -> None:
 
 
 def check_launch(training_args: TrainingArguments) -> None:
-    """Compare the request with what runs, and print both; check the services that are asked for.
-
-    Raises:
-        UserError: another number of processes, another kind of distribution or another device than asked for.
-    """
+    """Refuse services that do not answer, and a run by other processes or devices than asked for; print both."""
     if getattr(training_args, "activation_offloading", False) and training_args.device.type == "cpu":
         raise UserError("activation_offloading moves activations off a GPU, and this runs on a CPU: leave it out.")
     if "wandb" in training_args.report_to:

@@ -26,6 +26,7 @@ def begin(command: str, *more: str) -> None:
         command: file of a recipe or script; with a tuple `ARGUMENTS` of dataclasses, its flags are those.
         more: other such files whose flags it takes too, and whose help lists them.
     """
+    sys.path.insert(0, "")  # the working directory, as for `python -m`: a user's modules come first
     sys.argv[1:] = map(expand_home, sys.argv[1:])
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows escapes

@@ -7,7 +7,6 @@ A reward model or a critic is the base's last hidden state times a `score` head 
 import contextlib
 import copy
 import functools
-import inspect
 import os
 import types
 from collections.abc import Callable, Iterator
@@ -58,19 +57,12 @@ def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_h
       `model.critic` for the role `"critic"` where there is one (full fine-tuning), else from the last hidden state and
       the head that the role's adapter carries.
 
-    TRL's fused calls keep their form, and count positions from the first real token.
+    Other calls keep their form.
     """
     causal_lm_forward = model.forward
     lm_head = model.get_output_embeddings()
     if not hasattr(lm_head, "bias"):  # PEFT's wrapper of an LM head that is tied to trained token embeddings
         lm_head.bias = lm_head.original_module.bias
-    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-
-    def lm_forward(*args, **kwargs):
-        if takes_positions and kwargs.get("fused_lm_head"):
-            # As in `generate`: absolute positions would otherwise see left padding.
-            kwargs.setdefault("position_ids", (kwargs["attention_mask"].cumsum(1) - 1).clamp(min=0))
-        return causal_lm_forward(*args, **kwargs)
 
     def at_states(input_ids, states, targets=None, compute_entropy=False, scalar_head=None, **of_peft):
         if scalar_head == "critic" and hasattr(model, "critic"):
@@ -85,7 +77,7 @@ def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_h
         outputs = causal_lm_forward(input_ids=input_ids, labels=labels, fused_lm_head=True)
         return outputs.log_probs[states], outputs.entropy[states] if compute_entropy else None
 
-    replace_forward(model, lm_forward, at_states)
+    replace_forward(model, causal_lm_forward, at_states)
 
 
 def add_score_forward(model: PreTrainedModel) -> None:
@@ -121,8 +113,9 @@ def critic_from_policy(policy: PreTrainedModel, trust_remote_code: bool = False)
     """A full critic with the policy's backbone and a head of zeros, so it values every state at 0."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    critic = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
-    critic.to(policy.dtype)
+    # Not `to`, which would round the frequencies of rotary embeddings too.
+    options = {"dtype": policy.dtype, "trust_remote_code": trust_remote_code}
+    critic = AutoModelForSequenceClassification.from_config(config, **options)
     critic.base_model.load_state_dict(policy.base_model.state_dict())
     critic.score.weight.data.zero_()
     return critic

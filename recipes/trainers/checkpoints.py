@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from accelerate.utils import gather_object
@@ -37,6 +37,8 @@ class WholeCheckpoints(Trainer):
         RunEnded: a signal came, and the checkpoint of this step is saved.
     """
 
+    # Attributes that a checkpoint holds beside what Trainer saves
+    kept: ClassVar = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
     _saving = False
     card: Callable[[], str] | None = None  # of a recipe; TRL's own card knows neither data nor numbers
 
@@ -44,7 +46,7 @@ class WholeCheckpoints(Trainer):
         super().__init__(*args, **kwargs)
         self._resumed_state: dict[str, Any] | None = None
         self._seconds_before, self._began = 0.0, time.time()
-        self._stopping = self._save_due = False
+        self._stopping = False
         self._passes = self._pass = self._pass_began = 0  # over a stream: before this process, now, and its first step
         self._last_step = 0  # after which it was asked what to log and save
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -56,12 +58,8 @@ class WholeCheckpoints(Trainer):
 
     def running_state(self) -> dict[str, Any]:
         """What this process keeps between steps beside what Trainer saves, in types that `torch.load` takes safely."""
-        return {
-            "loss": self._tr_loss,
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
+        return {name: getattr(self, name) for name in self.kept} | {
             "seconds": self._seconds_before + time.time() - self._began,
-            "tokens": self._total_train_tokens,
             "pass": (self._pass, self._pass_began),
             "training": self.model.training,  # the last log of a run belongs to the mode that an evaluation left
             "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
@@ -69,10 +67,10 @@ class WholeCheckpoints(Trainer):
 
     def restore_running_state(self, state: dict[str, Any]) -> None:
         """Take back what `running_state` gave."""
-        self._tr_loss = state["loss"].to(self.args.device)
-        self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["last_logged"]
-        self._seconds_before, self._total_train_tokens = state["seconds"], state["tokens"]
-        self._passes, self._pass_began = state.get("pass", (0, 0))
+        for name in self.kept:
+            setattr(self, name, state[name])
+        self._tr_loss = self._tr_loss.to(self.args.device)
+        self._seconds_before, (self._passes, self._pass_began) = state["seconds"], state["pass"]
         self.model.train(state["training"])
         for mode, metrics in state["metrics"].items():
             self._metrics[mode].update(metrics)
@@ -187,6 +185,8 @@ class WholeCheckpoints(Trainer):
         if checkpoint is not None:
             self._resumed_from, path = checkpoint, self._running_state_file(checkpoint)
             self._resumed_state = torch.load(path, map_location="cpu", weights_only=True)
+            if not self._resumed_state.keys() >= {*self.kept}:
+                raise UserError(f"{checkpoint} is of an earlier version of the recipes: start the run anew.")
 
     def _take_up_state(self) -> None:
         """Put back what a checkpoint holds, once Trainer has set its sums to 0."""
@@ -211,7 +211,7 @@ class WholeCheckpoints(Trainer):
                 f"Memory ran out after step {self._last_step}, and --auto_find_batch_size true would train what is "
                 f"trained already anew: set --per_device_train_batch_size {self._train_batch_size} or less."
             )
-        self._began, self._last_step, self._save_due = start_time, self.state.global_step, False
+        self._began, self._last_step = start_time, self.state.global_step
         self._take_up_state()
         if self.state.global_step >= self.state.max_steps:  # Trainer asks only after one more step
             self.control.should_training_stop = True
@@ -236,8 +236,8 @@ class WholeCheckpoints(Trainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """Called after each step and, once more, after each epoch; a run that got a signal stops after the step.
 
-        The checkpoint of an epoch's last step is saved after what is logged and evaluated at the end of the epoch: a
-        run that goes on from it would not catch up on that.
+        What is due after an epoch's last step waits for the end of the epoch: a run that goes on from its checkpoint
+        would not catch up on what is logged and evaluated then.
         """
         control, state = self.control, self.state
         ends_epoch = state.global_step >= state.max_steps or float(state.epoch).is_integer()
@@ -246,12 +246,10 @@ class WholeCheckpoints(Trainer):
             if self._asked_to_stop():
                 control.should_save = self.args.save_strategy != SaveStrategy.NO
                 control.should_training_stop = True
-            self._save_due = control.should_save and ends_epoch
-            control.should_save = control.should_save and not ends_epoch
+            if ends_epoch:
+                return
         elif self._stopping and not ends_epoch:  # in the middle of an epoch
-            control.should_log = control.should_evaluate = control.should_save = False
-        else:
-            control.should_save = control.should_save or self._save_due
+            return
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _asked_to_stop(self) -> bool:

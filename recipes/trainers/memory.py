@@ -133,7 +133,20 @@ def estimate(setting: Setting) -> Estimate:
         model, critic = build(setting)
         if unmergeable(model):  # PPO then samples from the policy itself
             setting = replace(setting, merged_copy=False)
-        return Estimate(held_parts(setting, model, critic), phases(setting, model, measure(setting, model, critic)))
+        sampler = model
+        if setting.merged_copy:
+            sampler, _ = build(replace(setting, step="sft", lora=None, dtype=setting.compute_dtype()))
+        held, phases = held_parts(setting, model, critic), {}
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for module in {model, critic, sampler} - {None}:
+                for part in module.modules():  # `module.to_empty` would meet a shared part twice, and fail
+                    part.to_empty(device="cpu", recurse=False)
+            if setting.rollout_rows:
+                phases["generation"] = generation_parts(setting, model, sampler)
+            if setting.step == "ppo":
+                phases["scoring"] = scoring_parts(setting, model)
+            phases["update"] = update_parts(setting, model, critic)
+        return Estimate(held, phases)
     except (DynamicOutputShapeException, RuntimeError, ValueError) as error:
         kind = f"{setting.config.model_type} in {str(setting.dtype).removeprefix('torch.')}"
         problem = "be built" if isinstance(error, ValueError) else "be run without data"
@@ -211,6 +224,8 @@ def held_parts(setting: Setting, model: nn.Module, critic: PreTrainedModel | Non
     if setting.buckets:
         parts["gradient buckets of DDP"] = size(trained)
     parts["optimizer states"] = optimizer_bytes(setting.optimizer, trained)
+    if setting.quantization is not None:  # bitsandbytes unpacks one layer's weight at a time
+        parts["unpacked weight"] = max(size([weight]) for weight in quantized)
     return parts
 
 
@@ -236,28 +251,7 @@ def sampled_weights(setting: Setting, model: nn.Module) -> dict[str, int]:
     return {name: sum(weight.numel() for weight in weights) * dtype.itemsize} if weights else {}
 
 
-# Passes
-
-
-def measure(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
-    """Run the passes of a step without data.
-
-    Returns peaks, and what is left: `cache` and `prefill` of the prompts' pass in sampling, `scoring` without
-    gradients, `activations` after the forward passes of an update and `update`, its peak.
-    """
-    sampler = model
-    if setting.merged_copy:
-        sampler, _ = build(replace(setting, step="sft", lora=None, dtype=setting.compute_dtype()))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in {model, critic, sampler} - {None}:
-            for part in module.modules():  # `module.to_empty` would meet a shared part twice, and fail
-                part.to_empty(device="cpu", recurse=False)
-        found = measure_prefill(setting, sampler) if setting.rollout_rows else {}
-        if setting.step == "ppo":
-            with torch.no_grad(), LiveBytes() as live, use_role(model, "default"), setting.computing():
-                run_base(model, setting.scoring_rows or setting.rows, setting.tokens)
-            found["scoring"] = live.peak
-        return found | measure_update(setting, model, critic)
+# What comes on top, one phase at a time
 
 
 def run_base(model: nn.Module, rows: int, tokens: int, use_cache: bool = False):
@@ -265,18 +259,32 @@ def run_base(model: nn.Module, rows: int, tokens: int, use_cache: bool = False):
     return base_of(model).base_model(input_ids=ids, use_cache=use_cache)
 
 
-def measure_prefill(setting: Setting, sampler: nn.Module) -> dict[str, int]:
-    prompt_tokens = setting.tokens - setting.response_tokens
+def generation_parts(setting: Setting, model: nn.Module, sampler: nn.Module) -> dict[str, int]:
+    """The cache of a rollout at full length, what is sampled from, and the prompts' pass or a step of decoding."""
+    config, prompt_tokens = setting.config.get_text_config(), setting.tokens - setting.response_tokens
     # `PeftModel.generate` calls the base itself, whose forward is not the one that Accelerate puts under autocast.
     is_plain = setting.merged_copy or setting.lora is not None
     autocast = contextlib.nullcontext() if is_plain else setting.computing()
     with torch.no_grad(), LiveBytes() as live, use_role(sampler, "default"), autocast:
         cache = run_base(sampler, setting.rollout_rows, prompt_tokens, use_cache=True).past_key_values
     values = [value for layer in cache.layers for value in vars(layer).values()]
-    return {"cache": size(v for v in values if isinstance(v, torch.Tensor) and v.dim()), "prefill": live.peak}
+    of_prompts = size(value for value in values if isinstance(value, torch.Tensor) and value.dim())
+    full = of_prompts * setting.tokens // prompt_tokens
+    growing = full // config.num_hidden_layers  # a layer's cache is copied to grow
+    drawing = SAMPLING_TENSORS * 4 * setting.rollout_rows * config.vocab_size
+    decoding = max(live.peak - full, growing + drawing)
+    return {"KV cache": full} | sampled_weights(setting, model) | {"decoding": decoding}
 
 
-def measure_update(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
+def scoring_parts(setting: Setting, model: nn.Module) -> dict[str, int]:
+    rows = setting.scoring_rows or setting.rows
+    with torch.no_grad(), LiveBytes() as live, use_role(model, "default"), setting.computing():
+        run_base(model, rows, setting.tokens)
+    return {"forward passes": live.peak, "logits": head_bytes(setting, rows)}
+
+
+def update_parts(setting: Setting, model: nn.Module, critic: PreTrainedModel | None) -> dict[str, int]:
+    """What the forward passes keep for the backward, and what that takes on top."""
     for module in filter(None, (model, critic)):
         module.train()
         if setting.checkpointing:
@@ -297,7 +305,16 @@ def measure_update(setting: Setting, model: nn.Module, critic: PreTrainedModel |
             if number == len(passes) or not setting.buckets:  # one process needs no backward of all at once
                 loss.backward()
                 loss = 0
-    return {"activations": kept, "update": live.peak}
+    backward = live.peak - kept
+    if setting.step != "reward":
+        # The gradients of states, and of a trained head, are float32: beside a tile, then beside what they are rounded
+        # to.
+        head = base_of(model).get_output_embeddings().weight
+        states = setting.rows * (setting.response_tokens or setting.tokens) * head.size(1)
+        gradients = states + head.numel() * head.requires_grad
+        rounded = 0 if setting.dtype == torch.float32 else gradients * setting.dtype.itemsize
+        backward = max(backward, 4 * gradients + max(head_bytes(setting, setting.rows), rounded))
+    return {"activations": kept, "backward": backward}
 
 
 def pass_loss(setting: Setting, model: nn.Module, role: str) -> torch.Tensor:
@@ -321,31 +338,3 @@ def head_bytes(setting: Setting, rows: int) -> int:
         return 4 * LOGITS_PER_BLOCK
     predicted = rows * (setting.response_tokens or setting.tokens)
     return min(predicted, HEAD_TOKENS) * HEAD_VOCABULARY * setting.compute_dtype().itemsize
-
-
-def phases(setting: Setting, model: nn.Module, measured: dict[str, int]) -> dict[str, dict[str, int]]:
-    """Bytes on top of what is held, by phase and part."""
-    config, found = setting.config.get_text_config(), {}
-    if "cache" in measured:
-        full = measured["cache"] * setting.tokens // (setting.tokens - setting.response_tokens)
-        sampling = SAMPLING_TENSORS * 4 * setting.rollout_rows * config.vocab_size
-        growing = full // config.num_hidden_layers  # a layer's cache is copied to grow
-        found["generation"] = {"KV cache": full} | sampled_weights(setting, model)
-        found["generation"]["decoding"] = max(measured["prefill"] - full, growing + sampling)
-    if "scoring" in measured:
-        logits = head_bytes(setting, setting.scoring_rows or setting.rows)
-        found["scoring"] = {"forward passes": measured["scoring"], "logits": logits}
-    activations, backward = measured["activations"], measured["update"] - measured["activations"]
-    if setting.step != "reward":
-        # The gradients of states, and of a trained head, are float32: beside a tile, then beside what they are rounded
-        # to.
-        head = base_of(model).get_output_embeddings().weight
-        states = setting.rows * (setting.response_tokens or setting.tokens) * head.size(1)
-        gradients = states + head.numel() * head.requires_grad
-        rounded = 0 if setting.dtype == torch.float32 else gradients * setting.dtype.itemsize
-        backward = max(backward, 4 * gradients + max(head_bytes(setting, setting.rows), rounded))
-    found["update"] = {"activations": activations, "backward": backward}
-    if setting.quantization is not None:  # bitsandbytes unpacks one layer's weight at a time
-        unpacked = max(size([weight]) for weight in quantized_weights(model))
-        found = {name: parts | {"unpacked weight": unpacked} for name, parts in found.items()}
-    return found

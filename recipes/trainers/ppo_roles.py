@@ -18,7 +18,6 @@ from recipes.models.adapters import (
     check_adapter_kind,
     check_shards,
     checkpoint_under_roles,
-    keep_one_embedding_hook,
     model_with_adapter,
     train_only,
     train_text,
@@ -105,9 +104,7 @@ class PPORoles(GRPOTrainer):
         add_state_forward(base, self.temperature, self._fast.frozen_head(base))
         if args.disable_dropout:
             disable_dropout_rates(base)
-        keep_one_embedding_hook(base)
-        if self._is_peft:
-            checkpoint_under_roles(self._policy)
+        checkpoint_under_roles(self._policy)
         if ref_model is not None:
             add_fused_lm_head(ref_model, self.temperature, args.cast_lm_head_to_fp32)
             add_state_forward(ref_model, self.temperature, self._fast.frozen_head(ref_model))

@@ -1,6 +1,7 @@
 """What PPO saves, and how a run goes on: policy, critic, average, and the place in its rollout."""
 
 import os
+from typing import ClassVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -15,6 +16,8 @@ from recipes.trainers.checkpoints import WholeCheckpoints
 
 class PPOSaving(WholeCheckpoints, GRPOTrainer):
     """The part of `PPOTrainer` that saves and resumes."""
+
+    kept: ClassVar = (*WholeCheckpoints.kept, "_step", "_buffered_inputs", "_kl_coef", "_update_stopped")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As Trainer saves, but only what PPO trains: reference and reward model come from the run's inputs.
@@ -31,18 +34,11 @@ class PPOSaving(WholeCheckpoints, GRPOTrainer):
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def running_state(self) -> dict:
-        return super().running_state() | {
-            "step": self._step,
-            "rollout": self._buffered_inputs,
-            "kl_coef": self._kl_coef,
-            "update_stopped": self._update_stopped,
-            "ema": {name: share.to_local() for name, share in self._sharded_ema().items()},
-        }
+        return super().running_state() | {"ema": {name: p.to_local() for name, p in self._sharded_ema().items()}}
 
     def restore_running_state(self, state: dict) -> None:
         super().restore_running_state(state)
-        self._step, self._buffered_inputs = state["step"], send_to_device(state["rollout"], self.accelerator.device)
-        self._kl_coef, self._update_stopped = state["kl_coef"], state["update_stopped"]
+        self._buffered_inputs = send_to_device(self._buffered_inputs, self.accelerator.device)
         self._restore_ema(state)
 
     def _sharded_ema(self) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import json
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -185,6 +185,8 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         UserError: an argument of Trainer that rankings have no use for.
     """
 
+    kept: ClassVar = (*WholeCheckpoints.kept, "_rankings")
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
@@ -199,13 +201,6 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
             self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
         self._signature_columns = ["response_ids", "ranks"]
         self._rankings: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}  # batches since the last log
-
-    def running_state(self) -> dict[str, Any]:
-        return super().running_state() | {"rankings": self._rankings}
-
-    def restore_running_state(self, state: dict[str, Any]) -> None:
-        super().restore_running_state(state)
-        self._rankings = state.get("rankings", self._rankings)  # an older version kept sums, which the next log misses
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name) -> Dataset:
         def tokenize(row):

@@ -268,6 +268,7 @@ def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
         ("do_train: false", (), "--do_train is not used: a recipe trains"),
         ("do_eval: true", (), "do_eval is not used while eval_strategy is no"),
         ("", ("--eval_on_start", "true"), "eval_on_start is not used while eval_strategy is no"),
+        ("", ("--test_split_size", "0.2"), "test_split_size is not used while eval_strategy is no: set eval_strategy"),
         ("", ("--lr_scheduler_kwargs", "{bad}"), "{bad} is not valid JSON"),
         ("", ("--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
         ("", ("--dataset_name", ""), "--dataset_name is empty: is it a variable that is not set"),

@@ -62,6 +62,7 @@ def test_every_spelling_of_accelerate_launch_is_read(monkeypatch, command):
     monkeypatch.setattr(launch_module.psutil, "Process", lambda _: SimpleNamespace(cmdline=lambda: words))
     request = launch_module.requested()
     assert request is not None and (request.num_processes, request.use_cpu) == (2, True)
+    assert launch_module.launcher() == "accelerate launch -q --cpu --num_processes 2", "for the card and what is next"
 
 
 @pytest.mark.parametrize(
@@ -214,6 +215,24 @@ def test_more_processes_than_gpus_are_counted(monkeypatch):
         check_gpus()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     check_gpus()
+
+
+@pytest.mark.parametrize(
+    ("visible", "flags", "refused"),
+    [("3", [], True), ("", [], True), ("0,1", [], False), ("3", ["--gpu_ids", "3"], False), (None, [], False)],
+)
+def test_gpus_that_the_environment_does_not_allow_are_not_taken(monkeypatch, visible, flags, refused):
+    """Accelerate puts the `gpu_ids` of its file in their place: the run went to somebody else's GPU."""
+    words = ["accelerate", "launch", "--config_file", f"{CONFIGS}/single_gpu.yaml", *flags, "train.py"]
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    process = SimpleNamespace(cmdline=lambda: words, environ=lambda: env)
+    monkeypatch.setattr(launch_module.psutil, "Process", lambda _: process)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    if not refused:
+        return check_gpus()
+    with pytest.raises(UserError, match=f"gpu_ids 0 would take other GPUs than .*names, {visible}: .* with --gpu_ids"):
+        check_gpus()
 
 
 @no_gpu

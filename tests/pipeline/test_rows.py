@@ -97,7 +97,7 @@ def test_a_trained_reward_model_is_saved_before_it_is_evaluated(data, runs, tmp_
         raise MemoryError("no room for the evaluation")
 
     monkeypatch.setattr(RankingRewardTrainer, "final_evaluation", fails)
-    own = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+    own = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "test_split_size": 0}
     with pytest.raises(MemoryError):
         run_recipe("reward", **reward_arguments(data, runs / "sft", tmp_path / "reward", **own))
     assert (tmp_path / "reward" / "adapter_model.safetensors").exists()

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import shutil
 
 import pytest
@@ -49,9 +50,13 @@ def test_a_merged_policy_gives_the_adapter_s_logits_without_peft(folders, tmp_pa
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])  # TRL trains a head without a task type, too
 @torch.no_grad()
-def test_a_merged_reward_model_keeps_head_and_statistics(folders, tmp_path):
-    merge(folders / "reward", tmp_path / "merged")
+def test_a_merged_reward_model_keeps_head_and_statistics(folders, tmp_path, task_type):
+    shutil.copytree(folders / "reward", tmp_path / "reward")
+    config = json.loads((tmp_path / "reward" / "adapter_config.json").read_text()) | {"task_type": task_type}
+    (tmp_path / "reward" / "adapter_config.json").write_text(json.dumps(config))
+    merge(tmp_path / "reward", tmp_path / "merged")
     base = AutoModelForSequenceClassification.from_pretrained(folders / "base", num_labels=1)
     adapted = PeftModel.from_pretrained(base, folders / "reward")
     adapted.config.pad_token_id = 0
@@ -129,12 +134,12 @@ def test_chat_compares_two_policies_and_forgets_on_reset(folders, monkeypatch, c
     base, policy = str(folders / "base"), str(folders / "policy")
     flags = ["--model_name_or_path", base, "--compare", policy, "--max_completion_length", "5", "--temperature", "0"]
     monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\nw3\n/reset\nw1 w2\n\n/quit\nw9\n"))
-    chat.main(*parse(chat.ARGUMENTS, [*flags, "--num_generations", "1"]))
+    chat.main(*parse(chat.ARGUMENTS, flags))
     answers = [line for line in capsys.readouterr().out.splitlines() if line.startswith((base, policy))]
     assert len(answers) == 6
     assert answers[0:2] == answers[4:6]
     assert answers[0].removeprefix(base) != answers[1].removeprefix(policy)
-    with pytest.raises(UserError, match="--num_generations 4: a message gets one answer"):
+    with pytest.raises(UserError, match="unrecognized arguments: --num_generations 4"):
         parse(chat.ARGUMENTS, [*flags, "--num_generations", "4"])
 
 

@@ -156,16 +156,6 @@ def test_training_learns_the_order_and_logs_it(tmp_path):
     assert after["eval_margin/rank_gap_3_or_more"] > 0
 
 
-def test_a_checkpoint_of_an_older_version_goes_on(tmp_path):
-    """It has sums where rankings are now."""
-    trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings(), max_steps=1)
-    trainer.train()
-    state = trainer.running_state() | {"pairs": {"train": {"pairs": 3.0}, "eval": {}}}
-    del state["rankings"]
-    trainer.restore_running_state(state)
-    assert trainer.running_state()["rankings"] == {"train": [], "eval": []}
-
-
 @pytest.mark.parametrize("late", [False, True])
 def test_a_smaller_batch_does_not_begin_again_with_trained_weights(tmp_path, monkeypatch, late):
     trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings(), auto_find_batch_size=True, max_steps=3)
