@@ -123,17 +123,17 @@ class PPORoles(GRPOTrainer):
 
     # What a role computes
 
-    def _logps(self, model, ids, attention_mask, width: int, compute_entropy: bool = False) -> Results:
-        """Log p of the last `width` tokens of each row, and entropies or None: (B, width) nats each, 0 at padding."""
-        return self._at_responses(model, ids, attention_mask, width, compute_entropy=compute_entropy)
-
     def _values(self, model: nn.Module, ids, attention_mask, width: int) -> torch.Tensor:
         """The critic's value of the state before each of the last `width` tokens, (B, width), 0 at padding."""
         with use_role(self._policy, "critic"):
             return self._at_responses(model, ids, attention_mask, width, scalar_head="critic")[0]
 
     def _at_responses(self, model: nn.Module, ids, attention_mask, width: int, **options) -> Results:
-        """What `model` gives for all rows, at most a micro-batch at a time, each result laid out as (B, width)."""
+        """What `model` gives for the last `width` tokens of all rows, (B, width) each, 0 at padding.
+
+        That is log p of the tokens in nats, and with `compute_entropy=True` the entropies, else None; with a
+        `scalar_head` its scores.
+        """
 
         def run(rows: torch.Tensor) -> Results:
             return at_responses(model, ids[rows], attention_mask[rows], width, **options)

@@ -1,6 +1,7 @@
 """What PPO tells the trackers beside its losses: spreads, gradient norms, times, memory, histograms, completions."""
 
 import contextlib
+import itertools
 import resource
 import time
 from collections import defaultdict, deque
@@ -68,8 +69,8 @@ def readable(message_list: list[dict] | str) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in message_list)
 
 
-def log_histogram(callbacks: list[TrainerCallback], name: str, numbers: torch.Tensor, step: int) -> None:
-    for callback in callbacks:
+def log_histograms(callbacks: list[TrainerCallback], histograms: dict[str, torch.Tensor], step: int) -> None:
+    for callback, (name, numbers) in itertools.product(callbacks, histograms.items()):
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_histogram(name, numbers, step)
         if isinstance(callback, WandbCallback):
@@ -191,11 +192,8 @@ class PPOLogging(GRPOTrainer):
         else:
             found["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # from KiB
         if self.state.is_world_process_zero:
-            callbacks, step = self.callback_handler.callbacks, self.state.global_step
-            for name, numbers in (("objective/scores", scores), ("completions/length", lengths)):
-                log_histogram(
-                    self.callback_handler.callbacks, f"train/{name}_histogram", numbers, self.state.global_step
-                )
+            histograms = {"train/objective/scores_histogram": scores, "train/completions/length_histogram": lengths}
+            log_histograms(self.callback_handler.callbacks, histograms, self.state.global_step)
         self._seconds.clear()
         self._sampled.clear()
         return found

@@ -243,7 +243,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         """
         logps = self._fast.take_sampled_logps(logits_to_keep)
         if logps is None:
-            logps, _ = self._logps(model, input_ids, attention_mask, logits_to_keep)
+            logps, _ = self._at_responses(model, input_ids, attention_mask, logits_to_keep)
         return logps, None, None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
@@ -289,7 +289,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         if rollout.logps is None:
             rollout.logps = self._get_per_token_logps_and_entropies(self.model, *rows)[0]
         with use_role(self._policy, "ref"):
-            rollout.ref_logps, _ = self._logps(self.ref_model or self.model, *rows)
+            rollout.ref_logps, _ = self._at_responses(self.ref_model or self.model, *rows)
         rollout.values = self._values(self.model, *rows) * rollout.mask
         policy, reference = "log-probabilities of the policy", "log-probabilities of the reference"
         total = (rollout.logps - rollout.ref_logps).sum()
@@ -327,7 +327,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         args, (ids, attention_mask, mask) = self.args, sequences(inputs)
         tokens, width = self._tokens_per_update(inputs, mask), mask.size(1)
 
-        logps, entropies = self._logps(model, ids, attention_mask, width, compute_entropy=True)
+        logps, entropies = self._at_responses(model, ids, attention_mask, width, compute_entropy=True)
         log_ratio = (logps - inputs["old_per_token_logps"]) * mask
         advantages = inputs["advantages"]
         losses, metrics = ppo_math.policy_losses(log_ratio, advantages, self.epsilon_low, self.epsilon_high)
