@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl.data_utils import is_conversational
 
 from recipes.cli.errors import UserError, first_line, refusals_in_one_line
-from recipes.models.adapters import AdapterEMA, float32_adapters, model_with_adapter, use_role
+from recipes.models.adapters import AdapterEMA, adapter_parameters, float32_adapters, model_with_adapter, use_role
 from recipes.models.heads import add_score_forward, base_of
 from recipes.models.loading import not_finite
 from recipes.models.tokenization import render_alike, turn_end
@@ -117,16 +117,12 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         self._train_only_roles()
         if optimizers[0] is not None:
             self._add_to_given(optimizers[0])
+        columns = getattr(train_dataset, "column_names", None)
         with float32_adapters(model), refusals_in_one_line():
+            functions = self._rewards(reward_model, reward_processing_class, processing_class, reward_funcs, columns)
             super().__init__(
                 model=model,
-                reward_funcs=self._rewards(
-                    reward_model,
-                    reward_processing_class,
-                    processing_class,
-                    reward_funcs,
-                    getattr(train_dataset, "column_names", None),
-                ),
+                reward_funcs=functions,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -291,9 +287,9 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         with use_role(self._policy, "ref"):
             rollout.ref_logps, _ = self._at_responses(self.ref_model or self.model, *rows)
         rollout.values = self._values(self.model, *rows) * rollout.mask
-        policy, reference = "log-probabilities of the policy", "log-probabilities of the reference"
-        total = (rollout.logps - rollout.ref_logps).sum()
-        self._check_finite("the KL", total, {policy: rollout.logps, reference: rollout.ref_logps})
+        logps = {"the policy": rollout.logps, "the reference": rollout.ref_logps}
+        causes = {f"log-probabilities of {role}": numbers for role, numbers in logps.items()}
+        self._check_finite("the KL", (rollout.logps - rollout.ref_logps).sum(), causes)
         self._check_finite("the sum of values", rollout.values.sum(), {"values": rollout.values})
         if args.missing_eos_penalty is not None:
             rollout.scores = rollout.scores - args.missing_eos_penalty * rollout.is_unfinished(self.eos_token_ids)
@@ -383,9 +379,9 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         with self._phase("update"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.state.global_step < self.args.critic_warmup_steps:
-            critic = self._critic_parameters(self._policy)
+            critic = {*adapter_parameters(self._policy, "critic").values()}
             for parameter in self._policy.parameters():
-                if id(parameter) not in critic:
+                if parameter not in critic:
                     parameter.grad = None
         self._log_gradient_norms()
         return loss
