@@ -34,7 +34,7 @@ from transformers.utils import logging
 from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks.turns import ROOT, rounded
-from benchmarks.workload import CHAT_TEMPLATE, LORA, turn, word_tokenizer
+from benchmarks.workload import ALONE, CHAT_TEMPLATE, LORA, turn, word_tokenizer
 from recipes import ppo, reward, sft
 from recipes.cli.arguments import parse
 from recipes.cli.record import git_revision
@@ -132,13 +132,10 @@ def ppo_trainer(shape: Shape, model: PeftModel, folder: str, **kwargs) -> PPOTra
         "learning_rate": 3e-5,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
         "use_cpu": DEVICE == "cpu",
         "bf16": True,
         "activation_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
+        **ALONE,
     }
     lengths = torch.linspace(shape.prompt // 2, shape.prompt, 2 * shape.rows).int().tolist()
     generator = torch.Generator().manual_seed(0)

@@ -26,7 +26,7 @@ from transformers import (
 from trl import RewardConfig, SFTConfig, SFTTrainer
 
 from benchmarks.turns import forget_peak, resident, rounded
-from benchmarks.workload import CHAT_TEMPLATE, LORA, Shape, turn, word_tokenizer
+from benchmarks.workload import ALONE, CHAT_TEMPLATE, LORA, Shape, turn, word_tokenizer
 from recipes.models.adapters import add_score_roles, seq_cls_config
 from recipes.trainers.memory import GIB, Setting, estimate
 from recipes.trainers.ppo_trainer import PPOConfig, PPOTrainer
@@ -100,11 +100,8 @@ def trainer_of(case: Case, words: PreTrainedTokenizerFast, folder: str):
         "use_cpu": True,
         "bf16": case.bf16,
         "gradient_checkpointing": case.checkpointing,
-        "dataloader_pin_memory": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
         "logging_steps": 1,
+        **ALONE,
     }
     count = 2 * case.rows * steps
     generator = torch.Generator().manual_seed(0)

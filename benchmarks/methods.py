@@ -155,7 +155,7 @@ def measure(folder: Path, split: str, path: Path, name: str, samples: int, tempe
     """Gold, proxy reward and KL to SFT, in nats, of each sample, (prompts, samples); gold of greedy answers."""
     spec = PolicySpec(name, str(path), samples, temperature)
     sampled, greedy = evaluate.evaluation(folder, split, seed=0).measure([spec, spec.at(0, 1)]).values()
-    scores = {"gold": sampled.scores["gold"], "greedy": greedy.scores["gold"], "proxy": sampled.reward}
+    scores = {"gold": sampled.scores["gold"], "greedy": greedy.scores["gold"], "proxy": sampled.scores["reward"]}
     return {key: values.tolist() for key, values in (scores | {"kl": sampled.k1}).items()}
 
 

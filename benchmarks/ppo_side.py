@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
 from turns import Meter
-from workload import LORA, Shape, force_lengths, response_tokens, word, word_tokenizer
+from workload import ALONE, LORA, Shape, force_lengths, response_tokens, word, word_tokenizer
 
 
 class TakeTurns(TrainerCallback):
@@ -47,11 +47,8 @@ def common(shape: Shape, device: str) -> dict:
         "use_cpu": device == "cpu",
         "bf16": device == "cuda",
         "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
         "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
+        **ALONE,
     }
 
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from turns import Meter, alternate, compare, parser, publish
-from workload import CHAT_TEMPLATE, Shape, turn, word_tokenizer
+from workload import ALONE, CHAT_TEMPLATE, Shape, turn, word_tokenizer
 
 PROMPT, RESPONSE = 16, 32
 SHAPE = Shape(size="small", vocabulary=2000)
@@ -72,12 +72,10 @@ def run_side(side: str, prompts: int, responses: int, turns: int, device: str) -
                 per_device_train_batch_size=batch_size,
                 max_length=None,
                 logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
                 use_cpu=device == "cpu",
                 bf16=device != "cpu",
                 activation_checkpointing=False,
+                **ALONE,
             )
             trainer = trainer_class(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
             tokens = sum(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())

@@ -117,7 +117,7 @@ def read_report(folder: Path) -> dict:
     """The report of a run's evaluation, with its quickstart's own, and in `commits` what trained and evaluated it."""
     report = json.loads((folder / "evaluation" / "report.json").read_text(encoding="utf-8"))
     quickstart = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    configs = [path for path in folder.rglob("train_config.yaml") if ".stopped" not in str(path)]
+    configs = folder.rglob("train_config.yaml")
     commits = {yaml.safe_load(path.read_text(encoding="utf-8"))["git_revision"] for path in configs}
     own = {"seed": quickstart["seed"], "quickstart": quickstart, "commits": {*commits, report["git_revision"]}}
     return report | own

@@ -43,12 +43,7 @@ class ChatArguments:
 class ChatSampling(SamplingArguments):
     """How answers are sampled, one to each message."""
 
-    num_generations: int = field(default=1, metadata={"help": "Only 1: a message gets one answer."})
-
-    def __post_init__(self):
-        if self.num_generations != 1:
-            raise UserError(f"--num_generations {self.num_generations}: a message gets one answer; leave it out.")
-        super().__post_init__()
+    num_generations: int = field(default=1, init=False)
 
 
 ARGUMENTS = (ChatSampling, PolicyArguments, ChatArguments)

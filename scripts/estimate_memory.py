@@ -55,14 +55,11 @@ class EstimateArguments:
 ARGUMENTS = (EstimateArguments,)
 
 
-def recipe_arguments(step: str) -> tuple[type, ...]:
-    return importlib.import_module(f"recipes.{step}").ARGUMENTS
-
-
 def parse_on_any_machine(step: str, words: list[str]) -> tuple:
     """The recipe's arguments and this command's, without the refusal of bf16 where there is no GPU."""
+    recipe = importlib.import_module(f"recipes.{step}")
     with replaced(transformers.training_args, is_torch_bf16_gpu_available=lambda: True):
-        return parse((*recipe_arguments(step), *ARGUMENTS), words)
+        return parse((*recipe.ARGUMENTS, *ARGUMENTS), words)
 
 
 def add_base(model_args: ModelConfig, step: str, config: str) -> ModelConfig:

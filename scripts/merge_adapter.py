@@ -23,11 +23,11 @@ from trl import ModelConfig
 from recipes.cli.checkpoints import tidy, unfinished
 from recipes.cli.errors import UserError, first_line
 from recipes.cli.files import is_write_error, move_contents
-from recipes.cli.record import trained_in_few_bits
+from recipes.cli.record import arguments_of
 from recipes.cli.run import holds_anything, run
 from recipes.models.compatibility import check_model
-from recipes.models.loading import TRAINED_PROMPTS, load_policy, load_reward_model, not_finite, statistics_file
-from recipes.models.source import resolve_model
+from recipes.models.loading import STATISTICS, TRAINED_PROMPTS, load_policy, load_reward_model, not_finite
+from recipes.models.source import find_file, resolve_model
 from recipes.models.tokenization import load_tokenizer
 
 
@@ -56,7 +56,8 @@ def refuse_lossy_merge(adapter: str, base: str, base_is_quantized: bool) -> None
             f"The base {base} is quantised: rounding the sum to its few bits loses part of the adapter. "
             f"Set base_model_name_or_path in adapter_config.json to the unquantised base, {accept}"
         )
-    if trained_in_few_bits(adapter):
+    trained_with = arguments_of(adapter)
+    if trained_with.get("load_in_4bit") or trained_with.get("load_in_8bit"):
         raise UserError(
             f"The adapter {adapter} was trained on a quantised base: on unquantised weights it answers otherwise. "
             f"Use it unmerged with --load_in_4bit true, {accept}"
@@ -89,9 +90,8 @@ def merge(args: MergeArguments) -> None:
         os.makedirs(aside)
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        for file in (statistics_file(adapter), os.path.join(adapter, TRAINED_PROMPTS)):
-            if file is not None and os.path.exists(file):
-                shutil.copy(file, aside)
+        for file in filter(None, (find_file(adapter, name) for name in (STATISTICS, TRAINED_PROMPTS))):
+            shutil.copy(file, aside)
         move_contents(aside, folder, last="config.json")
         tidy(folder)
     except Exception as error:

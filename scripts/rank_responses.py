@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
     begin(__file__)
 
-import argparse
 import json
 import sqlite3
 from pathlib import Path
@@ -33,15 +32,6 @@ from recipes.labelling.terminal import rank_in_terminal
 MAX_NUMBER = 1_000_000
 USER = os.environ.get("USER") or "labeler"
 GUIDELINES = Path(labelling.__file__).with_name("guidelines.txt")
-
-
-def at_least(minimum):
-    def parse(text):
-        if not text.isdecimal() or not minimum <= int(text) <= MAX_NUMBER:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} to {MAX_NUMBER}")
-        return int(text)
-
-    return parse
 
 
 def parse_args(argv):
@@ -65,8 +55,8 @@ def parse_args(argv):
         ranking.add_argument("--gold", help="rankings to add as attention tasks", **several)
         ranking.add_argument("--guidelines", default=GUIDELINES, type=Path, help="text that labelers see first")
         ranking.add_argument("--justifications", default="required", choices=JUSTIFICATIONS, help="default required")
-        ranking.add_argument("--overlap", type=at_least(1), default=1, help="labelers per prompt; default %(default)s")
-        ranking.add_argument("--gold_every", type=at_least(0), default=10, help="one attention task in so many (10)")
+        ranking.add_argument("--overlap", type=int, default=1, help="labelers per prompt; default %(default)s")
+        ranking.add_argument("--gold_every", type=int, default=10, help="one attention task in so many (10)")
 
     labeler = command(run_add_labeler, "add-labeler", "add a person, and print the token to log in with")
     labeler.add_argument("name")
@@ -84,6 +74,8 @@ def parse_args(argv):
 
 def open_store(args):
     """The store of `args.database` with every file of samples in it; made where it is missing."""
+    if not (1 <= args.overlap <= MAX_NUMBER and 0 <= args.gold_every <= MAX_NUMBER):
+        raise UserError(f"--overlap takes 1 to {MAX_NUMBER}, and --gold_every 0 to {MAX_NUMBER}")
     try:
         guidelines = args.guidelines.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:

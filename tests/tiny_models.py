@@ -54,7 +54,7 @@ def causal_lm(seed: int = 0, sharpness: float = 8.0, **kwargs) -> LlamaForCausal
 
 def reward_model(seed: int = 1, **kwargs) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(llama_config(num_labels=1, **kwargs)).eval()
+    return LlamaForSequenceClassification(llama_config(**({"num_labels": 1} | kwargs))).eval()
 
 
 def save_base(folder: Path, **kwargs) -> str:

@@ -55,11 +55,7 @@ class RecipeParser(TrlParser):
 
 
 def parse(dataclass_types: tuple[type, ...], args: list[str] | None = None) -> tuple:
-    """Dataclasses from `--config FILE.yaml` and flags, which win; several `--config` are not merged.
-
-    Raises:
-        UserError: an unknown key or flag, a bad value, a missing or malformed file, a machine that cannot run it.
-    """
+    """Dataclasses from `--config FILE.yaml` and flags, which win; what cannot be used is a `UserError`."""
     check_gpus()
     parser = RecipeParser(dataclass_types, allow_abbrev=False)  # a misspelt flag may not pass for another
     parser.add_argument("--config", action="append")
@@ -100,11 +96,7 @@ def without_secrets(words: list[str]) -> list[str]:
 
 
 def import_function(path: str, flag: str) -> Callable:
-    """The function `module.function`.
-
-    Raises:
-        UserError: it cannot be imported.
-    """
+    """The function `module.function`; a `UserError` names `flag` where it cannot be imported."""
     try:
         function = pkgutil.resolve_name(path)
     except Exception as error:

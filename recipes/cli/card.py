@@ -17,13 +17,7 @@ TEMPLATE = os.path.join(os.path.dirname(__file__), "model_card.md.jinja")
 
 
 def model_card(record: Mapping[str, Any], log_history: list[dict[str, Any]], base: str | None) -> str:
-    """Markdown with the Hub's metadata.
-
-    Args:
-        record: what [`describe`] and `add_rows` say of the run.
-        log_history: Trainer's rows of metrics, in their order.
-        base: the base of an adapter; `None` where a full model was trained.
-    """
+    """Markdown with the Hub's metadata, of a run's record and Trainer's log; `base` is that of an adapter."""
     recipe, arguments, datasets = record["recipe"], record["arguments"], record.get("datasets", {})
     name, start = arguments["hub_model_id"] or arguments["output_dir"], arguments["model_name_or_path"]
     library = "peft" if base else "transformers"

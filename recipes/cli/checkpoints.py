@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
@@ -64,16 +65,11 @@ def newest_whole(output_dir: str) -> tuple[str | None, list[str]]:
 def last_good_state(output_dir: str) -> str:
     """A sentence that names the newest whole checkpoint of a run."""
     newest, _ = newest_whole(output_dir)
-    return f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
+    return f"The last good checkpoint is {newest}." if newest else "There is no checkpoint to go on from."
 
 
 def put_in_place(folder: str, output_dir: str, files: dict[str, int], resumable: bool) -> str:
-    """Give a complete checkpoint below `.unfinished` its manifest and then its name; returns the new path.
-
-    Args:
-        files: bytes of every file in it, by its path from there.
-        resumable: whether it holds all that a run goes on from.
-    """
+    """Give a checkpoint below `.unfinished`, of `files` with their sizes, a manifest and its name; the new path."""
     manifest = {"resumable": resumable, "files": dict(sorted(files.items()))}
     write_text(os.path.join(folder, MANIFEST), json.dumps(manifest, indent=2) + "\n")
     target = os.path.join(output_dir, os.path.basename(folder))
@@ -113,10 +109,8 @@ def rotate(output_dir: str, limit: int | None, *protected: str | None) -> None:
 
 def recover(output_dir: str) -> None:
     """Clear what a killed run left below `.unfinished`; a checkpoint that was whole but had no name yet gets it."""
-    folder = unfinished(output_dir)
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        target = os.path.join(output_dir, name)
-        if name.startswith(PREFIX_CHECKPOINT_DIR) and not os.path.exists(target):
-            if problem(os.path.join(folder, name)) is None:
-                os.rename(os.path.join(folder, name), target)
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in Path(unfinished(output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        target = Path(output_dir, path.name)
+        if not target.exists() and problem(str(path)) is None:
+            path.rename(target)
+    shutil.rmtree(unfinished(output_dir), ignore_errors=True)

@@ -31,9 +31,6 @@ def read_config(path: str) -> dict[str, Any]:
 
     A value, or a list of them, is the text that stands there, so that a name of digits stays a name. `null` and what
     holds a mapping are as YAML reads them.
-
-    Raises:
-        UserError: the file is missing, or no YAML of lines `argument: value`.
     """
     where = f"--config {path}"
     try:

@@ -47,14 +47,12 @@ def complete_file(path: str | os.PathLike) -> Iterator[TextIO]:
     try:
         with open(partial, "w", encoding="utf-8") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        with suppress(OSError):
+        sync(partial)
+        os.replace(partial, path)
+        sync(os.path.dirname(path) or ".")
+    finally:
+        with suppress(OSError):  # it has its name
             os.remove(partial)
-        raise
-    os.replace(partial, path)
-    sync(os.path.dirname(path) or ".")
 
 
 def write_text(path: str, text: str) -> None:
@@ -65,9 +63,11 @@ def write_text(path: str, text: str) -> None:
 def move_contents(source: str, target: str, last: str) -> None:
     """Move every file below `source` to the same place below `target`, each as a whole, and `last` after all others.
 
-    Files of the same name are replaced, and the emptied `source` is removed.
+    Files of the same name are replaced, and the emptied `source` is removed. An older `last` goes first: it says that
+    its `target` is whole.
     """
     sync_tree(source)
+    Path(target, last).unlink(missing_ok=True)
     names = sorted(sizes(source), key=lambda name: name == last)
     folders = {os.path.dirname(os.path.join(target, name)) for name in names}
     for folder in folders:

@@ -53,11 +53,7 @@ class Flag:
 
 
 def check(words: list[str], path: str, config: dict[str, Any], known: dict[str, Flag], own: dict[str, Flag]) -> None:
-    """Compare a command line, and the values of the YAML at `path`, with the flags there are.
-
-    Raises:
-        UserError: an unknown flag or key, with the nearest that there is, or a required one that is missing.
-    """
+    """Refuse a flag, or a key of the YAML at `path`, that there is not, naming the nearest, and a missing one."""
     options = {"config", "help", "help_all", *(option for flag in known.values() for option in flag.options)}
     flags = [word.removeprefix("--") for word in words if word.startswith("--")]
     for where, names, possible in (("Command line", flags, options), (f"--config {path}", config, known)):
@@ -128,7 +124,9 @@ def read_class(name: str, path: str) -> dict[str, Flag]:
         if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation):
             call = item.value.keywords if isinstance(item.value, ast.Call) else []
             options = {keyword.arg: keyword.value for keyword in call}
-            if "init" not in options:
+            if "init" in options:  # no flag, whatever it is in a base
+                found.pop(ast.unparse(item.target), None)
+            else:
                 flag = read_flag(item, options, name)
                 found[flag.name] = flag
     return found

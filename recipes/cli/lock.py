@@ -11,11 +11,7 @@ _made: set[str] = set()  # folders that were made for a lock
 
 
 def hold(path: str, what: str) -> None:
-    """Hold the lock file `path` until `release`, or until this process ends; `what` names what it protects.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Hold the lock file `path` until `release`, or until this process ends; refuse where another holds `what`."""
     path = os.path.abspath(path)
     if path in _held:
         return
@@ -30,6 +26,10 @@ def hold(path: str, what: str) -> None:
             owner = os.pread(handle, 200, 0).decode(errors="replace").strip()
             os.close(handle)
             raise UserError(f"{what} is in use by {owner or 'another run'}: wait for it, or stop it first.") from None
+        except OSError as error:
+            os.unlink(path)
+            os.close(handle)
+            raise UserError(f"{what} is on a disk that locks no files ({error.strerror}): choose another.") from error
         try:
             same = os.path.samestat(os.fstat(handle), os.stat(path))
         except FileNotFoundError:

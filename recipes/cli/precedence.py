@@ -62,10 +62,13 @@ RANGES = {
     **dict.fromkeys(("num_train_epochs", "repetition_penalty"), (sys.float_info.min, math.inf, "more than 0")),
     "top_p": (sys.float_info.min, 1, "more than 0, at most 1"),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "adam_epsilon"), AT_LEAST_0),
-    **dict.fromkeys(("dataloader_num_workers", "center_rewards_coefficient", "top_k"), AT_LEAST_0),
+    **dict.fromkeys(("dataloader_num_workers", "center_rewards_coefficient", "top_k", "temperature"), AT_LEAST_0),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "max_length"), AT_LEAST_1),
     **dict.fromkeys(("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"), AT_LEAST_1),
-    **dict.fromkeys(("lora_r", "lora_alpha", "pad_to_multiple_of"), AT_LEAST_1),
+    **dict.fromkeys(("lora_r", "lora_alpha", "pad_to_multiple_of", "num_prompts", "num_checkpoints"), AT_LEAST_1),
+    **dict.fromkeys(("curve_generations", "eval_batch_size"), AT_LEAST_1),
+    **dict.fromkeys(("num_generations", "max_completion_length"), AT_LEAST_1),
+    "best_of_n": (2, math.inf, "2 or more"),
     **dict.fromkeys(("max_error_rate", "label_smoothing_factor", "min_p"), SHARE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), BELOW_1),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1, "0 to 4294967295")),
@@ -75,8 +78,7 @@ RANGES = {
 def without_overridden(config: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a YAML but for those whose place a flag of another name takes, which a line on stderr names.
 
-    Raises:
-        UserError: two names of the same thing on the command line, or in the YAML where no flag decides.
+    Two names of the same thing on the command line, or in the YAML where no flag decides, are refused.
     """
     kept = dict(config)
     for what, names in SAME.items():
@@ -106,11 +108,9 @@ def check_ranges(given: Mapping[str, Any]) -> None:
 
 
 def check_used(values: Mapping[str, Any], flags: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Refuse an argument that would go unused, by itself or beside another that was given with it; an empty path.
+    """Refuse a path that is empty, and what would go unused of the `flags` and of the YAML's `config`.
 
-    Args:
-        values: all arguments as they were parsed.
-        flags: those of the command line; they come before `config`, the values of the YAML.
+    `values` are all arguments as they were parsed; they decide what is used.
     """
     for name, value in {**config, **flags}.items():
         if name in REFUSED and value not in (None, name == "do_train"):

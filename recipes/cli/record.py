@@ -10,7 +10,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +67,18 @@ def describe(recipe: str, arguments: tuple) -> dict[str, Any]:
         "recipe": recipe,
         "arguments": values,
         "models": {name: digest(folder) for name, folder in folders.items()},
-        "setup": {"processes": training_args.world_size, "device": training_args.device.type},
+        "setup": {
+            "processes": training_args.world_size,
+            "device": training_args.device.type,
+            "precision": training_args.mixed_precision,  # perhaps that of accelerate launch
+        },
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_revision": git_revision(),
     }
 
 
 def add_rows(record: dict[str, Any], reports: Mapping[str, Any], datasets: Mapping[str, Any]) -> None:
-    """Put where the rows are from, and what is trained and evaluated on, into the record and the reports on its rows.
-
-    Args:
-        datasets: "train" and perhaps "eval" as the trainer has them.
-    """
+    """Put where the rows are from, and what is used of them as the trainer has it, into the record and the reports."""
     record["used"] = {name: count(dataset) for name, dataset in datasets.items() if hasattr(dataset, "__len__")}
     if "train" in record["used"]:
         record["setup"]["training_rows"] = record["used"]["train"]["rows"]
@@ -118,11 +117,7 @@ def write_record(path: str, record: Mapping[str, Any]) -> None:
 
 
 def read_record(path: str) -> dict[str, Any] | None:
-    """A record, or `None` where there is none.
-
-    Raises:
-        UserError: the file is no record.
-    """
+    """A record, or `None` where there is none; a file that is no record is a `UserError`."""
     if not os.path.isfile(path):
         return None
     try:
@@ -134,13 +129,13 @@ def read_record(path: str) -> dict[str, Any] | None:
     return record
 
 
-def trained_in_few_bits(folder: str) -> bool:
-    """Whether a model, a checkpoint or its `ema/` is of a run on a base in 4 or 8 bits, as far as is known."""
+def arguments_of(folder: str) -> dict[str, Any]:
+    """The arguments of the run that a model, a checkpoint or its `ema/` is of; empty where they are not known."""
     path = os.path.abspath(folder)
     while re.fullmatch(r"ema|checkpoint-\d+", os.path.basename(path)):
         path = os.path.dirname(path)
-    record = read_record(os.path.join(path, RESULT)) or read_record(os.path.join(path, RECORD)) or {"arguments": {}}
-    return any(record["arguments"].get(name) for name in ("load_in_4bit", "load_in_8bit"))
+    record = read_record(os.path.join(path, RESULT)) or read_record(os.path.join(path, RECORD))
+    return record["arguments"] if record else {}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -172,11 +167,7 @@ def same(was: Any, value: Any) -> bool:
 
 
 def refuse_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any], folder: str) -> None:
-    """Refuse to go on with another run than the one in `folder`.
-
-    Raises:
-        UserError: names every argument that changes what is trained.
-    """
+    """Refuse to go on with another run than the one in `folder`, by every argument that changes what is trained."""
     if before is not None and (found := changes(before, now)):
         raise UserError(
             f"The run in {folder} goes on only as it was started: {'; '.join(found)}. "
@@ -185,12 +176,7 @@ def refuse_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any], fol
 
 
 def wants_more(arguments: Mapping[str, Any], finished: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    """Whether these arguments ask a run that is finished for further steps.
-
-    Args:
-        finished: the arguments that it finished with.
-        state: Trainer's state at its end.
-    """
+    """Whether a run that `finished` with other arguments, in Trainer's `state`, is asked for further steps."""
     if all(arguments.get(name) == finished.get(name) for name in LENGTH):
         return False
     if arguments["max_steps"] > 0:
@@ -200,15 +186,14 @@ def wants_more(arguments: Mapping[str, Any], finished: Mapping[str, Any], state:
 
 def plain(value):
     """`value` in types that YAML knows, without the entries whose names say that they are secret."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items() if not SECRETS.search(str(key))}
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+    def simpler(other):
+        return dataclasses.asdict(other) if dataclasses.is_dataclass(other) else str(other)
+
+    def without_secrets(entries):
+        return {name: entry for name, entry in entries.items() if not SECRETS.search(name)}
+
+    return json.loads(json.dumps(value, default=simpler), object_hook=without_secrets)
 
 
 def digest(path: str) -> str:

@@ -19,26 +19,14 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
-from recipes.cli import lock, signals
+from recipes.cli import lock, record, signals
 from recipes.cli.arguments import parse
 from recipes.cli.card import model_card
-from recipes.cli.checkpoints import UNFINISHED, newest_whole, problem, recover, unfinished
+from recipes.cli.checkpoints import UNFINISHED, last_good_state, newest_whole, problem, recover, unfinished
 from recipes.cli.errors import RunEnded, UserError, counted, first_line
 from recipes.cli.files import is_write_error, move_contents, write_text
 from recipes.cli.launch import launcher, world_size
 from recipes.cli.progress import show_lines
-from recipes.cli.record import (
-    RECORD,
-    RESULT,
-    add_rows,
-    all_arguments,
-    describe,
-    read_record,
-    refuse_changes,
-    used_in_words,
-    wants_more,
-    write_record,
-)
 from recipes.cli.screen import result_line, say
 
 LOCK = ".lock"
@@ -68,7 +56,7 @@ class RunFolder:
         self.arguments = arguments
         self.training_args = next(group for group in arguments if isinstance(group, TrainingArguments))
         self.path = self.training_args.output_dir
-        self.record = describe(recipe, arguments)
+        self.record = record.describe(recipe, arguments)
         self.before: dict[str, Any] | None = None
         self.training_args.resume_from_checkpoint = self._agree(self._claim)
 
@@ -115,22 +103,18 @@ class RunFolder:
         else:
             origin, checkpoint, notes = os.path.dirname(os.path.abspath(given)), given, []
             if why := problem(given):
-                whole, _ = newest_whole(origin)
-                instead = f" {whole} is whole." if whole else ""
-                raise UserError(
-                    f"--resume_from_checkpoint {given}: {why}; there is no checkpoint to go on from.{instead}"
-                )
+                raise UserError(f"--resume_from_checkpoint {given}: {why}. {last_good_state(origin)}")
             if entries and os.path.realpath(origin) != os.path.realpath(self.path):
                 raise UserError(
                     f"The output folder {self.path} is not empty, and {given} is a checkpoint of another run: "
                     "choose another --output_dir."
                 )
-        self.before = read_record(os.path.join(origin, RECORD))
-        refuse_changes(self.before, self.record, origin)
-        finished = read_record(os.path.join(self.path, RESULT))
+        self.before = record.read_record(os.path.join(origin, record.RECORD))
+        record.refuse_changes(self.before, self.record, origin)
+        finished = record.read_record(os.path.join(self.path, record.RESULT))
         if finished is not None:
             state = vars(TrainerState.load_from_json(os.path.join(self.path, TRAINER_STATE_NAME)))
-            if not wants_more(self.record["arguments"], finished["arguments"], state):
+            if not record.wants_more(self.record["arguments"], finished["arguments"], state):
                 steps = counted(state["global_step"], "step")
                 raise RunEnded(f"{self.path} holds a finished run of {steps}: nothing to do.")
         if self.training_args.save_only_model:
@@ -141,24 +125,22 @@ class RunFolder:
             why = "; ".join([f"there is no{' whole' if notes else ''} checkpoint in {self.path}", *notes])
             raise UserError(f"--resume_from_checkpoint {given}: {why}.")
         if self.before is None:
-            notes.append(f"{origin} has no {RECORD}: the arguments are not compared with those the run started with.")
+            notes.append(
+                f"{origin} has no {record.RECORD}: arguments are not compared with those the run started with."
+            )
         way = f"going on from {checkpoint}" if checkpoint else "no checkpoint yet, starting from the beginning"
         return checkpoint, [*notes, f"{self.path}: {way}."]
 
     def train(self, trainer: Trainer, reports: Mapping[str, Any]) -> None:
-        """Write down what the run was started with, compare it where the run goes on, and train.
-
-        Args:
-            reports: what became of the rows, by dataset, as `load_formatted` gives them.
-        """
-        add_rows(self.record, reports, {"train": trainer.train_dataset, "eval": trainer.eval_dataset})
-        for sentence in used_in_words(self.record):
+        """Write down what the run was started with, compare it where the run goes on, and train."""
+        record.add_rows(self.record, reports, {"train": trainer.train_dataset, "eval": trainer.eval_dataset})
+        for sentence in record.used_in_words(self.record):
             trainer.accelerator.print(sentence)
 
         def compare_or_write() -> None:
-            refuse_changes(self.before, self.record, self.path)
-            if not os.path.exists(path := os.path.join(self.path, RECORD)):
-                write_record(path, self.record)
+            record.refuse_changes(self.before, self.record, self.path)
+            if not os.path.exists(path := os.path.join(self.path, record.RECORD)):
+                record.write_record(path, self.record)
 
         self._agree(compare_or_write)
         show_lines(trainer)
@@ -175,14 +157,13 @@ class RunFolder:
                 raise
             saved, _ = newest_whole(self.path)
             if saved is None and trainer.accelerator.is_main_process:  # there is nothing to go on from
-                os.unlink(os.path.join(self.path, RECORD))
+                os.unlink(os.path.join(self.path, record.RECORD))
             raise UserError(f"An argument cannot be used: {' '.join(str(error).split())}") from error
 
     def save_model(self, trainer: Trainer, last: Callable[[str], None] | None = None) -> None:
         """Put the trained model into the folder: all its files are written aside first, then moved.
 
-        Args:
-            last: writes further files of the first process into the folder it is called with.
+        The first process calls `last` with the folder aside, to write further files into it.
         """
         aside = unfinished(self.path, "result")
         try:
@@ -195,7 +176,7 @@ class RunFolder:
                 last(aside)
             trainer.accelerator.wait_for_everyone()
             if trainer.args.should_save:
-                move_contents(aside, self.path, last=RESULT)
+                move_contents(aside, self.path, last=record.RESULT)
                 recover(self.path)
         except Exception as error:
             if not is_write_error(error):
@@ -215,8 +196,8 @@ class RunFolder:
             trainer.state.save_to_json(os.path.join(aside, TRAINER_STATE_NAME))
             for name, report in reports.items():
                 report.save(os.path.join(aside, f"data_report_{name.replace(' ', '_')}.json"))
-            settled = all_arguments(self.arguments)  # some arguments are settled on the way
-            write_record(os.path.join(aside, RESULT), self.record | {"arguments": settled})
+            settled = record.all_arguments(self.arguments)  # some arguments are settled on the way
+            record.write_record(os.path.join(aside, record.RESULT), self.record | {"arguments": settled})
             write_text(os.path.join(aside, "README.md"), trainer.card())
 
         self.save_model(trainer, write_records)
@@ -244,11 +225,7 @@ def refuse_stream(script_args: Any) -> None:
 
 
 def settle_evaluation(training_args: TrainingArguments, datasets: Mapping[str, Any]) -> None:
-    """Turn evaluation off where there is nothing to evaluate on.
-
-    Raises:
-        UserError: the best checkpoint was to be found by it.
-    """
+    """Turn evaluation off where there is nothing to evaluate on; refuse where it was to find the best checkpoint."""
     if training_args.eval_strategy != "no" and "eval" not in datasets:
         if training_args.load_best_model_at_end:
             raise UserError("--load_best_model_at_end true needs rows to evaluate on: add prompts or set it to false.")
@@ -256,11 +233,7 @@ def settle_evaluation(training_args: TrainingArguments, datasets: Mapping[str, A
 
 
 def check_steps(trainer: Trainer) -> None:
-    """Say where an epoch is less than one whole step, and where a run ends while its learning rate still rises.
-
-    Raises:
-        UserError: no epoch has a step.
-    """
+    """Say where an epoch is less than one step, and where a run ends while its learning rate rises; refuse no step."""
     if not hasattr(trainer.train_dataset, "__len__"):
         return
     args, rows = trainer.args, len(trainer.train_dataset)
@@ -323,8 +296,8 @@ def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
 def end_process(code: int, failure: str) -> None:
     """End with exit code `code`, or with 1 and the text of a failure.
 
-    A process that fails ends at once, so that the launcher ends the others, which may be waiting for it. One of
-    several that is done ends without waiting for threads: one that never ends would hold all machines.
+    A process that fails ends at once, so that the launcher ends the others, which may wait for it. One of several
+    that is done waits for no thread: one that never ends would hold all machines.
     """
     if failure:
         code = 1
@@ -343,6 +316,6 @@ def end_process(code: int, failure: str) -> None:
 
 def holds_anything(folder: str) -> bool:
     """Whether a folder holds more than a run leaves that was stopped before its first step."""
-    left = (LOCK, UNFINISHED, f"{RECORD}.partial")
+    left = (LOCK, UNFINISHED, f"{record.RECORD}.partial")
     others = [path for path in Path(folder).glob("*") if path.name not in left]
     return any(not path.is_dir() or any(path.iterdir()) for path in others)

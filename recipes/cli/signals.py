@@ -16,48 +16,44 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SIGNAL_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
-_received: signal.Signals | None = None
+_received: list[signal.Signals] = []
 
 
 def received() -> signal.Signals | None:
     """The signal that asked this process to stop, while `stops_after_a_step` is active."""
-    return _received
+    return _received[0] if _received else None
 
 
 @contextlib.contextmanager
 def stops_after_a_step() -> Iterator[None]:
     """Within, SIGTERM and SIGINT are only noted, for the trainer to stop in good order; a second one ends at once."""
-    global _received
     if threading.current_thread() is not threading.main_thread():  # only that one can handle signals
         yield
         return
     owner, first = os.getpid(), 0.0
 
     def note(number: int, frame) -> None:
-        global _received
         nonlocal first
-        if os.getpid() != owner:  # a worker that was forked from this process
-            return end(number)
-        if _received is None:
-            _received, first = signal.Signals(number), time.monotonic()
-            text = f"\n{_received.name}: stopping after this step, with a checkpoint; once more ends at once.\n"
+        if os.getpid() != owner or (_received and time.monotonic() - first > SAME_SIGNAL_SECONDS):
+            end(number)  # in a worker that was forked from this process, or a second time
+        elif not _received:
+            _received.append(signal.Signals(number))
+            first = time.monotonic()
+            text = f"\n{_received[0].name}: stopping after this step, with a checkpoint; once more ends at once.\n"
             os.write(2, text.encode() if os.environ.get("RANK", "0") == "0" else b"")
-        elif time.monotonic() - first > SAME_SIGNAL_SECONDS:
-            end(number)
 
     # A program that was started in the background ignores Ctrl-C, and goes on to.
     before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
-    _received = None
     for number in before:
         signal.signal(number, note)
     late = None
     try:
         yield
-        late = _received  # it came after the last step
+        late = received()  # it came after the last step
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _received = None
+        _received.clear()
     if late is not None:
         end(late)
 

@@ -52,22 +52,16 @@ class EvaluationArguments(SamplingArguments):
     )
     num_prompts: int | None = field(default=None, metadata={"help": "The first so many prompts; default: all."})
     eval_batch_size: int = field(default=32, metadata={"help": "Responses per forward pass that measures."})
-    top_k: int = field(default=0, metadata={"help": "Only 0: a filter has no finite KL."})
-    top_p: float = field(default=1.0, metadata={"help": "Only 1: a filter has no finite KL."})
+    top_k: int = field(default=0, init=False)  # no flags: KL is not finite where a filter cuts the distribution
+    top_p: float = field(default=1.0, init=False)
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the models."})
 
     def __post_init__(self):
         super().__post_init__()
         if not self.policies or self.reward_model_name_or_path is None:
             raise UserError("Command line: --policies NAME=PATH … and --reward_model_name_or_path are required.")
-        if self.top_k != 0 or self.top_p != 1.0:
-            raise UserError("--top_k and --top_p cut the distribution, and KL is not finite then: leave them out.")
         if min([self.temperature, *self.temperatures]) <= 0:
             raise UserError("--temperature and --temperatures must be above 0: a greedy policy has no finite KL.")
-        least = {"curve_generations": 1, "num_checkpoints": 1, "eval_batch_size": 1, "num_prompts": 1, "best_of_n": 2}
-        for name, number in least.items():
-            if getattr(self, name) is not None and getattr(self, name) < number:
-                raise UserError(f"--{name} {getattr(self, name)}: expected {number} or more.")
         self.paths = named_paths("--policies", self.policies)
         self.runs = named_paths("--checkpoints", self.checkpoints)
         names = list(self.paths)
@@ -80,19 +74,16 @@ class EvaluationArguments(SamplingArguments):
         self.headline = "ppo" if "ppo" in others else others[-1]  # the policy that the page is about
         self.judges_by_name: dict[str, str] = {}
         for path in self.judges:
-            self._add_judge(path.rpartition(".")[2], path)
-
-    def _add_judge(self, name: str, path: str) -> None:
-        """Before anything is sampled: it can be called, and has a name of its own."""
-        if name in TAKEN or name in self.judges_by_name:
-            raise UserError(f"--judges {path}: the report has a figure {name} already: rename the function.")
-        self.judges_by_name[name] = path
-        judge = import_function(path, "--judges")
-        try:
-            inspect.signature(judge).bind(prompts=[], completions=[], completion_ids=[])
-        except TypeError as error:
-            advice = "Its signature has to be f(prompts, completions, **kwargs)."
-            raise UserError(f"--judges {path}: {error}. {advice}") from error
+            name = path.rpartition(".")[2]
+            if name in TAKEN or name in self.judges_by_name:
+                raise UserError(f"--judges {path}: the report has a figure {name} already: rename the function.")
+            judge = import_function(path, "--judges")
+            try:
+                inspect.signature(judge).bind(prompts=[], completions=[], completion_ids=[])
+            except TypeError as error:
+                advice = "Its signature has to be f(prompts, completions, **kwargs)."
+                raise UserError(f"--judges {path}: {error}. {advice}") from error
+            self.judges_by_name[name] = path
 
     def plan(self) -> list[PolicySpec]:
         """Everything that is sampled: the policies, the sharpened reference, the checkpoints."""
@@ -132,9 +123,9 @@ def named_paths(flag: str, items: Iterable[str]) -> dict[str, str]:
     """
     paths: dict[str, str] = {}
     for item in items:
-        name, _, path = item.partition("=")
-        if name in paths or not path or not re.fullmatch(r"[\w.-]+", name):
+        found = re.fullmatch(r"([\w.-]+)=(.+)", item)
+        if found is None or found[1] in paths:
             form = "write it as NAME=PATH, each NAME once, of letters, digits, dots, _ and -"
             raise UserError(f"{flag} {item}: {form}.")
-        paths[name] = path
+        paths[found[1]] = found[2]
     return paths

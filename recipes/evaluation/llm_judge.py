@@ -71,10 +71,6 @@ class LLMJudge:
                 row = json.loads(line)
                 self.verdicts[row["key"]] = row["verdict"]
 
-    def key(self, messages: list[dict]) -> str:
-        """What a verdict is remembered under: the model, and all that it is told."""
-        return fingerprint([self.model, messages])
-
     def compare(
         self, prompts: list[Conversation], texts_a: Sequence[str], texts_b: Sequence[str], title: str
     ) -> tuple[np.ndarray, dict]:
@@ -85,10 +81,10 @@ class LLMJudge:
         the response shown first won where there was a winner (0.5 without position bias); `unreadable` verdicts.
         """
         rows = list(zip(prompts, texts_a, texts_b, strict=True))
-        both_orders = [(question(prompt, a, b), question(prompt, b, a)) for prompt, a, b in rows if a != b]
-        self.ask([messages for orders in both_orders for messages in orders], title)
-        points = [[FIRST[self.verdicts[self.key(messages)]] for messages in orders] for orders in both_orders]
-        first = np.array(points).reshape(-1, 2)
+        questions = []
+        for prompt, a, b in rows:
+            questions += [question(prompt, a, b), question(prompt, b, a)] if a != b else []
+        first = np.array([FIRST[verdict] for verdict in self.ask(questions, title)]).reshape(-1, 2)
         to_a = np.ones(len(rows))  # equal texts tie
         to_a[[a != b for _, a, b in rows]] = first[:, 0] + 1 - first[:, 1]
         shares = np.stack([to_a > 1, to_a == 1, to_a < 1], 1).astype(float)
@@ -101,9 +97,13 @@ class LLMJudge:
             "unreadable": int(np.isnan(first).sum()),
         }
 
-    def ask(self, questions: list[list[dict]], title: str) -> None:
-        """Fill in the verdicts that are not known. After an error, answers on their way are kept: they cost."""
-        unknown = {key: each for each in questions if (key := self.key(each)) not in self.verdicts}
+    def ask(self, questions: list[list[dict]], title: str) -> list[str | None]:
+        """The verdicts, of which those that are known are not asked for again.
+
+        After an error, answers that are on their way are kept, since they have been paid for.
+        """
+        keys = [fingerprint([self.model, messages]) for messages in questions]
+        unknown = {key: each for key, each in zip(keys, questions, strict=True) if key not in self.verdicts}
         lock = Lock()
         with self.memory.open("a", encoding="utf-8") as file, ThreadPoolExecutor(WORKERS) as pool:
 
@@ -117,6 +117,7 @@ class LLMJudge:
 
             for _ in tqdm(pool.map(judge, unknown), total=len(unknown), desc=title, disable=None):
                 pass
+        return [self.verdicts[key] for key in keys]
 
     def answer(self, messages: list[dict]) -> str:
         """The LLM's text.

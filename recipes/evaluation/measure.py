@@ -56,10 +56,6 @@ class Measured:
         return {name: self.array(name) for name in self.judges}
 
     @property
-    def reward(self) -> np.ndarray:
-        return self.scores["reward"]
-
-    @property
     def k1(self) -> np.ndarray | None:
         return None if self.responses["k1"].isna().any() else self.array("k1")
 
@@ -197,7 +193,6 @@ def judge_scores(path: str, prompts: list[Conversation], responses: pd.DataFrame
     if inspect.iscoroutine(scores):  # as TRL's reward functions may be
         scores = asyncio.run(scores)
     values = np.array(check_rewards(scores, f"--judges {path}", len(responses)), dtype=np.float64)
-    known = np.isfinite(values)
-    if not known.all():
-        raise UserError(f"--judges {path}: numbers for only {known.sum()} of {counted(len(responses), 'response')}.")
+    if unknown := (~np.isfinite(values)).sum():
+        raise UserError(f"--judges {path}: no numbers for {unknown} of {counted(len(responses), 'response')}.")
     return values

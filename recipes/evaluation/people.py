@@ -57,15 +57,12 @@ def people_outcomes(
     ties counts, so that they weigh what they weigh in all prompts.
     """
     shares = np.full((len(prompts), 3), np.nan)
-    equal = []
     for row, (prompt, a, b) in enumerate(zip(prompts, texts_a, texts_b, strict=True)):
-        if a == b:
-            equal.append(row)
-            continue
         labelers = rankings.get(json.dumps(prompt), [])
         signs = np.array([np.sign(ranks[b] - ranks[a]) for ranks in labelers if a in ranks and b in ranks])
-        if signs.size:
+        if signs.size and a != b:
             shares[row] = [(signs == outcome).mean() for outcome in (1, 0, -1)]
+    equal = np.flatnonzero([a == b for a, b in zip(texts_a, texts_b, strict=True)])
     ranked = np.isfinite(shares[:, 0]).sum() / max(1, len(prompts) - len(equal))
     shares[equal[: round(ranked * len(equal))]] = [0, 1, 0]
     return shares

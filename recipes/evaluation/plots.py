@@ -42,16 +42,6 @@ def to_svg(figures: dict[str, Figure]) -> dict[str, Markup]:
     return elements
 
 
-def figures(report: dict) -> dict[str, Figure]:
-    """All figures that the report has data for, by name."""
-    drawn = {"reward_kl": plot_reward_kl({"": report})}
-    if report["over_optimization"]:
-        drawn["over_optimization"] = plot_over_optimization({"": report})
-    if report["reward_model"]:
-        drawn["reward_model"] = plot_reward_model(report["reward_model"])
-    return drawn
-
-
 def columns(rows: list[dict], *names: str) -> list[np.ndarray]:
     """The values of each name, over the rows; NaN for `None`."""
     return [np.array([row[name] for row in rows], dtype=np.float64) for name in names]

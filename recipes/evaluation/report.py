@@ -47,7 +47,11 @@ def write_report(report: dict, output_dir: str) -> None:
     folder = Path(output_dir)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    figures = plots.figures(report)
+    figures = {"reward_kl": plots.plot_reward_kl({"": report})}
+    if report["over_optimization"]:
+        figures["over_optimization"] = plots.plot_over_optimization({"": report})
+    if report["reward_model"]:
+        figures["reward_model"] = plots.plot_reward_model(report["reward_model"])
     for name in {"over_optimization", "reward_model"} - figures.keys():  # of an earlier report with more data
         (folder / f"{name}.png").unlink(missing_ok=True)
     plots.save_png(figures, folder)
@@ -130,13 +134,10 @@ def log_to_wandb(report: dict, output_dir: str) -> None:
     project = os.environ.get("WANDB_PROJECT", "huggingface")
     run = wandb.init(project=project, job_type="evaluation", dir=output_dir)
     run.summary["eval"] = report["policies"]
-    policies = pd.json_normalize([{"policy": name, **values} for name, values in report["policies"].items()])
-    tables = {
-        "policies": policies.filter(regex=r"^policy$|\.mean$"),
-        "win_rates": pd.DataFrame(report["win_rates"]).drop(columns="ci95", errors="ignore"),
-        "samples": pd.DataFrame(report["samples"]),
-    }
-    logged = {f"eval/{name}": wandb.Table(dataframe=table) for name, table in tables.items() if not table.empty}
-    logged |= {f"eval/{path.stem}": wandb.Image(str(path)) for path in sorted(Path(output_dir).glob("*.png"))}
+    logged = {f"eval/{path.stem}": wandb.Image(str(path)) for path in sorted(Path(output_dir).glob("*.png"))}
+    for name in ("win_rates", "samples"):
+        if report[name]:
+            table = pd.DataFrame(report[name]).drop(columns="ci95", errors="ignore")
+            logged[f"eval/{name}"] = wandb.Table(dataframe=table)
     run.log(logged)
     run.finish()

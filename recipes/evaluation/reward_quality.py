@@ -25,13 +25,8 @@ def sampled_pairs(responses: pd.DataFrame, quality: str) -> pd.DataFrame:
     """
     pairs = responses.merge(responses, on="prompt", suffixes=("", "_of_other"))
     pairs = pairs[pairs[quality] > pairs[f"{quality}_of_other"]]
-    return pd.DataFrame(
-        {
-            "group": pairs["prompt"],
-            "margin": pairs["reward"] - pairs["reward_of_other"],
-            "length_difference": pairs["length"] - pairs["length_of_other"],
-        }
-    )
+    margin, longer_by = (pairs[column] - pairs[f"{column}_of_other"] for column in ("reward", "length"))
+    return pd.DataFrame({"group": pairs["prompt"], "margin": margin, "length_difference": longer_by})
 
 
 def reward_model_quality(pairs: pd.DataFrame) -> dict:
@@ -64,8 +59,8 @@ def by_length_difference(pairs: pd.DataFrame) -> list[dict]:
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]))
     rows = []
     for _, part in pairs.groupby(np.searchsorted(edges, lengths)):
-        ends = {"from": int(part["length_difference"].min()), "to": int(part["length_difference"].max())}
-        rows.append(ends | {"accuracy": ordering(part)["accuracy"], "n_pairs": len(part)})
+        own = part["length_difference"]
+        rows.append({"from": int(own.min()), "to": int(own.max()), **ordering(part)})
     return rows
 
 

@@ -23,7 +23,11 @@ def summarise(
     policies = {name: policy_summary(measured[name], args.num_generations) for name in args.paths}
     for name in args.paths:
         if name != args.reference:
-            policies[name] |= curves.compare(measured[name]) | {"difference": difference(measured[name], reference)}
+            policies[name] |= curves.compare(measured[name])
+            policies[name]["difference"] = {
+                judge: mean_interval(scores.mean(1) - reference.scores[judge].mean(1))
+                for judge, scores in measured[name].scores.items()
+            }
     best_of_n = curves.best_of_n()
     checkpoints = [curves.point(one) for one in measured.values() if one.spec.run is not None]
     sharper = [one for one in measured.values() if one.spec.temperature != args.temperature]
@@ -62,18 +66,11 @@ def policy_summary(one: Measured, num_generations: int) -> dict:
     }
 
 
-def difference(one: Measured, reference: Measured) -> dict:
-    """By how much a policy scores above the reference, by the reward model and each judge, paired by prompt."""
-    return {
-        name: mean_interval(values.mean(1) - reference.scores[name].mean(1)) for name, values in one.scores.items()
-    }
-
-
 class Curves:
     """What can be done with the reference's samples: best-of-n, and the best policy at every KL."""
 
     def __init__(self, reference: Measured, best_of_n: int):
-        self.rewards, scores = reference.reward, reference.scores
+        self.rewards, scores = reference.scores["reward"], reference.scores
         self.ns = [2**power for power in range(best_of_n.bit_length())]
         self.betas = frontier.beta_grid(self.rewards)
         self.tilted = frontier.tilted(self.rewards, self.betas, scores)
@@ -94,15 +91,10 @@ class Curves:
         return pd.DataFrame({"beta": self.betas, **means, "se": se}).to_dict("records")
 
     def compare(self, one: Measured) -> dict:
-        """The policy beside both curves at its own KL; nothing if it has none.
-
-        `share_of_gain`: its gain over the reference as a share of the best possible one, with `beyond` where the
-        estimate of the best does not reach its KL and so is too low, and `effective_samples` of that estimate.
-        `gain_over_best_of_n`: its reward minus best-of-n's, `None` where no n has its KL.
-        """
+        """The policy beside both curves at its own KL, as docs/evaluation.md says; nothing if it has none."""
         if one.k1 is None:
             return {}
-        policy, start = (one.k1.mean(1), one.reward.mean(1)), self.rewards.mean(1)
+        policy, start = (one.k1.mean(1), one.scores["reward"].mean(1)), self.rewards.mean(1)
         best = frontier.gain_at_equal_kl(policy, start, (self.tilted["kl"], self.tilted["reward"]))
         bon = frontier.gain_at_equal_kl(policy, start, (self.best["kl_with_ties"], self.best["reward"]))
         share = best["share"]
@@ -120,7 +112,7 @@ class Curves:
             **{name: getattr(one.spec, name) for name in ("run", "step", "temperature")},
             "kl": None if one.k1 is None else float(one.k1.mean()),
             **{name: float(values.mean()) for name, values in one.scores.items()},
-            "ci95": mean_interval(one.reward)["ci95"],
+            "ci95": mean_interval(one.scores["reward"])["ci95"],
             "share_of_gain": share and share["mean"],
         }
 

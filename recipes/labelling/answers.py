@@ -17,9 +17,7 @@ Flag = Literal["harmful", "untruthful", "did_not_answer"]
 FLAGS: tuple[Flag, ...] = get_args(Flag)
 # Bounds for what the page sends.
 Key = Annotated[str, Field(min_length=16, max_length=64)]
-PromptId = Annotated[str, Field(max_length=64)]
 EventId = Annotated[int, Field(ge=0, le=MAX_ID)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # Separators, control and format characters (zero width among them), marks without a letter; and what Unicode calls
 # letters and symbols although nothing is seen of them.
@@ -61,18 +59,18 @@ class Answer:
 class Submission:
     """An answer on its way to be stored, which the same `key` does once.
 
-    `revision` is the event that the labeler's screen was based on (None: do not check), `active_seconds` is the time
-    spent since the last event, and `client_time` is in seconds since 1970.
+    `revision` is the event that the labeler's screen was based on (0: none), `active_seconds` is the time spent since
+    then, and `client_time` is in seconds since 1970.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    prompt_id: PromptId
+    prompt_id: Annotated[str, Field(max_length=64)]
     action: Action
     answer: Answer
     key: Key
-    revision: EventId | None = None
-    active_seconds: Seconds = 0.0
+    revision: EventId
+    active_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     client_time: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 

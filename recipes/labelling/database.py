@@ -11,7 +11,7 @@ from recipes.labelling.files import new_file
 
 BUSY_SECONDS = 10
 VERSION = 2
-WRITTEN_ONCE = ("prompt", "response", "gold", "guideline", "assignment", "event", "review", "reading")
+WRITTEN_ONCE = ("prompt", "response", "gold", "guideline", "assignment", "event", "review")
 SCHEMA = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8") + "".join(
     f"CREATE TRIGGER IF NOT EXISTS {table}_no_{change} BEFORE {change} ON {table}"
     f" BEGIN SELECT RAISE(ABORT, '{table} is written once'); END;"
@@ -35,9 +35,13 @@ class Database:
         # Writers of this process wait in turn. SQLite lets those who wait look again now and then, and some starve.
         self._writing = threading.Lock()
         if create and not self.path.exists():
-            with _new_database(self.path) as part, closing(sqlite3.connect(part, isolation_level=None)) as db:
-                db.execute("PRAGMA journal_mode = WAL")
-                db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+            try:
+                with _new_database(self.path) as part, closing(sqlite3.connect(part, isolation_level=None)) as db:
+                    db.execute("PRAGMA journal_mode = WAL")
+                    db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+            except UserError:
+                if not self.path.exists():  # else another process has just made it
+                    raise
         if not self.path.exists():
             raise UserError(f"{self.path}: no such database; `serve --samples FILE` makes one")
         try:

@@ -2,8 +2,10 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, select_autoescape
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
 
 from recipes.cli.errors import counted, visible
 from recipes.cli.screen import aligned
@@ -11,41 +13,84 @@ from recipes.cli.screen import aligned
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+class Cell(NamedTuple):
+    """What people read; and what is drawn below it in HTML: a dot, and a bar from and to, as shares of the width."""
+
+    text: str
+    dot: float | None = None
+    bar: list[float] | None = None
+
+
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-def interval(figure: dict) -> str:
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def share(figure: dict, of: str = "") -> Cell:
     """`71.4 % (65.0–77.9)`, from a figure with `share` and `ci95`."""
-    if figure["share"] is None:
-        return "–"
     bounds = figure["ci95"]
-    return percent(figure["share"]) + (f" ({100 * bounds[0]:.1f}–{100 * bounds[1]:.1f})" if bounds else "")
+    text = percent(figure["share"]) + (f" ({100 * bounds[0]:.1f}–{100 * bounds[1]:.1f})" if bounds else "")
+    return Cell(text + of, figure["share"], bounds)
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def figures(report: dict) -> list[list[Cell]]:
+    """A header, and what holds for the whole job: a name, the figure and a note."""
+    pairwise, alpha = report["pairwise"], report["krippendorff_alpha"]
+    table = [[Cell("all labelers"), Cell(""), Cell("")]]
+    for name, figure in (("left out", pairwise["without_ties"]), ("counted", pairwise["with_ties"])):
+        note = counted(figure["pairs"], "comparison")
+        table.append([Cell(f"Pairwise agreement, ties {name}"), share(figure), Cell(note)])
+    theirs = Cell(", ".join(map(percent, pairwise["instructgpt"])), bar=pairwise["instructgpt"])
+    alphas = Cell(f"{number(alpha['nominal'])}, {number(alpha['ordinal'])}")
+    return [
+        *table,
+        [Cell("InstructGPT's labelers"), theirs, Cell("hired for training, held out")],
+        [Cell("Krippendorff's alpha"), alphas, Cell("pair outcomes: nominal, ordinal; 1 is perfect, 0 is chance")],
+        [Cell("Kendall's W"), Cell(number(report["kendalls_w"])), Cell("mean over prompts; 1: all rank alike")],
+    ]
 
 
-def labeler_table(report: dict) -> list[list[str]]:
-    """A header and one row per labeler, the cells as people read them."""
-    table = ["labeler,ranked,skipped,flagged,median s,tied,left as shown,with others,with attention tasks".split(",")]
+def labeler_table(report: dict) -> list[list[Cell]]:
+    """A header and one row per labeler."""
+    titles = "labeler,ranked,skipped,flagged,median s,tied,left as shown,with others,with attention tasks"
+    table = [[Cell(title) for title in titles.split(",")]]
+    tenths = {name: np.quantile(each["seconds"] or [0], [0.1, 0.9]) for name, each in report["labelers"].items()}
+    longest = max([1, *(high for _, high in tenths.values())])
     for name, labeler in report["labelers"].items():
         counts = [str(labeler[count]) for count in ("ranked", "skipped", "flagged")]
-        habits = [number(labeler["median_seconds"], 0), percent(labeler["tied"]), percent(labeler["left_as_shown"])]
-        gold = f"{interval(labeler['gold'])} of {labeler['gold']['tasks']}"
-        table.append([name, *counts, *habits, interval(labeler["with_others"]), gold])
+        time, gold = Cell("–"), labeler["gold"]
+        if labeler["seconds"]:
+            median = labeler["median_seconds"]
+            time = Cell(f"{median:.0f}", median / longest, (tenths[name] / longest).tolist())
+        habits = [Cell(percent(labeler[habit])) for habit in ("tied", "left_as_shown")]
+        others = [share(labeler["with_others"]), share(gold, f" of {gold['tasks']}")]
+        table.append([*map(Cell, [name, *counts]), time, *habits, *others])
     return table
 
 
 def render(report: dict, format: str, title: str = "") -> str:
     """As text, or as a self-contained HTML page: nothing is loaded, and everything that labelers or models wrote is
     escaped."""
+    summary = f"{counted(report['rankings'], 'ranking')} of {counted(report['prompts'], 'prompt')}; ranked by several "
+    summary += f"labelers (attention tasks apart): {counted(report['prompts_shared'], 'prompt')}."
+    if not report["prompts_shared"]:
+        summary += " Agreement needs prompts that two people rank: `serve --overlap 2`."
+    remarks = [
+        f"{name} disagreed with attention tasks: {', '.join(labeler['gold']['disagreed'])}"
+        for name, labeler in report["labelers"].items()
+        if labeler["gold"]["disagreed"]
+    ]
+    remarks += [f"{flag['labeler']} flagged {flag['prompt']}: {flag['comment'].strip()}" for flag in report["flagged"]]
+    tables = [figures(report), labeler_table(report)]
+    if format == "text":
+        lines = [aligned([[cell.text for cell in row] for row in table]) + "\n" for table in tables]
+        return visible("\n".join([summary, "", *lines, *remarks]))
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {function.__name__: function for function in (percent, interval, number, counted, aligned)}
+    page = {"title": title, "summary": summary, "tables": tables, "remarks": remarks}
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    template = environment.get_template(f"agreement.{format}")
-    text = template.render(report=report, table=labeler_table(report), title=title, made=made)
-    return visible(text) if format == "text" else text
+    return environment.get_template("agreement.html").render(page, made=made)

@@ -10,7 +10,7 @@ from string import ascii_uppercase
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import Body, Depends, FastAPI, Form, Request
+from fastapi import Depends, FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
@@ -154,17 +154,8 @@ def create_app(store: Store) -> FastAPI:
         found = store.history(me.id, before, PAGE_LENGTH)
         return page(request, "answers.html", me, answers=found, page_length=PAGE_LENGTH)
 
-    @app.post("/api/reading")
-    def reading(
-        me: Me, prompt_id: Annotated[answers.PromptId, Body()], active_seconds: Annotated[answers.Seconds, Body()]
-    ):
-        store.add_reading(me.id, prompt_id, active_seconds)
-        return {}
-
     @app.post("/api/answer")
     def answer(me: Me, sent: answers.Submission):
-        if sent.revision is None:
-            raise answers.AnswerError("revision: the event that the page was based on is missing")
         return {"revision": store.record(me.id, sent)}
 
     @app.post("/undo")

@@ -240,7 +240,7 @@ class Store(Database):
             state = self._state(db, labeler_id, sent.prompt_id)
             check(sent.answer, sent.action, json.loads(state["shown"]), self.justifications)
             last = "SELECT coalesce(max(id), 0) FROM event WHERE prompt_id = ? AND labeler_id = ?"
-            if sent.revision not in (None, db.execute(last, (sent.prompt_id, labeler_id)).fetchone()[0]):
+            if sent.revision != db.execute(last, (sent.prompt_id, labeler_id)).fetchone()[0]:
                 raise ConflictError("this task was changed in another tab or window: reload to see what is stored")
             is_edit = sent.action == "submit" and state["kind"] in ("submit", "edit")
             event = {
@@ -249,7 +249,8 @@ class Store(Database):
                 "kind": "edit" if is_edit else sent.action,
                 "tiers": json.dumps(sent.answer.tiers),
                 "comment": _seen(sent.answer.comment),
-                "active_seconds": _credible(sent.active_seconds, state),
+                # no more than has passed since the labeler's last event
+                "active_seconds": max(0.0, min(sent.active_seconds, time.time() - state["touched"])),
                 "key": sent.key,
                 "digest": digest,
                 "guideline_version": self.guideline_version,
@@ -287,12 +288,6 @@ class Store(Database):
         if found is None:
             raise ConflictError("that answer does not stand any more: nothing was undone")
         return found["prompt_id"]
-
-    def add_reading(self, labeler_id: int, prompt_id: str, active_seconds: float) -> None:
-        """Counts time that was spent on a task without changing anything; what is stored of it stays the same."""
-        with self.transaction(write=True) as db:
-            seconds = _credible(active_seconds, self._state(db, labeler_id, prompt_id))
-            db.execute("INSERT INTO reading VALUES (?, ?, ?, ?)", (prompt_id, labeler_id, seconds, time.time()))
 
     def progress(self, labeler_id: int) -> dict:
         """How many tasks the labeler has `ranked`, `skipped`, `flagged` and `left`, the active `seconds` spent on all,
@@ -332,8 +327,3 @@ def _refuse_corrected(db, task, source, present):
 def _seen(text):
     """A text of which nothing can be seen is none."""
     return "" if is_blank(text) else text
-
-
-def _credible(active_seconds, state):
-    """No more than has passed since the labeler's last request."""
-    return max(0.0, min(active_seconds, time.time() - state["touched"]))

@@ -22,15 +22,15 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import ModelConfig, get_peft_config
 
 from recipes.cli.errors import UserError
-from recipes.models.heads import ScoreHead, base_of, without_critic
+from recipes.models.heads import ScoreHead, base_of
 
-CHANGE_THE_BASE = ("bias", "kasa_config", "layer_replication")
+CHANGE_THE_BASE = ("bias", "layer_replication")
 # They take a part out of the base's weights.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_adapter_kind(model: PeftModel) -> None:
-    """Refuse adapters that cannot share their base with other roles: not LoRA, or LoRA that changes the base."""
+    """Refuse adapters that cannot share their base with other roles: not LoRA or DoRA, or changing the base."""
     if "default" not in model.peft_config:
         raise UserError(f"The policy is the adapter `default`, and there is only {', '.join(model.peft_config)}.")
     for config in model.peft_config.values():
@@ -44,6 +44,10 @@ def check_adapter_kind(model: PeftModel) -> None:
                 f"{changes[0]} changes the base, which reference, reward model and critic share: the policy needs an "
                 "adapter without it (PEFT's path_initial_model_for_weight_conversion makes plain LoRA of some)."
             )
+    for layer in model.modules():
+        for variant in getattr(layer, "lora_variant", {}).values():
+            if "dora" not in type(variant).__name__.lower():  # another may look at the tokens, or train otherwise
+                raise UserError(f"PPO's roles are plain LoRA or DoRA, and this adapter has {type(variant).__name__}.")
 
 
 def model_with_adapter(model: PreTrainedModel | PeftModel, keyword: str) -> PreTrainedModel:
@@ -110,10 +114,9 @@ def train_text(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def only_on_text(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
-    """`config` with layers for images and sound left out of `all-linear`, in place."""
-    if getattr(config, "target_modules", None) == "all-linear":  # prompt tuning has none
-        layers = {name.rpartition(".")[0] for name in other_parts(model)}
-        config.exclude_modules = sorted(layers) or None
+    """`config` of a new adapter with layers for images and sound left out, in place."""
+    layers = {name.rpartition(".")[0] for name in other_parts(model)}
+    config.exclude_modules = sorted(layers) or None
     return config
 
 
@@ -126,8 +129,7 @@ def role_layers(model: PeftModel) -> list[tuple[nn.Module, frozenset[str]]]:
     cached = vars(model).get("_role_layers")
     if cached is None or cached[0] != adapters:
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        with without_critic(model):  # a critic with an adapter of its own keeps it on
-            layers = [module for module in model.modules() if isinstance(module, kinds)]
+        layers = [module for module in model.modules() if isinstance(module, kinds)]
         cached = adapters, [(layer, frozenset(layer._get_available_adapters())) for layer in layers]
         object.__setattr__(model, "_role_layers", cached)
     return cached[1]
@@ -165,23 +167,27 @@ def use_role(model: nn.Module, role: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def checkpoint_under_roles(model: PeftModel) -> None:
+def checkpoint_under_roles(model: PreTrainedModel | PeftModel) -> None:
     """Make activation checkpointing on `model` recompute each block under the role that its forward ran with.
 
     Without it the recomputation in backward runs under whatever adapter is active then, and the gradients of the
     other roles are wrong without an error.
     """
-    base = model.get_base_model()
+    base = base_of(model)
     enable = base.activation_checkpointing_enable
 
     def recompute_under_role():  # called in the forward, while the role is active
         return contextlib.nullcontext(), use_role(model, active_role(model))
 
     def enable_under_roles(activation_checkpointing_kwargs=None, **kwargs):
-        own = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if own["use_reentrant"]:
-            raise UserError("PPO's roles need activation_checkpointing_kwargs without use_reentrant: true.")
-        enable({**own, "context_fn": recompute_under_role}, **kwargs)
+        own = {**(activation_checkpointing_kwargs or {})}
+        if isinstance(model, PeftModel):
+            if own.setdefault("use_reentrant", False):
+                raise UserError("PPO's roles need activation_checkpointing_kwargs without use_reentrant: true.")
+            own["context_fn"] = recompute_under_role
+        # transformers adds one more hook to the embeddings each time, and TRL turns this on anew for every rollout.
+        base.disable_input_require_grads()
+        enable(own, **kwargs)
 
     base.activation_checkpointing_enable = enable_under_roles
 
@@ -205,20 +211,6 @@ def check_shards(plugin: FullyShardedDataParallelPlugin, has_adapters: bool) -> 
             "fsdp_cpu_ram_efficient_loading loads weights in the first process only, and roles are made in each: set "
             "it to false, as accelerate_configs/fsdp2.yaml does (true is Accelerate's default)."
         )
-
-
-def keep_one_embedding_hook(base: PreTrainedModel) -> None:
-    """Let transformers replace the hook on the embeddings each time checkpointing is turned on, instead of adding one.
-
-    TRL turns checkpointing off and on for every rollout.
-    """
-    enable = base.enable_input_require_grads
-
-    def enable_anew():
-        base.disable_input_require_grads()
-        enable()
-
-    base.enable_input_require_grads = enable_anew
 
 
 # Roles of PPO
@@ -272,18 +264,16 @@ def seq_cls_config(config: LoraConfig) -> LoraConfig:
 
 @contextlib.contextmanager
 def float32_adapters(model: nn.Module) -> Iterator[None]:
-    """Keep trained adapters in float32 while a TRL trainer is built around them.
+    """Keep trained adapters as they are, which is in float32, while a TRL trainer is built around them.
 
-    TRL casts the adapters of a quantised base to bf16, and the optimizer's state follows. A step at 1e-5 is then
+    TRL casts those of a quantised base to bf16, and the optimizer's state follows. A step at 1e-5 is then
     smaller than the distance between two numbers, and most weights never move.
     """
     trained = model.named_parameters() if isinstance(model, PeftModel) else ()
     before = {name: p.data for name, p in trained if p.requires_grad}
     yield
     for name, weights in before.items():
-        # Other modules that are trained compute in the base's precision.
-        own = "lora_" in name or ".score." in name
-        model.get_parameter(name).data = weights.float() if own else weights
+        model.get_parameter(name).data = weights
 
 
 class AdapterEMA(TrainerCallback):

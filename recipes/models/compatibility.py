@@ -8,14 +8,15 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 from trl import ModelConfig
 
-from recipes.cli.errors import UserError, first_line
+from recipes.cli.errors import UserError
 from recipes.models.adapters import new_adapter_config, only_on_text
-from recipes.models.source import ModelSource, same_weights
+from recipes.models.source import ModelSource, load_errors, same_weights
 from recipes.models.tokenization import load_tokenizer, render_alike
 
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
@@ -32,8 +33,9 @@ def check_model(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None
         return
     check_adapter(source)
     try:
-        of_base = load_tokenizer(source.without_adapter).get_vocab()
-    except UserError:
+        options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+        of_base = AutoTokenizer.from_pretrained(source.base, **options).get_vocab()
+    except (OSError, ValueError):
         return  # a base without a tokenizer
     vocabulary = tokenizer.get_vocab()
     for token, index in of_base.items():
@@ -46,13 +48,15 @@ def check_model(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def check_reward_base(source: ModelSource) -> None:
-    """Check that transformers has a sequence classifier for this base, to keep a reward model in."""
+    """Check that transformers has a sequence classifier for this base, to keep a reward model in, with one label."""
     if not has_classifier(source.config):
         raise UserError(
             f"transformers has no sequence classifier for models of the type {source.config.model_type}, such as "
             f"{source.weights}, to keep a reward model in: train it on another base, and PPO takes it with "
             "--separate_reward_model true."
         )
+    if source.has_score_head:
+        check_score_head(source)
 
 
 def check_ppo_models(
@@ -124,11 +128,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
             )
 
 
-def adapter_shapes(source: ModelSource, config: PeftConfig) -> dict[str, list[int]]:
+def adapter_shapes(source: ModelSource, config: PeftConfig, is_new: bool = False) -> dict[str, list[int]]:
     """Names and shapes of what an adapter of this configuration trains on the base of `source`, made without data.
 
-    Raises:
-        ValueError: PEFT finds no place for it.
+    Where there is no place for it, PEFT raises a ValueError.
     """
     auto_class, base_config = AutoModelForCausalLM, copy.deepcopy(source.config)
     if config.task_type == "SEQ_CLS":
@@ -136,7 +139,7 @@ def adapter_shapes(source: ModelSource, config: PeftConfig) -> dict[str, list[in
     config.init_lora_weights = True  # others compute with the base's weights
     with torch.device("meta"):
         model = auto_class.from_config(base_config, trust_remote_code=source.trust_remote_code)
-        model = get_peft_model(model, only_on_text(config, model))
+        model = get_peft_model(model, only_on_text(config, model) if is_new else config)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
@@ -144,18 +147,13 @@ def adapter_shapes(source: ModelSource, config: PeftConfig) -> dict[str, list[in
 def check_adapter(source: ModelSource) -> None:
     """Compare the tensors of an adapter with those it would have on its base."""
     wrong = f"The adapter {source.path} does not fit the base {source.base}: it was trained on another"
-    try:
+    with load_errors(wrong, source.base):
         expected = adapter_shapes(source, source.peft_config)
-    except ValueError as error:
-        raise UserError(f"{wrong} ({first_line(error)})") from error
     shapes = {name: list(tensor.shape) for name, tensor in source.adapter_weights().items()}
     for name in [*expected, *shapes]:
-        if name in expected and name in shapes:
-            if shapes[name] != expected[name]:
-                raise UserError(f"{wrong} ({name} is {shapes[name]}, where the base needs {expected[name]}).")
-        elif "lora_" in name:  # a head that is missing has an error of its own
-            what = f"{name} is missing" if name in expected else f"the base has no place for {name}"
-            raise UserError(f"{wrong} ({what}).")
+        own, needed = shapes.get(name), expected.get(name)
+        if own != needed and (own and needed or "lora_" in name):  # a head that is missing has an error of its own
+            raise UserError(f"{wrong} ({name} is {own or 'missing'}, where the base needs {needed or 'nothing'}).")
 
 
 def refuse_other_adapter(source: ModelSource, model_args: ModelConfig) -> None:
@@ -184,8 +182,9 @@ def trains_the_same(source: ModelSource, name: str, model_args: ModelConfig) -> 
     asked = source.peft_config
     setattr(asked, name, getattr(new_adapter_config(model_args), name))
     if name == "target_modules":  # the fields that narrow it down are none of ModelConfig's
-        asked.exclude_modules = asked.layers_to_transform = asked.layers_pattern = None
+        asked.layers_to_transform = asked.layers_pattern = None
     try:
-        return adapter_shapes(source, asked).keys() == adapter_shapes(source, source.peft_config).keys()
+        shapes = adapter_shapes(source, asked, is_new=True)
+        return shapes.keys() == adapter_shapes(source, source.peft_config).keys()
     except ValueError:
         return False

@@ -7,14 +7,12 @@ A reward model or a critic is the base's last hidden state times a `score` head 
 import contextlib
 import copy
 import functools
-import inspect
 import os
 import types
 from collections.abc import Callable, Iterator
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -58,19 +56,12 @@ def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_h
       `model.critic` for the role `"critic"` where there is one (full fine-tuning), else from the last hidden state and
       the head that the role's adapter carries.
 
-    TRL's fused calls keep their form, and count positions from the first real token.
+    Other calls keep their form.
     """
     causal_lm_forward = model.forward
     lm_head = model.get_output_embeddings()
     if not hasattr(lm_head, "bias"):  # PEFT's wrapper of an LM head that is tied to trained token embeddings
         lm_head.bias = lm_head.original_module.bias
-    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-
-    def lm_forward(*args, **kwargs):
-        if takes_positions and kwargs.get("fused_lm_head"):
-            # As in `generate`: absolute positions would otherwise see left padding.
-            kwargs.setdefault("position_ids", (kwargs["attention_mask"].cumsum(1) - 1).clamp(min=0))
-        return causal_lm_forward(*args, **kwargs)
 
     def at_states(input_ids, states, targets=None, compute_entropy=False, scalar_head=None, **of_peft):
         if scalar_head == "critic" and hasattr(model, "critic"):
@@ -85,7 +76,7 @@ def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_h
         outputs = causal_lm_forward(input_ids=input_ids, labels=labels, fused_lm_head=True)
         return outputs.log_probs[states], outputs.entropy[states] if compute_entropy else None
 
-    replace_forward(model, lm_forward, at_states)
+    replace_forward(model, causal_lm_forward, at_states)
 
 
 def add_score_forward(model: PreTrainedModel) -> None:
@@ -112,7 +103,6 @@ def scores_at(
     model: PreTrainedModel, input_ids: torch.Tensor, states: States, head: nn.Module | None = None
 ) -> torch.Tensor:
     """Scores at chosen states of right-aligned rows by a [`ScoreHead`], by default the model's own: (N,) float32."""
-    model = base_of(model)
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[states]
     return (model.score if head is None else head)(hidden).squeeze(-1)
 
@@ -121,21 +111,17 @@ def critic_from_policy(policy: PreTrainedModel, trust_remote_code: bool = False)
     """A full critic with the policy's backbone and a head of zeros, so it values every state at 0."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    critic = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
-    critic.to(policy.dtype)
+    # Not `to`, which would round the frequencies of rotary embeddings too.
+    options = {"dtype": policy.dtype, "trust_remote_code": trust_remote_code}
+    critic = AutoModelForSequenceClassification.from_config(config, **options)
     critic.base_model.load_state_dict(policy.base_model.state_dict())
     critic.score.weight.data.zero_()
     return critic
 
 
-def full_critic(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
-    """The critic that is a model of its own; `None` where it is an adapter."""
-    return getattr(base_of(model), "critic", None)
-
-
 @contextlib.contextmanager
-def without_critic(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel | PeftModel | None]:
-    """Take a critic that is a model of its own out of the policy, where PEFT would find its layers; yield it."""
+def without_critic(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel | None]:
+    """Take a critic that is a model of its own out of the policy, whose file is not to hold it; yield it."""
     critic = base_of(model)._modules.pop("critic", None)
     try:
         yield critic
@@ -164,10 +150,8 @@ def save_trained(model: PreTrainedModel | PeftModel, folder: str, state_dict: di
 
 def load_critic(model: PreTrainedModel | PeftModel, folder: str) -> None:
     """Put the critic that [`save_trained`] wrote below `folder` back, where it is a model of its own."""
-    critic = full_critic(model)
-    if isinstance(critic, PeftModel):
-        set_peft_model_state_dict(critic, load_peft_weights(os.path.join(folder, "critic"), device="cpu"))
-    elif critic is not None:
+    critic = getattr(base_of(model), "critic", None)
+    if critic is not None:
         # In float32 nothing is rounded on the way: the head is float32 whatever the backbone is.
         saved = type(critic).from_pretrained(os.path.join(folder, "critic"), dtype=torch.float32)
         critic.load_state_dict(saved.state_dict())

@@ -1,16 +1,17 @@
 """The models that the three steps load: base, policy, reward model, and the models of PPO."""
 
+import contextlib
 import copy
 import json
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -20,7 +21,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
-from transformers.utils import cached_file
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
@@ -28,31 +28,37 @@ from recipes.cli.errors import UserError, counted, refusals_in_one_line
 from recipes.cli.files import write_text
 from recipes.cli.screen import say
 from recipes.models.adapters import add_score_roles, new_adapter_config, only_on_text, seq_cls_config, train_text
-from recipes.models.compatibility import check_model, check_score_head, refuse_other_adapter
+from recipes.models.compatibility import check_score_head, refuse_other_adapter
 from recipes.models.heads import use_float32_head
-from recipes.models.source import ModelSource, load_error
+from recipes.models.source import ModelSource, find_file, load_errors
 from recipes.models.tokenization import load_tokenizer
 
 TRAINED_PROMPTS = "trained_prompts.txt"
 STATISTICS = "reward_statistics.json"  # of a reward model's scores, in its folder
 
 
-def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, **kwargs) -> PreTrainedModel:
-    quantization_config = get_quantization_config(model_args)
-    if quantization_config is not None:
-        # Every process holds the whole quantised base on its own device.
-        kwargs |= {"quantization_config": quantization_config, "device_map": {"": PartialState().device}}
-    try:
-        model = auto_class.from_pretrained(
+def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, fresh=(), **kwargs) -> PreTrainedModel:
+    """The model with the weights of `source`, which have to hold all but those named `fresh`."""
+    with load_errors(f"The model {source.weights} could not be loaded", source.weights):
+        dtype = (source.config.dtype or torch.float32) if model_args.dtype == "auto" else model_args.dtype
+        quantization_config = get_quantization_config(replace(model_args, dtype=dtype))
+        if quantization_config is not None:
+            # Every process holds the whole quantised base on its own device.
+            kwargs |= {"quantization_config": quantization_config, "device_map": {"": PartialState().device}}
+        model, found = auto_class.from_pretrained(
             source.weights,
             revision=source.revision,
             dtype=model_args.dtype,
             attn_implementation=model_args.attn_implementation,
             trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise load_error(f"The model {source.weights} could not be loaded", source.weights, error) from error
+    if lost := sorted({name for name, _ in model.named_parameters()} & {*found["missing_keys"]} - {*fresh}):
+        raise UserError(
+            f"{source.weights} has no {lost[0]} for its {type(model).__name__}, which would start from random numbers "
+            f"({counted(len(lost), 'weight')} in all): its files are not whole, or not of the kind in its config.json."
+        )
     return never_pack(model)
 
 
@@ -63,8 +69,10 @@ def _load_classifier(source: ModelSource, model_args: ModelConfig) -> PreTrained
         # The first keeps the head from being quantised, the second from being rounded to a base's bf16 on loading.
         for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
             setattr(model_class, name, {*(getattr(model_class, name) or ()), "score"})
-    with suppress_seqcls_warning():
-        model = _from_pretrained(AutoModelForSequenceClassification, source, model_args, num_labels=1)
+    has_head = source.base is None and source.has_score_head
+    options = {"fresh": () if has_head else ("score.weight",), "num_labels": 1}
+    with contextlib.nullcontext() if has_head else suppress_seqcls_warning():
+        model = _from_pretrained(AutoModelForSequenceClassification, source, model_args, **options)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{type(model).__name__} has no linear `score` head, which the reward model and PPO need.")
     use_float32_head(model)
@@ -106,6 +114,8 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
     | base, full model | the model with a new adapter | the model                              |
     | adapter          | its base with that adapter   | its base with the adapter merged in    |
     """
+    if model_args.lora_task_type != ModelConfig.lora_task_type:
+        raise UserError(f"--lora_task_type {model_args.lora_task_type} is for reward models: leave it out.")
     refuse_other_adapter(source, model_args)
     check_policy(source)
     model = _from_pretrained(AutoModelForCausalLM, source, model_args)
@@ -200,7 +210,6 @@ def load_reward_model(source: ModelSource, model_args: ModelConfig) -> tuple[Pre
     """A trained reward model on its own base with its tokenizer, frozen, an adapter merged into the weights."""
     check_score_head(source)
     tokenizer = load_tokenizer(source)
-    check_model(source, tokenizer)
     if tokenizer.init_kwargs.get("chat_template") is None:
         say(
             f"Warning: the reward model {source.path} has no chat template and reads turns that begin with User: and "
@@ -287,15 +296,9 @@ def save_reward_statistics(folder: str, scores: list[float], source: str) -> dic
     return statistics
 
 
-def statistics_file(name: str) -> str | None:
-    """The file of a reward model's score statistics, in its folder or in the copy of its Hub repository."""
-    quiet = ("gated_repo", "missing_entries", "connection_errors")
-    return cached_file(name, STATISTICS, **{f"_raise_exceptions_for_{what}": False for what in quiet})
-
-
 def read_reward_statistics(name: str) -> dict | None:
     """`{"mean", "std", "n", "source"}`, if `save_reward_statistics` stored it in this folder or Hub repository."""
-    path = statistics_file(name)
+    path = find_file(name, STATISTICS)
     if path is None:
         return None
     try:
@@ -330,10 +333,7 @@ def save_trained_prompts(folder: str, group_ids: Iterable[str]) -> None:
     write_text(os.path.join(folder, TRAINED_PROMPTS), "".join(f"{group}\n" for group in sorted(set(group_ids))))
 
 
-def read_trained_prompts(reward_path: str) -> set[str]:
-    """What `save_trained_prompts` stored; empty where nothing is known."""
-    path = os.path.join(reward_path, TRAINED_PROMPTS)
-    if not os.path.exists(path):
-        return set()
-    with open(path, encoding="utf-8") as file:
-        return set(file.read().split())
+def read_trained_prompts(name: str) -> set[str]:
+    """What `save_trained_prompts` stored in this folder or Hub repository; empty where nothing is known."""
+    path = find_file(name, TRAINED_PROMPTS)
+    return {*Path(path).read_text(encoding="utf-8").split()} if path else set()

@@ -29,7 +29,10 @@ def unmergeable(model: PreTrainedModel | PeftModel) -> str | None:
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     if base.config.get_text_config().tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
         return "LoRA on one of two tied embeddings"  # one matrix would have to hold two
-    return next((name for name in ("use_dora", "lora_bias", "target_parameters") if getattr(config, name, None)), None)
+    for layer in base.modules():
+        if isinstance(layer, LoraLayer) and "default" in layer.lora_variant:  # as DoRA, which is more than B A
+            return type(layer.lora_variant["default"]).__name__
+    return next((name for name in ("lora_bias", "target_parameters") if getattr(config, name, None)), None)
 
 
 @torch.no_grad()
@@ -60,20 +63,16 @@ def merged_parameters(module: nn.Module, path: str, dtype: torch.dtype) -> Itera
             yield f"{path}weight", module.token_adapter.get_merged_weights(["default"])
     elif isinstance(module, LoraLayer):
         changed = "default" in module.lora_A or "default" in module.lora_embedding_A
-        for name, parameter in module.get_base_layer().named_parameters():
-            yield f"{path}{name}", merged_weight(module, dtype) if changed and name == "weight" else parameter
+        for name, weight in merged_parameters(module.get_base_layer(), path, dtype):
+            if changed and name == f"{path}weight":
+                weight = (weight.float() + module.get_delta_weight("default").float()).to(weight.dtype)
+            yield name, weight
     else:
         for name, parameter in module.named_parameters(recurse=False):
-            yield f"{path}{name}", parameter
+            weight = dequantize_module_weight(module) if name == "weight" else parameter
+            yield f"{path}{name}", weight if weight is parameter else weight.to(dtype)
         for name, child in module.named_children():
             yield from merged_parameters(child, f"{path}{name}.", dtype)
-
-
-def merged_weight(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
-    base_layer = layer.get_base_layer()
-    weight = dequantize_module_weight(base_layer)
-    dtype = weight.dtype if weight is base_layer.weight else dtype
-    return (weight.float() + layer.get_delta_weight("default").float()).to(dtype)
 
 
 def empty_copy(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +18,13 @@ from trl import ModelConfig
 from recipes.cli import lock
 from recipes.cli.errors import UserError, counted
 from recipes.cli.files import sync
-from recipes.cli.record import digest, trained_in_few_bits
+from recipes.cli.record import arguments_of, digest
 from recipes.cli.screen import say
 from recipes.data.preview import check_positions, sequences
 from recipes.data.rows import RowError
 from recipes.models.compatibility import check_model
 from recipes.models.loading import load_policy
-from recipes.models.source import resolve_model
+from recipes.models.source import ModelSource, resolve_model
 from recipes.models.tokenization import load_tokenizer
 
 ROUNDS = 5  # how often a prompt is tried again for a response it does not have yet
@@ -43,11 +43,6 @@ class SamplingArguments:
     generation_batch_size: int = field(default=64, metadata={"help": "Responses sampled at once."})
 
     def __post_init__(self):
-        for name in ("num_generations", "max_completion_length", "generation_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: expected 1 or more.")
-        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError("--temperature and --top_k must be 0 or more, --top_p above 0 and at most 1.")
         if self.temperature == 0 and self.num_generations > 1:
             raise UserError("--temperature 0 always gives the same response: set --num_generations 1 or sample.")
 
@@ -120,15 +115,10 @@ def load_generator(
     source = resolve_model(model_args.model_name_or_path, model_args.model_revision, trust_remote_code)
     tokenizer = load_tokenizer(source)
     check_model(source, tokenizer)
+    warn_of_other_training(source, tokenizer, model_args)
     model = load_policy(source, replace(model_args, use_peft=source.base is not None)).eval().requires_grad_(False)
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         model = model.to(PartialState().device)
-        quantized = getattr(source.config, "quantization_config", None) is not None
-        if source.base is not None and not quantized and trained_in_few_bits(source.path):
-            say(
-                f"Warning: the adapter {source.path} was trained on a quantised base, and on unquantised weights it "
-                "answers otherwise: set --load_in_4bit or --load_in_8bit true, as in its training."
-            )
     # The head gets a slice of the hidden states, the last token of each row. torch multiplies such a view row by row,
     # and on a CPU reads the whole head for each: 7 times as long in float32, and far longer in bfloat16.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
@@ -136,6 +126,25 @@ def load_generator(
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends))
     return model, tokenizer
+
+
+def warn_of_other_training(source: ModelSource, tokenizer: PreTrainedTokenizerBase, model_args: ModelConfig) -> None:
+    """Say so where a policy was trained on other weights of its base, or with other prompts, than it gets here."""
+    trained_with = arguments_of(source.path)
+    by_flag = model_args.load_in_4bit or model_args.load_in_8bit
+    quantized = by_flag or getattr(source.config, "quantization_config", None) is not None
+    if (trained_with.get("load_in_4bit") or trained_with.get("load_in_8bit")) and source.base and not quantized:
+        say(
+            f"Warning: the adapter {source.path} was trained on a quantised base, and on unquantised weights it "
+            "answers otherwise: set --load_in_4bit or --load_in_8bit true, as in its training."
+        )
+    options, question = trained_with.get("chat_template_kwargs") or {}, [{"role": "user", "content": "?"}]
+    write = partial(tokenizer.apply_chat_template, question, add_generation_prompt=True, tokenize=False)
+    if options and write() != write(**options):
+        say(
+            f"Warning: {source.path} was trained with chat_template_kwargs {options}, and here prompts are written "
+            "without: set them in the first line of its chat_template.jinja, as {% set enable_thinking = false %}."
+        )
 
 
 @torch.no_grad()
@@ -205,16 +214,10 @@ def sample_to_file(
     """Append one JSON line per prompt to `output`; a run that was stopped goes on where it was.
 
     Batches and seeds depend on nothing but the arguments, so a file made in several runs equals one made in one. The
-    longest prompts come first: a batch that does not fit into memory fails at once.
-
-    Args:
-        loading: how the model was loaded and what its weights are, which is kept with the sampling arguments.
-
-    Raises:
-        UserError: `output` was made otherwise, is in use or cannot be written; a prompt does not fit into the model.
+    longest prompts come first: a batch that does not fit into memory fails at once. How the model was loaded, and what
+    its weights are (`loading`), is kept with the sampling arguments.
     """
     plan = sorted(prompts, key=lambda prompt: (-prompt_length(prompt.messages), prompt.id))
-    check_lengths(model, tokenizer, plan, sampling)
     made_from = {"model": os.path.normpath(model_name), "sampling": {**asdict(sampling), **loading}}
     per_batch = max(1, sampling.generation_batch_size // sampling.num_generations)
     dropped = missing = 0
@@ -280,20 +283,17 @@ def read_done(output: str, plan: list[Prompt], made_from: dict) -> tuple[int, in
         raise UserError(f"{output} is not a file: choose another --output.")
     with open(output, "rb") as file:
         *lines, cut = file.read().split(b"\n")
-    for number, line in enumerate([*lines, *([cut] if cut else [])]):
-        begin = line_of(plan[number], responses=[])[:-2].encode() if number < len(plan) else None
-        is_cut = number == len(lines)
-        is_ours = begin is not None and (line.startswith(begin) or is_cut and begin.startswith(line))
-        row = None
+    for number, line in enumerate([*lines, cut] if cut else lines):
+        begin = line_of(plan[number], responses=[])[:-2].encode() if number < len(plan) else b"\n"  # of no line
+        if number == len(lines) and (line.startswith(begin) or begin.startswith(line)):
+            continue
         try:
-            if is_ours and not is_cut:
-                row = json.loads(line)
+            row = json.loads(line) if number < len(lines) and line.startswith(begin) else None
         except ValueError:
-            is_ours = False
-        if not is_ours:
+            row = None
+        if row is None:
             raise UserError(f"{output}:{number + 1}: not a line of samples of these prompts: choose another --output.")
-        if row is not None:
-            refuse_changes(output, row, made_from)
+        refuse_changes(output, row, made_from)
     return len(lines), sum(len(line) + 1 for line in lines)
 
 
@@ -307,10 +307,10 @@ def refuse_changes(output: str, row: dict, made_from: dict) -> None:
         )
 
 
-def check_lengths(model, tokenizer, plan: list[Prompt], sampling: SamplingArguments) -> None:
+def check_lengths(model, tokenizer, prompts: Iterable[Prompt], sampling: SamplingArguments) -> None:
     """Check that the template takes every prompt, and that the model has room for it and a response."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for prompt in plan:
+    for prompt in prompts:
         try:
             (sequence,) = sequences({"prompt": prompt.messages}, tokenizer)
             check_positions(len(sequence.ids), limit, sampling.max_completion_length)

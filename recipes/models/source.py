@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file
 
 from recipes.cli.errors import UserError, did_you_mean, first_line
 
@@ -42,29 +42,20 @@ class ModelSource:
         """Folder or Hub name of the model that the weights of all layers come from."""
         return self.base or self.path
 
-    @property
-    def without_adapter(self) -> ModelSource:
-        return replace(self, path=self.weights, base=None, adapter={})
-
     @cached_property
     def stop_ids(self) -> list[int]:
         """Token ids at which the generation configuration of the weights stops."""
-        try:
-            config = GenerationConfig.from_pretrained(self.weights, revision=self.revision)
-        except (OSError, ValueError):
-            return []
-        ids = config.eos_token_id
-        return ids if isinstance(ids, list) else [ids]
+        with suppress(OSError, ValueError):
+            ids = GenerationConfig.from_pretrained(self.weights, revision=self.revision).eos_token_id
+            return ids if isinstance(ids, list) else [ids]
+        return []
 
     @cached_property
     def config(self) -> PretrainedConfig:
         """The configuration of the weights; copy it before changing it."""
         trusted = self.trust_remote_code
-        try:
+        with load_errors(f"The configuration of {self.weights} could not be loaded", self.weights):
             return AutoConfig.from_pretrained(self.weights, revision=self.revision, trust_remote_code=trusted)
-        except (OSError, ValueError, TypeError) as error:
-            what = f"The configuration of {self.weights} could not be loaded"
-            raise load_error(what, self.weights, error) from error
 
     @property
     def positions(self) -> int | None:
@@ -79,7 +70,8 @@ class ModelSource:
         kind = self.adapter.get("peft_type")
         if kind not in list(PeftType):
             raise UserError(f"{self.path}/adapter_config.json: the peft_type {kind} is unknown to this PEFT.")
-        return PeftConfig.from_peft_type(**self.adapter | {"revision": self.revision})
+        with load_errors(f"{self.path}/adapter_config.json cannot be read", self.path):
+            return PeftConfig.from_peft_type(**self.adapter | {"revision": self.revision})
 
     def adapter_weights(self) -> dict[str, torch.Tensor]:
         """The tensors in an adapter's file, on the CPU."""
@@ -87,10 +79,8 @@ class ModelSource:
 
         if os.path.isdir(self.path) and not any(name.startswith("adapter_model.") for name in os.listdir(self.path)):
             raise UserError(f"The adapter {self.path} has no weights (adapter_model.safetensors).")
-        try:
+        with load_errors(f"The weights of the adapter {self.path} cannot be read", self.path):
             return load_peft_weights(self.path, device="cpu")
-        except (OSError, SafetensorError, ValueError, RuntimeError, UnpicklingError) as error:
-            raise load_error(f"The weights of the adapter {self.path} cannot be read", self.path, error) from error
 
     @cached_property
     def has_score_head(self) -> bool:
@@ -103,9 +93,7 @@ class ModelSource:
 def resolve_model(name: str | None, revision: str = "main", trust_remote_code: bool = False) -> ModelSource:
     """Find out what a `model_name_or_path` is, without loading weights.
 
-    Raises:
-        UserError: there is no such folder, an adapter's configuration cannot be read, its base folder is gone, or
-            `revision` is given for a folder or is not the one of its base that an adapter was trained on.
+    A `revision` that a folder cannot have, or that an adapter's base had not in its training, is refused.
     """
     if not name:
         raise UserError("Command line: --model_name_or_path is required.")
@@ -131,35 +119,42 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
     return ModelSource(name, base, trained_on, trust_remote_code, adapter)
 
 
+def find_file(name: str, filename: str) -> str | None:
+    """A file of a model, in its folder or in the copy of its Hub repository."""
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    with load_errors(f"The model {name} could not be loaded", name):
+        return cached_file(name, filename, **{f"_raise_exceptions_for_{what}": False for what in quiet})
+
+
 def adapter_config(name: str) -> dict[str, Any]:
     """What the adapter_config.json of a folder or Hub name says; empty where there is none."""
-    try:
-        path = find_adapter_config_file(name)
-    except OSError as error:
-        raise load_error(f"The model {name} could not be loaded", name, error) from error
+    path = find_file(name, "adapter_config.json")
     if path is None:
         return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            adapter = json.load(file)
+    with load_errors(f"{path} cannot be read", name), open(path, encoding="utf-8") as file:
+        adapter = json.load(file)
         base = adapter.get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
     if not base:
         raise UserError(f"{name}/adapter_config.json names no base model (base_model_name_or_path).")
     return adapter
 
 
-def load_error(what: str, name: str, error: Exception) -> UserError:
-    """The error for a model that could not be loaded; for a mistyped folder it names the folder, not the Hub."""
-    reason = first_line(error) or type(error).__name__
-    if "trust_remote_code" in str(error):
-        reason = "it comes with Python code. Read that; --trust_remote_code true then runs it."
-    elif os.path.isdir(name) and not {"config.json", "adapter_config.json"} & {*os.listdir(name)}:
-        reason = f"the folder {name} holds no config.json, so it is no model."
-    elif not os.path.isdir(name) and any(word in str(error) for word in ("connect", "offline", "not a local folder")):
-        reason = f"there is no folder {name}{place(name)}, and the Hub did not give such a model."
-    return UserError(f"{what}: {reason}")
+@contextmanager
+def load_errors(what: str, name: str) -> Iterator[None]:
+    """Makes one line of whatever a library says of the files of the model `name`, which a mistyped folder is not."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of its own kinds; tokenizers has only this one
+        reason = first_line(error) or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it comes with Python code. Read that; --trust_remote_code true then runs it."
+        elif os.path.isdir(name) and not {"config.json", "adapter_config.json"} & {*os.listdir(name)}:
+            reason = f"the folder {name} holds no config.json, so it is no model."
+        elif not os.path.isdir(name) and any(word in str(error) for word in ("connect", "offline", "local folder")):
+            reason = f"there is no folder {name}{place(name)}, and the Hub did not give such a model."
+        raise UserError(f"{what}: {reason}") from error
 
 
 def place(name: str) -> str:

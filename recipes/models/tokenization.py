@@ -5,12 +5,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from recipes.cli.errors import UserError, counted, first_line
+from recipes.cli.errors import UserError, counted
 from recipes.cli.screen import say
 from recipes.data.preview import sequences
 from recipes.data.rows import RowError
 from recipes.models.control_tokens import keep_control_tokens_text
-from recipes.models.source import ModelSource, load_error
+from recipes.models.source import ModelSource, find_file, load_errors
 
 # For bases whose tokenizer has no chat template. It adds no token to the vocabulary, ends each answer with EOS, and
 # marks what the assistant says for TRL's `assistant_only_loss`.
@@ -36,16 +36,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     stand in messages are encoded as ordinary text. An adapter without a tokenizer has its base's.
     """
     name = source.path
-    if source.base is not None and not os.path.exists(os.path.join(name, "tokenizer_config.json")):
+    if source.base is not None and find_file(name, "tokenizer_config.json") is None:
         name = source.base
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            revision=source.revision if name == source.weights else "main",  # of an adapter's own repository
-            trust_remote_code=source.trust_remote_code,
-        )
-    except (OSError, ValueError, TypeError) as error:
-        raise load_error(f"No tokenizer could be loaded from {name}", name, error) from error
+    revision = source.revision if name == source.weights else "main"  # of an adapter's own repository
+    with load_errors(f"No tokenizer could be loaded from {name}", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=source.trust_remote_code)
     if not tokenizer.encode("Hello", add_special_tokens=False):
         raise UserError(
             f"The tokenizer of {name} gives no tokens for text: transformers loads it as {type(tokenizer).__name__}, "
@@ -53,12 +48,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token is None:
         raise UserError(f"The tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json.")
-    needs_pad = tokenizer.pad_token in (None, tokenizer.eos_token)
-    if needs_pad and tokenizer.pad_token is not None and name != source.weights:
-        needs_pad = not source.has_score_head  # a reward adapter's scores were trained at the token before its padding
-    if needs_pad:
+    pad, eos = tokenizer.pad_token, tokenizer.eos_token
+    scores_before_eos = pad == eos and source.base is not None and source.has_score_head  # a reward adapter
+    if pad in (None, eos) and not scores_before_eos:
         spare = [token for token in (*PAD_TOKENS, tokenizer.unk_token) if token in tokenizer.get_vocab()]
-        tokenizer.pad_token = next((token for token in spare if token != tokenizer.eos_token), tokenizer.eos_token)
+        tokenizer.pad_token = next((token for token in spare if token != eos), eos)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     keep_control_tokens_text(tokenizer)  # first, since it also bounds the time of the template
@@ -76,15 +70,13 @@ def set_chat_template(
     """
     if path is None:
         return None
-    other = None
-    try:
+    with load_errors(f"--chat_template_path {path}: no template could be read", path):
         if os.path.isfile(path):
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
+            other, template = None, Path(path).read_text(encoding="utf-8-sig")
         else:
             other = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
-            tokenizer.chat_template = other.get_chat_template()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--chat_template_path {path}: no template could be read ({first_line(error)}).") from error
+            template = other.get_chat_template()
+    tokenizer.chat_template = template
     if other is not None:
         known = tokenizer.get_vocab()
         new = [token for token in other.added_tokens_decoder.values() if token.content not in known]

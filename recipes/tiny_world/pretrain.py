@@ -97,7 +97,6 @@ def remark(question: world.Question, content: str, text: str, unfinished: bool, 
 
 def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
     """Trains tokenizer and model and saves them; the same seed and machine give the same weights."""
-    import torch
     import transformers
     from datasets import Dataset
 
@@ -124,7 +123,6 @@ def train(output_dir: Path, max_steps: int, documents: int, seed: int) -> None:
         save_strategy="no",
         report_to="none",
         seed=seed,
-        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)

@@ -119,10 +119,11 @@ class Quickstart:
         before = self.commands.setdefault(stage.name, command)
         if before != command:
             raise UserError(
-                f"{self.folder}: the stage {stage.name} was made by another command ({shlex.join(before)}): choose "
-                "another --output_dir."
+                f"{output} was made by another command ({shlex.join(before)}): choose another --output_dir."
             )
-        if stage.name in self.seconds and output.exists():
+        if stage.name in self.seconds:
+            if not output.exists():  # what was made from it would be shown beside what is made now
+                raise UserError(f"{output} has been removed after it was made: choose another --output_dir.")
             print(f"\n{stage.title}\n  finished before, in {self.seconds[stage.name]:.0f} s: {output}", flush=True)
             return
         self.save()

@@ -120,7 +120,7 @@ def test_resuming_takes_the_newest_whole_checkpoint(training_args, resume, tmp_p
         f"{paths[2]} is not whole: model.safetensors has 7 of 100 bytes",
         f"{tmp_path / 'out'}: going on from {paths[1]}.",
     ]
-    with pytest.raises(UserError, match=f"checkpoint-10: model.safetensors has 7 of 100 bytes.* {paths[1]} is whole"):
+    with pytest.raises(UserError, match=f"checkpoint-10: model.safetensors has 7 of 100 bytes.* good.* is {paths[1]}"):
         resume(paths[2])
     os.remove(os.path.join(paths[1], "checkpoint.json"))
     with pytest.raises(UserError, match="checkpoint-9: checkpoint.json, which is written last, is missing"):
@@ -255,7 +255,7 @@ def test_a_template_file_that_was_edited_is_noticed(tmp_path):
     assert change.startswith("the digest of --chat_template_path was ")
 
 
-def test_other_rows_and_another_launch_are_noticed(training_args):
+def test_other_rows_and_another_launch_are_noticed(training_args, monkeypatch):
     def described(fingerprint, **setup):
         found = record.describe("sft", (training_args(),))
         record.add_rows(found, {"train": Report("rows.jsonl", "sft", fingerprint=fingerprint)}, {})
@@ -265,6 +265,9 @@ def test_other_rows_and_another_launch_are_noticed(training_args):
     assert record.changes(described("a"), described("a")) == []
     assert record.changes(described("a"), described("b")) == ["the digest of the train rows was a, now b"]
     assert record.changes(described("a"), described("a", processes=2)) == ["processes was 1, now 2"]
+    before = described("a")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # by another file of accelerate_configs/
+    assert record.changes(before, described("a")) == ["precision was no, now bf16"]
 
 
 def test_a_finished_run_is_left_alone_unless_more_steps_are_asked_for(training_args, resume, tmp_path):
@@ -337,12 +340,20 @@ def test_files_move_each_as_a_whole_and_the_last_after_all_others(tmp_path, monk
     for name in ("a.txt", "critic/b.txt", "z.txt"):
         (source / name).write_text("new")
     target.mkdir()
-    (target / "z.txt").write_text("old")
-    moved = []
+    for name in ("a.txt", "z.txt"):
+        (target / name).write_text("old")
+    moved, is_whole = [], []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(os.path.basename(b)), replace(a, b)))
+
+    def note(a, b):
+        moved.append(os.path.basename(b))
+        is_whole.append((target / "a.txt").exists())
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", note)
     move_contents(str(source), str(target), last="a.txt")
     assert moved[-1] == "a.txt" and sorted(moved) == ["a.txt", "b.txt", "z.txt"]
+    assert not any(is_whole), "a run that is extended replaces an older result"
     assert (target / "z.txt").read_text() == (target / "critic" / "b.txt").read_text() == "new"
     assert not source.exists()
 
@@ -370,6 +381,17 @@ def test_a_lock_is_gone_with_its_process(tmp_path):
         lock.hold(path, "the folder")  # one process holds it once
         lock.release(path)
         assert not os.path.exists(path)
+
+
+def test_a_disk_that_locks_no_files_is_named(training_args, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"--output_dir .*out is on a disk that locks no files \(Function"):
+        RunFolder("sft", training_args())
+    lock.release_all()
+    assert not (tmp_path / "out").exists()
 
 
 @dataclass

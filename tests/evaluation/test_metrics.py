@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from recipes.cli.arguments import parse
 from recipes.cli.errors import UserError
 from recipes.evaluation import frontier, metrics, reward_quality
 from recipes.evaluation.arguments import EvaluationArguments, checkpoints
@@ -22,6 +23,7 @@ from recipes.evaluation.summary import Curves, over_optimization, summarise
 from recipes.formatting import FormattingArguments, RowArguments
 from recipes.labelling.tasks import read_tasks
 from recipes.models.sampling import LoadingArguments
+from scripts.evaluate import ARGUMENTS as ARGUMENTS_OF_COMMAND
 from scripts.evaluate import EvaluationPrompts, JudgeArguments, other_win_rates, read_prompts
 from tests.tiny_models import word_tokenizer
 
@@ -395,10 +397,7 @@ def test_what_is_planned():
         ({"policies": []}, "--policies NAME=PATH"),
         ({"policies": ["sft=a", "prompt=b"]}, "a column prompt already"),
         ({"reference": "gpt"}, "--reference gpt is not among --policies"),
-        ({"top_k": 50}, "KL is not finite"),
         ({"temperatures": [0.0]}, "must be above 0"),
-        ({"best_of_n": 1}, "--best_of_n 1"),
-        ({"num_prompts": 0}, "--num_prompts 0"),
         ({"judges": [f"{__name__}.reward"]}, "the report has a figure reward already"),
         ({"judges": [f"{__name__}.brief", "tests.evaluation.test_command.brief"]}, "a figure brief already"),
         ({"judges": [f"{__name__}.missing"]}, "--judges .*missing: write it as module.function"),
@@ -410,6 +409,19 @@ def test_bad_arguments_are_one_clear_line(change, message):
     of one name the second took that of the first."""
     with pytest.raises(UserError, match=message):
         EvaluationArguments(**ARGUMENTS | change)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--best_of_n", "1"], "--best_of_n 1: expected 2 or more"),
+        (["--num_prompts", "0"], "--num_prompts 0: expected 1 or more"),
+        (["--top_k", "50"], "unrecognized arguments: --top_k 50"),
+    ],
+)
+def test_bad_flags_are_one_clear_line(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(ARGUMENTS_OF_COMMAND, flags)
 
 
 def reward(completions, **kwargs):

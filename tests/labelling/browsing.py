@@ -39,16 +39,21 @@ def give_reasons(page):
 
 def submit(page):
     """Presses the button and waits for the next page."""
+    act(page, "submit", "h1:has-text('All done')")
+
+
+def act(page, action, otherwise="none"):
+    """Presses a button that ends the task, and waits until the next one can be worked on, or for `otherwise`."""
     prompt = page.locator("#task").get_attribute("data-prompt")
-    page.click("[data-do=submit]")
-    page.wait_for_selector(f"#task:not([data-prompt={prompt!r}]), main:not(:has(#task))")
+    page.click(f"[data-do={action}]")
+    page.wait_for_selector(f"#task:enabled:not([data-prompt={prompt!r}]), {otherwise}")
 
 
 def wait_saved(page):
     page.locator("#status", has_text="Draft saved at").wait_for()
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=60):
     """For what no element of the page shows, such as a row in the database."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -42,7 +42,7 @@ def open_page(browser, request):
     contexts, foreign, violations, errors = [], [], [], []
 
     def watch(page, url):
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(60_000)  # a busy machine is slow
         page.on("request", lambda r: None if r.url.startswith(url) else foreign.append(r.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda m: violations.append(m.text) if "Content Security Policy" in m.text else None)

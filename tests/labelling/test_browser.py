@@ -3,11 +3,13 @@
 import json
 import re
 import sqlite3
+from itertools import count
 
 import pytest
 
 from tests.labelling.browsing import (
     PHONE,
+    act,
     assert_draft,
     card,
     drag,
@@ -166,13 +168,9 @@ def test_undo_edit_skip_and_flag(browser_job, open_page):
     page.click("[data-do=flag]")
     assert "say what is wrong" in page.locator("#alert").inner_text()
     page.fill("#comment", "holds a phone number")
-    prompt = page.locator("#task").get_attribute("data-prompt")
-    page.click("[data-do=flag]")
-    page.wait_for_selector(f"#task:not([data-prompt={prompt!r}])")
+    act(page, "flag")
     assert last_event(browser_job.database)["comment"] == "holds a phone number"
-    prompt = page.locator("#task").get_attribute("data-prompt")
-    page.click("[data-do=skip]")
-    page.wait_for_selector(f"#task:not([data-prompt={prompt!r}])")
+    act(page, "skip")
     assert "1 ranked, 1 left, 1 skipped, 1 flagged" in page.locator("header").inner_text()
 
 
@@ -219,6 +217,7 @@ def test_on_a_phone(browser_job, open_page):
     wait_saved(page)
 
     # A finger that rests on the handle picks the card up; one that moves at once scrolls.
+    card(page, "A").locator("[name=justification]").fill("typed just before")
     page.evaluate("window.scrollTo(0, 0)")
     touch = page.context.new_cdp_session(page)
 
@@ -228,12 +227,22 @@ def test_on_a_phone(browser_job, open_page):
     start, target = card(page, "A").locator(".handle").bounding_box(), card(page, "B").bounding_box()
     x, y = start["x"] + 8, start["y"] + 8
     send("touchStart", (x, y))
-    page.wait_for_timeout(300)
+    page.wait_for_selector(".sortable-chosen")
+    end = target["y"] + target["height"] * 0.9
     for step in range(1, 9):
-        send("touchMove", (x, y + (target["y"] + target["height"] * 0.9 - y) * step / 8))
-    page.wait_for_timeout(200)
+        send("touchMove", (x, y + (end - y) * step / 8))
+    steps = count()
+
+    def has_made_room():
+        send("touchMove", (x, end + next(steps) % 2))
+        return letters(page) == "BADC"
+
+    wait_until(has_made_room)
+    wait_saved(page)
+    assert page.locator("#alert").inner_text() == "", "what a finger holds was counted twice, and the draft refused"
     send("touchEnd")
-    assert letters(page) == "BADC"
+    page.locator(".sortable-chosen").wait_for(state="detached")
+    assert letters(page) == "BADC" and ranks(page) == ["1", "2", "3", "4"]
     heights = page.eval_on_selector_all(
         "button, select, .flags label", "all => all.filter(e => e.offsetParent).map(e => e.offsetHeight)"
     )

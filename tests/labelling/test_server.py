@@ -167,7 +167,7 @@ def test_guidelines_are_open_until_some_time_was_spent(labeler):
     client = labeler()
     task = client.task()
     assert '<details class="guidelines" open>' in task.source
-    client.http.post("/api/reading", json={"prompt_id": task.prompt_id, "active_seconds": 1.0})
+    client.answer(task, "draft", active_seconds=1.0)
     assert '<details class="guidelines" >' in client.task().source
 
 
@@ -305,9 +305,6 @@ def test_numbers_and_texts_that_no_page_sends(job, labeler):
         assert client.http.post("/undo", data={"event": event, "key": "k" * 20}).status_code == 422
         assert client.http.get("/answers", params={"before": event}).status_code == 422
     assert client.http.post("/undo", data={"event": 2**63 - 1, "key": "k" * 20}).status_code == 409
-    for body in ({"active_seconds": HUGE}, {"active_seconds": -1}, {"prompt_id": "unknown"}):
-        reading = {"prompt_id": task.prompt_id, "active_seconds": 1.0} | body
-        assert client.http.post("/api/reading", json=reading).status_code in (200, 404, 422)
     assert client.http.post("/login", data={"token": "\ud800".encode("utf-8", "surrogatepass")}).status_code < 500
     assert client.http.post("/login", data={"token": "t" * 900_000}).status_code == 401
     nowhere = client.http.get("/nowhere")
@@ -341,22 +338,6 @@ def test_repeated_marks_and_reasons_that_nobody_can_see(job, labeler):
     for seen in ("!", "好", "👍\ufe0f", "e\u0301", "لا"):
         task = client.task(f"/task/{task.prompt_id}")
         client.answer(task, reviews={id: {"justification": seen} for id in task.ids})
-
-
-def test_time_spent_reading_is_counted_and_changes_nothing(job, labeler):
-    client = labeler()
-    task = client.task()
-    reading = {"prompt_id": task.prompt_id, "active_seconds": 10_000.0}
-    assert client.http.post("/api/reading", json=reading).status_code == 200
-    now = client.task()
-    assert now.revision == task.revision and "Draft restored" not in now.source
-    seconds = "SELECT max(active_seconds) FROM reading WHERE prompt_id = ?"
-    ((most,),) = rows(job.database, seconds, task.prompt_id)
-    assert 0 < most < 60, "no more than has passed"
-    assert client.http.post("/api/reading", json=reading | {"prompt_id": "unknown"}).status_code == 404
-    client.answer(task)
-    elsewhere = httpx.Client(base_url=job.url, cookies=client.http.cookies)
-    assert elsewhere.post("/api/reading", json=reading).status_code == 403, "the request came from another site"
 
 
 def test_submit_edit_undo_skip_flag(job, labeler):

@@ -10,7 +10,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from recipes.cli.errors import UserError
-from recipes.models.compatibility import check_model, check_vocabulary
+from recipes.models.compatibility import check_model, check_reward_base, check_vocabulary
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import load_tokenizer
 from tests import tiny_models as models
@@ -65,7 +65,7 @@ def refusal(step: str, arguments: dict, files, tmp_path) -> str:
     ("adapter", "why"),
     [
         ("wide_sft", r"lora_A.weight is \[4, 48\], where the base needs \[4, 32\]"),
-        ("deep_sft", r"no place for .*layers\.2\."),
+        ("deep_sft", r"layers\.2\..* is \[\d+, \d+\], where the base needs nothing"),
     ],
 )
 def test_an_adapter_of_another_base(files, tmp_path, step, adapter, why):
@@ -120,6 +120,14 @@ def test_a_tokenizer_that_transformers_loads_as_another_kind(tmp_path):
     models.word_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="gives no tokens for text: transformers loads it as Qwen2Tokenizer"):
         load_tokenizer(resolve_model(str(tmp_path)))
+
+
+def test_a_reward_model_with_several_labels_is_refused_before_it_loads(tmp_path):
+    models.reward_model(num_labels=3).config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+    with pytest.raises(UserError, match="num_labels=3"):
+        check_reward_base(resolve_model(str(tmp_path)))
 
 
 def test_what_belongs_together_passes(files):

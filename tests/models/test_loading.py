@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma3Config
 from trl import ModelConfig
 
@@ -56,6 +57,48 @@ def test_only_a_reward_model_of_the_policy_s_size_and_vocabulary_becomes_the_cri
     assert scores_at(critic, ids, states).tolist() == [0, 0]
     hidden = [model.base_model(input_ids=ids).last_hidden_state for model in (critic, loaded["model"])]
     torch.testing.assert_close(*hidden)
+
+
+def test_the_critic_of_a_half_precision_policy_reads_positions_as_the_policy_does():
+    """`to` rounds the frequencies of rotary embeddings, which `from_pretrained` leaves in float32."""
+    policy = AutoModelForCausalLM.from_config(models.llama_config(), dtype=torch.bfloat16)
+    critic = critic_from_policy(policy)
+    assert critic.dtype == torch.bfloat16
+    assert torch.equal(critic.model.rotary_emb.inv_freq, policy.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize(
+    ("load", "lost"),
+    [
+        (load_policy, "model.norm.weight"),
+        (load_reward_trainee, "model.norm.weight"),
+        (load_reward_model, "score.weight"),
+    ],
+)
+def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path, load, lost):
+    """transformers only reports them; TRL hides that the head of a reward model is one of them."""
+    kind = models.reward_model if load is load_reward_model else models.causal_lm
+    kind().save_pretrained(tmp_path)
+    models.word_tokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"has no {lost} for its Llama.*random numbers \(1 weight in all\)"):
+        load(resolve_model(str(tmp_path)), ModelConfig(use_peft=True, dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "could not be loaded: FlashAttention2"),
+        ({"lora_task_type": "SEQ_CLS"}, "--lora_task_type SEQ_CLS is for reward models"),
+    ],
+)
+def test_an_argument_that_a_policy_cannot_have_is_one_line(tmp_path, args, line):
+    base = resolve_model(models.save_base(tmp_path / "base"))
+    with pytest.raises(UserError, match=line) as error:
+        load_policy(base, ModelConfig(use_peft=True, dtype="float32", **args))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -122,20 +165,20 @@ def test_a_reward_model_that_pads_with_eos_is_read_where_it_was_trained(tmp_path
 
 
 @pytest.mark.parametrize("load", [load_policy, load_reward_trainee])
-@pytest.mark.parametrize("use_peft", [True, False])
-def test_parts_for_images_are_not_trained_on_text(tmp_path, load, use_peft):
-    """They get no gradient, for which DDP waits."""
-    base = saved(tmp_path / "base", AutoModelForCausalLM, gemma3())
-    args = ModelConfig(use_peft=use_peft, dtype="float32", lora_target_modules="all-linear")
+@pytest.mark.parametrize("layers", ["all-linear", ["q_proj", "v_proj"], None])
+def test_parts_for_images_are_not_trained_on_text(tmp_path, load, layers):
+    """They get no gradient, for which DDP waits; names of layers are often the same in both parts."""
+    base, use_peft = saved(tmp_path / "base", AutoModelForCausalLM, gemma3()), layers is not None
+    args = ModelConfig(use_peft=use_peft, dtype="float32", lora_target_modules=layers)
     model, ids = load(resolve_model(base), args), torch.arange(5, 17)[None]
     model.config.get_text_config().pad_token_id = 0
     output = model(input_ids=ids).logits
     output.sum().backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(trained) > 2 * 7 and not [name for name, parameter in trained.items() if parameter.grad is None]
+    assert len(trained) >= 2 * 2 * 2 and not [name for name, parameter in trained.items() if parameter.grad is None]
     if use_peft:
         model.save_pretrained(tmp_path / "adapter")
-        load_reward_trainee(resolve_model(str(tmp_path / "adapter")), args)  # `all-linear` is what it has
+        load_reward_trainee(resolve_model(str(tmp_path / "adapter")), args)  # the layers are what it has
 
 
 def test_an_adapter_on_layers_that_are_not_there_is_one_line(tmp_path):
@@ -164,6 +207,7 @@ def test_a_part_that_the_model_does_not_have_is_named(tmp_path, flag, names):
         ("no weights", "The adapter .* has no weights"),
         ("a pickle", "The weights of the adapter .* cannot be read"),
         ("a list", "could not be loaded|cannot be read"),
+        ("a newer tokenizer", "No tokenizer could be loaded from .*: data did not match"),
     ],
 )
 def test_what_is_no_model_is_one_line(tmp_path, kind, message):
@@ -177,6 +221,9 @@ def test_what_is_no_model_is_one_line(tmp_path, kind, message):
         (adapter / "adapter_model.safetensors").unlink()
         if kind == "a pickle":
             (adapter / "adapter_model.bin").write_bytes(b"none")
+    elif kind == "a newer tokenizer":
+        file = adapter / "tokenizer.json"
+        file.write_text(file.read_text().replace('"WordLevel"', '"SentenceLevel"'))
     elif kind == "a list":
         (base / "config.json").write_text("[1]")
     with pytest.raises(UserError, match=message) as error:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from recipes.models.adapters import adapter_parameters, add_copy, add_score_roles
+from recipes.models.loading import never_pack
 from recipes.models.merged import merged_copy, unmergeable
 from tests import tiny_models as models
 from tests.architectures import FAMILIES
@@ -79,3 +80,18 @@ def test_weights_of_the_same_precision_are_shared_and_full_fine_tuning_is_cast()
     assert not hasattr(copied, "critic") and copied.lm_head.weight is copied.model.embed_tokens.weight
     assert {p.dtype for p in merged_copy(policy, torch.bfloat16).parameters()} == {torch.bfloat16}
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantised_layers_that_no_adapter_changes_are_whole_in_the_copy(tmp_path, bits):
+    """Packed numbers of 4 bits had another shape, and those of 8 bits were sampled from without their scales."""
+    models.causal_lm(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(**{bits: True})
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.bfloat16)
+    policy = get_peft_model(never_pack(base), LoraConfig(target_modules=["q_proj"], r=4)).eval()
+    randomise(policy)
+    ids = torch.arange(2, 26).view(2, 12)
+    with torch.no_grad():
+        expected = policy(input_ids=ids).logits.float()
+        found = merged_copy(policy, torch.bfloat16)(input_ids=ids).logits.float()
+    assert (found - expected).norm() < 0.03 * expected.norm()

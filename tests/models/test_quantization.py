@@ -1,6 +1,7 @@
 """4-bit bases on a CPU: bitsandbytes must not pack their weights, which would end training, and heads stay whole."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,11 @@ def test_packed_weights_have_no_gradients(base):
     after = gradients(model)
     shared = before.keys() & after.keys()
     assert any((after[name] - before[name]).norm() > 0.5 * before[name].norm() for name in shared)
+
+
+def test_a_base_in_its_own_precision(base):
+    model = load_policy(base, replace(FOUR_BITS, dtype="auto"))
+    assert len(quantized(model)) == 14 and quantized(model)[0].compute_dtype == torch.float32
 
 
 def test_layers_narrower_than_a_block_run_in_eval_mode(tmp_path, monkeypatch):

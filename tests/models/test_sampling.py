@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import yaml
 from trl import ModelConfig
 
 from recipes.cli.arguments import parse
@@ -220,10 +221,12 @@ def test_an_output_that_cannot_be_written_is_one_line(generator, prompts, tmp_pa
         write(generator, prompts, tmp_path / "file" / "samples.jsonl")
 
 
-def test_a_prompt_that_does_not_fit_is_named(generator, prompts, tmp_path):
-    long = Prompt("long", models.prompts(1, length=130)[0], "prompts.jsonl:11")
-    with pytest.raises(UserError, match=r"prompts\.jsonl:11: \d+ tokens .* 128 positions"):
-        write(generator, [*prompts, long], tmp_path / "samples.jsonl")
+def test_a_prompt_that_does_not_fit_is_named(folders, tmp_path):
+    rows = [{"prompt": "w1"}, {"prompt": models.prompts(1, length=130)[0]}]
+    line = flags(model_name_or_path=folders["base"], output=tmp_path / "samples.jsonl")
+    line += flags(dataset_name=write_jsonl(tmp_path / "prompts.jsonl", rows))
+    with pytest.raises(UserError, match=r"prompts\.jsonl:2: .*\d+ tokens .* 128 positions"):
+        sample_responses.main(*parse(sample_responses.ARGUMENTS, line))
     assert not (tmp_path / "samples.jsonl").exists()
 
 
@@ -241,7 +244,7 @@ def test_a_prompt_that_does_not_fit_is_named(generator, prompts, tmp_path):
 )
 def test_impossible_arguments(wrong):
     with pytest.raises(UserError, match="--"):
-        SamplingArguments(**wrong)
+        parse((SamplingArguments,), flags(**wrong))
 
 
 def test_an_adapter_samples_as_itself(folders, generator, prompts):
@@ -252,6 +255,18 @@ def test_an_adapter_samples_as_itself(folders, generator, prompts):
     assert own != base
     with adapter[0].disable_adapter():
         assert sample(*adapter, conversations, greedy) == base
+
+
+def test_prompts_that_are_written_otherwise_than_in_training_are_said(folders, tmp_path, capsys):
+    """PPO writes them with `chat_template_kwargs`; samples, chats and evaluations were of other prompts."""
+    folder = shutil.copytree(folders["adapter"], tmp_path / "ppo" / "checkpoint-2")
+    record = {"recipe": "ppo", "arguments": {"chat_template_kwargs": {"enable_thinking": False}}}
+    (folder.parent / "run_arguments.yaml").write_text(yaml.safe_dump(record))
+    template = (folder / "chat_template.jinja").read_text() + "{% if enable_thinking == false %}<user> {% endif %}"
+    for first_line, said in (("", 1), ("{% set enable_thinking = false %}", 0)):
+        (folder / "chat_template.jinja").write_text(first_line + template)
+        load_generator(ModelConfig(model_name_or_path=str(folder)))
+        assert capsys.readouterr().err.count("chat_template_kwargs {'enable_thinking': False}, and here") == said
 
 
 def test_a_base_answers_in_four_bits(folders, prompts):

@@ -1,6 +1,7 @@
 """Tokenizers as the recipes load them."""
 
 import pytest
+from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from recipes.data.control_tokens import control_tokens
@@ -88,3 +89,20 @@ def test_a_special_token_of_white_space_is_no_text_to_look_for():
     tokenizer = models.word_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["\n"]})
     assert "\n" in tokenizer.get_vocab() and "\n" not in control_tokens(tokenizer)
+
+
+def test_an_adapter_on_the_hub_has_the_tokenizer_that_came_with_it(tmp_path, monkeypatch):
+    """Its base's was taken, and so another chat template than the one that the adapter was trained with."""
+    repository = tmp_path / "hub" / "models--someone--sft"
+    for folder in ("refs", ".no_exist/c0ffee"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c0ffee")
+    (repository / ".no_exist" / "c0ffee" / "config.json").touch()  # found out online
+    files = repository / "snapshots" / "c0ffee"
+    models.save_adapter(files, models.save_base(tmp_path / "base"))
+    tokenizer = models.word_tokenizer()
+    tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    tokenizer.save_pretrained(files)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = resolve_model("someone/sft")
+    assert source.base == str(tmp_path / "base") and load_tokenizer(source).chat_template == PLAIN_CHAT_TEMPLATE

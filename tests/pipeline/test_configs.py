@@ -1,5 +1,6 @@
 """The configs of real bases: they parse, agree with each other and with their comments, and run on small models."""
 
+import importlib
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from recipes.cli.arguments import parse
 from recipes.cli.precedence import SAME
 from recipes.data.schemas import detect
-from scripts.estimate_memory import STEPS, recipe_arguments
+from scripts.estimate_memory import STEPS
 from tests import tiny_models as models
 from tests.conftest import ROOT, recipe_line, run_recipe, write_jsonl
 from tests.trainers.test_memory import SHAPES
@@ -66,7 +67,8 @@ def test_every_base_has_three_steps_and_a_page():
 @pytest.mark.parametrize("base", BASES)
 def test_a_config_parses_with_every_key_known(base, step):
     """`use_cpu` because a GPU's bf16 is refused where there is none."""
-    parsed = parse(recipe_arguments(step), recipe_line(step, CONFIGS / base / f"{step}.yaml", use_cpu=True))
+    recipe = importlib.import_module(f"recipes.{step}")
+    parsed = parse(recipe.ARGUMENTS, recipe_line(step, CONFIGS / base / f"{step}.yaml", use_cpu=True))
     given = {name: value for name, value in values(base, step).items() if name != "use_cpu"}
     known = {name: getattr(each, name) for each in parsed for name in given if hasattr(each, name)}
     differing = {name for name in given if given[name] != known[name] and str(given[name]) != str(known[name])}

@@ -41,7 +41,7 @@ def test_a_base_with_nan_is_refused_at_the_first_loss(data, spoilt, tmp_path, st
         run_recipe(step, **arguments)
     text = str(error.value)
     assert "After step 0: the loss is nan" in text and "layers.1.mlp.down_proj" in text and "as the model was" in text
-    assert "There is no checkpoint yet" in text and not weights_in(tmp_path / "run")
+    assert "There is no checkpoint to go on from" in text and not weights_in(tmp_path / "run")
 
 
 @pytest.mark.parametrize("step", ["sft", "reward", "ppo"])

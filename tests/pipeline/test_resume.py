@@ -174,7 +174,7 @@ def test_the_critic_of_full_fine_tuning_is_missed(recipes, data, tmp_path):
     (Path(checkpoint) / "critic" / "model.safetensors").unlink()
     recipe = recipe.at(tmp_path / "resumed")
     assert recipe.run(resume_from_checkpoint=checkpoint, max_steps=4) == 1
-    assert f"{checkpoint}: critic/model.safetensors is missing; there is no checkpoint to go on from." in error(recipe)
+    assert f"{checkpoint}: critic/model.safetensors is missing. There is no checkpoint to go on from." in error(recipe)
 
 
 @pytest.mark.parametrize("step", STEPS)

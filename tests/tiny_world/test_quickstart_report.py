@@ -266,6 +266,16 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_result_that_was_removed_is_not_made_again_beside_what_was_made_from_it(tmp_path):
+    """PPO was trained anew, by an edited YAML, and the report showed the old evaluation."""
+    stage = quickstart.Stage("ppo", "PPO", "touch {folder}/{output}", "ppo")
+    state = quickstart.Quickstart(tmp_path, 0)
+    state.run(stage)
+    (tmp_path / "ppo").unlink()
+    with pytest.raises(UserError, match="ppo has been removed after it was made"):
+        quickstart.Quickstart(tmp_path, 0).run(stage)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_stopped_run_is_waited_for_while_it_saves(tmp_path, order):
     """Its launcher ends at once; the next quickstart found the folder in use. In either order: a job that failed was

@@ -98,7 +98,7 @@ def test_what_runs_on_a_gpu(world, tmp_path):
         assert fast.on.isdisjoint({"packed_weights", "sampling_logps", "response_logps"})
         assert fast.frozen_head(fast.base) is None, "the model still lies on the CPU, and the accelerator knows better"
         assert ("merged_copy" in on_a_gpu(world, tmp_path, full, precision).on) == (precision != "no")
-    lora.peft_config["default"].use_dora = True
+    lora.peft_config["default"].lora_bias = True
     assert "merged_copy" not in on_a_gpu(world, tmp_path, lora).on
     assert "merged_copy" not in on_a_gpu(world, tmp_path, full, fast_paths=[]).on
 

@@ -301,7 +301,7 @@ def test_a_role_that_gives_nan_stops_before_the_first_update(world, tmp_path, ro
         parameter.data.fill_(math.nan)
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".default." in name}
     cause = "the KL is nan, by log-probabilities of the reference" if role == "ref" else "the sum of values is nan"
-    with pytest.raises(UserError, match=rf"After step 0: {cause}.*There is no checkpoint yet"):
+    with pytest.raises(UserError, match=rf"After step 0: {cause}.*There is no checkpoint to go on from"):
         trainer.train()
     assert all(torch.equal(trainer.model.get_parameter(name), value) for name, value in weights.items())
 

@@ -9,7 +9,15 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from recipes.cli.errors import UserError
-from recipes.models.adapters import adapter_parameters, add_copy, add_score_roles, check_shards, use_role
+from recipes.models.adapters import (
+    adapter_parameters,
+    add_copy,
+    add_score_roles,
+    check_adapter_kind,
+    check_shards,
+    use_role,
+)
+from recipes.models.merged import unmergeable
 from tests import tiny_models as models
 from tests.trainers.conftest import history, make_trainer
 
@@ -181,3 +189,12 @@ def test_an_adapter_that_trains_or_repeats_parts_of_the_base_is_refused(world, t
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], **changes))
     with pytest.raises(UserError, match=f"{next(iter(changes))} changes the base"):
         make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_model": models.reward_model()})
+
+
+@pytest.mark.parametrize("kind", [{"alora_invocation_tokens": [5]}, {"init_lora_weights": "mica"}], ids=str)
+def test_a_variant_of_lora_that_looks_at_more_than_its_layer_is_refused(kind):
+    """PPO's forwards know nothing of the tokens that switch it on, or of parts that are not to be trained."""
+    model = get_peft_model(models.causal_lm(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **kind))
+    assert unmergeable(model)
+    with pytest.raises(UserError, match=r"plain LoRA or DoRA, and this adapter has \w+Variant"):
+        check_adapter_kind(model)

@@ -2,33 +2,37 @@
 
 const IDLE_MS = 60000;
 const clock = document.getElementById("time");
-let total = Number(clock.dataset.seconds), untaken = 0, lastSign = performance.now(), lastTick = lastSign;
+let total = Number(clock.dataset.seconds), untaken = 0, lastSign = performance.now(), lastCount = lastSign;
 
-export function tick() {
-  const now = performance.now();
-  if (!document.hidden && now - lastSign < IDLE_MS) {
-    untaken += (now - lastTick) / 1000;
-    total += (now - lastTick) / 1000;
-  }
-  lastTick = now;
-  clock.textContent = `${Math.floor(total / 60)}:${String(Math.floor(total % 60)).padStart(2, "0")}`;
+export function addSeconds(seconds) {
+  untaken += seconds;
+  total += seconds;
 }
 
+// Seconds that no request of this task has carried to the server yet.
 export function untakenSeconds() {
-  tick();
+  const now = performance.now();
+  if (!document.hidden && now - lastSign < IDLE_MS) addSeconds((now - lastCount) / 1000);
+  lastCount = now;
   return untaken;
 }
 
-// Seconds since the last call; the server adds up what the requests of a task carry.
 export function takeSeconds() {
-  tick();
-  const taken = untaken;
+  const taken = untakenSeconds();
   untaken = 0;
   return taken;
 }
 
+export function tick() {
+  untakenSeconds();
+  clock.textContent = `${Math.floor(total / 60)}:${String(Math.floor(total % 60)).padStart(2, "0")}`;
+}
+
 for (const sign of ["pointermove", "pointerdown", "keydown", "scroll"]) {
-  document.addEventListener(sign, () => { lastSign = performance.now(); }, { passive: true, capture: true });
+  document.addEventListener(sign, () => {
+    untakenSeconds(); // before: a computer that slept did not count, and its first sign would count the night
+    lastSign = performance.now();
+  }, { passive: true, capture: true });
 }
 setInterval(tick, 1000);
 tick();

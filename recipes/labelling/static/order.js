@@ -78,12 +78,14 @@ export function toggleTie(card) {
 let before;
 Sortable.create(list, {
   handle: ".bar", filter: "button", preventOnFilter: false, animation: 120, delay: 120, delayOnTouchOnly: true,
+  fallbackOnBody: true, // the picture under the finger, a copy of the card, is no card of the list
   onStart: ({ item }) => {
     before = cards().map((card) => [card, isTied(card)]);
     lift(item);
   },
   onEnd: ({ item, oldIndex, newIndex }) => {
-    if (oldIndex === newIndex) before.forEach(([card, tied]) => setTied(card, tied));
-    else settle(item);
+    if (oldIndex !== newIndex) return settle(item);
+    before.forEach(([card, tied]) => setTied(card, tied));
+    changed(item); // a draft that was saved meanwhile holds an order on the way
   },
 });

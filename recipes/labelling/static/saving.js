@@ -4,7 +4,7 @@
 // is sent by the next one. A request that may have arrived is repeated with the same key, which the server stores once.
 // The revision tells the server what a page was based on, so that two tabs cannot overwrite each other.
 
-import { takeSeconds, untakenSeconds } from "./clock.js";
+import { addSeconds, takeSeconds, untakenSeconds } from "./clock.js";
 import { cards, tiers } from "./order.js";
 
 const RETRY_MS = 3000;
@@ -15,6 +15,7 @@ const KEEPALIVE_BYTES = 60000; // browsers let 64 kB outlive a closed page, and 
 const task = document.getElementById("task");
 const OUTBOX = `outbox ${task.dataset.account}`;
 const REVISION = `revision ${task.dataset.account} ${task.dataset.prompt}`;
+const READING = `reading ${task.dataset.account}`;
 const outbox = kept(OUTBOX) ?? [];
 let revision = Number(task.dataset.revision);
 let dirty = false; // changed since the last snapshot
@@ -23,15 +24,15 @@ let trouble = "", problem = "", isQuestion = false;
 let draftTimer = null, sending = null;
 
 // What outlives the page. There may be no room for it, or it may not be allowed: then it lives as long as the page.
-function keep(name, value) {
+function keep(name, value, storage = "sessionStorage") {
   try {
-    sessionStorage.setItem(name, JSON.stringify(value));
+    window[storage].setItem(name, JSON.stringify(value));
   } catch { /* as said */ }
 }
 
-function kept(name) {
+function kept(name, storage = "sessionStorage") {
   try {
-    return JSON.parse(sessionStorage.getItem(name));
+    return JSON.parse(window[storage].getItem(name));
   } catch {
     return null;
   }
@@ -120,13 +121,10 @@ export async function saveAll() {
   return trouble === "";
 }
 
-// Before the page is left: what has changed, or else the time somebody has spent reading. An answer already given is
-// left alone.
+// Before the page is left: what has changed, and the time spent since, which the next change of this task carries.
 export function saveOnLeaving() {
   if (dirty) save("draft");
-  else if (!stopped && !task.dataset.standing && untakenSeconds() >= 1) {
-    post("/api/reading", { prompt_id: task.dataset.prompt, active_seconds: takeSeconds() });
-  }
+  keep(READING, { prompt: task.dataset.prompt, seconds: untakenSeconds() }, "localStorage");
 }
 
 // Resolves to the keys that were stored, once the outbox is empty.
@@ -143,7 +141,7 @@ async function emptyOutbox() {
     body.revision ??= revision;
     keep(OUTBOX, outbox);
     status("Saving …");
-    const { ok, reply, retry } = await post("/api/answer", body);
+    const { ok, reply, retry } = await post(body);
     if (retry) {
       status("");
       trouble = `${reply.error}. Trying again; keep this page open.`;
@@ -172,10 +170,10 @@ async function emptyOutbox() {
   return stored;
 }
 
-async function post(path, content) {
-  const body = JSON.stringify(content);
+async function post(answer) {
+  const body = JSON.stringify(answer);
   try {
-    const response = await fetch(path, {
+    const response = await fetch("/api/answer", {
       method: "POST",
       body,
       headers: { "Content-Type": "application/json", "X-Account": task.dataset.account },
@@ -184,7 +182,7 @@ async function post(path, content) {
     });
     const retry = response.status === 401 || response.status >= 500;
     const moved = response.status === 409 || response.status === 404; // the task has moved on without this page
-    stopped ||= moved && path === "/api/answer" && content.prompt_id === task.dataset.prompt;
+    stopped ||= moved && answer.prompt_id === task.dataset.prompt;
     return { ok: response.ok, reply: await response.json(), retry };
   } catch {
     return { ok: false, reply: { error: "NOT saved: the server does not answer" }, retry: true };
@@ -194,6 +192,8 @@ async function post(path, content) {
 // Sends what the page before could not wait for, and resolves to whether this page still shows what is stored.
 export async function sendWhatWasLeft() {
   const rendered = revision, isOld = isOutdated();
+  const reading = kept(READING, "localStorage");
+  if (reading?.prompt === task.dataset.prompt) addSeconds(reading.seconds);
   if (!outbox.length) return !isOld;
   await send();
   stopped = dirty = false; // a refusal was of what the page before was based on; this one is new
