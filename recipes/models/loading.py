@@ -206,8 +206,10 @@ def report_half_precision(model: nn.Module) -> None:
         )
 
 
-def load_reward_model(source: ModelSource, model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A trained reward model on its own base with its tokenizer, frozen, an adapter merged into the weights."""
+def load_reward_model(
+    source: ModelSource, model_args: ModelConfig
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A trained reward model and its tokenizer, frozen, an adapter merged into its base unless that is quantised."""
     check_score_head(source)
     tokenizer = load_tokenizer(source)
     if tokenizer.init_kwargs.get("chat_template") is None:
@@ -218,7 +220,9 @@ def load_reward_model(source: ModelSource, model_args: ModelConfig) -> tuple[Pre
     model = _load_classifier(source, replace(model_args, load_in_4bit=False, load_in_8bit=False))
     trained_with = model.config.get_text_config().pad_token_id
     if source.base is not None:
-        model = PeftModel.from_pretrained(model, source.path, config=source.peft_config).merge_and_unload()
+        model = PeftModel.from_pretrained(model, source.path, config=source.peft_config)
+        if not getattr(model, "is_quantized", False):  # a checkpoint in few bits would round the adapter away
+            model = model.merge_and_unload()
     elif trained_with in range(len(tokenizer)):
         tokenizer.pad_token_id = trained_with  # EOS in many: their scores are read at the token before it
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -130,7 +131,9 @@ def load_generator(
 
 def warn_of_other_training(source: ModelSource, tokenizer: PreTrainedTokenizerBase, model_args: ModelConfig) -> None:
     """Say so where a policy was trained on other weights of its base, or with other prompts, than it gets here."""
-    trained_with = arguments_of(source.path)
+    trained_with: dict[str, Any] = {}
+    with suppress(UserError):  # other programs have files of this name, too
+        trained_with = arguments_of(source.path)
     by_flag = model_args.load_in_4bit or model_args.load_in_8bit
     quantized = by_flag or getattr(source.config, "quantization_config", None) is not None
     if (trained_with.get("load_in_4bit") or trained_with.get("load_in_8bit")) and source.base and not quantized:
