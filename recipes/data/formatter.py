@@ -149,9 +149,9 @@ class Formatter:
             report.rows_in += 1
             yield row
 
-    def features(self, tools: bool = False):
-        """The `datasets.Features` of the output rows; `tools` where conversations have tool calls."""
-        return features(self.task, self.prompt_completion, self.margin, tools, self.keep_columns)
+    def features(self):
+        """The `datasets.Features` of the output rows."""
+        return features(self.task, self.prompt_completion, self.margin, self.keep_columns)
 
     def _check_errors(self, report: Report) -> None:
         errors = report.counts["errors"].total()

@@ -71,27 +71,21 @@ def row_messages(row: dict) -> Iterator[dict]:
         yield from completion
 
 
-def has_tools(row: dict) -> bool:
-    return "tools" in row or any(len(turn) > 2 for turn in row_messages(row))
-
-
-def features(
-    task: str, prompt_completion: bool = False, margin: bool = False, tools: bool = False, keep: Iterable[str] = ()
-):
-    """The `datasets.Features` of a task's rows; messages with tool calls and the columns to `keep` are any JSON."""
+def features(task: str, prompt_completion: bool = False, margin: bool = False, keep: Iterable[str] = ()):
+    """The `datasets.Features` of a task's rows; messages of sft, which may call tools, and `keep` are any JSON."""
     from datasets import Features, List, Value
 
     from recipes.data.exact_json import ExactJson
 
     text, float64 = Value("string"), Value("float64")
-    messages = List(ExactJson()) if tools else List({"role": text, "content": text})
+    messages = List({"role": text, "content": text})
     columns = {
-        "sft": dict.fromkeys(("prompt", "completion") if prompt_completion else ("messages",), messages),
+        "sft": dict.fromkeys(("prompt", "completion") if prompt_completion else ("messages",), List(ExactJson())),
         "preference": dict.fromkeys(("prompt", "chosen", "rejected"), messages) | {"group_id": text},
         "ranking": {"prompt": messages, "completions": List(messages), "ranks": List(float64), "group_id": text},
         "prompt": {"prompt": messages},
     }[task]
-    extra = {"margin": float64} if task == "preference" and margin else {"tools": text} if tools else {}
+    extra = {"tools": text} if task == "sft" else {"margin": float64} if margin and task == "preference" else {}
     return Features(columns | extra | {name: ExactJson() for name in keep})
 
 
