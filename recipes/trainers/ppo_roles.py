@@ -11,9 +11,24 @@ from trl.models.utils import prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, pad
 
 from recipes.cli.errors import UserError
+<<<<<<< 034d39e
 from recipes.models import adapters
+=======
+from recipes.models.adapters import (
+    adapter_parameters,
+    add_copy,
+    add_score_roles,
+    check_adapter_kind,
+    check_shards,
+    checkpoint_under_roles,
+    model_with_adapter,
+    train_only,
+    train_text,
+    use_role,
+)
+>>>>>>> b5bbf58
 from recipes.models.dropout import disable_dropout_rates
-from recipes.models.heads import add_state_forward, critic_from_policy, use_float32_head
+from recipes.models.heads import add_state_forward, critic_from_policy, full_critic, use_float32_head
 from recipes.models.vllm import send_only_policy
 from recipes.trainers.fast.fast_paths import FastPaths
 from recipes.trainers.rollout import Results, at_responses
@@ -58,17 +73,21 @@ class PPORoles(GRPOTrainer):
                 raise UserError("value_model and the policy's adapter `critic` are two critics: pass one of them.")
         elif self._is_peft and value_model is None:
             adapters.add_score_roles(self._policy, {"critic": None})
-        elif isinstance(value_model, PeftModel):
-            raise UserError("value_model has an adapter, and is trained whole: merge it, by merge_and_unload().")
         else:
-            critic = value_model or critic_from_policy(self._policy, trust_remote_code)
-            use_float32_head(adapters.train_text(critic))
-            self._base.critic = critic
+            if value_model is None:
+                value_model = critic_from_policy(self._policy, trust_remote_code)
+            if not isinstance(value_model, PeftModel):
+                adapters.train_text(value_model)
+            use_float32_head(adapters.model_with_adapter(value_model, "value_model"))
+            self._base.critic = value_model
 
     def _train_only_roles(self) -> None:
-        """Of adapters, turn gradients on for policy and critic only."""
+        """Turn gradients on for policy and critic only; of a critic that is a `PeftModel`, for its adapter."""
+        critic = full_critic(self._policy)
         if self._is_peft:
             adapters.train_only(self._policy, ("default", "critic"))
+        if isinstance(critic, PeftModel):
+            adapters.train_only(critic, critic.active_adapters)
 
     def _add_to_given(self, optimizer: torch.optim.Optimizer) -> None:
         """Let a given optimizer train what PPO has made after it: a new adapter and the critic."""
@@ -89,7 +108,13 @@ class PPORoles(GRPOTrainer):
         add_state_forward(base, self.temperature, self._fast.frozen_head(base))
         if args.disable_dropout:
             disable_dropout_rates(base)
-        adapters.checkpoint_under_roles(self._policy)
+<<<<<<< 034d39e
+        adapters.keep_one_embedding_hook(base)
+        if self._is_peft:
+            adapters.checkpoint_under_roles(self._policy)
+=======
+        checkpoint_under_roles(self._policy)
+>>>>>>> b5bbf58
         if ref_model is not None:
             add_fused_lm_head(ref_model, self.temperature, args.cast_lm_head_to_fp32)
             add_state_forward(ref_model, self.temperature, self._fast.frozen_head(ref_model))
