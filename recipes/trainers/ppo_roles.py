@@ -11,22 +11,7 @@ from trl.models.utils import prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, pad
 
 from recipes.cli.errors import UserError
-<<<<<<< 034d39e
 from recipes.models import adapters
-=======
-from recipes.models.adapters import (
-    adapter_parameters,
-    add_copy,
-    add_score_roles,
-    check_adapter_kind,
-    check_shards,
-    checkpoint_under_roles,
-    model_with_adapter,
-    train_only,
-    train_text,
-    use_role,
-)
->>>>>>> b5bbf58
 from recipes.models.dropout import disable_dropout_rates
 from recipes.models.heads import add_state_forward, critic_from_policy, full_critic, use_float32_head
 from recipes.models.vllm import send_only_policy
@@ -108,13 +93,7 @@ class PPORoles(GRPOTrainer):
         add_state_forward(base, self.temperature, self._fast.frozen_head(base))
         if args.disable_dropout:
             disable_dropout_rates(base)
-<<<<<<< 034d39e
-        adapters.keep_one_embedding_hook(base)
-        if self._is_peft:
-            adapters.checkpoint_under_roles(self._policy)
-=======
-        checkpoint_under_roles(self._policy)
->>>>>>> b5bbf58
+        adapters.checkpoint_under_roles(self._policy)
         if ref_model is not None:
             add_fused_lm_head(ref_model, self.temperature, args.cast_lm_head_to_fp32)
             add_state_forward(ref_model, self.temperature, self._fast.frozen_head(ref_model))
