@@ -47,14 +47,12 @@ def complete_file(path: str | os.PathLike) -> Iterator[TextIO]:
     try:
         with open(partial, "w", encoding="utf-8") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        with suppress(OSError):
+        sync(partial)
+        os.replace(partial, path)
+        sync(os.path.dirname(path) or ".")
+    finally:
+        with suppress(OSError):  # it has its name
             os.remove(partial)
-        raise
-    os.replace(partial, path)
-    sync(os.path.dirname(path) or ".")
 
 
 def write_text(path: str, text: str) -> None:

@@ -73,9 +73,8 @@ def launcher() -> str:
 def read_request(launch_arguments: list[str]) -> Request:
     """The request in the arguments of `accelerate launch`: flags first, then the config file."""
     args = launch_command_parser().parse_args(launch_arguments)
-    config_file = args.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
-    if args.cpu and args.config_file is None:  # then Accelerate does not read its default file either
-        config_file = None
+    has_default = os.path.isfile(default_config_file) and not args.cpu  # then Accelerate does not read it
+    config_file = args.config_file or (default_config_file if has_default else None)
     config = load_config_from_file(args.config_file) if config_file else None
     kind = "NO" if config is None else DistributedType(config.distributed_type).value
     flags = {"FSDP": args.use_fsdp, "DEEPSPEED": args.use_deepspeed, "MULTI_GPU": args.multi_gpu}

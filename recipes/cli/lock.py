@@ -26,6 +26,10 @@ def hold(path: str, what: str) -> None:
             owner = os.pread(handle, 200, 0).decode(errors="replace").strip()
             os.close(handle)
             raise UserError(f"{what} is in use by {owner or 'another run'}: wait for it, or stop it first.") from None
+        except OSError as error:
+            os.unlink(path)
+            os.close(handle)
+            raise UserError(f"{what} is on a disk that locks no files ({error.strerror}): choose another.") from error
         try:
             same = os.path.samestat(os.fstat(handle), os.stat(path))
         except FileNotFoundError:

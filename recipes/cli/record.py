@@ -10,7 +10,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ FREE = re.compile(
     + r"|dataset_num_proc|ddp_timeout"
 )
 MODEL_FILES = re.compile(
-    r".*\.safetensors(\.index\.json)?|(pytorch|adapter)_model.*\.bin|(adapter_|tokenizer_)?config\.json|tokenizer\.json"
-    r"|chat_template\.jinja|reward_statistics\.json"
+    r".*\.safetensors(\.index\.json)?|(pytorch|adapter)_model.*\.bin|(adapter_|tokenizer_|generation_)?config\.json"
+    r"|tokenizer\.json|chat_template\.jinja|reward_statistics\.json"
 )
 TEMPLATE = "chat_template_path"  # a folder or a file
 SAMPLE = 65_536  # bytes of each end of a file that take part in its digest
@@ -187,15 +186,14 @@ def wants_more(arguments: Mapping[str, Any], finished: Mapping[str, Any], state:
 
 def plain(value):
     """`value` in types that YAML knows, without the entries whose names say that they are secret."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items() if not SECRETS.search(str(key))}
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+    def simpler(other):
+        return dataclasses.asdict(other) if dataclasses.is_dataclass(other) else str(other)
+
+    def without_secrets(entries):
+        return {name: entry for name, entry in entries.items() if not SECRETS.search(name)}
+
+    return json.loads(json.dumps(value, default=simpler), object_hook=without_secrets)
 
 
 def digest(path: str) -> str:

@@ -213,7 +213,9 @@ def test_the_digest_of_an_adapter_covers_its_base(tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
     before = record.digest(str(adapter))
     (base / "model.safetensors").write_bytes(b"2")
-    assert record.digest(str(adapter)) != before
+    after = record.digest(str(adapter))
+    (base / "generation_config.json").write_text('{"eos_token_id": 7}')  # where sampling stops
+    assert len({before, after, record.digest(str(adapter))}) == 3
 
 
 @pytest.mark.parametrize(
@@ -381,6 +383,17 @@ def test_a_lock_is_gone_with_its_process(tmp_path):
         lock.hold(path, "the folder")  # one process holds it once
         lock.release(path)
         assert not os.path.exists(path)
+
+
+def test_a_disk_that_locks_no_files_is_named(training_args, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"--output_dir .*out is on a disk that locks no files \(Function"):
+        RunFolder("sft", training_args())
+    lock.release_all()
+    assert not (tmp_path / "out").exists()
 
 
 @dataclass
