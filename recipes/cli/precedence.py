@@ -66,7 +66,7 @@ RANGES = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "max_length"), AT_LEAST_1),
     **dict.fromkeys(("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"), AT_LEAST_1),
     **dict.fromkeys(("lora_r", "lora_alpha", "num_prompts", "num_checkpoints"), AT_LEAST_1),
-    **dict.fromkeys(("curve_generations", "eval_batch_size"), AT_LEAST_1),
+    **dict.fromkeys(("curve_generations", "eval_batch_size", "prompt_tokens", "responses_per_prompt"), AT_LEAST_1),
     "best_of_n": (2, math.inf, "2 or more"),
     **dict.fromkeys(("max_error_rate", "label_smoothing_factor", "min_p"), SHARE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), BELOW_1),
