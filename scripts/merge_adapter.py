@@ -18,6 +18,7 @@ import shutil
 from dataclasses import dataclass, field
 
 import torch
+from peft import PeftModel
 from trl import ModelConfig
 
 from recipes.cli.checkpoints import tidy, unfinished
@@ -78,8 +79,10 @@ def merge(args: MergeArguments) -> None:
     tokenizer = load_tokenizer(source)
     check_model(source, tokenizer)
     model_args = ModelConfig(dtype="float32")
-    is_reward_model = source.peft_config.task_type == "SEQ_CLS"
+    is_reward_model = source.has_score_head or source.peft_config.task_type == "SEQ_CLS"
     model = load_reward_model(source, model_args)[0] if is_reward_model else load_policy(source, model_args)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
     if not quantized:
         model.to(source.config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype))
     if name := not_finite(model):

@@ -103,7 +103,12 @@ def _local_splits(source: str, name: str | None, data_files=None) -> Splits | No
     elif source and path.is_dir():
         folder = path / (name or "")
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-            return _saved_splits(str(folder))
+            import datasets
+
+            with failures_as_data_error(folder):
+                saved = datasets.load_from_disk(str(folder))
+            by_split = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+            return {split: partial(_numbered, str(folder), by_split[split]) for split in by_split}
         config = _configuration(path, name)
         files_by_split = _files_by_split(path / config.get("data_dir", ""), config.get("data_files"))
     elif suffix_of(path) in SUFFIXES or not _HUB_NAME.fullmatch(source):  # a path must not become a look-up on the Hub
@@ -117,15 +122,6 @@ def _local_splits(source: str, name: str | None, data_files=None) -> Splits | No
             known = f"{join_names(SUFFIXES)}, the texts also with {join_names(COMPRESSED)}"
             raise DataError(f"{file}: cannot read {file.suffix or 'a file without suffix'}; use {known}")
     return {split: partial(_rows_of, files) for split, files in files_by_split.items()}
-
-
-def _saved_splits(folder: str) -> Splits:
-    import datasets
-
-    with failures_as_data_error(folder):
-        saved = datasets.load_from_disk(folder)
-    by_split = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    return {split: partial(_numbered, folder, by_split[split]) for split in by_split}
 
 
 def _configuration(folder: Path, name: str | None) -> dict[str, Any]:
@@ -162,14 +158,16 @@ def _files_by_split(folder: Path, data_files: Any) -> dict[str, list[Path]]:
         left = sorted(file for file in everything.difference(*found.values()) if suffix_of(file) in DATA_SUFFIXES)
         if left:
             _say_once(f"{folder}: not read, as other files are named by split: {join_names(left[:5])}")
-    for suffixes in (DATA_SUFFIXES, SUFFIXES):  # a .txt beside data is a licence or a note
-        chosen = {}
-        for split, files in found.items():
-            chosen[split] = [file for file in files if data_files or suffix_of(file) in suffixes]
-        if any(chosen.values()):
-            return {split: files for split, files in chosen.items() if files}
-    asked = f" for each pattern of data_files {data_files}" if data_files else ""
-    raise DataError(f"{folder} holds no {join_names(SUFFIXES)} file{asked}, not even compressed ones")
+    if not data_files:
+        suffixes = {suffix_of(file) for files in found.values() for file in files}
+        wanted = (
+            DATA_SUFFIXES if suffixes & {*DATA_SUFFIXES} else SUFFIXES
+        )  # a .txt beside data is a licence or a note
+        found = {split: [file for file in files if suffix_of(file) in wanted] for split, files in found.items()}
+    if not any(found.values()):
+        asked = f" for each pattern of data_files {data_files}" if data_files else ""
+        raise DataError(f"{folder} holds no {join_names(SUFFIXES)} file{asked}, not even compressed ones")
+    return {split: files for split, files in found.items() if files}
 
 
 def _rows_of(paths: list[Path]) -> Iterator[Row]:

@@ -72,11 +72,6 @@ def combine(parts: list, sources: list[Source], streaming: bool, seed: int):
         shares = [source.fraction / sum(each.fraction for each in sources) for source in sources]
     if streaming:
         return interleave_datasets(parts, shares, seed) if shares else concatenate_datasets(parts)
-    with_tools = next((part.features for part in parts if "tools" in part.column_names), None)
-    for index, part in enumerate(parts):
-        # All columns of a row are given, so that `datasets` casts the messages too.
-        if with_tools and part.features != with_tools:
-            parts[index] = part.map(lambda row: {**row, "tools": None}, features=with_tools)
     if shares:
         total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
         parts = [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]

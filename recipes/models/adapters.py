@@ -265,18 +265,16 @@ def seq_cls_config(config: LoraConfig) -> LoraConfig:
 
 @contextlib.contextmanager
 def float32_adapters(model: nn.Module) -> Iterator[None]:
-    """Keep trained adapters in float32 while a TRL trainer is built around them.
+    """Keep trained adapters as they are, which is in float32, while a TRL trainer is built around them.
 
-    TRL casts the adapters of a quantised base to bf16, and the optimizer's state follows. A step at 1e-5 is then
+    TRL casts those of a quantised base to bf16, and the optimizer's state follows. A step at 1e-5 is then
     smaller than the distance between two numbers, and most weights never move.
     """
     trained = model.named_parameters() if isinstance(model, PeftModel) else ()
     before = {name: p.data for name, p in trained if p.requires_grad}
     yield
     for name, weights in before.items():
-        # Other modules that are trained compute in the base's precision.
-        own = "lora_" in name or ".score." in name
-        model.get_parameter(name).data = weights.float() if own else weights
+        model.get_parameter(name).data = weights
 
 
 class AdapterEMA(TrainerCallback):

@@ -8,6 +8,7 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -32,8 +33,9 @@ def check_model(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None
         return
     check_adapter(source)
     try:
-        of_base = load_tokenizer(source.without_adapter).get_vocab()
-    except UserError:
+        options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+        of_base = AutoTokenizer.from_pretrained(source.base, **options).get_vocab()
+    except (OSError, ValueError):
         return  # a base without a tokenizer
     vocabulary = tokenizer.get_vocab()
     for token, index in of_base.items():
@@ -129,8 +131,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
 def adapter_shapes(source: ModelSource, config: PeftConfig, is_new: bool = False) -> dict[str, list[int]]:
     """Names and shapes of what an adapter of this configuration trains on the base of `source`, made without data.
 
-    Raises:
-        ValueError: PEFT finds no place for it.
+    Where there is no place for it, PEFT raises a ValueError.
     """
     auto_class, base_config = AutoModelForCausalLM, copy.deepcopy(source.config)
     if config.task_type == "SEQ_CLS":

@@ -28,7 +28,7 @@ from recipes.cli.errors import UserError, counted, refusals_in_one_line
 from recipes.cli.files import write_text
 from recipes.cli.screen import say
 from recipes.models.adapters import add_score_roles, new_adapter_config, only_on_text, seq_cls_config, train_text
-from recipes.models.compatibility import check_model, check_score_head, refuse_other_adapter
+from recipes.models.compatibility import check_score_head, refuse_other_adapter
 from recipes.models.heads import use_float32_head
 from recipes.models.source import ModelSource, find_file, load_errors
 from recipes.models.tokenization import load_tokenizer
@@ -206,11 +206,12 @@ def report_half_precision(model: nn.Module) -> None:
         )
 
 
-def load_reward_model(source: ModelSource, model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A trained reward model on its own base with its tokenizer, frozen, an adapter merged into the weights."""
+def load_reward_model(
+    source: ModelSource, model_args: ModelConfig
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A trained reward model and its tokenizer, frozen, an adapter merged into its base unless that is quantised."""
     check_score_head(source)
     tokenizer = load_tokenizer(source)
-    check_model(source, tokenizer)
     if tokenizer.init_kwargs.get("chat_template") is None:
         say(
             f"Warning: the reward model {source.path} has no chat template and reads turns that begin with User: and "
@@ -219,7 +220,9 @@ def load_reward_model(source: ModelSource, model_args: ModelConfig) -> tuple[Pre
     model = _load_classifier(source, replace(model_args, load_in_4bit=False, load_in_8bit=False))
     trained_with = model.config.get_text_config().pad_token_id
     if source.base is not None:
-        model = PeftModel.from_pretrained(model, source.path, config=source.peft_config).merge_and_unload()
+        model = PeftModel.from_pretrained(model, source.path, config=source.peft_config)
+        if not getattr(model, "is_quantized", False):  # a checkpoint in few bits would round the adapter away
+            model = model.merge_and_unload()
     elif trained_with in range(len(tokenizer)):
         tokenizer.pad_token_id = trained_with  # EOS in many: their scores are read at the token before it
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -44,11 +44,6 @@ class SamplingArguments:
     generation_batch_size: int = field(default=64, metadata={"help": "Responses sampled at once."})
 
     def __post_init__(self):
-        for name in ("num_generations", "max_completion_length", "generation_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: expected 1 or more.")
-        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError("--temperature and --top_k must be 0 or more, --top_p above 0 and at most 1.")
         if self.temperature == 0 and self.num_generations > 1:
             raise UserError("--temperature 0 always gives the same response: set --num_generations 1 or sample.")
 
@@ -136,7 +131,9 @@ def load_generator(
 
 def warn_of_other_training(source: ModelSource, tokenizer: PreTrainedTokenizerBase, model_args: ModelConfig) -> None:
     """Say so where a policy was trained on other weights of its base, or with other prompts, than it gets here."""
-    trained_with = arguments_of(source.path)
+    trained_with: dict[str, Any] = {}
+    with suppress(UserError):  # other programs have files of this name, too
+        trained_with = arguments_of(source.path)
     by_flag = model_args.load_in_4bit or model_args.load_in_8bit
     quantized = by_flag or getattr(source.config, "quantization_config", None) is not None
     if (trained_with.get("load_in_4bit") or trained_with.get("load_in_8bit")) and source.base and not quantized:
@@ -220,13 +217,8 @@ def sample_to_file(
     """Append one JSON line per prompt to `output`; a run that was stopped goes on where it was.
 
     Batches and seeds depend on nothing but the arguments, so a file made in several runs equals one made in one. The
-    longest prompts come first: a batch that does not fit into memory fails at once.
-
-    Args:
-        loading: how the model was loaded and what its weights are, which is kept with the sampling arguments.
-
-    Raises:
-        UserError: `output` was made otherwise, is in use or cannot be written.
+    longest prompts come first: a batch that does not fit into memory fails at once. How the model was loaded, and what
+    its weights are (`loading`), is kept with the sampling arguments.
     """
     plan = sorted(prompts, key=lambda prompt: (-prompt_length(prompt.messages), prompt.id))
     made_from = {"model": os.path.normpath(model_name), "sampling": {**asdict(sampling), **loading}}

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +41,6 @@ class ModelSource:
     def weights(self) -> str:
         """Folder or Hub name of the model that the weights of all layers come from."""
         return self.base or self.path
-
-    @property
-    def without_adapter(self) -> ModelSource:
-        return replace(self, path=self.weights, base=None, adapter={})
 
     @cached_property
     def stop_ids(self) -> list[int]:
@@ -97,9 +93,7 @@ class ModelSource:
 def resolve_model(name: str | None, revision: str = "main", trust_remote_code: bool = False) -> ModelSource:
     """Find out what a `model_name_or_path` is, without loading weights.
 
-    Raises:
-        UserError: there is no such folder, an adapter's configuration cannot be read, its base folder is gone, or
-            `revision` is given for a folder or is not the one of its base that an adapter was trained on.
+    A `revision` that a folder cannot have, or that an adapter's base had not in its training, is refused.
     """
     if not name:
         raise UserError("Command line: --model_name_or_path is required.")

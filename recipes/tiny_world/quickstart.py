@@ -107,16 +107,16 @@ class Quickstart:
         if (known := self.state["seed"]) != seed:
             raise UserError(f"{folder} holds a quickstart with seed {known}: choose another --output_dir.")
         self.seconds, self.commands = self.state["seconds"], self.state["commands"]
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        self.save()
+        folder.mkdir(parents=True, exist_ok=True)
 
-    def save(self) -> None:
+    def note(self, noted: dict[str, Any], stage: str, value: Any) -> None:
         with self.lock:
+            noted[stage] = value
             write_text(str(self.state_file), json.dumps(self.state, indent=2))
 
     def run(self, stage: Stage) -> None:
         command, output = stage.command(self.written, self.seed), self.folder / stage.output
-        before = self.commands.setdefault(stage.name, command)
+        before = self.commands.get(stage.name, command)
         if before != command:
             raise UserError(
                 f"{output} was made by another command ({shlex.join(before)}): choose another --output_dir."
@@ -126,18 +126,18 @@ class Quickstart:
                 raise UserError(f"{output} has been removed after it was made: choose another --output_dir.")
             print(f"\n{stage.title}\n  finished before, in {self.seconds[stage.name]:.0f} s: {output}", flush=True)
             return
-        self.save()
+        self.note(self.commands, stage.name, command)
         if output.exists() and not stage.continues:
             aside = output.with_name(f"{output.name}.stopped{time.time():.0f}")
             output.rename(aside)
             print(f"\nPut aside what a stopped run left: {aside}", flush=True)
         print(f"\n{stage.title}\n$ {shlex.join(command)}", flush=True)
         log, started = self.folder / "logs" / f"{stage.name}.log", time.monotonic()
+        log.parent.mkdir(exist_ok=True)
         if execute(command, log, stage.name) != 0:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             raise UserError(f"{stage.title} failed; the end of {log}:\n{tail}")
-        self.seconds[stage.name] = time.monotonic() - started
-        self.save()
+        self.note(self.seconds, stage.name, time.monotonic() - started)
         found = ""
         if stage.metrics:
             state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))

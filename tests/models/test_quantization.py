@@ -1,6 +1,5 @@
 """4-bit bases on a CPU: bitsandbytes must not pack their weights, which would end training, and heads stay whole."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
 from recipes.models.heads import ScoreHead
-from recipes.models.loading import load_policy, load_reward_trainee
+from recipes.models.loading import load_policy, load_reward_model, load_reward_trainee
 from recipes.models.source import ModelSource, resolve_model
 from tests import tiny_models as models
 
@@ -37,6 +36,14 @@ def policy(base: ModelSource):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def packed(base: ModelSource, folder) -> ModelSource:
+    """A checkpoint whose weights are stored in 4 bits."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head"])
+    AutoModelForCausalLM.from_pretrained(base.path, quantization_config=quantization).save_pretrained(folder)
+    models.word_tokenizer().save_pretrained(folder)
+    return resolve_model(str(folder))
 
 
 def quantized(model) -> list[Linear4bit]:
@@ -95,14 +102,9 @@ def test_layers_narrower_than_a_block_run_in_eval_mode(tmp_path, monkeypatch):
 def test_the_score_head_is_not_quantised(base, tmp_path, monkeypatch, quantized_checkpoint):
     """Nor where a quantised checkpoint lists the layers that it left out, as those on the Hub do."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    source = base
+    source = packed(base, tmp_path) if quantized_checkpoint else base
     if quantized_checkpoint:
-        quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head"])
-        model = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=quantization)
-        model.save_pretrained(tmp_path)
-        kept = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
-        assert kept == ["lm_head"]
-        source = resolve_model(str(tmp_path))
+        assert source.config.quantization_config["llm_int8_skip_modules"] == ["lm_head"]
     model = load_reward_trainee(source, FOUR_BITS)
     head = model.get_base_model().score.modules_to_save["default"]
     assert type(head) is ScoreHead and head.weight.dtype == torch.float32
@@ -111,3 +113,17 @@ def test_the_score_head_is_not_quantised(base, tmp_path, monkeypatch, quantized_
     scores = model.eval()(input_ids=IDS).logits
     model.train()(input_ids=IDS).logits.sum().backward()
     assert scores.isfinite().all() and head.weight.grad.any()
+
+
+def test_a_reward_adapter_on_a_quantised_checkpoint_scores_as_it_was_trained(base, tmp_path):
+    """Merged into weights of 4 bits, most of it was rounded away."""
+    trained = load_reward_trainee(packed(base, tmp_path / "base"), FOUR_BITS)
+    torch.manual_seed(0)
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    trained.save_pretrained(tmp_path / "reward")
+    trained.config.pad_token_id = 0
+    model, _ = load_reward_model(resolve_model(str(tmp_path / "reward")), FOUR_BITS)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits, trained.eval()(input_ids=IDS).logits)

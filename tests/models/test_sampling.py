@@ -244,7 +244,7 @@ def test_a_prompt_that_does_not_fit_is_named(folders, tmp_path):
 )
 def test_impossible_arguments(wrong):
     with pytest.raises(UserError, match="--"):
-        SamplingArguments(**wrong)
+        parse((SamplingArguments,), flags(**wrong))
 
 
 def test_an_adapter_samples_as_itself(folders, generator, prompts):
@@ -267,6 +267,8 @@ def test_prompts_that_are_written_otherwise_than_in_training_are_said(folders, t
         (folder / "chat_template.jinja").write_text(first_line + template)
         load_generator(ModelConfig(model_name_or_path=str(folder)))
         assert capsys.readouterr().err.count("chat_template_kwargs {'enable_thinking': False}, and here") == said
+    (folder.parent / "train_config.yaml").write_text("epochs: 3")  # of another program
+    assert load_generator(ModelConfig(model_name_or_path=str(folder)))
 
 
 def test_a_base_answers_in_four_bits(folders, prompts):

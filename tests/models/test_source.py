@@ -38,7 +38,6 @@ def test_a_base_an_adapter_and_a_reward_model_are_told_apart(folders):
     assert sft.base == reward.base == sft.weights == base.weights == str(folders / "base")
     assert [each.has_score_head for each in (base, sft, reward, full)] == [False, False, True, True]
     assert (sft.peft_config.r, reward.peft_config.r) == (3, 4)
-    assert sft.without_adapter == base
     assert sft.config.model_type == "llama" and sft.config.architectures == ["LlamaForCausalLM"]
 
 
@@ -185,7 +184,7 @@ def test_the_revision_of_a_base_stays_with_its_adapter(folders, tmp_path):
     for number, load in enumerate((load_policy, load_reward_trainee)):
         load(base, ModelConfig(use_peft=True, lora_r=2)).save_pretrained(tmp_path / str(number))
         again = resolve_model(str(tmp_path / str(number)))
-        assert again.revision == again.without_adapter.revision == again.peft_config.revision == "step3"
+        assert again.revision == again.peft_config.revision == "step3"
         with pytest.raises(UserError, match="--model_revision step4: .* is an adapter on the revision step3 of"):
             resolve_model(str(tmp_path / str(number)), "step4")
     for name in ("base", "sft"):

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import shutil
 
 import pytest
@@ -49,9 +50,13 @@ def test_a_merged_policy_gives_the_adapter_s_logits_without_peft(folders, tmp_pa
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])  # TRL trains a head without a task type, too
 @torch.no_grad()
-def test_a_merged_reward_model_keeps_head_and_statistics(folders, tmp_path):
-    merge(folders / "reward", tmp_path / "merged")
+def test_a_merged_reward_model_keeps_head_and_statistics(folders, tmp_path, task_type):
+    shutil.copytree(folders / "reward", tmp_path / "reward")
+    config = json.loads((tmp_path / "reward" / "adapter_config.json").read_text()) | {"task_type": task_type}
+    (tmp_path / "reward" / "adapter_config.json").write_text(json.dumps(config))
+    merge(tmp_path / "reward", tmp_path / "merged")
     base = AutoModelForSequenceClassification.from_pretrained(folders / "base", num_labels=1)
     adapted = PeftModel.from_pretrained(base, folders / "reward")
     adapted.config.pad_token_id = 0

@@ -38,7 +38,7 @@ def finished(tmp_path_factory, tiny_base):
     adapter(folder / "reward", tiny_base, "SEQ_CLS", 0.05)
     for name, std in (("sft", 0.02), ("ppo", 0.15), ("ppo_no_kl", 0.3)):
         adapter(folder / name, tiny_base, "CAUSAL_LM", std)
-        (folder / name / "train_config.yaml").write_text("git_revision: abc123\n")
+        (folder / name / "train_config.yaml").write_text("arguments: {}\ngit_revision: abc123\n")
     for run in results.RUNS.values():
         for step in (10, 20):
             adapter(folder / run / f"checkpoint-{step}", tiny_base, "CAUSAL_LM", step / 100)
