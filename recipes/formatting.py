@@ -125,17 +125,12 @@ class FormattingArguments(RowArguments):
 
 
 class FormattedDatasets(dict):
-    """Datasets by split ("train", perhaps "eval"), and `reports` on their rows."""
-
     def __init__(self):
         self.reports: dict[str, Report] = {}
 
 
 def has_test_split(source, split: str, name: str | None = None) -> bool:
-    """Whether a source has the split to evaluate on, which may be a slice such as `train[0:100]`.
-
-    A line on stderr says where it has not, unless the split is the default "test".
-    """
+    """Whether a source has the split to evaluate on, perhaps a slice; says where it has not, unless it is "test"."""
     splits = list_splits(source, name)
     found = split.partition("[")[0] in splits
     if not found and split != "test":
@@ -152,18 +147,16 @@ def load_formatted(
     seed: int = 0,
     **options,
 ) -> FormattedDatasets:
-    """The datasets of a recipe: {"train": dataset} and, with `evaluate`, "eval".
+    """The datasets of a recipe, "train" and, with `evaluate`, "eval", and `reports` on their rows, which it prints.
 
     "eval" is the source's split `dataset_test_split` or, where it has none and for mixtures, `test_split_size` of the
-    prompts of "train"; a single prompt is not split. The first process prints the reports to stderr.
+    prompts of "train"; a single prompt is not split.
 
     Args:
         script_args: TRL's ScriptArguments: dataset_name, dataset_config, the names of the splits, and
             dataset_streaming, which gives IterableDatasets that are formatted while they are read.
         tokenizer: rows are rendered by its chat template, and searched for its control tokens.
         options: further keyword arguments of `format_dataset`, such as `prompt_completion` or `cut_at`.
-    Raises:
-        DataError: there is no dataset, or it cannot be used.
     """
     streaming = script_args.dataset_streaming
     options = {**format_args.options(), "tokenizer": tokenizer, "streaming": streaming, **options}

@@ -57,10 +57,7 @@ class Kept(NamedTuple):
 
 @dataclass
 class Formatter:
-    """Turns rows into the output rows of a task and fills in a report.
-
-    `recipes.formatting.RowArguments` says what schema, mapping, on_error, max_error_rate, on_special and dedup are.
-    """
+    """Turns rows into the rows of a task and fills in a report; `RowArguments` says more of what it shares with it."""
 
     task: str  # one of `TASKS`; `recipes.data.tasks` lists their columns
     schema: str = "auto"
@@ -232,12 +229,7 @@ class Formatter:
         return [*skips, Kept(output, digest, flags, tokens)]
 
     def _measure(self, output: dict, flags: list[str]) -> tuple[list[Skip], int]:
-        """What is left out of a row because it is too long, and the tokens of the rest; may shorten a ranking.
-
-        Raises:
-            RowError: the chat template refuses the row, or the model has no room for it.
-            Skip: nothing of it can be trained.
-        """
+        """What is left out of a row because it is too long, and the tokens of the rest; may shorten a ranking."""
         self._check_left_out(output, flags)
         found = list(sequences(output, self.tokenizer))
         first, longest, cut_at = found[0], max(len(sequence.ids) for sequence in found), self.cut_at

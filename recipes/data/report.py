@@ -46,7 +46,6 @@ class Report:
         vars(self).update(vars(Report(self.source, self.task)))
 
     def add(self, kind: str, row: Row, what: str, column: str | None = None) -> None:
-        """`kind` is "skipped", "flags" or "errors"."""
         entries = getattr(self, kind)
         counts = self.counts[kind]
         # messages quote values, so there may be many different ones

@@ -22,12 +22,7 @@ from recipes.data.rows import RowError, Skip
 def outputs(
     example: Dialogue | Ranking, task: str, prompt_completion: bool, margin: bool, assistant_only_loss: bool
 ) -> Iterator[dict | Skip]:
-    """The rows for a task, and a `Skip` for each part of the example that is left out.
-
-    Raises:
-        Skip: the whole example is left out.
-        RowError: `margin` is set, and the example has none.
-    """
+    """The rows for a task, and a `Skip` for each part of the example that is left out; raises one for all of it."""
     if task == "prompt":
         yield {"prompt": _prompt(example)}
     elif task == "sft":

@@ -46,11 +46,7 @@ def suffix_of(path: Path) -> str:
 
 
 def read_text_file(path: Path) -> Iterator[Row]:
-    """The rows of a .jsonl, .ndjson, .json, .csv or .txt file, compressed or not.
-
-    Raises:
-        DataError: nothing of the file can be read, or its compressed form is damaged.
-    """
+    """The rows of a .jsonl, .ndjson, .json, .csv or .txt file; DataError where nothing of it can be read."""
     from fsspec.compression import compr
 
     packing = COMPRESSED.get(path.suffix.lower())
@@ -87,11 +83,7 @@ def _check_is_text(path: Path, head: bytes) -> None:
 
 
 def _lines(text: TextIO) -> Iterator[str]:
-    """The lines of a file.
-
-    Raises:
-        LostRows: a line is longer than LIMIT; it is never held as a whole.
-    """
+    """The lines of a file, up to one that is longer than LIMIT, which is never held as a whole."""
     while line := text.readline(LIMIT + 1):
         if len(line) > LIMIT:
             raise LostRows(f"the line is {TOO_LONG}; {LOST}")

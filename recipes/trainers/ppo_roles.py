@@ -13,7 +13,7 @@ from trl.trainer.utils import add_fused_lm_head, pad
 from recipes.cli.errors import UserError
 from recipes.models import adapters
 from recipes.models.dropout import disable_dropout_rates
-from recipes.models.heads import add_state_forward, critic_from_policy, use_float32_head
+from recipes.models.heads import add_state_forward, critic_from_policy, full_critic, use_float32_head
 from recipes.models.vllm import send_only_policy
 from recipes.trainers.fast.fast_paths import FastPaths
 from recipes.trainers.rollout import Results, response_states, right_align
@@ -58,17 +58,21 @@ class PPORoles(GRPOTrainer):
                 raise UserError("value_model and the policy's adapter `critic` are two critics: pass one of them.")
         elif self._is_peft and value_model is None:
             adapters.add_score_roles(self._policy, {"critic": None})
-        elif isinstance(value_model, PeftModel):
-            raise UserError("value_model has an adapter, and is trained whole: merge it, by merge_and_unload().")
         else:
-            critic = value_model or critic_from_policy(self._policy, trust_remote_code)
-            use_float32_head(adapters.train_text(critic))
-            self._base.critic = critic
+            if value_model is None:
+                value_model = critic_from_policy(self._policy, trust_remote_code)
+            if not isinstance(value_model, PeftModel):
+                adapters.train_text(value_model)
+            use_float32_head(adapters.model_with_adapter(value_model, "value_model"))
+            self._base.critic = value_model
 
     def _train_only_roles(self) -> None:
-        """Of adapters, turn gradients on for policy and critic only."""
+        """Turn gradients on for policy and critic only; of a critic that is a `PeftModel`, for its adapter."""
+        critic = full_critic(self._policy)
         if self._is_peft:
             adapters.train_only(self._policy, ("default", "critic"))
+        if isinstance(critic, PeftModel):
+            adapters.train_only(critic, critic.active_adapters)
 
     def _add_to_given(self, optimizer: torch.optim.Optimizer) -> None:
         """Let a given optimizer train what PPO has made after it: a new adapter and the critic."""
