@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import ModelConfig, get_peft_config
 
 from recipes.cli.errors import UserError
-from recipes.models.heads import ScoreHead, base_of
+from recipes.models.heads import ScoreHead, base_of, without_critic
 
 CHANGE_THE_BASE = ("bias", "layer_replication")
 # They take a part out of the base's weights.
@@ -129,7 +129,8 @@ def role_layers(model: PeftModel) -> list[tuple[nn.Module, frozenset[str]]]:
     cached = vars(model).get("_role_layers")
     if cached is None or cached[0] != adapters:
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        layers = [module for module in model.modules() if isinstance(module, kinds)]
+        with without_critic(model):  # a critic with an adapter of its own keeps it on
+            layers = [module for module in model.modules() if isinstance(module, kinds)]
         cached = adapters, [(layer, frozenset(layer._get_available_adapters())) for layer in layers]
         object.__setattr__(model, "_role_layers", cached)
     return cached[1]

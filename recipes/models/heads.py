@@ -12,7 +12,8 @@ import types
 from collections.abc import Callable, Iterator
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -103,6 +104,7 @@ def scores_at(
     model: PreTrainedModel, input_ids: torch.Tensor, states: States, head: nn.Module | None = None
 ) -> torch.Tensor:
     """Scores at chosen states of right-aligned rows by a [`ScoreHead`], by default the model's own: (N,) float32."""
+    model = base_of(model)
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[states]
     return (model.score if head is None else head)(hidden).squeeze(-1)
 
@@ -119,9 +121,14 @@ def critic_from_policy(policy: PreTrainedModel, trust_remote_code: bool = False)
     return critic
 
 
+def full_critic(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
+    """The critic that is a model of its own; `None` where it is an adapter."""
+    return getattr(base_of(model), "critic", None)
+
+
 @contextlib.contextmanager
-def without_critic(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel | None]:
-    """Take a critic that is a model of its own out of the policy, whose file is not to hold it; yield it."""
+def without_critic(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel | PeftModel | None]:
+    """Take a critic that is a model of its own out of the policy, where PEFT would find its layers; yield it."""
     critic = base_of(model)._modules.pop("critic", None)
     try:
         yield critic
@@ -150,8 +157,10 @@ def save_trained(model: PreTrainedModel | PeftModel, folder: str, state_dict: di
 
 def load_critic(model: PreTrainedModel | PeftModel, folder: str) -> None:
     """Put the critic that [`save_trained`] wrote below `folder` back, where it is a model of its own."""
-    critic = getattr(base_of(model), "critic", None)
-    if critic is not None:
+    critic = full_critic(model)
+    if isinstance(critic, PeftModel):
+        set_peft_model_state_dict(critic, load_peft_weights(os.path.join(folder, "critic"), device="cpu"))
+    elif critic is not None:
         # In float32 nothing is rounded on the way: the head is float32 whatever the backbone is.
         saved = type(critic).from_pretrained(os.path.join(folder, "critic"), dtype=torch.float32)
         critic.load_state_dict(saved.state_dict())

@@ -13,10 +13,10 @@ from trl.trainer.utils import add_fused_lm_head, pad
 from recipes.cli.errors import UserError
 from recipes.models import adapters
 from recipes.models.dropout import disable_dropout_rates
-from recipes.models.heads import add_state_forward, critic_from_policy, use_float32_head
+from recipes.models.heads import add_state_forward, critic_from_policy, full_critic, use_float32_head
 from recipes.models.vllm import send_only_policy
 from recipes.trainers.fast.fast_paths import FastPaths
-from recipes.trainers.rollout import Results, at_responses
+from recipes.trainers.rollout import Results, response_states, right_align
 
 
 def check_room(model: PreTrainedModel, name: str, tokens: int) -> None:
@@ -58,17 +58,21 @@ class PPORoles(GRPOTrainer):
                 raise UserError("value_model and the policy's adapter `critic` are two critics: pass one of them.")
         elif self._is_peft and value_model is None:
             adapters.add_score_roles(self._policy, {"critic": None})
-        elif isinstance(value_model, PeftModel):
-            raise UserError("value_model has an adapter, and is trained whole: merge it, by merge_and_unload().")
         else:
-            critic = value_model or critic_from_policy(self._policy, trust_remote_code)
-            use_float32_head(adapters.train_text(critic))
-            self._base.critic = critic
+            if value_model is None:
+                value_model = critic_from_policy(self._policy, trust_remote_code)
+            if not isinstance(value_model, PeftModel):
+                adapters.train_text(value_model)
+            use_float32_head(adapters.model_with_adapter(value_model, "value_model"))
+            self._base.critic = value_model
 
     def _train_only_roles(self) -> None:
-        """Of adapters, turn gradients on for policy and critic only."""
+        """Turn gradients on for policy and critic only; of a critic that is a `PeftModel`, for its adapter."""
+        critic = full_critic(self._policy)
         if self._is_peft:
             adapters.train_only(self._policy, ("default", "critic"))
+        if isinstance(critic, PeftModel):
+            adapters.train_only(critic, critic.active_adapters)
 
     def _add_to_given(self, optimizer: torch.optim.Optimizer) -> None:
         """Let a given optimizer train what PPO has made after it: a new adapter and the critic."""
@@ -113,12 +117,17 @@ class PPORoles(GRPOTrainer):
     def _at_responses(self, model: nn.Module, ids, attention_mask, width: int, **options) -> Results:
         """What `model` gives for the last `width` tokens of all rows, (B, width) each, 0 at padding.
 
-        That is log p of the tokens in nats, and with `compute_entropy=True` the entropies, else None; with a
-        `scalar_head` its scores.
+        Log p in nats, and entropies or None, or the scores of a `scalar_head`: `options` are those of
+        [`~recipes.models.heads.add_state_forward`].
         """
 
         def run(rows: torch.Tensor) -> Results:
-            return at_responses(model, ids[rows], attention_mask[rows], width, **options)
+            mask = attention_mask[rows]
+            real = mask[:, -width:].bool()
+            states, targets = response_states(mask, width), ids[rows, -width:][real]
+            found = model(input_ids=right_align(ids[rows], mask), states=states, targets=targets, **options)
+            found = found if isinstance(found, tuple) else (found,)
+            return tuple(None if x is None else x.new_zeros(real.shape).masked_scatter(real, x) for x in found)
 
         with self.accelerator.autocast():
             return self._fast.map_rows(run, attention_mask.sum(1))

@@ -5,11 +5,12 @@ from typing import ClassVar
 
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import GRPOTrainer
 
 from recipes.models.adapters import adapter_parameters
-from recipes.models.heads import load_critic, save_trained
+from recipes.models.heads import full_critic, load_critic, save_trained, without_critic
 from recipes.trainers.checkpoints import WholeCheckpoints
 
 
@@ -60,7 +61,13 @@ class PPOSaving(WholeCheckpoints, GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.model if model is None else model
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._is_peft and isinstance(full_critic(self._policy), PeftModel):
+            with without_critic(self._policy):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                # Trainer takes what is in `critic/` for an adapter of the policy.
+                self._policy.delete_adapter("critic")
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_fsdp_enabled:  # shares come from a file of their own, with the critic's
             load_critic(model, resume_from_checkpoint)
         self._train_only_roles()  # Trainer reloads every adapter but the active one as untrainable
