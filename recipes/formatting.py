@@ -7,6 +7,7 @@ This module may import `recipes.data` and `recipes.cli`: it needs no model, at m
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.cli.screen import say
@@ -18,7 +19,6 @@ from recipes.data.report import Report
 from recipes.data.rows import DataError
 from recipes.data.schemas import detect
 from recipes.data.splits import check_leakage, split_by_group
-from recipes.data.tasks import has_tools
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -27,6 +27,7 @@ __all__ = [
     "DataError", "FormattedDatasets", "Formatter", "FormattingArguments", "Report", "RowArguments", "check_leakage",
     "detect", "format_dataset", "has_test_split", "list_splits", "load_formatted", "load_rows", "split_by_group",
 ]  # fmt: skip
+BATCH = 1000  # rows that are written at a time
 
 
 def format_dataset(
@@ -51,65 +52,53 @@ def format_dataset(
         return _write(formatter, rows, report, (num_proc or 1) // launched), report
     from datasets import IterableDataset
 
-    columns = formatter.features(tools=task == "sft")  # any row may have tool calls, which a mixture would drop
     parts = {"formatter": formatter, "rows": rows, "report": report}
-    return IterableDataset.from_generator(_stream, columns, parts), report
+    return IterableDataset.from_generator(_stream, formatter.features(), parts), report
 
 
 def _stream(formatter: Formatter, rows: Rows, report: Report) -> Iterator[dict]:
     return (output for _, output in formatter(rows, report))
 
 
-def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int, tools: bool = False) -> "Dataset":
+def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int) -> "Dataset":
     """Writes an Arrow file itself: `Dataset.from_generator` wraps errors and rounds numbers in tool calls."""
     import datasets
     import pyarrow
-    from datasets.arrow_writer import ArrowWriter
 
-    columns = formatter.features(tools)
+    columns = formatter.features()
     folder = datasets.fingerprint.get_temporary_cache_files_directory()
     path = os.path.join(folder, f"formatted-{os.urandom(8).hex()}.arrow")
-    with ArrowWriter(features=columns, path=path) as writer:
-        for _, output in formatter(rows, report, num_proc):
-            if not tools and has_tools(output):  # known only now: begin again with other columns
-                return _write(formatter, rows, report, num_proc, tools=True)
-            if tools or formatter.keep_columns:  # there is free JSON, of which `write` would round the numbers
-                encoded = columns.encode_example(output)
-                writer.write_row(pyarrow.Table.from_pylist([encoded], columns.arrow_schema))
-            else:
-                writer.write(output)
-        writer.finalize()
+    outputs = (columns.encode_example(output) for _, output in formatter(rows, report, num_proc))
+    with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, columns.arrow_schema) as writer:
+        while batch := list(islice(outputs, BATCH)):
+            writer.write_table(pyarrow.Table.from_pylist(batch, columns.arrow_schema))
     dataset = datasets.Dataset.from_file(path)
+    if "tools" in columns and dataset.data["tools"].null_count == len(dataset):
+        dataset = dataset.remove_columns("tools")
     dataset._fingerprint = report.fingerprint  # of the content, so that it is the same in the next run
     return dataset
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class RowArguments:
     """How the rows of a dataset are read; docs/datasets.md explains more."""
 
-    dataset_schema: str = field(
-        default="auto", metadata={"help": "Name of the schema (docs/datasets.md lists them), or auto to detect it."}
+    dataset_schema: str = _option("auto", "Name of the schema (docs/datasets.md lists them), or auto to detect it.")
+    dataset_mapping: list[str] | None = _option(
+        None,
+        "Which column holds what, as key=value items or one JSON object, e.g. prompt=question.text chosen=best "
+        "rejected=worst; dots reach into objects, and roles.NAME=user adds a role.",
     )
-    dataset_mapping: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Which column holds what, as key=value items or one JSON object, e.g. prompt=question.text "
-            "chosen=best rejected=worst; dots reach into objects, and roles.NAME=user adds a role."
-        },
+    on_error: Literal["raise", "skip"] = _option("raise", "Stop at rows that cannot be used, or leave them out.")
+    max_error_rate: float = _option(0.01, "With on_error=skip, the share of bad rows that is still accepted.")
+    on_special: Literal["flag", "drop", "fail"] = _option(
+        "flag", "Report, leave out or refuse rows that hold the text of a control token."
     )
-    on_error: Literal["raise", "skip"] = field(
-        default="raise", metadata={"help": "Stop at rows that cannot be used, or leave them out."}
-    )
-    max_error_rate: float = field(
-        default=0.01, metadata={"help": "With on_error=skip, the share of bad rows that is still accepted."}
-    )
-    on_special: Literal["flag", "drop", "fail"] = field(
-        default="flag", metadata={"help": "Report, leave out or refuse rows that hold the text of a control token."}
-    )
-    dedup: Literal["flag", "drop"] = field(
-        default="flag", metadata={"help": "Report repeated rows, or leave them out."}
-    )
+    dedup: Literal["flag", "drop"] = _option("flag", "Report repeated rows, or leave them out.")
 
     def options(self) -> dict[str, Any]:
         """As keyword arguments of `format_dataset`."""
@@ -121,38 +110,28 @@ class RowArguments:
 class FormattingArguments(RowArguments):
     """How the dataset of a recipe is read, beside TRL's ScriptArguments."""
 
-    datasets: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "A mixture instead of dataset_name: SOURCE or SOURCE=FRACTION, its share of the mixture; in YAML "
-            "also mappings with path and perhaps name, split, data_files, schema, mapping and fraction."
-        },
+    datasets: list[str] | None = _option(
+        None,
+        "A mixture instead of dataset_name: SOURCE or SOURCE=FRACTION, its share of the mixture; in YAML also "
+        "mappings with path and perhaps name, split, data_files, schema, mapping and fraction.",
     )
-    keep_columns: list[str] | None = field(
-        default=None, metadata={"help": "For PPO, columns that its Python reward functions get as keyword arguments."}
+    keep_columns: list[str] | None = _option(
+        None, "For PPO, columns that its Python reward functions get as keyword arguments."
     )
-    test_split_size: float = field(
-        default=0.1, metadata={"help": "Share of the prompts to evaluate on, where the dataset has no test split."}
-    )
+    test_split_size: float = _option(0.1, "Share of the prompts to evaluate on, where the dataset has no test split.")
 
     def options(self) -> dict[str, Any]:
         return super().options() | {"keep_columns": self.keep_columns or ()}
 
 
 class FormattedDatasets(dict):
-    """Datasets by split ("train", perhaps "eval"), and `reports` on their rows."""
-
     def __init__(self):
         self.reports: dict[str, Report] = {}
 
 
 def has_test_split(source, split: str, name: str | None = None) -> bool:
-    """Whether a source has the split to evaluate on, which may be a slice such as `train[0:100]`.
-
-    A line on stderr says where it has not, unless the split is the default "test".
-    """
-    splits = list_splits(source, name)
-    found = split.partition("[")[0] in splits
+    """Whether a source has the split to evaluate on, perhaps a slice; says where it has not, unless it is "test"."""
+    found = split.partition("[")[0] in list_splits(source, name)
     if not found and split != "test":
         say(f"{source} has no split {split!r} (--dataset_test_split): rows to evaluate on are from its other splits.")
     return found
@@ -167,18 +146,16 @@ def load_formatted(
     seed: int = 0,
     **options,
 ) -> FormattedDatasets:
-    """The datasets of a recipe: {"train": dataset} and, with `evaluate`, "eval".
+    """The datasets of a recipe, "train" and, with `evaluate`, "eval", and `reports` on their rows, which it prints.
 
     "eval" is the source's split `dataset_test_split` or, where it has none and for mixtures, `test_split_size` of the
-    prompts of "train"; a single prompt is not split. The first process prints the reports to stderr.
+    prompts of "train"; a single prompt is not split.
 
     Args:
         script_args: TRL's ScriptArguments: dataset_name, dataset_config, the names of the splits, and
             dataset_streaming, which gives IterableDatasets that are formatted while they are read.
         tokenizer: rows are rendered by its chat template, and searched for its control tokens.
         options: further keyword arguments of `format_dataset`, such as `prompt_completion` or `cut_at`.
-    Raises:
-        DataError: there is no dataset, or it cannot be used.
     """
     streaming = script_args.dataset_streaming
     options = {**format_args.options(), "tokenizer": tokenizer, "streaming": streaming, **options}
@@ -211,10 +188,8 @@ def _sources(script_args, format_args: FormattingArguments, evaluate: bool) -> d
     train = Source(path, name, script_args.dataset_train_split)
     if format_args.datasets:
         if (name, train.split, script_args.dataset_test_split) != (None, "train", "test"):
-            raise DataError(
-                "datasets: a source of a mixture has its own name and split, and rows to evaluate on are held out: "
-                "leave out dataset_config, dataset_train_split and dataset_test_split"
-            )
+            names = "dataset_config, dataset_train_split and dataset_test_split"
+            raise DataError(f"datasets: a source of a mixture has its own name and split; leave out {names}")
         sources = {"train": parse_sources(format_args.datasets)}
     elif path is None:
         raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")

@@ -38,8 +38,8 @@ FREE = re.compile(
     + r"|dataset_num_proc|ddp_timeout"
 )
 MODEL_FILES = re.compile(
-    r".*\.safetensors(\.index\.json)?|(pytorch|adapter)_model.*\.bin|(adapter_|tokenizer_)?config\.json|tokenizer\.json"
-    r"|chat_template\.jinja|reward_statistics\.json"
+    r".*\.safetensors(\.index\.json)?|(pytorch|adapter)_model.*\.bin|(adapter_|tokenizer_|generation_)?config\.json"
+    r"|tokenizer\.json|chat_template\.jinja|reward_statistics\.json"
 )
 TEMPLATE = "chat_template_path"  # a folder or a file
 SAMPLE = 65_536  # bytes of each end of a file that take part in its digest

@@ -30,15 +30,11 @@ CHOICES = {
     "on_special": ("flag", "drop", "fail"),
     "dedup": ("flag", "drop"),
 }
-
-
 # What TRL's trainers read from a row of prompts, or hand to reward functions themselves.
 RESERVED = (
     "prompt", "prompts", "completion", "completions", "completion_ids", "image", "images", "tools",
     "chat_template_kwargs", "trainer_state", "log_extra", "log_metric", "environments",
 )  # fmt: skip
-
-
 # Flags of rows that are not used whole.
 CUT = "the answer at the end of the prompt was left out"
 UNTRAINED = "answers with weight 0 are not trained"
@@ -57,10 +53,7 @@ class Kept(NamedTuple):
 
 @dataclass
 class Formatter:
-    """Turns rows into the output rows of a task and fills in a report.
-
-    `recipes.formatting.RowArguments` says what schema, mapping, on_error, max_error_rate, on_special and dedup are.
-    """
+    """Turns rows into the rows of a task and fills in a report; `RowArguments` says more of what it shares with it."""
 
     task: str  # one of `TASKS`; `recipes.data.tasks` lists their columns
     schema: str = "auto"
@@ -106,11 +99,7 @@ class Formatter:
         self._left_out = {} if self.tokenizer is None else left_out(self.tokenizer)
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
-        """Yields each output row together with the row of the source that it comes from, without its data.
-
-        Raises:
-            DataError: no schema fits; or, at the end, rows that cannot be used, or no usable row at all.
-        """
+        """Yields each output row and the place of its source row; DataError at the end if rows cannot be used."""
         report.clear()  # each epoch of a stream reads all rows again
         rows = as_rows(rows)
         report.schema, report.reason = self._choose_schema(rows, report)
@@ -149,9 +138,9 @@ class Formatter:
             report.rows_in += 1
             yield row
 
-    def features(self, tools: bool = False):
-        """The `datasets.Features` of the output rows; `tools` where conversations have tool calls."""
-        return features(self.task, self.prompt_completion, self.margin, tools, self.keep_columns)
+    def features(self):
+        """The `datasets.Features` of the output rows."""
+        return features(self.task, self.prompt_completion, self.margin, self.keep_columns)
 
     def _check_errors(self, report: Report) -> None:
         errors = report.counts["errors"].total()
@@ -232,12 +221,7 @@ class Formatter:
         return [*skips, Kept(output, digest, flags, tokens)]
 
     def _measure(self, output: dict, flags: list[str]) -> tuple[list[Skip], int]:
-        """What is left out of a row because it is too long, and the tokens of the rest; may shorten a ranking.
-
-        Raises:
-            RowError: the chat template refuses the row, or the model has no room for it.
-            Skip: nothing of it can be trained.
-        """
+        """What is left out of a row because it is too long, and the tokens of the rest; may shorten a ranking."""
         self._check_left_out(output, flags)
         found = list(sequences(output, self.tokenizer))
         first, longest, cut_at = found[0], max(len(sequence.ids) for sequence in found), self.cut_at

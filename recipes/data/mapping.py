@@ -24,15 +24,13 @@ def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, Any] | N
             return parse_mapping(DECODER.decode(joined))
         except (json.JSONDecodeError, RowError) as error:
             raise DataError(f"--dataset_mapping is not valid JSON: {error}") from None
-    result: dict[str, Any] = {}
     for item in joined.split():
         if not re.fullmatch(r"[^=]+=[^=]+", item):
             raise DataError(f"--dataset_mapping: {item!r} is not KEY=COLUMN, e.g. prompt=question.text")
-        name, column = item.split("=")
-        if name in result:
-            raise DataError(f"--dataset_mapping: {name} is given twice, as {result[name]} and {column}")
-        result[name] = column
-    return result
+    pairs = [item.split("=") for item in joined.split()]
+    if len(dict(pairs)) < len(pairs):
+        raise DataError(f"--dataset_mapping {joined}: a column is given twice")
+    return dict(pairs)
 
 
 class ColumnMapping:
@@ -89,10 +87,10 @@ PARTS = {"sft": ("prompt", "completion"), "prompt": ("prompt",)}  # for other ta
 WORDS = {  # parts of the names that people give to columns
     "prompt": ("prompt", "question", "query", "instruction", "request", "ask", "problem", "user", "input", "context"),
     "completion": ("completion", "answer", "response", "output", "reply", "solution", "target", "assistant"),
-    "chosen": ("chosen", "preferred", "best", "better", "good", "accept", "positive", "win"),
+    # first, since "non_preferred" holds "preferred"
     "rejected": ("reject", "dispref", "unpref", "nonpref", "non_pref", "worst", "worse", "bad", "negative", "los"),
+    "chosen": ("chosen", "preferred", "best", "better", "good", "accept", "positive", "win"),
 }
-ORDER = ("prompt", "completion", "rejected", "chosen")  # in which they are guessed: "non_preferred" holds "prefer"
 
 
 def suggest_mapping(rows: list[dict], task: str) -> str:
@@ -113,12 +111,12 @@ def suggest_mapping(rows: list[dict], task: str) -> str:
     else:
         parts = PARTS.get(task, ("prompt", "chosen", "rejected"))
         guess = {}
-        for part in sorted(parts, key=ORDER.index):
+        for part in sorted(parts, key=list(WORDS).index):
             named = (name for word in WORDS[part] for name in left if word in name.rsplit(".", 1)[-1].lower())
             guess[part] = next(named, "")
             left = [name for name in left if name != guess[part]]
-        ordered = ("prompt", "completion")
-        guess = {part: guess[part] or (left.pop(0) if left and part in ordered else "COLUMN") for part in parts}
+        for part in parts:
+            guess[part] = guess.pop(part) or (left.pop(0) if left and part in PARTS["sft"] else "COLUMN")
     meaningful = {*MEANINGFUL, *CONTEXT, *(("tools", "functions") if task == "sft" else ())}
     known = [name for name in cells if name in meaningful and cells[name] not in NOTHING]
     guess |= {name: name for name in known if name not in guess.values()}  # what would otherwise be ignored

@@ -11,10 +11,10 @@ from recipes.data.rows import Row, RowError, RowProblem, Skip, describe
 def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:
     """Rows of the schemas "messages" and "ranking" out of rows with message_id, parent_id, role, text and rank.
 
-    sft: one conversation per tree, which follows the best ranked reply (rank 0) at each step and ends with an
-    assistant. prompt: the first message of each tree. preference and ranking: the ranked replies to each message of a
-    user. Messages that are deleted or failed review are left out with all replies to them. The whole table is held in
-    memory. A result carries the line of its first message or, for rankings, of the message that was replied to.
+    sft: one conversation per tree, by the best ranked reply (rank 0) at each step, up to the last of an assistant.
+    prompt: the first message of each tree. preference, ranking: the ranked replies to each message of a user. Messages
+    that are deleted or failed review are left out with all replies. A result has the line of its first message or, for
+    rankings, of the message that was replied to.
     """
     replies: dict[str | None, list[Row]] = defaultdict(list)  # to a message; those to none begin a tree
     for row in rows:

@@ -10,16 +10,13 @@ from multiprocessing import get_context
 from typing import Any
 
 BATCH = 1000  # rows that a process gets at a time
-AHEAD = 4 * BATCH  # rows for each process that are read before the first result is asked for
+AHEAD = 4 * BATCH  # rows for each process that are read at a time; `Executor.map` alone would read all
 
 _work: Callable | None = None  # of a worker process
 
 
 def map_in_order(work: Callable[[Any], Any], rows: Iterable, num_proc: int) -> Iterator:
-    """`map(work, rows)` by `num_proc` processes; `Executor.map` alone would read all rows first.
-
-    Processes are forked, as by `datasets`: they know the schemas that were registered in this one.
-    """
+    """`map(work, rows)` by forked processes, which know the schemas that were registered in this one."""
     if num_proc < 2:
         yield from map(work, rows)
         return

@@ -28,11 +28,7 @@ class Sequence(NamedTuple):
 
 
 def sequences(row: dict, tokenizer) -> Iterator[Sequence]:
-    """The sequences of a row: its prompt, or the prompt with each response.
-
-    Raises:
-        RowError: the chat template refuses the conversation.
-    """
+    """The sequences of a row: its prompt, or the prompt with each response; RowError if the template refuses it."""
     tools = json.loads(row["tools"]) if row.get("tools") else None
     responses = [(column, row[column]) for column in ("completion", "chosen", "rejected") if column in row]
     ranked = zip(row.get("ranks", ()), row.get("completions", ()), strict=True)
@@ -80,11 +76,7 @@ def left_out(tokenizer) -> dict[str, str]:
 
 
 def check_positions(tokens: int, positions: int | None, completion_length: int = 0) -> None:
-    """Check that a sequence, and a completion after it, has a place in the model for every token.
-
-    Raises:
-        RowError: it has not.
-    """
+    """Raises RowError unless the model has a place for every token of a sequence and of a completion after it."""
     if positions is not None and tokens + completion_length > positions:
         completion = f" and --max_completion_length {completion_length}" if completion_length else ""
         raise RowError(f"{tokens} tokens{completion} are more than the {positions} positions of the model")

@@ -22,12 +22,7 @@ from recipes.data.rows import RowError, Skip
 def outputs(
     example: Dialogue | Ranking, task: str, prompt_completion: bool, margin: bool, assistant_only_loss: bool
 ) -> Iterator[dict | Skip]:
-    """The rows for a task, and a `Skip` for each part of the example that is left out.
-
-    Raises:
-        Skip: the whole example is left out.
-        RowError: `margin` is set, and the example has none.
-    """
+    """The rows for a task, and a `Skip` for each part of the example that is left out; raises one for all of it."""
     if task == "prompt":
         yield {"prompt": _prompt(example)}
     elif task == "sft":
@@ -71,27 +66,21 @@ def row_messages(row: dict) -> Iterator[dict]:
         yield from completion
 
 
-def has_tools(row: dict) -> bool:
-    return "tools" in row or any(len(turn) > 2 for turn in row_messages(row))
-
-
-def features(
-    task: str, prompt_completion: bool = False, margin: bool = False, tools: bool = False, keep: Iterable[str] = ()
-):
-    """The `datasets.Features` of a task's rows; messages with tool calls and the columns to `keep` are any JSON."""
+def features(task: str, prompt_completion: bool = False, margin: bool = False, keep: Iterable[str] = ()):
+    """The `datasets.Features` of a task's rows; messages of sft, which may call tools, and `keep` are any JSON."""
     from datasets import Features, List, Value
 
     from recipes.data.exact_json import ExactJson
 
     text, float64 = Value("string"), Value("float64")
-    messages = List(ExactJson()) if tools else List({"role": text, "content": text})
+    messages = List({"role": text, "content": text})
     columns = {
-        "sft": dict.fromkeys(("prompt", "completion") if prompt_completion else ("messages",), messages),
+        "sft": dict.fromkeys(("prompt", "completion") if prompt_completion else ("messages",), List(ExactJson())),
         "preference": dict.fromkeys(("prompt", "chosen", "rejected"), messages) | {"group_id": text},
         "ranking": {"prompt": messages, "completions": List(messages), "ranks": List(float64), "group_id": text},
         "prompt": {"prompt": messages},
     }[task]
-    extra = {"margin": float64} if task == "preference" and margin else {"tools": text} if tools else {}
+    extra = {"tools": text} if task == "sft" else {"margin": float64} if margin and task == "preference" else {}
     return Features(columns | extra | {name: ExactJson() for name in keep})
 
 

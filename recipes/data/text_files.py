@@ -34,10 +34,8 @@ CHUNK = 2**16  # characters of a JSON list that are read at a time; more where a
 LIMIT = 2**26  # characters of a line, a cell of CSV or an element of a JSON list; memory has to hold them
 TOO_LONG = f"longer than {LIMIT >> 20} MiB, which no row may be"
 LOST = "nothing after it was read"
-_SPACE = re.compile(r"[ \t\n\r]*")
-_OPENING = re.compile(r"\s*\[\s*(?P<closing>\])?\s*", re.ASCII)  # of a JSON list
-_SEPARATOR = re.compile(r"\s*(?:,|(?P<closing>\]))\s*", re.ASCII)
-_SCANNER = json.JSONDecoder(parse_int=str)  # finds where an element ends, with however many digits
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|["\[\]{},]', re.DOTALL)  # of JSON: a text, or a quote that is left open
+_DEPTH = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 Places = Iterator[tuple[int, dict | RowProblem]]  # lines of the file, and what `Row.data` is there
 
@@ -48,11 +46,7 @@ def suffix_of(path: Path) -> str:
 
 
 def read_text_file(path: Path) -> Iterator[Row]:
-    """The rows of a .jsonl, .ndjson, .json, .csv or .txt file, compressed or not.
-
-    Raises:
-        DataError: nothing of the file can be read, or its compressed form is damaged.
-    """
+    """The rows of a .jsonl, .ndjson, .json, .csv or .txt file; DataError where nothing of it can be read."""
     from fsspec.compression import compr
 
     packing = COMPRESSED.get(path.suffix.lower())
@@ -89,11 +83,7 @@ def _check_is_text(path: Path, head: bytes) -> None:
 
 
 def _lines(text: TextIO) -> Iterator[str]:
-    """The lines of a file.
-
-    Raises:
-        LostRows: a line is longer than LIMIT; it is never held as a whole.
-    """
+    """The lines of a file, up to one that is longer than LIMIT, which is never held as a whole."""
     while line := text.readline(LIMIT + 1):
         if len(line) > LIMIT:
             raise LostRows(f"the line is {TOO_LONG}; {LOST}")
@@ -106,7 +96,8 @@ def _read_lines(text: TextIO, read: Callable[[str], dict]) -> Places:
     try:
         for number, line in enumerate(_lines(text), 1):
             if not line.isspace():
-                yield number, or_error(read, line.removeprefix(BYTE_ORDER_MARK))  # of a file that was appended
+                # A file that was appended to another begins with a mark too.
+                yield number, or_error(read, line.rstrip().removeprefix(BYTE_ORDER_MARK))
     except LostRows as error:
         yield number + 1, error
 
@@ -121,55 +112,42 @@ def _json_row(text: str) -> dict:
 
 def _not_json(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON at character {error.colno}: {error.msg}; is the file cut off, or a row on many lines?"
+        line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
+        hint = "is the file cut off, or a row on many lines? Write each on one line, or all in one list"
+        return f"not valid JSON at {line}character {error.colno}: {error.msg}; {hint}"
     return "the JSON is nested too deeply" if isinstance(error, RecursionError) else f"not usable as JSON: {error}"
 
 
-def _read_json_list(characters: TextIO) -> Places:
-    """The elements of one JSON list, each at the line it starts on; nothing after the first syntax error is read.
-
-    Not by `ijson`, which gives no lines.
-    """
-    text, at, ended = "", 0, False  # what is in memory, and from where on it is not yet used
-    line, column = 1, 0  # in the file: the line at `at`, and the column where `text` begins
-    before = _OPENING
-    while True:
-        try:
-            start, end = _next_element(text, at, before)
-            if end == len(text) and not ended:
-                raise json.JSONDecodeError("the element may go on", text, end)
-        except json.JSONDecodeError as error:
-            if not ended and len(text) - at <= LIMIT:  # perhaps an element that is not yet read to its end
-                newline = text.rfind("\n", 0, at)
-                column = at - newline - 1 + (column if newline < 0 else 0)
-                more = characters.read(max(CHUNK, len(text) - at))
-                text, at, ended = text[at:] + more, 0, not more
-                continue
-            error.colno += column if error.lineno == 1 else 0
-            reason = _not_json(error) if ended else f"an element of the list is {TOO_LONG}, or {_not_json(error)}"
-            yield line + text.count("\n", at, error.pos), LostRows(f"{reason}; {LOST}")
+def _read_json_list(text: TextIO) -> Places:
+    """The elements of one JSON list, each at the line it starts on. Not by `ijson`, which gives no lines."""
+    part, at, depth = "", 0, 0  # what is in memory, how far it was looked at, and the brackets that are open there
+    line = 1
+    while more := text.read(max(CHUNK, len(part))):
+        part, start = part + more, 0
+        for token in _TOKEN.finditer(part, at):
+            mark, at = token[0], token.start()
+            if mark == '"':  # its text goes on in what is not read yet
+                break
+            depth += _DEPTH.get(mark, 0)
+            if (mark, depth) in (("[", 1), (",", 1), ("]", 0)):
+                element = part[start:at]
+                if not element.isspace() and element:
+                    yield line + _lines_before(element), or_error(_json_row, element.lstrip())
+                line, start = line + element.count("\n"), token.end()
+        else:
+            at = len(part)
+        part, at = part[start:], at - start
+        if len(part) > LIMIT:
+            yield line + _lines_before(part), LostRows(f"an element of the list is {TOO_LONG}; {LOST}")
             return
-        if start == end:
-            return
-        yield line + text.count("\n", at, start), or_error(_json_row, text[start:end])
-        line += text.count("\n", at, end)
-        at, before = end, _SEPARATOR  # cutting here would copy all that follows, for each element
+    if depth or part.strip():
+        hint = "is the file cut off, or is a quote or a bracket missing?"
+        yield line + _lines_before(part), LostRows(f"the list does not end, or something follows it: {hint}")
 
 
-def _next_element(text: str, at: int, before: re.Pattern) -> tuple[int, int]:
-    """Where in the text, from `at` on, the next element starts and ends; the same place twice where the list ends."""
-    found = before.match(text, at)
-    if found is None:
-        raise json.JSONDecodeError("expected ',' or ']' after an element", text, _SPACE.match(text, at).end())
-    start = found.end()
-    if found["closing"]:
-        if start < len(text):
-            raise json.JSONDecodeError("text after the end of the list", text, start)
-        return start, start
-    try:
-        return start, _SCANNER.raw_decode(text, start)[1]
-    except RecursionError:
-        raise json.JSONDecodeError("the JSON is nested too deeply", text, start) from None
+def _lines_before(text: str) -> int:
+    """How many lines end before the first character that is not blank."""
+    return text[: len(text) - len(text.lstrip())].count("\n")
 
 
 def _read_csv(text: TextIO) -> Places:
@@ -207,10 +185,8 @@ def _check_header(header: list[str]) -> None:
 
 def _csv_row(header: list[str], cells: list[str]) -> dict:
     if len(cells) != len(header):
-        raise RowError(
-            f"found {counted(len(cells), 'field')}, expected {len(header)} as in the header; "
-            "quote fields that hold a comma"
-        )
+        expected = f"expected {len(header)} as in the header; quote fields that hold a comma"
+        raise RowError(f"found {counted(len(cells), 'field')}, {expected}")
     if [cells[0].removeprefix(BYTE_ORDER_MARK), *cells[1:]] == header:
         raise Skip("the header again, as where files were joined")
     row = dict(zip(header, cells, strict=True))

@@ -102,15 +102,13 @@ def agreement_report(database: Database) -> dict:
             by_prompt[judgement.prompt_id].append(judgement)
     shared = {id: given for id, given in by_prompt.items() if len(given) > 1}
 
-    with_ties, without_ties, with_others = [], [], defaultdict(list)
+    with_ties, without_ties = [], defaultdict(list)  # the second by labeler, None for all of them
     for id, given in shared.items():
         for a, b in combinations(given, 2):
             same = a.outcomes == b.outcomes
-            strict = same[a.outcomes * b.outcomes != 0]
             with_ties.append((id, same))
-            without_ties.append((id, strict))
-            with_others[a.labeler].append((id, strict))
-            with_others[b.labeler].append((id, strict))
+            for name in (None, a.labeler, b.labeler):
+                without_ties[name].append((id, same[a.outcomes * b.outcomes != 0]))
     counts = _outcome_counts(shared.values())
     concordances = [kendalls_w(np.stack([judgement.ranks for judgement in given])) for given in shared.values()]
     concordances = [w for w in concordances if w is not None]
@@ -120,7 +118,7 @@ def agreement_report(database: Database) -> dict:
         "prompts_shared": len(shared),
         "pairwise": {
             "with_ties": _share(with_ties),
-            "without_ties": _share(without_ties),
+            "without_ties": _share(without_ties[None]),
             "instructgpt": list(INSTRUCTGPT),
         },
         "krippendorff_alpha": {
@@ -131,7 +129,7 @@ def agreement_report(database: Database) -> dict:
         "labelers": {
             name: {"ranked": ranked, "skipped": skipped, "flagged": flagged}
             | _habits(by_labeler[name])
-            | {"with_others": _share(with_others[name])}
+            | {"with_others": _share(without_ties[name])}
             for name, ranked, skipped, flagged in labelers
         },
         "flagged": [{"prompt": f["sample_id"], "labeler": f["labeler"], "comment": f["comment"]} for f in flags],

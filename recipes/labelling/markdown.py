@@ -18,9 +18,8 @@ _INLINE = ("p", "br")
 _TAGS = {*_INLINE, "blockquote", "code", "em", "h4", "hr", "li", "ol", "pre", "s", "strong", "ul"}
 _TAGS |= {"table", "thead", "tbody", "tr", "th", "td"}
 _WORD = re.compile(r"[^\W_]+")
-_MARKERS = re.compile(
-    r"^[ \t>*+-]*(\d+[.)]|(```+|~~~+) *\S*[ \t\r]*$)", re.M
-)  # of lists and code: shown in another way
+# Of lists and code: shown in another way.
+_MARKERS = re.compile(r"^[ \t>*+-]*(\d+[.)]|(```+|~~~+) *\S*[ \t\r]*$)", re.M)
 
 
 @lru_cache(maxsize=1000)

@@ -6,7 +6,6 @@ import socket
 import sqlite3
 from hashlib import sha256
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Annotated, Any
 
 import uvicorn
@@ -134,20 +133,13 @@ def create_app(store: Store) -> FastAPI:
         response.delete_cookie(cookie)
         return response
 
-    def task_page(request, me, task):
-        texts = dict(task.responses)
-        context = {"task": task, "texts": texts, "letters": dict(zip(texts, ascii_uppercase, strict=False))}
-        return page(request, "rank.html", me, account=account(me), **context)
-
     @app.get("/")
-    def next_task(request: Request, me: Me):
-        if task := store.next_task(me.id):
-            return task_page(request, me, task)
-        return page(request, "done.html", me, export_command=export_command(store.path))
-
     @app.get("/task/{prompt_id}")
-    def task(request: Request, me: Me, prompt_id: str):
-        return task_page(request, me, store.task(me.id, prompt_id))
+    def task(request: Request, me: Me, prompt_id: str = ""):
+        found = store.task(me.id, prompt_id) if prompt_id else store.next_task(me.id)
+        if found is None:
+            return page(request, "done.html", me, export_command=export_command(store.path))
+        return page(request, "rank.html", me, task=found, account=account(me))
 
     @app.get("/answers")
     def history(request: Request, me: Me, before: answers.EventId = answers.MAX_ID):

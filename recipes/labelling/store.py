@@ -9,6 +9,7 @@ import random
 import sqlite3
 import time
 from dataclasses import asdict, dataclass
+from string import ascii_uppercase
 
 from recipes.cli.errors import UserError
 from recipes.labelling.answers import MAX_ID, Answer, Review, Submission, check, is_blank
@@ -54,14 +55,14 @@ class NotAssignedError(UserError):
 class Task:
     """A prompt as one labeler sees it; no model name, no gold ranking.
 
-    `responses` are (id, text) in this labeler's fixed order, `answer` is where the labeler left off, with a review of
-    each, `revision` the id of the last event (0: none) and `standing` what counts now: None while open, else submit,
-    edit, skip or flag.
+    `responses` are letter and text by id, in this labeler's fixed order, `answer` is where the labeler left off, with
+    a review of each, `revision` the id of the last event (0: none) and `standing` what counts now: None while open,
+    else submit, edit, skip or flag.
     """
 
     prompt_id: str
     messages: list[dict]
-    responses: list[tuple[str, str]]
+    responses: dict[str, tuple[str, str]]
     answer: Answer
     revision: int
     standing: str | None
@@ -207,7 +208,7 @@ class Store(Database):
             return Task(
                 prompt_id=prompt_id,
                 messages=json.loads(state["messages"]),
-                responses=[(id, texts[id]) for id in shown],
+                responses={id: (letter, texts[id]) for letter, id in zip(ascii_uppercase, shown, strict=False)},
                 answer=answer,
                 revision=revision,
                 standing=state["kind"],

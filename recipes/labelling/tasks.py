@@ -66,32 +66,26 @@ def read_tasks(path: str | Path, gold: bool = False) -> tuple[list[SampledPrompt
 def _task(row: Cells, gold: bool, default_id: int) -> tuple[SampledPrompt, int]:
     messages = _messages(row)
     given = [] if row.get("responses") == [] else list(row.objects("responses"))
-    distinct: dict[str, tuple[int, Cells]] = {}
-    for index, response in enumerate(given):
-        text = _string(response.require("text"), response.where("text"))
-        distinct.setdefault(text, (index, response))
-    if len(distinct) > MAX_RESPONSES:
-        raise RowError(f"found {len(distinct)}, and a person can rank at most {MAX_RESPONSES}", "responses")
-
-    prompt_id = _hash(messages, sorted(distinct))
-    responses, ranks = [], {}
-    for text, (index, response) in distinct.items():
+    texts = [_string(cells.require("text"), cells.where("text")) for cells in given]
+    prompt_id = _hash(messages, sorted({*texts}))
+    responses: dict[str, Response] = {}
+    ranks: dict[str, float] = {}
+    for index, (text, cells) in enumerate(zip(texts, given, strict=True)):
         id = _hash(prompt_id, text)
-        model = response.get("model", row.get("model"))
-        responses.append(
-            Response(
-                id=id,
-                sample_id=_name(response, index),
-                text=text,
-                model=None if model is None else _string(model, response.where("model")),
-                sampling=response.get("sampling", row.get("sampling")),
-            )
-        )
         if gold:
-            ranks[id] = response.number("rank", text_too=False)
+            rank = cells.number("rank", text_too=False)
+            if ranks.setdefault(id, rank) != rank:
+                raise RowError("the same text has another rank before", cells.where("rank"))
+        if id not in responses:
+            model = cells.get("model", row.get("model"))
+            model = None if model is None else _string(model, cells.where("model"))
+            sampling = cells.get("sampling", row.get("sampling"))
+            responses[id] = Response(id, _name(cells, index), text, model, sampling)
+    if len(responses) > MAX_RESPONSES:
+        raise RowError(f"found {len(responses)}, and a person can rank at most {MAX_RESPONSES}", "responses")
     tiers = tiers_of(ranks) if gold else None
-    task = SampledPrompt(prompt_id, _name(row, default_id), messages, responses, tiers)
-    return task, len(given) - len(distinct)
+    task = SampledPrompt(prompt_id, _name(row, default_id), messages, [*responses.values()], tiers)
+    return task, len(given) - len(responses)
 
 
 def _name(cells: Cells, default: int) -> str:

@@ -4,7 +4,6 @@ import re
 import secrets
 import time
 from dataclasses import replace
-from string import ascii_uppercase
 
 from recipes.cli.errors import visible
 from recipes.labelling.answers import AnswerError, Flag, Submission, is_blank
@@ -14,6 +13,7 @@ COMMANDS = ("skip", "flag", "undo", "guidelines", "quit")
 FLAG_LETTERS: dict[str, Flag] = {"h": "harmful", "u": "untruthful", "n": "did_not_answer"}
 IDLE_SECONDS = 300  # somebody who takes longer over one question has left the keyboard
 HELP = f"Best first, `=` for a tie: B > A = C > D. Or a word: {', '.join(COMMANDS)}."
+MARKS = "Ratings 1-7 and problems, h(armful) u(ntruthful) n(o answer), as in A6 B2u; Enter submits: "
 
 
 class _Command(Exception):
@@ -80,8 +80,8 @@ class _TaskSession:
     def __init__(self, store: Store, labeler_id: int, task: Task):
         self.store, self.labeler_id, self.task = store, labeler_id, task
         self.answer, self.revision = task.answer, task.revision
-        self.ids = {letter: id for letter, (id, _) in zip(ascii_uppercase, task.responses, strict=False)}
-        self.letter = {id: letter for letter, id in self.ids.items()}
+        self.letter = {id: letter for id, (letter, _) in task.responses.items()}
+        self.ids = {letter: id for id, letter in self.letter.items()}
         self.letters = "".join(self.ids)
         self.seconds = 0.0
 
@@ -95,15 +95,14 @@ class _TaskSession:
         print(f"\n{'─' * 78}\n{progress['ranked']} ranked, {progress['left']} left\n")
         for message in self.task.messages:
             print(f"{visible(message['role']).upper()}: {visible(message['content'])}")
-        for letter, (_, text) in zip(self.letters, self.task.responses, strict=True):
+        for letter, text in self.task.responses.values():
             print(f"\n[{letter}] {visible(text)}")
         print()
         self.ask_until_valid(self.rank)
         if self.store.justifications != "off":
             for id in [id for tier in self.answer.tiers for id in tier]:
                 self.ask_until_valid(self.justify, id)
-        self.ask_until_valid(self.mark)
-        self.ask_until_valid(self.submit)
+        self.ask_until_valid(self.mark_and_submit)
 
     def ask_until_valid(self, step, *args):
         while True:
@@ -137,16 +136,12 @@ class _TaskSession:
         review.justification = text
         self.record("draft")
 
-    def mark(self):
-        marks = "Ratings 1-7 and problems, h(armful) u(ntruthful) n(o answer), as in A6 B2u (Enter for none): "
-        for letter, (rating, flags) in parse_marks(self.ask(marks), self.letters).items():
-            review = self.answer.reviews[self.ids[letter]]
-            review.rating, review.flags = rating, flags
-        self.record("draft")
-
-    def submit(self):
-        if self.ask(f"Enter submits (or {', '.join(COMMANDS)}): "):
-            raise AnswerError(f"press Enter to submit, or type one of {', '.join(COMMANDS)}")
+    def mark_and_submit(self):
+        while text := self.ask(MARKS):
+            for letter, (rating, flags) in parse_marks(text, self.letters).items():
+                review = self.answer.reviews[self.ids[letter]]
+                review.rating, review.flags = rating, flags
+            self.record("draft")
         self.record("submit")
 
     def ask(self, question, commands=True):

@@ -21,14 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.kernels import ChunkedLogProbFunction
 
 from recipes.cli.errors import UserError, first_line
-from recipes.models.adapters import (
-    add_copy,
-    add_score_roles,
-    checkpoint_under_roles,
-    seq_cls_config,
-    train_only,
-    use_role,
-)
+from recipes.models import adapters
 from recipes.models.heads import base_of, use_float32_head
 from recipes.models.merged import unmergeable
 from recipes.trainers.fast.frozen_head import LOGITS_PER_BLOCK
@@ -175,11 +168,11 @@ def build(setting: Setting) -> tuple[nn.Module, PreTrainedModel | None]:
         model = classifier() if is_reward else AutoModelForCausalLM.from_config(config, **kwargs)
         if setting.lora is None:
             return model, classifier() if is_ppo else None
-        model = get_peft_model(model, seq_cls_config(setting.lora) if is_reward else setting.lora)
+        model = get_peft_model(model, adapters.seq_cls_config(setting.lora) if is_reward else setting.lora)
         if is_ppo:
-            add_copy(model, "default", "ref")
-            add_score_roles(model, {"reward": None, "critic": None})
-            train_only(model, ("default", "critic"))
+            adapters.add_copy(model, "default", "ref")
+            adapters.add_score_roles(model, {"reward": None, "critic": None})
+            adapters.train_only(model, ("default", "critic"))
             if setting.quantization is None:
                 fuse_adapters(base_of(model))
         return model, None
@@ -265,7 +258,7 @@ def generation_parts(setting: Setting, model: nn.Module, sampler: nn.Module) -> 
     # `PeftModel.generate` calls the base itself, whose forward is not the one that Accelerate puts under autocast.
     is_plain = setting.merged_copy or setting.lora is not None
     autocast = contextlib.nullcontext() if is_plain else setting.computing()
-    with torch.no_grad(), LiveBytes() as live, use_role(sampler, "default"), autocast:
+    with torch.no_grad(), LiveBytes() as live, adapters.use_role(sampler, "default"), autocast:
         cache = run_base(sampler, setting.rollout_rows, prompt_tokens, use_cache=True).past_key_values
     values = [value for layer in cache.layers for value in vars(layer).values()]
     of_prompts = size(value for value in values if isinstance(value, torch.Tensor) and value.dim())
@@ -278,7 +271,7 @@ def generation_parts(setting: Setting, model: nn.Module, sampler: nn.Module) -> 
 
 def scoring_parts(setting: Setting, model: nn.Module) -> dict[str, int]:
     rows = setting.scoring_rows or setting.rows
-    with torch.no_grad(), LiveBytes() as live, use_role(model, "default"), setting.computing():
+    with torch.no_grad(), LiveBytes() as live, adapters.use_role(model, "default"), setting.computing():
         run_base(model, rows, setting.tokens)
     return {"forward passes": live.peak, "logits": head_bytes(setting, rows)}
 
@@ -289,22 +282,23 @@ def update_parts(setting: Setting, model: nn.Module, critic: PreTrainedModel | N
         module.train()
         if setting.checkpointing:
             if isinstance(module, PeftModel):
-                checkpoint_under_roles(module)
+                adapters.checkpoint_under_roles(module)
                 base_of(module).enable_input_require_grads()
             base_of(module).activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     if setting.accumulates:
         for parameter in trained_parameters(model, critic):
             parameter.grad = torch.zeros_like(parameter)
     passes = [(model, "default")] + ([(critic or model, "critic")] if setting.step == "ppo" else [])
-    loss, kept = 0, 0
+    losses, kept = [], 0
     with LiveBytes() as live:
-        for number, (module, role) in enumerate(passes, 1):
+        for module, role in passes:
             with setting.computing():
-                loss = loss + pass_loss(setting, module, role)
+                losses.append(pass_loss(setting, module, role))
             kept = max(kept, live.now)
-            if number == len(passes) or not setting.buckets:  # one process needs no backward of all at once
-                loss.backward()
-                loss = 0
+            if not setting.buckets:  # one process needs no backward of all at once
+                losses.pop().backward()
+        if losses:
+            torch.stack(losses).sum().backward()
     backward = live.peak - kept
     if setting.step != "reward":
         # The gradients of states, and of a trained head, are float32: beside a tile, then beside what they are rounded
@@ -320,7 +314,7 @@ def update_parts(setting: Setting, model: nn.Module, critic: PreTrainedModel | N
 def pass_loss(setting: Setting, model: nn.Module, role: str) -> torch.Tensor:
     """A scalar with the graph of one role's pass; its logits are `head_bytes`, save those of TRL's head on a CPU."""
     base = base_of(model)
-    with use_role(model, role):
+    with adapters.use_role(model, role):
         hidden = run_base(model, setting.rows, setting.tokens).last_hidden_state
         if role == "critic" or setting.step == "reward":
             return base.score(hidden[:, -setting.response_tokens :]).sum()

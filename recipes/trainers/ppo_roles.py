@@ -11,23 +11,12 @@ from trl.models.utils import prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, pad
 
 from recipes.cli.errors import UserError
-from recipes.models.adapters import (
-    adapter_parameters,
-    add_copy,
-    add_score_roles,
-    check_adapter_kind,
-    check_shards,
-    checkpoint_under_roles,
-    model_with_adapter,
-    train_only,
-    train_text,
-    use_role,
-)
+from recipes.models import adapters
 from recipes.models.dropout import disable_dropout_rates
 from recipes.models.heads import add_state_forward, critic_from_policy, full_critic, use_float32_head
 from recipes.models.vllm import send_only_policy
 from recipes.trainers.fast.fast_paths import FastPaths
-from recipes.trainers.rollout import Results, at_responses
+from recipes.trainers.rollout import Results, response_states, right_align
 
 
 def check_room(model: PreTrainedModel, name: str, tokens: int) -> None:
@@ -49,7 +38,7 @@ class PPORoles(GRPOTrainer):
     def _add_reference(self, ref_model: PreTrainedModel | None) -> PreTrainedModel | None:
         """Give the policy the adapter `ref`, or return the model that is the reference."""
         if self._is_peft:
-            check_adapter_kind(self._policy)
+            adapters.check_adapter_kind(self._policy)
             self._policy.set_adapter("default")  # another may be active where several were loaded by hand
         if ref_model is None and self._is_peft:
             if "ref" in self._policy.peft_config:
@@ -57,10 +46,10 @@ class PPORoles(GRPOTrainer):
                     "model has an adapter `ref` already, as an earlier PPOTrainer leaves one: delete it, by "
                     'model.delete_adapter("ref"), to start from a copy of the policy as it is now, or pass ref_model.'
                 )
-            add_copy(self._policy, "default", "ref")
+            adapters.add_copy(self._policy, "default", "ref")
             return None
         ref_model = copy.deepcopy(self._policy) if ref_model is None else ref_model
-        return model_with_adapter(ref_model, "ref_model").requires_grad_(False).eval()
+        return adapters.model_with_adapter(ref_model, "ref_model").requires_grad_(False).eval()
 
     def _add_critic(self, value_model: PreTrainedModel | None, trust_remote_code: bool) -> None:
         """Give the policy the adapter `critic`, or put the model that is the critic into its base."""
@@ -68,34 +57,34 @@ class PPORoles(GRPOTrainer):
             if value_model is not None:
                 raise UserError("value_model and the policy's adapter `critic` are two critics: pass one of them.")
         elif self._is_peft and value_model is None:
-            add_score_roles(self._policy, {"critic": None})
+            adapters.add_score_roles(self._policy, {"critic": None})
         else:
             if value_model is None:
                 value_model = critic_from_policy(self._policy, trust_remote_code)
             if not isinstance(value_model, PeftModel):
-                train_text(value_model)
-            use_float32_head(model_with_adapter(value_model, "value_model"))
+                adapters.train_text(value_model)
+            use_float32_head(adapters.model_with_adapter(value_model, "value_model"))
             self._base.critic = value_model
 
     def _train_only_roles(self) -> None:
         """Turn gradients on for policy and critic only; of a critic that is a `PeftModel`, for its adapter."""
         critic = full_critic(self._policy)
         if self._is_peft:
-            train_only(self._policy, ("default", "critic"))
+            adapters.train_only(self._policy, ("default", "critic"))
         if isinstance(critic, PeftModel):
-            train_only(critic, critic.active_adapters)
+            adapters.train_only(critic, critic.active_adapters)
 
     def _add_to_given(self, optimizer: torch.optim.Optimizer) -> None:
         """Let a given optimizer train what PPO has made after it: a new adapter and the critic."""
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        own = [p for role in ("default", "critic") for p in adapter_parameters(self._policy, role).values()]
-        optimizer.param_groups[-1]["params"] += [p for p in own if p.requires_grad and id(p) not in held]
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        own = [p for role in ("default", "critic") for p in adapters.adapter_parameters(self._policy, role).values()]
+        optimizer.param_groups[-1]["params"] += [p for p in own if p.requires_grad and p not in held]
 
     def _prepare_models(self, ref_model: PreTrainedModel | None) -> None:
         """Give every model the forward that PPO calls, and place frozen ones beside the policy."""
         args, base = self.args, self._base
         if self.is_fsdp_enabled:
-            check_shards(self.accelerator.state.fsdp_plugin, self._is_peft)
+            adapters.check_shards(self.accelerator.state.fsdp_plugin, self._is_peft)
         if self.use_vllm:
             send_only_policy(self.vllm_generation)
         quantized = getattr(base, "is_quantized", False)
@@ -104,7 +93,7 @@ class PPORoles(GRPOTrainer):
         add_state_forward(base, self.temperature, self._fast.frozen_head(base))
         if args.disable_dropout:
             disable_dropout_rates(base)
-        checkpoint_under_roles(self._policy)
+        adapters.checkpoint_under_roles(self._policy)
         if ref_model is not None:
             add_fused_lm_head(ref_model, self.temperature, args.cast_lm_head_to_fp32)
             add_state_forward(ref_model, self.temperature, self._fast.frozen_head(ref_model))
@@ -120,20 +109,25 @@ class PPORoles(GRPOTrainer):
 
     # What a role computes
 
-    def _logps(self, model, ids, attention_mask, width: int, compute_entropy: bool = False) -> Results:
-        """Log p of the last `width` tokens of each row, and entropies or None: (B, width) nats each, 0 at padding."""
-        return self._at_responses(model, ids, attention_mask, width, compute_entropy=compute_entropy)
-
     def _values(self, model: nn.Module, ids, attention_mask, width: int) -> torch.Tensor:
         """The critic's value of the state before each of the last `width` tokens, (B, width), 0 at padding."""
-        with use_role(self._policy, "critic"):
+        with adapters.use_role(self._policy, "critic"):
             return self._at_responses(model, ids, attention_mask, width, scalar_head="critic")[0]
 
     def _at_responses(self, model: nn.Module, ids, attention_mask, width: int, **options) -> Results:
-        """What `model` gives for all rows, at most a micro-batch at a time, each result laid out as (B, width)."""
+        """What `model` gives for the last `width` tokens of all rows, (B, width) each, 0 at padding.
+
+        Log p in nats, and entropies or None, or the scores of a `scalar_head`: `options` are those of
+        [`~recipes.models.heads.add_state_forward`].
+        """
 
         def run(rows: torch.Tensor) -> Results:
-            return at_responses(model, ids[rows], attention_mask[rows], width, **options)
+            mask = attention_mask[rows]
+            real = mask[:, -width:].bool()
+            states, targets = response_states(mask, width), ids[rows, -width:][real]
+            found = model(input_ids=right_align(ids[rows], mask), states=states, targets=targets, **options)
+            found = found if isinstance(found, tuple) else (found,)
+            return tuple(None if x is None else x.new_zeros(real.shape).masked_scatter(real, x) for x in found)
 
         with self.accelerator.autocast():
             return self._fast.map_rows(run, attention_mask.sum(1))
@@ -154,7 +148,7 @@ class PPORoles(GRPOTrainer):
                 return (self._reward_model(input_ids=inputs, states=states),)
             return (self.model(input_ids=inputs, states=states, scalar_head="reward"),)
 
-        with use_role(self._policy, "reward"), self.accelerator.autocast():
+        with adapters.use_role(self._policy, "reward"), self.accelerator.autocast():
             (scores,) = self._fast.map_rows(score, last)
         return scores.tolist()
 
@@ -163,14 +157,10 @@ class PPORoles(GRPOTrainer):
         optimizer = super().create_optimizer(model)
         rate = self.args.critic_learning_rate
         if rate is not None:
-            critic = self._critic_parameters(model or self.model)
+            critic = {*adapters.adapter_parameters(model or self.model, "critic").values()}
             for group in list(optimizer.param_groups):
-                moved = [parameter for parameter in group["params"] if id(parameter) in critic]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
+                moved = [parameter for parameter in group["params"] if parameter in critic]
+                group["params"] = [parameter for parameter in group["params"] if parameter not in critic]
                 if moved:
                     optimizer.add_param_group({**group, "params": moved, "lr": rate})
         return optimizer
-
-    @staticmethod
-    def _critic_parameters(model: nn.Module) -> set[int]:
-        return {id(parameter) for parameter in adapter_parameters(model, "critic").values()}

@@ -1,6 +1,7 @@
 """What PPO tells the trackers beside its losses: spreads, gradient norms, times, memory, histograms, completions."""
 
 import contextlib
+import itertools
 import resource
 import time
 from collections import defaultdict, deque
@@ -15,6 +16,7 @@ from trl import GRPOTrainer
 
 from recipes.trainers.ppo_math import masked_moments
 from recipes.trainers.ppo_monitor import PPOMonitor
+from recipes.trainers.replaced import replaced
 from recipes.trainers.rollout import Rollout
 
 GIB = 2**30
@@ -67,55 +69,14 @@ def readable(message_list: list[dict] | str) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in message_list)
 
 
-class PPOTracking(TrainerCallback):
-    """Gives the trackers times and memory, which differ between equal runs and so stay out of `trainer_state.json`.
+def log_histograms(callbacks: list[TrainerCallback], histograms: dict[str, torch.Tensor], step: int) -> None:
+    for callback, (name, numbers) in itertools.product(callbacks, histograms.items()):
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_histogram(name, numbers, step)
+        if isinstance(callback, WandbCallback):
+            import wandb
 
-    `time/sample`, `time/score` and `time/update` are seconds a rollout, `time/tokens_per_second` counts response
-    tokens of all processes, `memory/peak_gib` is of this process: of the GPU, without one of the main memory.
-    """
-
-    def __init__(self, callbacks: list[TrainerCallback]):
-        self.callbacks, self.inside = callbacks, 0.0
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.rollouts: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds within for `name`, without those of phases in it."""
-        started, outside, self.inside = time.perf_counter(), self.inside, 0.0
-        yield
-        spent = time.perf_counter() - started
-        self.seconds[name] += spent - self.inside
-        self.inside = outside + spent
-
-    def rollout(self, scores: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Take note of the responses of all processes, (B,) each."""
-        self.rollouts.append((scores.cpu(), lengths.cpu()))
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self.rollouts or "loss" not in logs:  # the log of an evaluation, or the last one
-            return
-        scores, lengths = map(torch.cat, zip(*self.rollouts, strict=True))
-        logs |= {f"time/{name}": spent / len(self.rollouts) for name, spent in self.seconds.items()}
-        logs["time/tokens_per_second"] = lengths.sum().item() / sum(self.seconds.values())
-        if args.device.type == "cuda":
-            logs["memory/peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        else:
-            logs["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # from KiB
-        if state.is_world_process_zero:
-            self.log_histogram("train/objective/scores_histogram", scores, state.global_step)
-            self.log_histogram("train/completions/length_histogram", lengths, state.global_step)
-        self.seconds.clear()
-        self.rollouts.clear()
-
-    def log_histogram(self, name: str, numbers: torch.Tensor, step: int) -> None:
-        for callback in self.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                callback.tb_writer.add_histogram(name, numbers, step)
-            if isinstance(callback, WandbCallback):
-                import wandb
-
-                wandb.log({name: wandb.Histogram(numbers.numpy())}, commit=False)  # WandbCallback commits the step
+            wandb.log({name: wandb.Histogram(numbers.numpy())}, commit=False)  # WandbCallback commits the step
 
 
 class PPOLogging(GRPOTrainer):
@@ -123,10 +84,20 @@ class PPOLogging(GRPOTrainer):
 
     def _start_logging(self, ratio_tolerance: float) -> None:
         self._update_sums = 0
-        self._tracking = PPOTracking(self.callback_handler.callbacks)
-        self.callback_handler.callbacks.insert(0, self._tracking)  # what it adds to a log comes before the trackers
+        # Since the last log: seconds by phase, and scores and lengths of the responses of all processes by rollout
+        self._seconds, self._inner_seconds, self._sampled = defaultdict(float), 0.0, []
         pad_is_eos = self._tokenizer.pad_token_id in self.eos_token_ids
         self._monitor = PPOMonitor(self.args, pad_is_eos, ratio_tolerance)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Count the seconds within for `time/<name>`, in training, without those of phases in it."""
+        started, outer, self._inner_seconds = time.perf_counter(), self._inner_seconds, 0.0
+        yield
+        spent = time.perf_counter() - started
+        if self.model.training:
+            self._seconds[name] += spent - self._inner_seconds
+        self._inner_seconds = outer + spent
 
     def _get_eval_sampler(self, eval_dataset):
         """TRL's, which repeats each prompt; Accelerate has to know, to tell the rows that only fill the last batch."""
@@ -165,7 +136,7 @@ class PPOLogging(GRPOTrainer):
         for name, number in found.items():
             metrics[name].append(number)
         if mode == "train":
-            self._tracking.rollout(scores, everywhere["lengths"])
+            self._sampled.append((scores.cpu(), everywhere["lengths"].cpu()))
             unfinished = everywhere["unfinished"].mean().item()
             self._monitor.rollout(everywhere["objective/kl"], scores, unfinished, found["val/explained_variance"])
             rollouts = self._step // self.args.micro_batches_per_rollout + 1
@@ -207,16 +178,36 @@ class PPOLogging(GRPOTrainer):
             for name, norm in gradient_norms(self._policy).items():
                 self._metrics["train"][name].append(norm / scale)
 
-    def _phase(self, name: str):
-        """Counts seconds for `time/<name>`, in training."""
-        return self._tracking.phase(name) if self.model.training else contextlib.nullcontext()
+    def _measured(self) -> dict[str, float]:
+        """Times and memory since the last log; trackers also get histograms.
+
+        `time/sample`, `time/score` and `time/update` are seconds a rollout, `time/tokens_per_second` counts response
+        tokens of all processes, `memory/peak_gib` is of this process: of the GPU, without one of the main memory.
+        """
+        scores, lengths = map(torch.cat, zip(*self._sampled, strict=True))
+        found = {f"time/{name}": spent / len(self._sampled) for name, spent in self._seconds.items()}
+        found["time/tokens_per_second"] = lengths.sum().item() / sum(self._seconds.values())
+        if self.args.device.type == "cuda":
+            found["memory/peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        else:
+            found["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # from KiB
+        if self.state.is_world_process_zero:
+            histograms = {"train/objective/scores_histogram": scores, "train/completions/length_histogram": lengths}
+            log_histograms(self.callback_handler.callbacks, histograms, self.state.global_step)
+        self._seconds.clear()
+        self._sampled.clear()
+        return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL logs, with completions as text, and each of them in one table only."""
-        wanted, self.log_completions = self.log_completions, self.log_completions and bool(self._logs["prompt"])
+        # Not of an evaluation, nor in the last log; and not in `trainer_state.json`, as they differ between equal runs
+        measured = self._measured() if self._sampled and "loss" in logs else {}
+        logs |= measured
         for column in ("prompt", "completion"):
             self._logs[column] = deque(map(readable, self._logs[column]), self._logs[column].maxlen)
-        super().log(logs, start_time)
-        self.log_completions = wanted
+        with replaced(self, log_completions=self.log_completions and bool(self._logs["prompt"])):
+            super().log(logs, start_time)
+        for name in measured:
+            del self.state.log_history[-1][name]
         for rows in self._logs.values():
             rows.clear()

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl.data_utils import is_conversational
 
 from recipes.cli.errors import UserError, first_line, refusals_in_one_line
-from recipes.models.adapters import AdapterEMA, float32_adapters, model_with_adapter, use_role
+from recipes.models.adapters import AdapterEMA, adapter_parameters, float32_adapters, model_with_adapter, use_role
 from recipes.models.heads import add_score_forward, base_of
 from recipes.models.loading import not_finite
 from recipes.models.tokenization import render_alike, turn_end
@@ -117,16 +117,12 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         self._train_only_roles()
         if optimizers[0] is not None:
             self._add_to_given(optimizers[0])
+        columns = getattr(train_dataset, "column_names", None)
         with float32_adapters(model), refusals_in_one_line():
+            functions = self._rewards(reward_model, reward_processing_class, processing_class, reward_funcs, columns)
             super().__init__(
                 model=model,
-                reward_funcs=self._rewards(
-                    reward_model,
-                    reward_processing_class,
-                    processing_class,
-                    reward_funcs,
-                    getattr(train_dataset, "column_names", None),
-                ),
+                reward_funcs=functions,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -243,7 +239,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         """
         logps = self._fast.take_sampled_logps(logits_to_keep)
         if logps is None:
-            logps, _ = self._logps(model, input_ids, attention_mask, logits_to_keep)
+            logps, _ = self._at_responses(model, input_ids, attention_mask, logits_to_keep)
         return logps, None, None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
@@ -289,11 +285,11 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         if rollout.logps is None:
             rollout.logps = self._get_per_token_logps_and_entropies(self.model, *rows)[0]
         with use_role(self._policy, "ref"):
-            rollout.ref_logps, _ = self._logps(self.ref_model or self.model, *rows)
+            rollout.ref_logps, _ = self._at_responses(self.ref_model or self.model, *rows)
         rollout.values = self._values(self.model, *rows) * rollout.mask
-        policy, reference = "log-probabilities of the policy", "log-probabilities of the reference"
-        total = (rollout.logps - rollout.ref_logps).sum()
-        self._check_finite("the KL", total, {policy: rollout.logps, reference: rollout.ref_logps})
+        logps = {"the policy": rollout.logps, "the reference": rollout.ref_logps}
+        causes = {f"log-probabilities of {role}": numbers for role, numbers in logps.items()}
+        self._check_finite("the KL", (rollout.logps - rollout.ref_logps).sum(), causes)
         self._check_finite("the sum of values", rollout.values.sum(), {"values": rollout.values})
         if args.missing_eos_penalty is not None:
             rollout.scores = rollout.scores - args.missing_eos_penalty * rollout.is_unfinished(self.eos_token_ids)
@@ -327,7 +323,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         args, (ids, attention_mask, mask) = self.args, sequences(inputs)
         tokens, width = self._tokens_per_update(inputs, mask), mask.size(1)
 
-        logps, entropies = self._logps(model, ids, attention_mask, width, compute_entropy=True)
+        logps, entropies = self._at_responses(model, ids, attention_mask, width, compute_entropy=True)
         log_ratio = (logps - inputs["old_per_token_logps"]) * mask
         advantages = inputs["advantages"]
         losses, metrics = ppo_math.policy_losses(log_ratio, advantages, self.epsilon_low, self.epsilon_high)
@@ -383,9 +379,9 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         with self._phase("update"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.state.global_step < self.args.critic_warmup_steps:
-            critic = self._critic_parameters(self._policy)
+            critic = {*adapter_parameters(self._policy, "critic").values()}
             for parameter in self._policy.parameters():
-                if id(parameter) not in critic:
+                if parameter not in critic:
                     parameter.grad = None
         self._log_gradient_norms()
         return loss

@@ -5,11 +5,11 @@ costs K forward passes instead of the K(K - 1) of separate pairs, and a response
 made their reward model overfit in a single epoch.
 """
 
+import functools
 import itertools
 import json
 import textwrap
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,26 +25,19 @@ from recipes.trainers.checkpoints import WholeCheckpoints
 CALIBRATION_BINS = 10
 
 
-@dataclass
-class RankingCollator:
-    """Flattens R rankings into one batch of their N responses.
+def collate_rankings(examples: list[dict[str, Any]], pad_token_id: int, multiple: int | None = None) -> dict:
+    """Flattens R rankings into one batch of their N responses, padded to a multiple of tokens.
 
     `[{"response_ids": [[int]], "ranks": [float]}]` → `input_ids`, `attention_mask` (N, T) and `ranks` (R, K), NaN
     where a ranking has fewer than K responses.
     """
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = [torch.tensor(response) for example in examples for response in example["response_ids"]]
-        ranks = [torch.tensor(example["ranks"], dtype=torch.float) for example in examples]
-        multiple = self.pad_to_multiple_of
-        return {
-            "input_ids": pad(ids, self.pad_token_id, pad_to_multiple_of=multiple),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], pad_to_multiple_of=multiple),
-            "ranks": pad(ranks, torch.nan),
-        }
+    ids = [torch.tensor(response) for example in examples for response in example["response_ids"]]
+    ranks = [torch.tensor(example["ranks"], dtype=torch.float) for example in examples]
+    return {
+        "input_ids": pad(ids, pad_token_id, pad_to_multiple_of=multiple),
+        "attention_mask": pad([torch.ones_like(row) for row in ids], pad_to_multiple_of=multiple),
+        "ranks": pad(ranks, torch.nan),
+    }
 
 
 def strict_pairs(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,11 +85,7 @@ def majority_rankings(dataset: Dataset) -> Dataset:
 
 
 def keep_majorities(datasets: dict[str, Dataset]) -> None:
-    """Leave one ranking of the same responses, and none in which all are then equal.
-
-    Raises:
-        UserError: nothing is left to train on.
-    """
+    """Leave one ranking of the same responses, and none in which all are then equal."""
     for name in [*datasets]:
         datasets[name] = majority_rankings(datasets[name]).filter(lambda row: len(set(row["ranks"])) > 1)
         if not len(datasets[name]):
@@ -198,7 +187,8 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         if self.args.pad_token is not None and self.args.pad_token == self.processing_class.eos_token:
             raise UserError(f"--pad_token {self.args.pad_token} is the EOS token, before which scores would be read.")
         if kwargs.get("data_collator") is None:
-            self.data_collator = RankingCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
+            padding = {"pad_token_id": self.processing_class.pad_token_id, "multiple": self.args.pad_to_multiple_of}
+            self.data_collator = functools.partial(collate_rankings, **padding)
         self._signature_columns = ["response_ids", "ranks"]
         self._rankings: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}  # batches since the last log
 
@@ -258,11 +248,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         return next(rows, None) or self.evaluate()
 
     def score(self, rows: list[list[int]]) -> list[float]:
-        """Scores of token rows, in their order. Every process computes a share, as a sharded model needs it.
-
-        Raises:
-            UserError: a score is not a finite number.
-        """
+        """Scores of token rows, in their order. Every process computes a share, as a sharded model needs it."""
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # similar lengths waste no padding
         alone = Dataset.from_dict({"response_ids": [[rows[row]] for row in order], "ranks": [[1.0]] * len(rows)})
         found = self.evaluation_loop(self.get_test_dataloader(alone), "Prediction", prediction_loss_only=False)

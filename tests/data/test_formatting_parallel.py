@@ -89,8 +89,8 @@ def test_tool_calls_late_in_the_file_change_the_columns_for_all(tmp_path):
     rows = [{"messages": TALK}] * 1500 + [{"messages": tools}]
     for processes in (1, 2):
         dataset, _ = format_dataset(rows, "sft", num_proc=processes)
-        assert dataset[0] == {"messages": TALK, "tools": None}
-        assert dataset[1500] == {"messages": tools, "tools": None}  # no digit of a number is lost
+        assert dataset[0] == {"messages": TALK}
+        assert dataset[1500] == {"messages": tools}  # no digit of a number is lost
     dataset.save_to_disk(tmp_path / "saved")
     assert list(format_dataset(load_rows(tmp_path / "saved"), "sft")[0]) == list(dataset)
 

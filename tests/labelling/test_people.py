@@ -246,7 +246,7 @@ def test_two_presses_in_one_do_one_thing(browser_job, open_page):
 
 def test_a_question_is_no_alarm(browser_job, open_page):
     page = open_page(browser_job)
-    colour = "getComputedStyle(document.getElementById('alert')).color"
+    colour = "getComputedStyle(document.getElementById('problem')).color"
     page.click("[data-do=submit]")
     alarm = page.evaluate(colour)
     give_reasons(page)

@@ -67,7 +67,7 @@ def gold_tasks(folder, count):
 
 
 def reviewed(task, tiers=None, reason="because"):
-    return Answer(tiers or task.answer.tiers, {id: Review(reason) for id, _ in task.responses})
+    return Answer(tiers or task.answer.tiers, {id: Review(reason) for id in task.responses})
 
 
 def record(job, labeler, task, action, answer=None, seconds=0.0):
@@ -82,7 +82,7 @@ def submit(job, labeler, task, tiers=None):
 
 
 def by_text(task):
-    return {text: id for id, text in task.responses}
+    return {text: id for id, (_, text) in task.responses.items()}
 
 
 # Files
@@ -300,6 +300,10 @@ def test_gold_needs_ranks_that_do_not_contradict(tmp_path, make):
         with pytest.raises(UserError, match=r"responses\[0\].rank: found|NaN is not|Infinity is not"):
             read_tasks(tmp_path / "bad.jsonl", gold=True)
     row = {"id": "g", "prompt": "q", "responses": [{"text": "a", "rank": 1}, {"text": "b", "rank": 2}]}
+    twice = row | {"responses": [*row["responses"], {"text": "a", "rank": 3}]}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(twice))
+    with pytest.raises(UserError, match=r"responses\[2\].rank: the same text has another rank before"):
+        read_tasks(tmp_path / "bad.jsonl", gold=True)
     turned = row | {"responses": [{"text": "a", "rank": 2}, {"text": "b", "rank": 1}]}
     (tmp_path / "two.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(turned))
     with pytest.raises(UserError, match="two different gold rankings"):
@@ -345,9 +349,9 @@ def test_names_in_any_script_and_nothing_that_cannot_be_seen(tmp_path):
 
 def test_every_labeler_has_an_order_of_their_own(make):
     job, labelers = make(prompts=1, labelers=6, responses=3, overlap=6)
-    orders = [tuple(id for id, _ in job.next_task(labeler).responses) for labeler in labelers]
+    orders = [tuple(job.next_task(labeler).responses) for labeler in labelers]
     assert set(orders) == set(permutations(orders[0])), "six labelers, six orders"
-    assert [tuple(id for id, _ in job.next_task(labeler).responses) for labeler in labelers] == orders
+    assert [tuple(job.next_task(labeler).responses) for labeler in labelers] == orders
 
 
 def test_overlap_counts_people_at_work_and_frees_what_was_skipped_or_left(make, monkeypatch):
@@ -407,7 +411,7 @@ def test_events_are_written_once(make):
 def test_undo_goes_back_one_answer_at_a_time(make):
     job, (ann,) = make()
     task = job.next_task(ann)
-    ids = [id for id, _ in task.responses]
+    ids = list(task.responses)
     first = submit(job, ann, task, [[id] for id in ids])
     second = submit(job, ann, task, [ids])
     with pytest.raises(ConflictError):
@@ -425,7 +429,7 @@ def test_undo_goes_back_one_answer_at_a_time(make):
 def test_undo_keeps_what_was_changed_since(make):
     job, (ann,) = make()
     task = job.next_task(ann)
-    ids = [id for id, _ in task.responses]
+    ids = list(task.responses)
     answers = [[[id] for id in ids], [ids], [ids[:2], ids[2:]]]
     first, second = (submit(job, ann, task, tiers) for tiers in answers[:2])
     record(job, ann, task, "draft", Answer(answers[2]))
@@ -442,7 +446,7 @@ def test_undo_keeps_what_was_changed_since(make):
 def test_a_draft_over_a_submitted_ranking_does_not_count(make):
     job, (ann,) = make()
     task = job.next_task(ann)
-    ids = [id for id, _ in task.responses]
+    ids = list(task.responses)
     submit(job, ann, task, [[id] for id in ids])
     record(job, ann, task, "draft", Answer([ids]))
     now = job.task(ann, task.prompt_id)
@@ -514,7 +518,7 @@ def test_export_counts_ties_and_the_formatting_module_takes_it(make, tmp_path):
     rankings = 0
     for labeler in (ann, bob):
         while task := job.next_task(labeler):
-            ids = [id for id, _ in task.responses]
+            ids = list(task.responses)
             is_gold = len(ids) == 3
             tiers = [[id] for id in ids] if is_gold else [[ids[0]], ids[1:3], [ids[3]]]
             if task.messages[0]["content"] == "Question 2?":
@@ -658,7 +662,7 @@ def test_alpha_does_not_depend_on_which_response_comes_first(make):
     for index, labeler in enumerate(labelers):
         for turn in range(60):
             task = job.next_task(labeler)
-            ids = sorted(id for id, _ in task.responses)
+            ids = sorted(task.responses)
             submit(job, labeler, task, [[id] for id in (ids if index == 0 or turn % 2 else ids[::-1])])
     report = agreement_report(job)
     assert report["pairwise"]["with_ties"]["share"] == 0.5
@@ -669,7 +673,7 @@ def test_labelers_who_agreed_on_two_prompts_are_not_sure_to_agree_on_all(make):
     job, labelers = make(prompts=2, labelers=2, overlap=2)
     for labeler in labelers:
         while task := job.next_task(labeler):
-            submit(job, labeler, task, [[id] for id in sorted(id for id, _ in task.responses)])
+            submit(job, labeler, task, [[id] for id in sorted(task.responses)])
     assert agreement_report(job)["pairwise"]["with_ties"] == {"share": 1.0, "ci95": None, "pairs": 12}
 
 

@@ -198,8 +198,9 @@ def test_labeler_writes_rankings_once(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rankings.jsonl").read_text().split("\n")[:-1]]
     assert [row["id"] for row in rows] == ["p0", "p1", "p2"]
     for row in rows:
-        assert row["annotator"] == "simulated"
+        assert row["annotator"] == "simulated" and row["justification"]
         assert [response["text"] for response in row["responses"]] == texts
+        assert all(response["justification"].endswith(".") for response in row["responses"])
         ranks = [response["rank"] for response in row["responses"]]
         assert ranks[0] == ranks[3] == 1 and ranks[1] > 1 and ranks[2] > 1
     before = (tmp_path / "rankings.jsonl").read_bytes()

@@ -10,35 +10,41 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from transformers.integrations import TensorBoardCallback
 
-from recipes.trainers.ppo_tracking import PPOLogging, PPOTracking, describe, gradient_norms, readable
+from recipes.trainers.ppo_tracking import PPOLogging, describe, gradient_norms, readable
 from recipes.trainers.rollout import Rollout
+
+
+def logging_trainer(callbacks=()) -> SimpleNamespace:
+    """What `PPOLogging` needs to measure a rollout of two responses."""
+    return SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        args=SimpleNamespace(device=torch.device("cpu")),
+        state=SimpleNamespace(is_world_process_zero=True, global_step=7),
+        callback_handler=SimpleNamespace(callbacks=callbacks),
+        _seconds=defaultdict(float),
+        _inner_seconds=0.0,
+        _sampled=[(torch.tensor([1.0, 3.0]), torch.tensor([5.0, 15.0]))],
+    )
 
 
 def test_phases_add_up_and_an_inner_one_is_not_counted_twice(monkeypatch):
     clock = iter((0.0, 1.0, 4.0, 10.0))  # update begins, sampling within it takes 3 s, the whole 10 s
     monkeypatch.setattr("recipes.trainers.ppo_tracking.time.perf_counter", lambda: next(clock))
-    tracking = PPOTracking([])
-    with tracking.phase("update"):
-        with tracking.phase("sample"):
-            pass
-    assert dict(tracking.seconds) == {"sample": 3.0, "update": 7.0}
-    tracking.rollout(torch.tensor([1.0, 2.0]), torch.tensor([5.0, 15.0]))
-    logs = {"loss": 1.0}
-    args = SimpleNamespace(device=torch.device("cpu"))
-    tracking.on_log(args, SimpleNamespace(is_world_process_zero=True, global_step=1), None, logs=logs)
-    assert (logs["time/sample"], logs["time/update"], logs["time/tokens_per_second"]) == (3.0, 7.0, 2.0)
-    assert 0.01 < logs["memory/peak_gib"] < 1000
-    tracking.on_log(args, None, None, logs=(again := {"loss": 1.0}))
-    assert again == {"loss": 1.0}, "once a rollout"
+    trainer = logging_trainer()
+    with PPOLogging._phase(trainer, "update"), PPOLogging._phase(trainer, "sample"):
+        pass
+    assert trainer._seconds == {"sample": 3.0, "update": 7.0}
+    found = PPOLogging._measured(trainer)
+    assert (found["time/sample"], found["time/update"], found["time/tokens_per_second"]) == (3.0, 7.0, 2.0)
+    assert 0.01 < found["memory/peak_gib"] < 1000
+    assert not trainer._seconds and not trainer._sampled, "once a rollout"
 
 
 def test_trackers_get_histograms(tmp_path):
     tracker = TensorBoardCallback(SummaryWriter(tmp_path))
-    tracking = PPOTracking([tracker])
-    tracking.rollout(torch.tensor([1.0, 3.0]), torch.tensor([5.0, 15.0]))
-    tracking.seconds["sample"] = 1.0
-    state = SimpleNamespace(is_world_process_zero=True, global_step=7)
-    tracking.on_log(SimpleNamespace(device=torch.device("cpu")), state, None, logs={"loss": 1.0})
+    trainer = logging_trainer([tracker])
+    trainer._seconds["sample"] = 1.0
+    PPOLogging._measured(trainer)
     tracker.tb_writer.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["histograms"] == ["train/objective/scores_histogram", "train/completions/length_histogram"]

@@ -11,9 +11,9 @@ from trl import RewardConfig, RewardTrainer
 
 from recipes.cli.errors import UserError
 from recipes.trainers.ranking_trainer import (
-    RankingCollator,
     RankingRewardTrainer,
     accuracy_in_words,
+    collate_rankings,
     majority_rankings,
     ranking_loss,
     strict_pairs,
@@ -244,7 +244,7 @@ def test_overlong_responses_leave_their_ranking(tmp_path):
 
 
 def test_collator_pads_right():
-    batch = RankingCollator(pad_token_id=0)([{"response_ids": [[5, 6, 7], [8]], "ranks": [1, 2]}])
+    batch = collate_rankings([{"response_ids": [[5, 6, 7], [8]], "ranks": [1, 2]}], pad_token_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 

@@ -2,12 +2,12 @@
 
 import { tick } from "./clock.js";
 import { cards, list, moveTo, refresh, tiers, toggleTie } from "./order.js";
-import { complain, isPending, isUnsaved, save, saveAll, saveOnLeaving, sendWhatWasLeft, touch } from "./saving.js";
+import { isPending, isUnsaved, save, saveAll, saveOnLeaving, sendWhatWasLeft, touch } from "./saving.js";
 
 const task = document.getElementById("task"); // a fieldset: nothing in it can be used while it is disabled
 const header = document.querySelector("header");
 const comment = document.getElementById("comment");
-const shown = task.dataset.shown.trim();
+const shown = task.dataset.shown;
 const cardOf = (node) => node.closest?.(".card");
 
 // A text of which something can be seen; the server asks the same, in answers.py.
@@ -32,6 +32,12 @@ function problem(action) {
     return { text: "One question: the order is as it was shown. If that is your ranking, submit again." };
   }
   return {};
+}
+
+function complain(text, isQuestion = false) {
+  const box = document.getElementById("problem");
+  box.textContent = text;
+  box.classList.toggle("question", isQuestion);
 }
 
 // Once an answer was refused, the page follows what is still missing.
@@ -65,29 +71,11 @@ function finish(action) {
   freezeDuring(save(action), () => location.assign("/"));
 }
 
-function toggleText(card, button) {
-  const open = card.classList.toggle("open");
-  button.setAttribute("aria-expanded", open);
-  button.textContent = open ? "Show less" : "Show all";
-}
-
-function toggleRaw(card, button) {
-  button.setAttribute("aria-pressed", card.classList.toggle("raw"));
-  offerMore(card);
-}
-
-function offerMore(card) {
-  const body = card.querySelector(".body");
-  const more = card.querySelector(".more");
-  if (!card.classList.contains("open")) more.hidden = body.scrollHeight <= body.clientHeight + 1;
-}
-
 const ACTIONS = {
   up: (card) => moveTo(card, cards().indexOf(card) - 1),
   down: (card) => moveTo(card, cards().indexOf(card) + 1),
   tie: toggleTie,
-  more: toggleText,
-  raw: toggleRaw,
+  raw: (card, button) => button.setAttribute("aria-pressed", card.classList.toggle("raw")),
   submit: () => finish("submit"),
   skip: () => finish("skip"),
   flag: () => finish("flag"),
@@ -139,9 +127,7 @@ window.addEventListener("beforeunload", (event) => {
   if (isUnsaved()) event.preventDefault();
 });
 window.addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); }); // an old state, gone back to
-window.addEventListener("resize", () => cards().forEach(offerMore));
 
-cards().forEach(offerMore);
 refresh();
 if (await sendWhatWasLeft()) task.disabled = false;
 else location.replace(location.pathname);

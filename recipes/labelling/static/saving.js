@@ -20,7 +20,6 @@ const outbox = kept(OUTBOX) ?? [];
 let revision = Number(task.dataset.revision);
 let dirty = false; // changed since the last snapshot
 let stopped = false; // nothing can be saved from this page any more
-let trouble = "", problem = "", isQuestion = false;
 let draftTimer = null, sending = null;
 
 // What outlives the page. There may be no room for it, or it may not be allowed: then it lives as long as the page.
@@ -38,21 +37,8 @@ function kept(name, storage = "sessionStorage") {
   }
 }
 
+const trouble = document.getElementById("trouble"); // with saving; its text stays until something was saved
 const status = (text) => { document.getElementById("status").textContent = text; };
-
-// Two kinds of bad news share one place: `trouble` with saving, and a `problem` with what is to be submitted. Neither
-// ends the other.
-function show() {
-  const alert = document.getElementById("alert");
-  alert.textContent = trouble || problem;
-  alert.classList.toggle("question", isQuestion && !trouble);
-}
-
-export function complain(text, question = false) {
-  [problem, isQuestion] = [text, question];
-  show();
-}
-
 const fitsKeepalive = (text) => new TextEncoder().encode(text).length <= KEEPALIVE_BYTES;
 
 // Whether the server had stored more for this tab than it rendered: the page before may have saved, and heard of it,
@@ -69,7 +55,7 @@ export const isPending = () => !stopped && (dirty || outbox.length > 0);
 // Whether leaving the page now may lose something.
 export function isUnsaved() {
   if (!isPending()) return false;
-  return dirty || trouble !== "" || outbox.length > 1 || !fitsKeepalive(JSON.stringify(outbox[0]));
+  return dirty || trouble.textContent !== "" || outbox.length > 1 || !fitsKeepalive(JSON.stringify(outbox[0]));
 }
 
 function snapshot(action) {
@@ -118,7 +104,7 @@ export async function save(action) {
 // Resolves to true once the server has all that was changed.
 export async function saveAll() {
   await (dirty ? save("draft") : send());
-  return trouble === "";
+  return trouble.textContent === "";
 }
 
 // Before the page is left: what has changed, and the time spent since, which the next change of this task carries.
@@ -144,8 +130,7 @@ async function emptyOutbox() {
     const { ok, reply, retry } = await post(body);
     if (retry) {
       status("");
-      trouble = `${reply.error}. Trying again; keep this page open.`;
-      show();
+      trouble.textContent = `${reply.error}. Trying again; keep this page open.`;
       await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
       continue;
     }
@@ -163,8 +148,7 @@ async function emptyOutbox() {
       dirty = isHere;
     }
     keep(OUTBOX, outbox);
-    trouble = ok ? "" : reply.error;
-    show();
+    trouble.textContent = ok ? "" : reply.error;
     status(ok && !dirty ? `Draft saved at ${new Date().toLocaleTimeString()}` : "");
   }
   return stored;
