@@ -33,13 +33,9 @@ def estimate(value: dict | float | None, digits: int = 2) -> str:
     if value is None:
         return "–"
     mean, bounds = (value["mean"], value["ci95"]) if isinstance(value, dict) else (value, None)
-    mean, *ends = [f"{without_noise(number):.{digits}f}" for number in (mean, *(bounds or ()))]
+    # Rounded and added to 0.0, a zero has no minus: one in a text says that the figure is below 0.
+    mean, *ends = [f"{round(number, 4) + 0.0:.{digits}f}" for number in (mean, *(bounds or ()))]
     return f"{mean} [{', '.join(ends)}]" if ends else mean  # one prompt has no interval
-
-
-def without_noise(number: float) -> float:
-    """`number` without what rounding made of a zero: a minus in a text then says that it is below 0."""
-    return number if abs(number) >= 5e-5 else 0.0
 
 
 def write_report(report: dict, output_dir: str) -> None:
@@ -90,7 +86,7 @@ def sentence(name: str, other: str, judge: str, difference: dict) -> str:
     if bounds is None:
         return f"{text} on the only prompt, which says nothing about others."
     chance = "; the difference could be chance" if not is_same and bounds[0] <= 0 <= bounds[1] else ""
-    low, high = map(without_noise, bounds)
+    low, high = (round(bound, 4) + 0.0 for bound in bounds)
     return f"{text}{chance} (95 % interval {low:+.2f} to {high:+.2f})."
 
 

@@ -81,11 +81,12 @@ def calibration(pairs: pd.DataFrame) -> dict:
 
 def labeler_agreement(pairs: pd.DataFrame) -> dict | None:
     """How often two labelers who both ordered two responses did it the same way; `None` if nobody shared any."""
-    pairs = pairs.dropna(subset="annotator")
     chosen, rejected = pairs["chosen"], pairs["rejected"]
     in_order = chosen < rejected  # so that both opinions on two texts stand under the same key
-    key = [pairs["group"], chosen.where(in_order, rejected), rejected.where(in_order, chosen)]
-    votes = in_order.groupby(key).agg(["sum", "count"])
+    key = {"group": pairs["group"], "a": chosen.where(in_order, rejected), "b": rejected.where(in_order, chosen)}
+    votes = pd.DataFrame(key | {"annotator": pairs["annotator"], "vote": in_order}).dropna(subset="annotator")
+    votes = votes.drop_duplicates([*key, "annotator"])  # nobody agrees with themselves
+    votes = votes.groupby([*key])["vote"].agg(["sum", "count"])
     votes = votes[votes["count"] > 1]
     if votes.empty:
         return None

@@ -289,15 +289,16 @@ def update_parts(setting: Setting, model: nn.Module, critic: PreTrainedModel | N
         for parameter in trained_parameters(model, critic):
             parameter.grad = torch.zeros_like(parameter)
     passes = [(model, "default")] + ([(critic or model, "critic")] if setting.step == "ppo" else [])
-    loss, kept = 0, 0
+    losses, kept = [], 0
     with LiveBytes() as live:
-        for number, (module, role) in enumerate(passes, 1):
+        for module, role in passes:
             with setting.computing():
-                loss = loss + pass_loss(setting, module, role)
+                losses.append(pass_loss(setting, module, role))
             kept = max(kept, live.now)
-            if number == len(passes) or not setting.buckets:  # one process needs no backward of all at once
-                loss.backward()
-                loss = 0
+            if not setting.buckets:  # one process needs no backward of all at once
+                losses.pop().backward()
+        if losses:
+            torch.stack(losses).sum().backward()
     backward = live.peak - kept
     if setting.step != "reward":
         # The gradients of states, and of a trained head, are float32: beside a tile, then beside what they are rounded

@@ -18,9 +18,7 @@ FAST_PATHS = tuple(
 # Fields of GRPOConfig and TrainingArguments that PPO has no use for, by the reason that a refusal of them gives.
 WITHOUT_USE = {
     "PPO has its KL in the reward: set kl_coef instead of beta": "beta use_bias_correction_kl",
-    "GRPO compares responses of one prompt; PPO has a critic, sums scores by reward_weights and whitens advantages": (
-        "scale_rewards multi_objective_aggregation"
-    ),
+    "PPO sums scores by reward_weights and whitens advantages": "scale_rewards multi_objective_aggregation",
     "PPO's loss is the clipped one of each token": (
         "importance_sampling_level delta sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos "
         "vespo_k_neg vespo_lambda_neg off_policy_mask_threshold top_entropy_quantile router_aux_loss_coef "
@@ -29,9 +27,7 @@ WITHOUT_USE = {
     "only a constant entropy_coef is there": (
         "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
     ),
-    "the reference stays the policy as it was at the start": (
-        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"
-    ),
+    "the reference stays the first policy": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
     "PPOTrainer takes loaded models; the recipe takes ModelConfig's arguments": "model_init_kwargs",
     "PPO does not run by DeepSpeed": "ds3_gather_for_generation",
     "PPO here answers text prompts, without tools and images": "max_tool_calling_iterations log_multimodal",

@@ -16,7 +16,7 @@ from recipes.models.dropout import disable_dropout_rates
 from recipes.models.heads import add_state_forward, critic_from_policy, full_critic, use_float32_head
 from recipes.models.vllm import send_only_policy
 from recipes.trainers.fast.fast_paths import FastPaths
-from recipes.trainers.rollout import Results, at_responses
+from recipes.trainers.rollout import Results, response_states, right_align
 
 
 def check_room(model: PreTrainedModel, name: str, tokens: int) -> None:
@@ -117,12 +117,17 @@ class PPORoles(GRPOTrainer):
     def _at_responses(self, model: nn.Module, ids, attention_mask, width: int, **options) -> Results:
         """What `model` gives for the last `width` tokens of all rows, (B, width) each, 0 at padding.
 
-        That is log p of the tokens in nats, and with `compute_entropy=True` the entropies, else None; with a
-        `scalar_head` its scores.
+        Log p in nats, and entropies or None, or the scores of a `scalar_head`: `options` are those of
+        [`~recipes.models.heads.add_state_forward`].
         """
 
         def run(rows: torch.Tensor) -> Results:
-            return at_responses(model, ids[rows], attention_mask[rows], width, **options)
+            mask = attention_mask[rows]
+            real = mask[:, -width:].bool()
+            states, targets = response_states(mask, width), ids[rows, -width:][real]
+            found = model(input_ids=right_align(ids[rows], mask), states=states, targets=targets, **options)
+            found = found if isinstance(found, tuple) else (found,)
+            return tuple(None if x is None else x.new_zeros(real.shape).masked_scatter(real, x) for x in found)
 
         with self.accelerator.autocast():
             return self._fast.map_rows(run, attention_mask.sum(1))

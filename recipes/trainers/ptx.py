@@ -4,7 +4,6 @@ import json
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, is_conversational
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -26,15 +25,7 @@ class PtxBatches:
         UserError: a row has no token to train within `max_length`.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        max_length: int,
-        seed: int,
-        **template_arguments,
-    ):
+    def __init__(self, dataset: Dataset, tokenizer, batch_size: int, max_length: int, seed: int, **template_arguments):
         self.tokenizer, self.batch_size, self.max_length, self.seed = tokenizer, batch_size, max_length, seed
         self.template_arguments = template_arguments
         self.rows = dataset.map(self._tokenize, with_indices=True, remove_columns=dataset.column_names)

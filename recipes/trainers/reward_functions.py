@@ -44,11 +44,7 @@ def checked(function: Callable, columns: Iterable[str] | None = None) -> Callabl
 
 
 def check_rewards(rewards: Any, title: str, count: int) -> list[float | None]:
-    """What the function that errors call `title` returned for `count` completions, as numbers or None.
-
-    Raises:
-        UserError: it is anything else.
-    """
+    """What the function that errors call `title` returned for `count` completions, as numbers or None."""
     one_each = f"expected a list of {counted(count, 'number')}, one for each completion, or None for one not judged"
     rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
     if not isinstance(rewards, list | tuple):

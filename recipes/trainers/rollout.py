@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from recipes.models.heads import States
 
@@ -73,15 +72,3 @@ def response_states(attention_mask: torch.Tensor, width: int) -> States:
     # Token number n of a row stands in column n - 1, and the state in the column before predicts it.
     columns = attention_mask.cumsum(1)[:, -width:][response] - 2
     return response.nonzero()[:, 0], columns
-
-
-def at_responses(model: nn.Module, ids: torch.Tensor, attention_mask: torch.Tensor, width: int, **options) -> Results:
-    """What `model` gives for the last `width` tokens of each row, laid out as (B, width) each, 0 at padding.
-
-    `options` are those of [`~recipes.models.heads.add_state_forward`].
-    """
-    mask = attention_mask[:, -width:].bool()
-    states, targets = response_states(attention_mask, width), ids[:, -width:][mask]
-    flat = model(input_ids=right_align(ids, attention_mask), states=states, targets=targets, **options)
-    flat = flat if isinstance(flat, tuple) else (flat,)
-    return tuple(None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)

@@ -260,7 +260,7 @@ def test_labelers_agree_with_each_other():
         return pair(1.0, group=group, chosen=chosen, rejected=rejected, annotator=annotator)
 
     pairs = [labelled("ann", True, "g"), labelled("bob", True, "g"), labelled("ann", True, "h")]
-    pairs += [labelled("bob", False, "h"), labelled("ann", True, "alone")]
+    pairs += [labelled("bob", False, "h"), *[labelled("ann", True, "alone")] * 2]
     found = quality(pairs)
     assert found["labelers_with_each_other"]["mean"] == 0.5 and found["labelers_with_each_other"]["n_pairs"] == 2
     assert found["labelers"]["bob"]["n_pairs"] == 2

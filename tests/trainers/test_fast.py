@@ -256,9 +256,8 @@ def test_what_is_not_sampling_is_left_to_transformers():
 @pytest.mark.parametrize("off", [path for path in FAST_PATHS if path != "merged_copy"])  # that samples otherwise
 def test_an_update_is_the_same_without_each_fast_path(world, tmp_path, monkeypatch, off):
     """The same responses, of very different lengths, with all fast paths and with all but one."""
-    monkeypatch.setattr(
-        "recipes.trainers.fast.fast_paths.bucket_overhead", lambda model: 1.0
-    )  # so small a model is not cut
+    # so small a model is not cut
+    monkeypatch.setattr("recipes.trainers.fast.length_buckets.bucket_overhead", lambda model: 1.0)
     weights, metrics = [], []
     for name, fast_paths in (("all", FAST_PATHS), ("fewer", [path for path in FAST_PATHS if path != off])):
         trainer = make_trainer(

@@ -4,13 +4,7 @@ import contextlib
 import functools
 
 import torch
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-)
+from transformers import DynamicCache, PreTrainedModel, TemperatureLogitsWarper
 from transformers.cache_utils import DynamicLayer
 
 from recipes.cli.errors import UserError
@@ -63,15 +57,7 @@ class DropFinishedSampler:
         """Let `model.generate` sample with this loop."""
         return replaced(model, generate=functools.partial(model.generate, custom_generate=self))
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config,
-        **model_kwargs,
-    ) -> torch.Tensor:
+    def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         """Prompts and samples, (B, P + new tokens), padded at the end; arguments as in `GenerationMixin._sample`."""
         self.logps = None
         cache = model_kwargs.get("past_key_values")

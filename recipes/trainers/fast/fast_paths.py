@@ -15,15 +15,9 @@ from transformers import PreTrainedModel
 
 from recipes.models.heads import base_of
 from recipes.models.merged import unmergeable
+from recipes.trainers.fast import length_buckets
 from recipes.trainers.fast.drop_finished import DropFinishedSampler
 from recipes.trainers.fast.frozen_head import FrozenHeadLogProbs, has_frozen_linear_head
-from recipes.trainers.fast.length_buckets import (
-    UNLIMITED,
-    bucket_overhead,
-    length_buckets,
-    map_buckets,
-    sort_by_length,
-)
 from recipes.trainers.fast.lora_linear import fuse_adapters
 from recipes.trainers.fast.merged_copy import sampling_from_copy
 from recipes.trainers.fast.packed_weights import packed_weights
@@ -66,7 +60,7 @@ class FastPaths:
         if not in_float32 or "merged_copy" in self.on:
             self.on -= {"sampling_logps"}
         # A GPU is idle while one more bucket starts, and DDP wants one forward for one backward.
-        self.overhead = bucket_overhead(self.base) if on_cpu and is_alone else UNLIMITED
+        self.overhead = length_buckets.bucket_overhead(self.base) if on_cpu and is_alone else length_buckets.UNLIMITED
         self.sampler = DropFinishedSampler() if "drop_finished" in self.on else None
         if "fused_adapters" in self.on:
             fuse_adapters(self.base)
@@ -105,8 +99,8 @@ class FastPaths:
         if "length_sorting" not in self.on or self.args.loss_type != "dapo":
             return micro_batches
         window = self.args.gradient_accumulation_steps
-        starts = range(0, len(micro_batches), window)
-        return [batch for start in starts for batch in sort_by_length(micro_batches[start : start + window])]
+        steps = [micro_batches[start : start + window] for start in range(0, len(micro_batches), window)]
+        return [batch for step in steps for batch in length_buckets.sort_by_length(step)]
 
     def map_rows(self, run: Callable[[torch.Tensor], Results], lengths: torch.Tensor) -> Results:
         """The results of `run(rows)` for all rows, similar lengths together.
@@ -117,9 +111,11 @@ class FastPaths:
         with_gradients, most = torch.is_grad_enabled(), self.args.local_rollout_forward_batch_size
         if "length_sorting" in self.on and not self.in_shares:
             budget = math.inf if with_gradients else most * int(lengths.max())
-            return map_buckets(run, length_buckets(lengths, budget, self.overhead))
-        order = lengths.argsort(stable=True) if "length_sorting" in self.on else torch.arange(len(lengths))
-        return map_buckets(run, [*order.to(lengths.device).split(len(lengths) if with_gradients else most)])
+            buckets = length_buckets.length_buckets(lengths, budget, self.overhead)
+        else:
+            order = lengths.argsort(stable=True) if "length_sorting" in self.on else torch.arange(len(lengths))
+            buckets = order.to(lengths.device).split(len(lengths) if with_gradients else most)
+        return length_buckets.map_buckets(run, buckets)
 
     def backward_early(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss`, or, in a single process, its backward now: it frees the activations before the next forward."""

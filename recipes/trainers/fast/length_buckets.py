@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ def length_buckets(lengths: torch.Tensor, budget: float, overhead: float = UNLIM
     return [order[start:end] for end, start in reversed([*itertools.pairwise(cuts)])]
 
 
-def map_buckets(run: Callable[[torch.Tensor], Results], buckets: list[torch.Tensor]) -> Results:
+def map_buckets(run: Callable[[torch.Tensor], Results], buckets: Sequence[torch.Tensor]) -> Results:
     """The results of `run` on each bucket, (rows of the bucket, …) each, put together in the rows' order."""
     back = torch.cat(buckets).argsort()
     columns = zip(*map(run, buckets), strict=True)
