@@ -141,8 +141,7 @@ class FormattedDatasets(dict):
 
 def has_test_split(source, split: str, name: str | None = None) -> bool:
     """Whether a source has the split to evaluate on, perhaps a slice; says where it has not, unless it is "test"."""
-    splits = list_splits(source, name)
-    found = split.partition("[")[0] in splits
+    found = split.partition("[")[0] in list_splits(source, name)
     if not found and split != "test":
         say(f"{source} has no split {split!r} (--dataset_test_split): rows to evaluate on are from its other splits.")
     return found
@@ -199,10 +198,8 @@ def _sources(script_args, format_args: FormattingArguments, evaluate: bool) -> d
     train = Source(path, name, script_args.dataset_train_split)
     if format_args.datasets:
         if (name, train.split, script_args.dataset_test_split) != (None, "train", "test"):
-            raise DataError(
-                "datasets: a source of a mixture has its own name and split, and rows to evaluate on are held out: "
-                "leave out dataset_config, dataset_train_split and dataset_test_split"
-            )
+            names = "dataset_config, dataset_train_split and dataset_test_split"
+            raise DataError(f"datasets: a source of a mixture has its own name and split; leave out {names}")
         sources = {"train": parse_sources(format_args.datasets)}
     elif path is None:
         raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")
