@@ -79,26 +79,32 @@ def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int) -> "
     return dataset
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class RowArguments:
     """How the rows of a dataset are read; docs/datasets.md explains more."""
 
-    dataset_schema: str = _option("auto", "Name of the schema (docs/datasets.md lists them), or auto to detect it.")
-    dataset_mapping: list[str] | None = _option(
-        None,
-        "Which column holds what, as key=value items or one JSON object, e.g. prompt=question.text chosen=best "
-        "rejected=worst; dots reach into objects, and roles.NAME=user adds a role.",
+    dataset_schema: str = field(
+        default="auto", metadata={"help": "Name of the schema (docs/datasets.md lists them), or auto to detect it."}
     )
-    on_error: Literal["raise", "skip"] = _option("raise", "Stop at rows that cannot be used, or leave them out.")
-    max_error_rate: float = _option(0.01, "With on_error=skip, the share of bad rows that is still accepted.")
-    on_special: Literal["flag", "drop", "fail"] = _option(
-        "flag", "Report, leave out or refuse rows that hold the text of a control token."
+    dataset_mapping: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Which column holds what, as key=value items or one JSON object, e.g. prompt=question.text "
+            "chosen=best rejected=worst; dots reach into objects, and roles.NAME=user adds a role."
+        },
     )
-    dedup: Literal["flag", "drop"] = _option("flag", "Report repeated rows, or leave them out.")
+    on_error: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "Stop at rows that cannot be used, or leave them out."}
+    )
+    max_error_rate: float = field(
+        default=0.01, metadata={"help": "With on_error=skip, the share of bad rows that is still accepted."}
+    )
+    on_special: Literal["flag", "drop", "fail"] = field(
+        default="flag", metadata={"help": "Report, leave out or refuse rows that hold the text of a control token."}
+    )
+    dedup: Literal["flag", "drop"] = field(
+        default="flag", metadata={"help": "Report repeated rows, or leave them out."}
+    )
 
     def options(self) -> dict[str, Any]:
         """As keyword arguments of `format_dataset`."""
@@ -110,15 +116,19 @@ class RowArguments:
 class FormattingArguments(RowArguments):
     """How the dataset of a recipe is read, beside TRL's ScriptArguments."""
 
-    datasets: list[str] | None = _option(
-        None,
-        "A mixture instead of dataset_name: SOURCE or SOURCE=FRACTION, its share of the mixture; in YAML also "
-        "mappings with path and perhaps name, split, data_files, schema, mapping and fraction.",
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture instead of dataset_name: SOURCE or SOURCE=FRACTION, its share of the mixture; in YAML "
+            "also mappings with path and perhaps name, split, data_files, schema, mapping and fraction."
+        },
     )
-    keep_columns: list[str] | None = _option(
-        None, "For PPO, columns that its Python reward functions get as keyword arguments."
+    keep_columns: list[str] | None = field(
+        default=None, metadata={"help": "For PPO, columns that its Python reward functions get as keyword arguments."}
     )
-    test_split_size: float = _option(0.1, "Share of the prompts to evaluate on, where the dataset has no test split.")
+    test_split_size: float = field(
+        default=0.1, metadata={"help": "Share of the prompts to evaluate on, where the dataset has no test split."}
+    )
 
     def options(self) -> dict[str, Any]:
         return super().options() | {"keep_columns": self.keep_columns or ()}
@@ -131,8 +141,7 @@ class FormattedDatasets(dict):
 
 def has_test_split(source, split: str, name: str | None = None) -> bool:
     """Whether a source has the split to evaluate on, perhaps a slice; says where it has not, unless it is "test"."""
-    splits = list_splits(source, name)
-    found = split.partition("[")[0] in splits
+    found = split.partition("[")[0] in list_splits(source, name)
     if not found and split != "test":
         say(f"{source} has no split {split!r} (--dataset_test_split): rows to evaluate on are from its other splits.")
     return found
@@ -189,10 +198,8 @@ def _sources(script_args, format_args: FormattingArguments, evaluate: bool) -> d
     train = Source(path, name, script_args.dataset_train_split)
     if format_args.datasets:
         if (name, train.split, script_args.dataset_test_split) != (None, "train", "test"):
-            raise DataError(
-                "datasets: a source of a mixture has its own name and split, and rows to evaluate on are held out: "
-                "leave out dataset_config, dataset_train_split and dataset_test_split"
-            )
+            names = "dataset_config, dataset_train_split and dataset_test_split"
+            raise DataError(f"datasets: a source of a mixture has its own name and split; leave out {names}")
         sources = {"train": parse_sources(format_args.datasets)}
     elif path is None:
         raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")

@@ -69,11 +69,11 @@ def merge(args: MergeArguments) -> None:
     """Write the full model; nothing is written where something is wrong."""
     adapter, folder = args.model_name_or_path, args.output_dir
     source = resolve_model(adapter, trust_remote_code=args.trust_remote_code)
+    quantized = getattr(source.config, "quantization_config", None) is not None  # or no such folder
     if source.base is None:
         raise UserError(f"{adapter} is not an adapter (it has no adapter_config.json): there is nothing to merge.")
     if os.path.isfile(folder) or holds_anything(folder):
         raise UserError(f"The output folder {folder} is not empty, and nothing is ever written over: choose another.")
-    quantized = getattr(source.config, "quantization_config", None) is not None
     if not args.allow_quantized_merge:
         refuse_lossy_merge(adapter, source.base, quantized)
     tokenizer = load_tokenizer(source)

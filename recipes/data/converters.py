@@ -45,8 +45,7 @@ class Dialogue:
 class Ranking:
     """Responses (message lists that continue `prompt`) and their ranks: 1 is best, equal ranks are ties.
 
-    `margin` says by how much the first of two responses is better, if the source tells it. `dropped` lists why some
-    responses, or all, were left out; the prompt and the others can still be used.
+    `margin` says by how much the first of two is better, if it is known; `dropped` why some or all were left out.
     """
 
     prompt: Messages
@@ -63,7 +62,6 @@ Verdict = Callable[[Cells], tuple[int, float | None]]  # the better of two respo
 
 
 def dialogue(column: str) -> Converter:
-    """For a list of messages."""
     return lambda row, roles: Dialogue(conversation(row, column, roles))
 
 
@@ -99,9 +97,9 @@ def joined(row: Cells, roles: Roles) -> Dialogue | Ranking:
         return ranking(row, roles)
     if "completion" in row:
         return prompt_completion(row, roles)
-    return Dialogue(
-        conversation(row, "messages", roles) if "messages" in row else prompt_messages(row, "prompt", roles)
-    )
+    if "messages" in row:
+        return Dialogue(conversation(row, "messages", roles))
+    return Dialogue(prompt_messages(row, "prompt", roles))
 
 
 def compared(

@@ -30,15 +30,11 @@ CHOICES = {
     "on_special": ("flag", "drop", "fail"),
     "dedup": ("flag", "drop"),
 }
-
-
 # What TRL's trainers read from a row of prompts, or hand to reward functions themselves.
 RESERVED = (
     "prompt", "prompts", "completion", "completions", "completion_ids", "image", "images", "tools",
     "chat_template_kwargs", "trainer_state", "log_extra", "log_metric", "environments",
 )  # fmt: skip
-
-
 # Flags of rows that are not used whole.
 CUT = "the answer at the end of the prompt was left out"
 UNTRAINED = "answers with weight 0 are not trained"
@@ -103,11 +99,7 @@ class Formatter:
         self._left_out = {} if self.tokenizer is None else left_out(self.tokenizer)
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
-        """Yields each output row together with the row of the source that it comes from, without its data.
-
-        Raises:
-            DataError: no schema fits; or, at the end, rows that cannot be used, or no usable row at all.
-        """
+        """Yields each output row and the place of its source row; DataError at the end if rows cannot be used."""
         report.clear()  # each epoch of a stream reads all rows again
         rows = as_rows(rows)
         report.schema, report.reason = self._choose_schema(rows, report)

@@ -53,10 +53,7 @@ def _annotations(row: Cells, task: str) -> Iterator[dict | RowProblem]:
 
 
 def _results(found: Cells) -> list[dict]:
-    """The results, {type, value, to_name}, of an annotation at a place, or in the columns of JSON-MIN.
-
-    There a column has the value, or a list of values, of a tag; written texts are plain columns.
-    """
+    """The results, {type, value, to_name}, of an annotation, or of the columns of JSON-MIN, which are the values."""
     if found.place:
         if found.flag("was_cancelled"):
             raise Skip("cancelled", found.place)
@@ -80,8 +77,8 @@ def _pairwise(result: dict, data: dict, place: str) -> dict:
         names = [name for name in data if isinstance(data[name], str)]
     if len(names) != 2:
         raise RowError(f"cannot tell which two of {join_names(data)} were compared", place)
-    ranks = (1, 2) if selected == "left" else (2, 1)
-    return {"responses": [{"text": data[name], "rank": rank} for name, rank in zip(names, ranks, strict=True)]}
+    first, second = names if selected == "left" else reversed(names)
+    return {"responses": [{"text": data[first], "rank": 1}, {"text": data[second], "rank": 2}]}
 
 
 def _ranker(result: dict, data: dict, place: str) -> dict:

@@ -48,11 +48,9 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
             .gz, .bz2, .xz or .zst), a folder (a copy of a Hub dataset, files named by split, or one written by
             `save_to_disk`), "json", "csv" or "parquet" together with `data_files`, or a Hub name.
         split: a split name; `train[10:20]` takes rows 10 to 19. A single file is the split "train".
-        name: the configuration of a Hub dataset or of a copy of one, or a subfolder of a local folder.
+        name: the configuration of a Hub dataset or of a copy of one.
         data_files: pattern, list of patterns or mapping from split to them, relative to the folder or Hub repository.
         streaming: read a Hub dataset while it is iterated instead of downloading it first.
-    Raises:
-        DataError: nothing is there, or nothing that can be read.
     """
     match = _SPLIT.fullmatch(split)
     if match is None:
@@ -101,15 +99,14 @@ def _local_splits(source: str, name: str | None, data_files=None) -> Splits | No
             raise DataError(f"{source} is one file, and has no configuration {name!r}")
         files_by_split = {"train": [path]}
     elif source and path.is_dir():
-        folder = path / (name or "")
-        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        config = _configuration(path, name)
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             import datasets
 
-            with failures_as_data_error(folder):
-                saved = datasets.load_from_disk(str(folder))
+            with failures_as_data_error(path):
+                saved = datasets.load_from_disk(str(path))
             by_split = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-            return {split: partial(_numbered, str(folder), by_split[split]) for split in by_split}
-        config = _configuration(path, name)
+            return {split: partial(_numbered, str(path), by_split[split]) for split in by_split}
         files_by_split = _files_by_split(path / config.get("data_dir", ""), config.get("data_files"))
     elif suffix_of(path) in SUFFIXES or not _HUB_NAME.fullmatch(source):  # a path must not become a look-up on the Hub
         raise DataError(f"{source or 'an empty name'}: no such file or folder{did_you_mean(source)}")
@@ -125,7 +122,7 @@ def _local_splits(source: str, name: str | None, data_files=None) -> Splits | No
 
 
 def _configuration(folder: Path, name: str | None) -> dict[str, Any]:
-    """The configuration `name` in the README.md of a copied Hub dataset; without one, a subfolder of that name."""
+    """The configuration `name`, or the default one, in the README.md of a copied Hub dataset."""
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import metadata_load
 
@@ -134,12 +131,10 @@ def _configuration(folder: Path, name: str | None) -> dict[str, Any]:
         if card.is_file():
             configs = MetadataConfigs.from_dataset_card_data(metadata_load(card) or {})
         name = name or configs.get_default_config_name() or ("default" if configs else "")
-    if name in configs:
-        return configs[name]
-    if not (folder / name).is_dir():
-        known = f"its configurations are {join_names(configs)}" if configs else "a configuration here is a subfolder"
-        raise DataError(f"{folder} has no subfolder or configuration {name!r} (--dataset_config): {known}")
-    return {"data_dir": name}
+    if name and name not in configs:
+        known = join_names(configs) or "none"
+        raise DataError(f"{folder} has no configuration {name!r} (--dataset_config); it has {known}")
+    return configs.get(name, {})
 
 
 def _files_by_split(folder: Path, data_files: Any) -> dict[str, list[Path]]:
@@ -160,9 +155,7 @@ def _files_by_split(folder: Path, data_files: Any) -> dict[str, list[Path]]:
             _say_once(f"{folder}: not read, as other files are named by split: {join_names(left[:5])}")
     if not data_files:
         suffixes = {suffix_of(file) for files in found.values() for file in files}
-        wanted = (
-            DATA_SUFFIXES if suffixes & {*DATA_SUFFIXES} else SUFFIXES
-        )  # a .txt beside data is a licence or a note
+        wanted = DATA_SUFFIXES if suffixes & {*DATA_SUFFIXES} else SUFFIXES  # a .txt beside data is a note
         found = {split: [file for file in files if suffix_of(file) in wanted] for split, files in found.items()}
     if not any(found.values()):
         asked = f" for each pattern of data_files {data_files}" if data_files else ""

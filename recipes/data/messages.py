@@ -30,7 +30,6 @@ MASKED = {"masked", "mask"}
 MEDIA = {"image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos"}
 UNUSABLE = MEDIA | {"prefix", "partial", "train_detail", "training_detail"}
 USED = {"role", "content", "from", "value", "tool_calls", "function_call", *EXTRAS, *LEARNED, *MASKED, *UNUSABLE}
-SPEAKER = {"role", "from"}
 MESSAGE = "expected a message {role, content} or {from, value}"
 
 CONTEXT = ("system", "system_prompt", "history")  # columns that come before a conversation, whatever its schema is
@@ -104,7 +103,6 @@ def not_learned(cells: Cells, keys: set[str]) -> str | None:
 
 
 def has_weights(messages: Messages) -> bool:
-    """Whether some are marked as not learned."""
     return any("weight" in turn for turn in messages)
 
 
@@ -149,7 +147,7 @@ def _with_arguments(call: dict) -> dict:
 def is_turns(value: Any) -> bool:
     """Whether a cell is a list of messages."""
     turns = value if isinstance(value, list) else []
-    return bool(turns) and all(isinstance(turn, dict) and turn.keys() & SPEAKER for turn in turns)
+    return bool(turns) and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
 
 
 def unused_keys(value: Any) -> set[str]:
@@ -209,9 +207,8 @@ def json_messages(value: Any) -> list[dict]:
 
 
 def prompt_messages(row: Cells, column: str, roles: Roles) -> Messages:
-    """The messages of a prompt column.
+    """The messages of a prompt column; a text is the user's, or a transcript that ends with "Assistant:".
 
-    A text is one user message, unless it is a transcript "Human: …\\n\\nAssistant:" that ends before the answer.
     After an instruction or a question, `input` or `context` follows after a blank line.
     """
     value = row.get(column)

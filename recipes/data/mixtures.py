@@ -12,10 +12,7 @@ from recipes.data.rows import DataError, join_names
 
 @dataclass
 class Source:
-    """One source of a mixture. Fields are named as in TRL's `DatasetConfig`, where it has them.
-
-    `fraction` is the share of the source in the mixture, on any scale; all sources have one, or none.
-    """
+    """One source of a mixture, with the names of TRL's `DatasetConfig`; `fraction` is its share, on any scale."""
 
     path: str
     name: str | None = None
@@ -67,14 +64,13 @@ def combine(parts: list, sources: list[Source], streaming: bool, seed: int):
     """
     from datasets import concatenate_datasets, interleave_datasets
 
-    shares = None
-    if sources[0].fraction is not None:
-        shares = [source.fraction / sum(each.fraction for each in sources) for source in sources]
+    if sources[0].fraction is None:
+        return concatenate_datasets(parts)
+    shares = [source.fraction / sum(each.fraction for each in sources) for source in sources]
     if streaming:
-        return interleave_datasets(parts, shares, seed) if shares else concatenate_datasets(parts)
-    if shares:
-        total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
-        parts = [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]
-        if unused := [source.path for part, source in zip(parts, sources, strict=True) if not len(part)]:
-            raise DataError(f"datasets: of {round(total)} rows none is of {unused[0]}: give it a larger fraction")
+        return interleave_datasets(parts, shares, seed)
+    total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
+    parts = [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]
+    if unused := [source.path for part, source in zip(parts, sources, strict=True) if not len(part)]:
+        raise DataError(f"datasets: of {round(total)} rows none is of {unused[0]}: give it a larger fraction")
     return concatenate_datasets(parts)

@@ -16,12 +16,7 @@ SHOWN = 5  # errors in the text of a DataError
 
 @dataclass
 class Report:
-    """What became of the rows of one source. Each entry names file and line; lists end after 10,000 entries.
-
-    Args:
-        tokens: of the rows that came out, where a tokenizer was there to count them.
-        used: after training, the rows, responses and tokens that a recipe trained ("train") and evaluated on ("eval").
-    """
+    """What became of the rows of one source. Each entry names file and line; lists end after 10,000 entries."""
 
     source: str
     task: str
@@ -29,8 +24,8 @@ class Report:
     reason: str = ""
     rows_in: int = 0
     rows_out: int = 0
-    tokens: int | None = None
-    used: dict[str, dict] = field(default_factory=dict)
+    tokens: int | None = None  # of the rows that came out, where there is a tokenizer
+    used: dict[str, dict] = field(default_factory=dict)  # what a recipe trained ("train") and evaluated on ("eval")
     skipped: list[dict] = field(default_factory=list)
     flags: list[dict] = field(default_factory=list)
     errors: list[dict] = field(default_factory=list)
@@ -59,17 +54,17 @@ class Report:
         self.counts["skipped"].update(self.counts["errors"])
         self.counts["errors"].clear()
         for error in self.errors:
-            self.skipped.append({KINDS["skipped"] if key == KINDS["errors"] else key: error[key] for key in error})
-        self.errors.clear()
+            error["reason"] = error.pop("message")
+        self.skipped += self.errors
+        self.errors = []
         self.skipped.sort(key=lambda entry: (entry["file"], entry["line"]))
         if self.rows_in == 0:
             raise self.error(f"{self.source}: no rows: the file or split is empty")
         if self.rows_out == 0:
             skipped = self.counts["skipped"].most_common(SHOWN)
             reasons = ", ".join(f"{what} ({count}{self._first('skipped', what)})" for what, count in skipped)
-            raise self.error(
-                f"{self.source}: none of {counted(self.rows_in, 'row')} is of use for {self.task!r}: {reasons}"
-            )
+            useless = f"none of {counted(self.rows_in, 'row')} is of use for {self.task!r}"
+            raise self.error(f"{self.source}: {useless}: {reasons}")
 
     def to_dict(self) -> dict[str, Any]:
         keys = ("source", "task", "schema", "reason", "rows_in", "rows_out", "tokens", "used", *KINDS, "fingerprint")

@@ -21,14 +21,13 @@ TASKS = ("sft", "preference", "ranking", "prompt")
 DIALOGUE = ("sft", "prompt")  # the tasks that a Dialogue serves
 RANKED = ("preference", "ranking", "prompt")  # the tasks that a Ranking serves
 PAIR = ("chosen", "rejected")
+HELPSTEER2 = ("prompt", "response_1", "response_2", "preference_strength")
 SAFERLHF = ("prompt", "response_0", "response_1")
 BATTLE = ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie")
 
 
 @dataclass(frozen=True)
 class Schema:
-    """One entry of the table."""
-
     tasks: tuple[str, ...]  # what its rows can become
     columns: tuple[str, ...]  # that it needs; there may be others
     convert: Converter  # a schema fits a source if this works for most rows
@@ -100,9 +99,7 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "conversations_preference": Schema(RANKED, ("conversations", *PAIR), convert.conversations_preference, 10),
     # two responses and a label
-    "helpsteer2": Schema(
-        RANKED, ("prompt", "response_1", "response_2", "preference_strength"), convert.helpsteer2, 20
-    ),
+    "helpsteer2": Schema(RANKED, HELPSTEER2, convert.helpsteer2, 20),
     "helpsteer3": Schema(RANKED, ("context", "response1", "response2", "overall_preference"), convert.helpsteer3, 20),
     "pku_saferlhf": Schema(RANKED, (*SAFERLHF, "better_response_id"), convert.pku_saferlhf, 20),
     "pku_saferlhf_safer": Schema(RANKED, (*SAFERLHF, "safer_response_id"), convert.pku_saferlhf_safer, None),

@@ -185,10 +185,8 @@ def _check_header(header: list[str]) -> None:
 
 def _csv_row(header: list[str], cells: list[str]) -> dict:
     if len(cells) != len(header):
-        raise RowError(
-            f"found {counted(len(cells), 'field')}, expected {len(header)} as in the header; "
-            "quote fields that hold a comma"
-        )
+        expected = f"expected {len(header)} as in the header; quote fields that hold a comma"
+        raise RowError(f"found {counted(len(cells), 'field')}, {expected}")
     if [cells[0].removeprefix(BYTE_ORDER_MARK), *cells[1:]] == header:
         raise Skip("the header again, as where files were joined")
     row = dict(zip(header, cells, strict=True))

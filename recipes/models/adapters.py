@@ -62,13 +62,8 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
 
     A model that is a module of this name, as the critic of full fine-tuning, counts as an adapter.
     """
-    found = {}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if adapter in parts:
-            parts.remove(adapter)
-            found[".".join(parts)] = parameter
-    return found
+    parts = [(name.split("."), parameter) for name, parameter in model.named_parameters()]
+    return {".".join(part for part in name if part != adapter): p for name, p in parts if adapter in name}
 
 
 def train_only(model: PeftModel, adapters: Iterable[str]) -> None:

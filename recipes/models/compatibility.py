@@ -49,12 +49,7 @@ def check_model(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None
 
 def check_reward_base(source: ModelSource) -> None:
     """Check that transformers has a sequence classifier for this base, to keep a reward model in, with one label."""
-    if not has_classifier(source.config):
-        raise UserError(
-            f"transformers has no sequence classifier for models of the type {source.config.model_type}, such as "
-            f"{source.weights}, to keep a reward model in: train it on another base, and PPO takes it with "
-            "--separate_reward_model true."
-        )
+    check_classifier(source, "train the reward model on another base; PPO takes it with --separate_reward_model true")
     if source.has_score_head:
         check_score_head(source)
 
@@ -67,12 +62,8 @@ def check_ppo_models(
     A reward adapter on the policy's base has to read the chat template that the policy writes.
     """
     check_model(policy, tokenizer)
-    if not use_peft and not has_classifier(policy.config):
-        raise UserError(
-            "Full fine-tuning needs a critic of the policy's type, and transformers has no sequence classifier for "
-            f"models of the type {policy.config.model_type}, such as {policy.weights}: set use_peft: true (the critic "
-            "is an adapter)."
-        )
+    if not use_peft:
+        check_classifier(policy, "set use_peft: true, with which the critic is an adapter")
     if reward is None:
         return
     check_score_head(reward)
@@ -107,9 +98,15 @@ def check_score_head(reward: ModelSource) -> None:
         )
 
 
-def has_classifier(config: PretrainedConfig) -> bool:
-    remote = getattr(config, "auto_map", None) or {}
-    return type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or "AutoModelForSequenceClassification" in remote
+def check_classifier(source: ModelSource, remedy: str) -> None:
+    """Check that there is a sequence classifier of the type of these weights, for a reward model or a full critic."""
+    config = source.config
+    is_remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if not is_remote and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"transformers has no sequence classifier for models of the type {config.model_type}, such as "
+            f"{source.weights}: {remedy}."
+        )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, name: str) -> None:

@@ -305,17 +305,12 @@ def read_reward_statistics(name: str) -> dict | None:
     path = find_file(name, STATISTICS)
     if path is None:
         return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            statistics = json.load(file)
-        if math.isfinite(statistics["mean"]) and 0 < statistics["std"] < math.inf:
-            return statistics
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(
-        f"{path} has no mean and no spread above 0 to standardise scores with: correct it, or set "
-        "--normalize_scores false."
-    )
+    what = f"{path} has no mean and no spread above 0 to standardise scores with (--normalize_scores false uses none)"
+    with load_errors(what, name):
+        statistics = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not (math.isfinite(statistics["mean"]) and 0 < statistics["std"] < math.inf):
+            raise ValueError(statistics)
+    return statistics
 
 
 def load_score_statistics(training_args: TrainingArguments, reward: ModelSource, normalize: bool) -> None:

@@ -53,8 +53,11 @@ class ModelSource:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The configuration of the weights; copy it before changing it."""
-        trusted = self.trust_remote_code
-        with load_errors(f"The configuration of {self.weights} could not be loaded", self.weights):
+        trusted, what = self.trust_remote_code, f"The configuration of {self.weights} could not be loaded"
+        if self.base is not None:
+            where = "base_model_name_or_path of its adapter_config.json"
+            what = f"{self.path} is an adapter on the base {self.base} ({where}), which could not be loaded"
+        with load_errors(what, self.weights):
             return AutoConfig.from_pretrained(self.weights, revision=self.revision, trust_remote_code=trusted)
 
     @property
@@ -99,15 +102,8 @@ def resolve_model(name: str | None, revision: str = "main", trust_remote_code: b
         raise UserError("Command line: --model_name_or_path is required.")
     if os.path.isfile(name):
         raise UserError(f"{name} is a file: a model is a folder, or a name on the Hub.")
-    if not os.path.isdir(name) and not is_hub_name(name):
-        raise UserError(f"There is no folder {name}{place(name)}, and it is not the name of a Hub model.")
     adapter = adapter_config(name)
     base, trained_on = adapter.get("base_model_name_or_path"), adapter.get("revision") or revision
-    if base and not os.path.isdir(base) and not is_hub_name(base):
-        raise UserError(
-            f"{name} is an adapter on the base {base}, and there is no such folder here: "
-            f"run from where that path is valid, or correct base_model_name_or_path in its adapter_config.json."
-        )
     if revision not in ("main", trained_on):
         raise UserError(
             f"--model_revision {revision}: {name} is an adapter on the revision {trained_on} of {base}: leave it out."
@@ -152,19 +148,10 @@ def load_errors(what: str, name: str) -> Iterator[None]:
             reason = "it comes with Python code. Read that; --trust_remote_code true then runs it."
         elif os.path.isdir(name) and not {"config.json", "adapter_config.json"} & {*os.listdir(name)}:
             reason = f"the folder {name} holds no config.json, so it is no model."
-        elif not os.path.isdir(name) and any(word in str(error) for word in ("connect", "offline", "local folder")):
-            reason = f"there is no folder {name}{place(name)}, and the Hub did not give such a model."
+        elif not os.path.isdir(name) and re.search("connect|offline|local folder|Repo id", str(error)):
+            where = "" if os.path.isabs(name) else f" in {os.getcwd()}"
+            reason = f"there is no folder {name}{where}{did_you_mean(name)}, and the Hub did not give such a model."
         raise UserError(f"{what}: {reason}") from error
-
-
-def place(name: str) -> str:
-    """Where a path is looked for, and what is there instead."""
-    return f"{'' if os.path.isabs(name) else f' in {os.getcwd()}'}{did_you_mean(name)}"
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether `name` has the form of a Hub repository, `model` or `owner/model`."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
 
 
 def same_weights(a: ModelSource, b: ModelSource) -> bool:

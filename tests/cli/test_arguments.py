@@ -205,6 +205,7 @@ def recipe_arguments(tmp_path, text: str, *flags: str) -> dict:
         ("lr_scheduler_type: cosine\nwarmup_steps: 5", ("--lr_scheduler_type", "constant"), {"warmup_steps": 5}),
         ("eval_strategy: steps\neval_steps: 5", ("--eval_strategy", "no"), {"eval_steps": 5}),
         ("use_peft: true\nlora_r: 4", ("--use_peft", "false"), {"use_peft": False, "lora_r": 4}),
+        ("pad_to_multiple_of: auto", ("--pad_to_multiple_of", "8"), {"pad_to_multiple_of": 8}),
     ],
 )
 def test_a_flag_comes_before_what_the_yaml_says_by_another_name(tmp_path, text, flags, expected):

@@ -344,9 +344,8 @@ def test_a_copy_of_a_hub_dataset_is_read_as_its_card_says(tmp_path):
     assert read(tmp_path, split="test") == [(2, {"prompt": "held"})]
     assert list_splits(tmp_path, "harmless") == ["train", "validation"]
     assert read(tmp_path, name="harmless", split="validation") == [(1, {"prompt": "harmless/validation"})]
-    assert read(tmp_path, name="held") == [(2, {"prompt": "held"})]  # a subfolder
     for options, message in (
-        ({"name": "nice"}, "no subfolder or configuration 'nice' .*: its configurations are helpful, harmless"),
+        ({"name": "nice"}, "has no configuration 'nice' .--dataset_config.; it has helpful, harmless"),
         ({"split": "dev"}, "has no split 'dev'; it has train, test"),
     ):
         with pytest.raises(DataError, match=message):
@@ -355,7 +354,7 @@ def test_a_copy_of_a_hub_dataset_is_read_as_its_card_says(tmp_path):
     for card, message in (
         (
             CARD.replace("  default: true\n", ""),
-            "no subfolder or configuration 'default' .--dataset_config.: its configurations are helpful, harmless",
+            "has no configuration 'default' .--dataset_config.; it has helpful, harmless",
         ),
         (
             CARD.replace("part-*", "no-*").replace("held", "no"),

@@ -295,7 +295,7 @@ def brief(completions, **kwargs):
 @pytest.mark.parametrize(
     ("policy", "judge", "message"),
     [
-        ("none", "reward", "There is no folder .*none"),
+        ("none", "reward", "there is no folder .*none"),
         ("reward", "reward", "is a reward model"),
         ("short", "reward", "p3.* than the 2 positions"),
         ("base", "short_reward", "p3.* than the 2 positions"),

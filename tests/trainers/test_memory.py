@@ -215,7 +215,7 @@ def test_the_base_and_its_adapter_come_from_the_config_beside_or_the_folder(monk
     [
         (["sft"], "--model_name_or_path is required"),
         (["dpo"], "begin with sft, reward, ppo"),
-        (["sft", "--model_name_or_path", "/nowhere/at-all"], "There is no folder /nowhere/at-all"),
+        (["sft", "--model_name_or_path", "/nowhere/at-all"], "there is no folder /nowhere/at-all"),
         (["sft", "--gpu_memory", "8"], "unrecognized arguments: --gpu_memory 8"),
     ],
 )
