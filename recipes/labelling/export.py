@@ -2,13 +2,13 @@
 
 import json
 import shlex
-from collections import defaultdict
+from collections import Counter
 from itertools import count
 from math import comb
 from pathlib import Path
 
 from recipes.cli.errors import UserError
-from recipes.labelling.answers import Answer, Review, ranks_of
+from recipes.labelling.answers import Review, ranks_of
 from recipes.labelling.database import Database
 from recipes.labelling.files import new_file
 from recipes.labelling.store import standing_answers, stored_answer
@@ -26,32 +26,30 @@ def export(database: Database, output: str | Path, include_gold: bool = False) -
     with database.transaction() as db:
         everything = standing_answers(db, "submit", "edit")
         rankings = [ranking for ranking in everything if include_gold or ranking["gold"] is None]
-        responses = defaultdict(list)
-        for response in db.execute("SELECT * FROM response ORDER BY rowid"):
-            responses[response["prompt_id"]].append(response)
-        rows = [_row(ranking, stored_answer(db, ranking), responses[ranking["prompt_id"]]) for ranking in rankings]
+        rows = [_row(db, ranking) for ranking in rankings]
     if not rows:
         raise UserError(f"{database.path}: no submitted rankings to export; nothing was written")
     with new_file(output) as part:
         part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
-    sizes = [list(map(len, json.loads(ranking["tiers"]))) for ranking in rankings]
-    tied = sum(comb(size, 2) for tiers in sizes for size in tiers)
+    ranks = [Counter(response["rank"] for response in row["responses"]) for row in rows]
+    tied = sum(comb(responses, 2) for ranking in ranks for responses in ranking.values())
     return {
         "rankings": len(rankings),
         "prompts": len({ranking["prompt_id"] for ranking in rankings}),
         "labelers": len({ranking["labeler"] for ranking in rankings}),
-        "pairs": sum(comb(sum(tiers), 2) for tiers in sizes) - tied,
+        "pairs": sum(comb(ranking.total(), 2) for ranking in ranks) - tied,
         "tied_pairs": tied,
-        "all_tied": sum(len(tiers) == 1 for tiers in sizes),
+        "all_tied": sum(len(ranking) == 1 for ranking in ranks),
         "gold_left_out": len(everything) - len(rankings),
     }
 
 
-def _row(ranking, answer: Answer, responses: list) -> dict:
+def _row(db, ranking) -> dict:
     """What is exported: equal `rank` is a tie, 1 is best; what was not given is left out."""
+    answer, ranked = stored_answer(db, ranking), []
     ranks = ranks_of(answer.tiers)
-    ranked = []
+    responses = db.execute("SELECT * FROM response WHERE prompt_id = ? ORDER BY rowid", (ranking["prompt_id"],))
     for response in sorted(responses, key=lambda response: ranks[response["id"]]):
         review = answer.reviews.get(response["id"], Review())
         ranked.append(

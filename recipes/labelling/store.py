@@ -27,19 +27,12 @@ WHERE NOT EXISTS (SELECT 1 FROM task_state AS s WHERE s.prompt_id = p.id AND s.l
     SELECT count(*) FROM task_state AS s
     WHERE s.prompt_id = p.id AND CASE WHEN s.kind IS NULL THEN s.touched > :stale ELSE s.kind != 'skip' END) END
 """
-_IN_TURN = " ORDER BY (g.prompt_id IS NOT NULL) != :gold_turn, p.position"
 
 # Over rows of task_state.
 COUNTS = """
 count(*) FILTER (WHERE kind IN ('submit', 'edit')) AS ranked,
 count(*) FILTER (WHERE kind = 'skip') AS skipped,
 count(*) FILTER (WHERE kind = 'flag') AS flagged
-"""
-
-_TASK = """
-SELECT s.*, a.shown, p.messages FROM task_state AS s
-JOIN assignment AS a USING (prompt_id, labeler_id) JOIN prompt AS p ON p.id = s.prompt_id
-WHERE s.labeler_id = :me AND s.prompt_id = :prompt
 """
 
 
@@ -175,7 +168,8 @@ class Store(Database):
             "gold_turn": place == random.Random(f"{labeler_id} {block}").randrange(self.gold_every or 1),
             "only": only,
         }
-        query = _AVAILABLE + (" AND p.id = :only" if only else "") + _IN_TURN
+        query = _AVAILABLE + ("AND p.id = :only " if only else "")
+        query += "ORDER BY (g.prompt_id IS NOT NULL) != :gold_turn, p.position"
         return [id for (id,) in db.execute(query, values)]
 
     def _unused_order(self, db, prompt_id):
@@ -218,7 +212,11 @@ class Store(Database):
 
     @staticmethod
     def _state(db, labeler_id, prompt_id):
-        state = db.execute(_TASK, {"me": labeler_id, "prompt": prompt_id}).fetchone()
+        state = db.execute(
+            "SELECT s.*, a.shown, p.messages FROM task_state AS s JOIN assignment AS a USING (prompt_id, labeler_id)"
+            " JOIN prompt AS p ON p.id = s.prompt_id WHERE s.labeler_id = ? AND s.prompt_id = ?",
+            (labeler_id, prompt_id),
+        ).fetchone()
         if state is None:
             raise NotAssignedError("you have no such task")
         return state
@@ -270,13 +268,8 @@ class Store(Database):
     def undo(self, labeler_id: int, event_id: int, key: str) -> str:
         """Takes back an answer that counts, so that the one before it counts again; returns its prompt's id."""
         undone = "SELECT prompt_id FROM event WHERE undoes = :event AND labeler_id = :me AND key = :key"
-        values = {
-            "event": event_id,
-            "me": labeler_id,
-            "key": key,
-            "now": time.time(),
-            "version": self.guideline_version,
-        }
+        version, now = self.guideline_version, time.time()
+        values = {"event": event_id, "me": labeler_id, "key": key, "now": now, "version": version}
         with self.transaction(write=True) as db:
             if not db.execute(undone, values).fetchone():
                 db.execute(

@@ -28,14 +28,12 @@ export function refresh() {
       card.querySelector(".rank").textContent = place;
       card.querySelector(".state").textContent = `rank ${place} of ${order.length}${tie}`;
       card.querySelector("[data-do=tie]").setAttribute("aria-pressed", isTied(card));
+      card.querySelector("[data-do=tie]").disabled = card === order[0];
+      card.querySelector("[data-do=up]").disabled = card === order[0];
+      card.querySelector("[data-do=down]").disabled = card === order.at(-1);
     }
     place += tier.length;
   }
-  order.forEach((card, index) => {
-    card.querySelector("[data-do=up]").disabled = index === 0;
-    card.querySelector("[data-do=down]").disabled = index === order.length - 1;
-    card.querySelector("[data-do=tie]").disabled = index === 0;
-  });
 }
 
 // A card leaves its tie when it is picked up, and joins one when it is put between two tied cards.
