@@ -29,8 +29,8 @@ def checked(function: Callable, columns: Iterable[str] | None = None) -> Callabl
         if columns is not None:
             inspect.signature(function).bind(**dict.fromkeys({*KEYWORDS, *columns} - {"prompt", "completion"}))
     except TypeError as error:
-        form = f"{name}(prompts, completions, **kwargs), where kwargs has the dataset's other columns"
-        raise UserError(f"{title} cannot be called: {error}. TRL's form is {form}.") from error
+        form = f"{name}(prompts, completions, **kwargs)"
+        raise UserError(f"{title} cannot be called by TRL: {error}. Write it as {form}.") from error
 
     def call(**kwargs):
         return check_rewards(function(**kwargs), title, len(kwargs["completions"]))
