@@ -6,7 +6,7 @@
     prompt      prompt, which ends with the user's turn
 
 Columns are lists of {role, content}, except for numbers and `group_id`, a hash that is equal for equal prompts. SFT
-rows of a source with tool calls also have `tools`, as JSON text.
+rows of a source with tools also have `tools`, as JSON text.
 """
 
 import hashlib
