@@ -7,7 +7,6 @@ request is read from the command line of `accelerate launch`, the parent of this
 import os
 import shlex
 from dataclasses import dataclass
-from itertools import pairwise
 
 import psutil
 import torch
@@ -56,11 +55,12 @@ def requested() -> Request | None:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return None
-    names = [os.path.basename(word) for word in words]
-    for place, (before, name) in enumerate(pairwise(["", *names])):
+    before = ""
+    for place, name in enumerate(map(os.path.basename, words), 1):
         whole = name in ("accelerate-launch", "accelerate.commands.launch")
         if whole or (name == "launch" and before.startswith("accelerate")):
-            return read_request(words[place + 1 :])
+            return read_request(words[place:])
+        before = name
     return None
 
 
