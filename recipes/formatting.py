@@ -79,26 +79,32 @@ def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int) -> "
     return dataset
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class RowArguments:
     """How the rows of a dataset are read; docs/datasets.md explains more."""
 
-    dataset_schema: str = _option("auto", "Name of the schema (docs/datasets.md lists them), or auto to detect it.")
-    dataset_mapping: list[str] | None = _option(
-        None,
-        "Which column holds what, as key=value items or one JSON object, e.g. prompt=question.text chosen=best "
-        "rejected=worst; dots reach into objects, and roles.NAME=user adds a role.",
+    dataset_schema: str = field(
+        default="auto", metadata={"help": "Name of the schema (docs/datasets.md lists them), or auto to detect it."}
     )
-    on_error: Literal["raise", "skip"] = _option("raise", "Stop at rows that cannot be used, or leave them out.")
-    max_error_rate: float = _option(0.01, "With on_error=skip, the share of bad rows that is still accepted.")
-    on_special: Literal["flag", "drop", "fail"] = _option(
-        "flag", "Report, leave out or refuse rows that hold the text of a control token."
+    dataset_mapping: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Which column holds what, as key=value items or one JSON object, e.g. prompt=question.text "
+            "chosen=best rejected=worst; dots reach into objects, and roles.NAME=user adds a role."
+        },
     )
-    dedup: Literal["flag", "drop"] = _option("flag", "Report repeated rows, or leave them out.")
+    on_error: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "Stop at rows that cannot be used, or leave them out."}
+    )
+    max_error_rate: float = field(
+        default=0.01, metadata={"help": "With on_error=skip, the share of bad rows that is still accepted."}
+    )
+    on_special: Literal["flag", "drop", "fail"] = field(
+        default="flag", metadata={"help": "Report, leave out or refuse rows that hold the text of a control token."}
+    )
+    dedup: Literal["flag", "drop"] = field(
+        default="flag", metadata={"help": "Report repeated rows, or leave them out."}
+    )
 
     def options(self) -> dict[str, Any]:
         """As keyword arguments of `format_dataset`."""
@@ -110,15 +116,19 @@ class RowArguments:
 class FormattingArguments(RowArguments):
     """How the dataset of a recipe is read, beside TRL's ScriptArguments."""
 
-    datasets: list[str] | None = _option(
-        None,
-        "A mixture instead of dataset_name: SOURCE or SOURCE=FRACTION, its share of the mixture; in YAML also "
-        "mappings with path and perhaps name, split, data_files, schema, mapping and fraction.",
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture instead of dataset_name: SOURCE or SOURCE=FRACTION, its share of the mixture; in YAML "
+            "also mappings with path and perhaps name, split, data_files, schema, mapping and fraction."
+        },
     )
-    keep_columns: list[str] | None = _option(
-        None, "For PPO, columns that its Python reward functions get as keyword arguments."
+    keep_columns: list[str] | None = field(
+        default=None, metadata={"help": "For PPO, columns that its Python reward functions get as keyword arguments."}
     )
-    test_split_size: float = _option(0.1, "Share of the prompts to evaluate on, where the dataset has no test split.")
+    test_split_size: float = field(
+        default=0.1, metadata={"help": "Share of the prompts to evaluate on, where the dataset has no test split."}
+    )
 
     def options(self) -> dict[str, Any]:
         return super().options() | {"keep_columns": self.keep_columns or ()}

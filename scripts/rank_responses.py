@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
     begin(__file__)
 
-import json
 import sqlite3
 from pathlib import Path
 
@@ -137,11 +136,7 @@ def run_agreement(args):
     from recipes.labelling.agreement import agreement_report
     from recipes.labelling.report import render
 
-    report = agreement_report(Database(args.database))
-    if args.format == "json":
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    else:
-        text = render(report, args.format, f"Agreement in {args.database.name}")
+    text = render(agreement_report(Database(args.database)), args.format, f"Agreement in {args.database.name}")
     if args.output is None:
         sys.stdout.write(text)
     else:

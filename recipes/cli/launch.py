@@ -141,6 +141,8 @@ def check_launch(training_args: TrainingArguments) -> None:
     state = training_args.distributed_state
     kind = state.distributed_type.value
     running = f"{count(state.num_processes)} on {training_args.device.type} ({PLAIN.get(kind, kind)})"
+    if (mixed := training_args.mixed_precision) != "no":  # accelerate launch may wish for another
+        running += f", mixed precision {mixed}"
     request = requested()
     problem = find_problem(request, state.num_processes, training_args)
     asked = request or f"{count(world_size())} without accelerate launch"
@@ -148,11 +150,6 @@ def check_launch(training_args: TrainingArguments) -> None:
         raise UserError(f"Launched: {asked}. Running: {running}. {problem}")
     what = type(training_args).__name__.removesuffix("Config")
     say(f"{what} into {training_args.output_dir}. Launched: {asked}. Running: {running}.")
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    own = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "no"
-    if precision not in ("no", own):
-        used, by = (precision, "accelerate launch") if own == "no" else (own, "the training arguments")
-        say(f"Mixed precision is {used}, by {by}: accelerate launch says {precision}, the training arguments {own}.")
 
 
 def find_problem(request: Request | None, num_processes: int, training_args: TrainingArguments) -> str | None:

@@ -24,9 +24,13 @@ from trl import ModelConfig, get_peft_config
 from recipes.cli.errors import UserError
 from recipes.models.heads import ScoreHead, base_of, without_critic
 
-CHANGE_THE_BASE = ("bias", "layer_replication")
-# They take a part out of the base's weights.
-INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Fields of an adapter that change the base, or that look at more than the input of their layer.
+NOT_FOR_ROLES = (
+    *("bias", "layer_replication", "kasa_config"),
+    *("alora_invocation_tokens", "arrow_config", "monteclora_config", "use_bdlora"),
+)
+# They take a part out of the base's weights, or (MiCA) train a part of the adapter only.
+INITS_NOT_FOR_ROLES = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 def check_adapter_kind(model: PeftModel) -> None:
@@ -36,18 +40,14 @@ def check_adapter_kind(model: PeftModel) -> None:
     for config in model.peft_config.values():
         if config.peft_type != PeftType.LORA:
             raise UserError(f"PPO's roles are LoRA adapters, and this adapter is {config.peft_type.value}.")
-        changes = [name for name in CHANGE_THE_BASE if getattr(config, name, None) not in (None, "none")]
-        if str(config.init_lora_weights).lower().startswith(INITS_THAT_CHANGE_THE_BASE):
-            changes.append(f"init_lora_weights={config.init_lora_weights}")
-        if changes:
+        unfit = [name for name in NOT_FOR_ROLES if getattr(config, name, None) not in (None, "none")]
+        if str(config.init_lora_weights).lower().startswith(INITS_NOT_FOR_ROLES):
+            unfit.append(f"init_lora_weights={config.init_lora_weights}")
+        if unfit:
             raise UserError(
-                f"{changes[0]} changes the base, which reference, reward model and critic share: the policy needs an "
-                "adapter without it (PEFT's path_initial_model_for_weight_conversion makes plain LoRA of some)."
+                f"{unfit[0]} changes the base, which reference, reward model and critic share, or how it runs: the "
+                "policy needs plain LoRA or DoRA (PEFT's path_initial_model_for_weight_conversion makes it of some)."
             )
-    for layer in model.modules():
-        for variant in getattr(layer, "lora_variant", {}).values():
-            if "dora" not in type(variant).__name__.lower():  # another may look at the tokens, or train otherwise
-                raise UserError(f"PPO's roles are plain LoRA or DoRA, and this adapter has {type(variant).__name__}.")
 
 
 def model_with_adapter(model: PreTrainedModel | PeftModel, keyword: str) -> PreTrainedModel:
@@ -123,9 +123,8 @@ def role_layers(model: PeftModel) -> list[tuple[nn.Module, frozenset[str]]]:
     adapters = tuple(model.peft_config)
     cached = vars(model).get("_role_layers")
     if cached is None or cached[0] != adapters:
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         with without_critic(model):  # a critic with an adapter of its own keeps it on
-            layers = [module for module in model.modules() if isinstance(module, kinds)]
+            layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         cached = adapters, [(layer, frozenset(layer._get_available_adapters())) for layer in layers]
         object.__setattr__(model, "_role_layers", cached)
     return cached[1]

@@ -176,12 +176,11 @@ def trains_the_same(source: ModelSource, name: str, model_args: ModelConfig) -> 
 
     An adapter stores the names that `all-linear` or a pattern had found, so what they select is compared.
     """
-    asked = source.peft_config
+    asked, is_new = source.peft_config, name == "target_modules"
     setattr(asked, name, getattr(new_adapter_config(model_args), name))
-    if name == "target_modules":  # the fields that narrow it down are none of ModelConfig's
+    if is_new:  # the fields that narrow it down are none of ModelConfig's
         asked.layers_to_transform = asked.layers_pattern = None
     try:
-        shapes = adapter_shapes(source, asked, is_new=True)
-        return shapes.keys() == adapter_shapes(source, source.peft_config).keys()
+        return adapter_shapes(source, asked, is_new).keys() == adapter_shapes(source, source.peft_config).keys()
     except ValueError:
         return False

@@ -282,8 +282,6 @@ def read_done(output: str, plan: list[Prompt], made_from: dict) -> tuple[int, in
     """How many prompts of the plan `output` holds, and in how many bytes; only a line cut short may follow them."""
     if not os.path.exists(output):
         return 0, 0
-    if not os.path.isfile(output):
-        raise UserError(f"{output} is not a file: choose another --output.")
     with open(output, "rb") as file:
         *lines, cut = file.read().split(b"\n")
     for number, line in enumerate([*lines, cut] if cut else lines):

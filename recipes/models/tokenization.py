@@ -71,13 +71,12 @@ def set_chat_template(
     if path is None:
         return None
     with load_errors(f"--chat_template_path {path}: no template could be read", path):
-        if os.path.isfile(path):
-            other, template = None, Path(path).read_text(encoding="utf-8-sig")
+        if is_file := os.path.isfile(path):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
         else:
             other = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
-            template = other.get_chat_template()
-    tokenizer.chat_template = template
-    if other is not None:
+            tokenizer.chat_template = other.get_chat_template()
+    if not is_file:
         known = tokenizer.get_vocab()
         new = [token for token in other.added_tokens_decoder.values() if token.content not in known]
         if new and not may_add_tokens:
@@ -89,7 +88,7 @@ def set_chat_template(
         tokenizer.add_tokens(new)
         tokenizer.eos_token = other.eos_token or tokenizer.eos_token
     stop_at_turn_end(tokenizer, source)
-    return path if other is not None and may_add_tokens else None
+    return path if may_add_tokens and not is_file else None
 
 
 def stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:

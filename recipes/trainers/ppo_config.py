@@ -141,20 +141,16 @@ class PPOConfig(GRPOConfig):
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): a minibatch may not span rollouts."
             )
-        if self.adaptive_kl_target is not None and 5 * self.adaptive_kl_horizon <= self.generation_batch_size:
-            raise ValueError(
-                f"adaptive_kl_horizon ({self.adaptive_kl_horizon}) is so short that one rollout of "
-                f"{self.generation_batch_size} episodes could take kl_coef to 0 or below: raise it."
-            )
         one_update = self.micro_batches_per_rollout == self.gradient_accumulation_steps
-        unused = {
+        short = self.adaptive_kl_target and 5 * self.adaptive_kl_horizon <= self.generation_batch_size
+        masked = self.mask_truncated_completions and self.missing_eos_penalty
+        conflicts = {
             "adaptive_kl_target multiplies kl_coef, which would stay 0": not self.kl_coef and self.adaptive_kl_target,
+            "one rollout could take kl_coef below 0 by so short an adaptive_kl_horizon": short,
             "target_kl stops the later updates on a rollout, which has only one": one_update and self.target_kl,
-            "missing_eos_penalty is for responses that mask_truncated_completions leaves out": (
-                self.mask_truncated_completions and self.missing_eos_penalty
-            ),
+            "missing_eos_penalty is for responses that mask_truncated_completions leaves out": masked,
         }
-        for text in (text for text, applies in unused.items() if applies):
+        for text in (text for text, applies in conflicts.items() if applies):
             raise ValueError(f"{text}: change one of them.")
         if self.total_episodes is not None:
             rollouts = math.ceil(self.total_episodes / self.generation_batch_size)

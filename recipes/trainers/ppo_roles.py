@@ -42,10 +42,7 @@ class PPORoles(GRPOTrainer):
             self._policy.set_adapter("default")  # another may be active where several were loaded by hand
         if ref_model is None and self._is_peft:
             if "ref" in self._policy.peft_config:
-                raise UserError(
-                    "model has an adapter `ref` already, as an earlier PPOTrainer leaves one: delete it, by "
-                    'model.delete_adapter("ref"), to start from a copy of the policy as it is now, or pass ref_model.'
-                )
+                raise UserError("model has an adapter `ref`, as of another PPOTrainer: delete it or pass ref_model.")
             adapters.add_copy(self._policy, "default", "ref")
             return None
         ref_model = copy.deepcopy(self._policy) if ref_model is None else ref_model
@@ -150,6 +147,7 @@ class PPORoles(GRPOTrainer):
 
         with adapters.use_role(self._policy, "reward"), self.accelerator.autocast():
             (scores,) = self._fast.map_rows(score, last)
+        self._check_finite("the sum of rewards", scores.sum(), {"scores of the reward model": scores[:, None]})
         return scores.tolist()
 
     def create_optimizer(self, model=None):

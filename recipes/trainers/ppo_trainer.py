@@ -97,11 +97,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
             model = get_peft_model(model, peft_config)
         if isinstance(train_dataset, Dataset):
             args.check_prompts(len(train_dataset))
-        if (
-            args.cast_lm_head_to_fp32
-            and isinstance(model, PeftModel)
-            and model.config.get_text_config().tie_word_embeddings
-        ):
+        has_tied_base = isinstance(model, PeftModel) and model.config.get_text_config().tie_word_embeddings
+        if args.cast_lm_head_to_fp32 and has_tied_base:
             raise UserError("TRL has no cast_lm_head_to_fp32 for LoRA on a base with tied embeddings: leave it out.")
         if args.ptx_coef > 0 and ptx_dataset is None:
             raise UserError("ptx_coef needs demonstrations: set ptx_dataset.")
@@ -248,10 +245,14 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         scores = rewards.clone()
         if self._has_reward_model:
             scores[:, 0] = (scores[:, 0] - (self.args.score_mean or 0)) / (self.args.score_std or 1)
-        self._monitor.scores(scores, self.reward_func_names, self._has_reward_model, self.state.global_step)
-        first = self.accelerator.process_index * len(prompts)
-        total = (scores * self.reward_weights.to(scores.device)).nansum(1)
-        self._rollout.scores = total[first : first + len(prompts)]
+        weights, first = self.reward_weights.to(scores.device), self.accelerator.process_index * len(prompts)
+        unscored = (scores.isnan() | (weights == 0)).all(1)  # a function may pass over a response
+        if unscored.any():
+            row, names = int(unscored.nonzero()[0]), ", ".join(self.reward_func_names)
+            raise UserError(
+                f"Step {self.state.global_step}: row {row} of the rollout has no reward that counts, of {names}."
+            )
+        self._rollout.scores = (scores * weights).nansum(1)[first : first + len(prompts)]
         return rewards
 
     def score_responses(self, prompts, completions, completion_ids, **kwargs) -> list[float]:
@@ -272,12 +273,10 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         """Scores of the sampled ids, with what the chat template writes after a stop token put back: B numbers."""
         stops = self.eos_token_ids if rollout.is_chat else []
         after_stop = turn_end(self._tokenizer, stops, **self.chat_template_kwargs) if stops else []
-        return self._score_rows(
-            [
-                [*prompt, *completion, *(after_stop if completion[-1] in stops else [])]
-                for prompt, completion in zip(rollout.prompt_ids, rollout.completion_ids, strict=True)
-            ]
-        )
+        rows = []
+        for prompt, completion in zip(rollout.prompt_ids, rollout.completion_ids, strict=True):
+            rows.append([*prompt, *completion, *(after_stop if completion[-1] in stops else [])])
+        return self._score_rows(rows)
 
     def _score(self, rollout: Rollout) -> None:
         """Log-probabilities of policy and reference, values, and the final score of each response."""

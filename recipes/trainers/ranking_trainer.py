@@ -6,10 +6,8 @@ made their reward model overfit in a single epoch.
 """
 
 import functools
-import itertools
 import json
 import textwrap
-from collections import defaultdict
 from typing import Any, ClassVar
 
 import numpy as np
@@ -72,20 +70,20 @@ def majority_rankings(dataset: Dataset) -> Dataset:
         rankings.setdefault((row["group_id"], *sorted({*map(json.dumps, row["completions"])})), []).append(row)
     rows = []
     for (_, *keys), group in rankings.items():
-        votes = defaultdict(int)  # how many prefer the first of a pair to the second, minus the others
+        ahead = np.zeros((len(keys), len(keys)))  # how many prefer one response to another, minus those who do not
         for row in group:
-            said = zip(map(json.dumps, row["completions"]), row["ranks"], strict=True)
-            for (a, rank_a), (b, rank_b) in itertools.permutations(said, 2):
-                votes[a, b] += (rank_a < rank_b) - (rank_a > rank_b)
-        won = {a: sum((votes[a, b] > 0) - (votes[a, b] < 0) for b in keys if b != a) for a in keys}
-        order = sorted(keys, key=won.get, reverse=True)
-        ranks = [float(1 + sum(won[other] > won[key] for other in order)) for key in order]
-        rows.append({**group[0], "completions": list(map(json.loads, order)), "ranks": ranks})
+            by_text = dict(zip(map(json.dumps, row["completions"]), row["ranks"], strict=True))
+            given = np.array([by_text[key] for key in keys])
+            ahead += np.sign(given - given[:, None])
+        won = np.sign(ahead).sum(1)
+        order = np.argsort(-won, kind="stable")
+        ranks = [float(1 + (won > won[i]).sum()) for i in order]
+        rows.append({**group[0], "completions": [json.loads(keys[i]) for i in order], "ranks": ranks})
     return Dataset.from_list(rows, features=dataset.features)
 
 
 def keep_majorities(datasets: dict[str, Dataset]) -> None:
-    """Leave one ranking of the same responses, and none in which all are then equal."""
+    """Leave one ranking of the same responses, and none in which all are then equal; nothing left is a UserError."""
     for name in [*datasets]:
         datasets[name] = majority_rankings(datasets[name]).filter(lambda row: len(set(row["ranks"])) > 1)
         if not len(datasets[name]):
@@ -181,9 +179,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         if self.args.label_smoothing_factor:
             raise UserError("--label_smoothing_factor is not used: rankings have no labels to smooth. Leave it out.")
         if self.args.train_sampling_strategy not in ("random", "sequential"):
-            raise UserError(
-                "--train_sampling_strategy goes by the length of a row: rankings have several. Leave it out."
-            )
+            raise UserError("--train_sampling_strategy goes by a row's length; rankings have several: leave it out.")
         if self.args.pad_token is not None and self.args.pad_token == self.processing_class.eos_token:
             raise UserError(f"--pad_token {self.args.pad_token} is the EOS token, before which scores would be read.")
         if kwargs.get("data_collator") is None:
@@ -248,7 +244,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         return next(rows, None) or self.evaluate()
 
     def score(self, rows: list[list[int]]) -> list[float]:
-        """Scores of token rows, in their order. Every process computes a share, as a sharded model needs it."""
+        """Finite scores of token rows, in their order, or a UserError; every process computes a share of them."""
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # similar lengths waste no padding
         alone = Dataset.from_dict({"response_ids": [[rows[row]] for row in order], "ranks": [[1.0]] * len(rows)})
         found = self.evaluation_loop(self.get_test_dataloader(alone), "Prediction", prediction_loss_only=False)

@@ -214,7 +214,7 @@ def test_a_second_sampler_of_one_file_is_refused(generator, prompts, tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_one_line(generator, prompts, tmp_path):
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="Is a directory"):
         write(generator, prompts, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/samples\.jsonl: (Not a directory|File exists)\. Once"):

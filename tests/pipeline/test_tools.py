@@ -80,7 +80,7 @@ def test_the_result_has_the_base_s_precision_unless_told(folders, tmp_path):
 def test_what_would_lose_something_is_refused(folders, tmp_path, capsys):
     with pytest.raises(UserError, match="not an adapter"):
         merge(folders / "base", tmp_path / "merged")
-    with pytest.raises(UserError, match="There is no folder .*nowhere"):
+    with pytest.raises(UserError, match="there is no folder .*nowhere"):
         merge(tmp_path / "nowhere", tmp_path / "merged")
     with pytest.raises(UserError, match="nothing is ever written over"):
         merge(folders / "policy", folders / "base")

@@ -57,7 +57,7 @@ def test_none_passes_over_a_response():
     ],
 )
 def test_a_function_that_cannot_be_called_is_one_line_before_the_first_rollout(function, shown):
-    with pytest.raises(UserError, match=f"cannot be called: {shown}"):
+    with pytest.raises(UserError, match=f"cannot be called by TRL: {shown}"):
         checked(function, ["prompt", "answer"])
     checked(lambda completions, answer, **kwargs: [], ["prompt", "answer"])
 

@@ -196,5 +196,5 @@ def test_a_variant_of_lora_that_looks_at_more_than_its_layer_is_refused(kind):
     """PPO's forwards know nothing of the tokens that switch it on, or of parts that are not to be trained."""
     model = get_peft_model(models.causal_lm(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **kind))
     assert unmergeable(model)
-    with pytest.raises(UserError, match=r"plain LoRA or DoRA, and this adapter has \w+Variant"):
+    with pytest.raises(UserError, match=f"{next(iter(kind))}.* needs plain LoRA or DoRA"):
         check_adapter_kind(model)
