@@ -39,16 +39,15 @@ class WholeCheckpoints(Trainer):
 
     # Attributes that a checkpoint holds beside what Trainer saves
     kept: ClassVar = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
-    _saving = False
     card: Callable[[], str] | None = None  # of a recipe; TRL's own card knows neither data nor numbers
+    _saving = _stopping = False
+    _resumed_state: dict[str, Any] | None = None
+    _seconds_before = _began = 0.0
+    _passes = _pass = _pass_began = 0  # over a stream: before this process, now, and its first step
+    _last_step = 0  # after which it was asked what to log and save
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._resumed_state: dict[str, Any] | None = None
-        self._seconds_before, self._began = 0.0, time.time()
-        self._stopping = False
-        self._passes = self._pass = self._pass_began = 0  # over a stream: before this process, now, and its first step
-        self._last_step = 0  # after which it was asked what to log and save
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             # Accelerate rounds all that a sharded module gives (scores, values, log-probabilities), and gradients
@@ -254,12 +253,11 @@ class WholeCheckpoints(Trainer):
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal; all processes ask together and get the same answer."""
-        if not self._stopping:
-            self._stopping = signals.received() is not None
-            if self.accelerator.num_processes > 1:
-                if self._stopping:
-                    self.accelerator.set_trigger()
-                self._stopping = self.accelerator.check_trigger()
+        self._stopping = self._stopping or signals.received() is not None
+        if self.accelerator.num_processes > 1:
+            if self._stopping:
+                self.accelerator.set_trigger()
+            self._stopping = self.accelerator.check_trigger()
         return self._stopping
 
     def _finalize_training(self, trial, num_train_samples, start_time):

@@ -117,11 +117,7 @@ def storages(values) -> list[torch.UntypedStorage]:
 
 
 def estimate(setting: Setting) -> Estimate:
-    """Bytes on one device at the peak of `setting`'s step.
-
-    Raises:
-        UserError: the architecture cannot run on tensors without data, or there is no place for the adapter.
-    """
+    """Bytes on one device at the peak of `setting`'s step; what cannot run on tensors without data is a UserError."""
     try:
         model, critic = build(setting)
         if unmergeable(model):  # PPO then samples from the policy itself

@@ -3,8 +3,6 @@
 import torch
 from accelerate.logging import get_logger
 
-from recipes.cli.checkpoints import last_good_state
-from recipes.cli.errors import UserError
 from recipes.trainers.ppo_config import PPOConfig
 
 logger = get_logger(__name__)
@@ -25,25 +23,6 @@ class PPOMonitor:
         self.args, self.pad_is_eos, self.ratio_tolerance = args, pad_is_eos, ratio_tolerance
         self.warned: set[str] = set()
         self.poor_critic = 0
-
-    def scores(self, scores: torch.Tensor, names: list[str], has_reward_model: bool, step: int) -> None:
-        """Stop the run unless every response has a finite score.
-
-        `scores` (B, functions) has a column for each of `names`, the reward model's first. A function may pass over a
-        response with None, which is NaN here; the reward model may not. One of weight 0 is only logged.
-        """
-        wrong = scores.isinf()
-        if has_reward_model:
-            wrong[:, 0] |= scores[:, 0].isnan()
-        counts = torch.tensor(self.args.reward_weights or [1.0] * len(names), device=scores.device) != 0
-        unscored = wrong.any(1) | ~(counts & ~scores.isnan()).any(1)
-        if unscored.any():
-            at_fault = [name for name, bad in zip(names, wrong.any(0).tolist(), strict=True) if bad] or names
-            raise UserError(
-                f"Step {step}: {', '.join(at_fault)} gave no finite score to {int(unscored.sum())} of {len(scores)} "
-                f"responses, the first in row {int(unscored.nonzero()[0])} of the rollout. "
-                f"{last_good_state(self.args.output_dir)}"
-            )
 
     def rollout(self, kl: torch.Tensor, scores: torch.Tensor, cut_share: float, explained_variance: float) -> None:
         """Check `kl` and `scores` of a rollout on all processes, (B,), NaN where the KL is not known."""

@@ -245,10 +245,14 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         scores = rewards.clone()
         if self._has_reward_model:
             scores[:, 0] = (scores[:, 0] - (self.args.score_mean or 0)) / (self.args.score_std or 1)
-        self._monitor.scores(scores, self.reward_func_names, self._has_reward_model, self.state.global_step)
-        first = self.accelerator.process_index * len(prompts)
-        total = (scores * self.reward_weights.to(scores.device)).nansum(1)
-        self._rollout.scores = total[first : first + len(prompts)]
+        weights, first = self.reward_weights.to(scores.device), self.accelerator.process_index * len(prompts)
+        unscored = (scores.isnan() | (weights == 0)).all(1)  # a function may pass over a response
+        if unscored.any():
+            row, names = int(unscored.nonzero()[0]), ", ".join(self.reward_func_names)
+            raise UserError(
+                f"Step {self.state.global_step}: row {row} of the rollout has no reward that counts, of {names}."
+            )
+        self._rollout.scores = (scores * weights).nansum(1)[first : first + len(prompts)]
         return rewards
 
     def score_responses(self, prompts, completions, completion_ids, **kwargs) -> list[float]:

@@ -18,11 +18,8 @@ class PtxBatches:
     Args:
         dataset: rows with `prompt` and `completion`, as messages or text; only the completion is trained. Rows of
             pretraining have `text`, all of which is trained.
-        max_length: tokens of a row; longer ones are cut at the end.
+        max_length: tokens of a row; longer ones are cut at the end, and a row without a trained one is a UserError.
         template_arguments: of the chat template, the same as in rollouts.
-
-    Raises:
-        UserError: a row has no token to train within `max_length`.
     """
 
     def __init__(self, dataset: Dataset, tokenizer, batch_size: int, max_length: int, seed: int, **template_arguments):

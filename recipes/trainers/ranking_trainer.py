@@ -83,7 +83,7 @@ def majority_rankings(dataset: Dataset) -> Dataset:
 
 
 def keep_majorities(datasets: dict[str, Dataset]) -> None:
-    """Leave one ranking of the same responses, and none in which all are then equal."""
+    """Leave one ranking of the same responses, and none in which all are then equal; nothing left is a UserError."""
     for name in [*datasets]:
         datasets[name] = majority_rankings(datasets[name]).filter(lambda row: len(set(row["ranks"])) > 1)
         if not len(datasets[name]):
@@ -244,7 +244,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
         return next(rows, None) or self.evaluate()
 
     def score(self, rows: list[list[int]]) -> list[float]:
-        """Scores of token rows, in their order. Every process computes a share, as a sharded model needs it."""
+        """Finite scores of token rows, in their order, or a UserError; every process computes a share of them."""
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # similar lengths waste no padding
         alone = Dataset.from_dict({"response_ids": [[rows[row]] for row in order], "ranks": [[1.0]] * len(rows)})
         found = self.evaluation_loop(self.get_test_dataloader(alone), "Prediction", prediction_loss_only=False)

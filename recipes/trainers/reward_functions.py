@@ -16,12 +16,10 @@ KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_ex
 
 
 def checked(function: Callable, columns: Iterable[str] | None = None) -> Callable:
-    """`function`, of TRL's signature, with an error that names it where it does not give one number a response.
+    """`function`, of TRL's signature, with a UserError that names it where it does not give one number a response.
 
-    None stands for a response that the function does not judge. Functions may be asynchronous.
-
-    Raises:
-        UserError: it cannot be called with TRL's keywords and the dataset's columns, where these are known.
+    None stands for a response that the function does not judge. Functions may be asynchronous. One that cannot be
+    called with TRL's keywords and the dataset's columns, where these are known, is a UserError at once.
     """
     name = get_callable_name(function)
     title = f"The reward function {name!r}"
@@ -44,7 +42,7 @@ def checked(function: Callable, columns: Iterable[str] | None = None) -> Callabl
 
 
 def check_rewards(rewards: Any, title: str, count: int) -> list[float | None]:
-    """What the function that errors call `title` returned for `count` completions, as numbers or None."""
+    """What the function `title` returned for `count` completions, as numbers or None; all else is a UserError."""
     one_each = f"expected a list of {counted(count, 'number')}, one for each completion, or None for one not judged"
     rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
     if not isinstance(rewards, list | tuple):
@@ -54,7 +52,7 @@ def check_rewards(rewards: Any, title: str, count: int) -> list[float | None]:
     numbers: list[float | None] = []
     for row, reward in enumerate(rewards):
         reward = reward.item() if hasattr(reward, "item") else reward
-        if reward is not None and (not isinstance(reward, Real) or math.isnan(reward)):
+        if reward is not None and (not isinstance(reward, Real) or not math.isfinite(reward)):
             raise UserError(f"{title} returned {reward!r:.60} for completion {row}; {one_each}.")
         numbers.append(None if reward is None else float(reward))
     return numbers

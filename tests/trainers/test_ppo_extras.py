@@ -211,14 +211,24 @@ def test_a_rollout_that_looks_wrong_is_said_once_and_why(tmp_path, caplog, kwarg
     assert re.search(expected, message), message
 
 
-def test_a_response_that_only_a_logged_function_judges_has_no_score(tmp_path):
+@pytest.mark.parametrize("weights", [None, [1.0, 0.0]])
+def test_a_response_that_only_a_logged_function_judges_has_no_score(world, tmp_path, weights):
     """It would count as 0, as if a function of some weight had said so."""
-    scores = torch.tensor([[1.0, 0.5], [math.nan, 0.5]])
-    names = ["mine", "gold"]
-    PPOMonitor(config(tmp_path), False, 1e-3).scores(scores, names, has_reward_model=False, step=0)
-    weighted = PPOMonitor(config(tmp_path, reward_weights=[1.0, 0.0]), False, 1e-3)
-    with pytest.raises(UserError, match="no finite score to 1 of 2 responses"):
-        weighted.scores(scores, names, has_reward_model=False, step=0)
+
+    def mine(completions, **kwargs):
+        return [None if i == 3 else 1.0 for i in range(len(completions))]
+
+    kwargs = {"reward_funcs": [mine, constant], "value_model": models.reward_model()}
+    trainer = make_trainer(
+        world, tmp_path, models.causal_lm(), trainer_kwargs=kwargs, reward_weights=weights, max_steps=1
+    )
+    if weights is None:
+        trainer.train()
+    else:
+        with pytest.raises(
+            UserError, match="Step 0: row 3 of the rollout has no reward that counts, of mine, constant"
+        ):
+            trainer.train()
     with pytest.raises(ValueError, match="reward_weights are all 0"):
         config(tmp_path, reward_weights=[0.0])
 

@@ -771,7 +771,7 @@ def test_a_bad_score_stops_with_the_row(world, tmp_path):
         return [math.inf if i == 2 else 0.0 for i in range(len(prompts))]
 
     trainer = make_trainer(world, tmp_path, trainer_kwargs={"reward_funcs": broken})
-    with pytest.raises(UserError, match=r"Step 0: broken gave no finite score to 1 of 16 .* row 2 "):
+    with pytest.raises(UserError, match=r"'broken' returned inf for completion 2; expected a list of 16 numbers"):
         trainer.train()
 
 
@@ -779,7 +779,10 @@ def test_a_reward_model_that_gives_nan_stops_even_beside_a_function(world, tmp_p
     model = shared_base_policy(world)
     model.get_base_model().score.modules_to_save["reward"].weight.data.fill_(math.nan)
     trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_funcs": lucky_word})
-    with pytest.raises(UserError, match="gave no finite score to 16 of 16"):
+    with pytest.raises(
+        UserError,
+        match=r"After step 0: the sum of rewards is nan, by scores of the reward model of rows \[0, 1, .*, 15\]",
+    ):
         trainer.train()
 
 

@@ -27,12 +27,7 @@ from recipes.trainers.rollout import Results
 
 
 class FastPaths:
-    """`args.fast_paths` where they fit the model and the machine.
-
-    Args:
-        policy: the trained model; its LoRA layers are fused here.
-        in_float32: whether nothing of the run has another precision.
-    """
+    """`args.fast_paths` where they fit the model and the machine; LoRA layers of the policy are fused here."""
 
     def __init__(
         self, args: PPOConfig, accelerator: Accelerator, policy: PreTrainedModel | PeftModel, in_float32: bool
