@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import combinations
 from statistics import fmean, median
+from typing import Literal
 
 import krippendorff
 import numpy as np
@@ -65,10 +66,10 @@ def agrees_with_gold(said: np.ndarray, gold: np.ndarray) -> np.ndarray:
     return (said == gold)[gold != 0]
 
 
-def krippendorff_alpha(counts: np.ndarray, level: str) -> float | None:
+def krippendorff_alpha(counts: np.ndarray, level: Literal["nominal", "ordinal", "interval"]) -> float | None:
     """Krippendorff's alpha: 1 is perfect agreement, 0 what chance gives. None where it is 0/0.
 
-    `level` is nominal, ordinal or interval; `counts`, integers (things judged, values in their order): how many people gave a thing that value.
+    `counts`, integers (things judged, values in their order): how many people gave a thing that value.
     """
     comparable = counts[counts.sum(axis=1) > 1]
     if np.count_nonzero(comparable.sum(axis=0)) < 2:
@@ -120,7 +121,10 @@ def agreement_report(database: Database) -> dict:
             "without_ties": _share(without_ties[None]),
             "instructgpt": list(INSTRUCTGPT),
         },
-        "krippendorff_alpha": {level: krippendorff_alpha(counts, level) for level in ("nominal", "ordinal")},
+        "krippendorff_alpha": {
+            "nominal": krippendorff_alpha(counts, "nominal"),
+            "ordinal": krippendorff_alpha(counts, "ordinal"),
+        },
         "kendalls_w": fmean(concordances) if concordances else None,
         "labelers": {
             name: {"ranked": ranked, "skipped": skipped, "flagged": flagged}
