@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
     begin(__file__)
 
-import json
 import sqlite3
 from pathlib import Path
 
@@ -100,15 +99,13 @@ def run_serve(args):
     from recipes.labelling.server import serve
 
     store = open_store(args)
-    known = labelers(store)
-    if not known:
-        print(f"First labeler {USER!r}, log in with this token (shown only now): {add_labeler(store, USER)}")
-    else:
+    if known := labelers(store):
         print(f"Labelers: {', '.join(labeler.name for labeler in known)}. This makes a first or another token:")
         print(f"  python scripts/rank_responses.py add-labeler NAME --new_token --database {args.database}")
+    else:
+        print(f"First labeler {USER!r}, log in with this token (shown only now): {add_labeler(store, USER)}")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
-        print(f"Warning: {args.host} is open to other machines, and plain HTTP can be read on the way: see")
-        print("docs/labelling.md for a tunnel or a proxy with TLS.")
+        print("Warning: plain HTTP can be read on its way. docs/labelling.md has a tunnel, and a proxy with TLS.")
     serve(store, args.host, args.port)
 
 
@@ -137,11 +134,7 @@ def run_agreement(args):
     from recipes.labelling.agreement import agreement_report
     from recipes.labelling.report import render
 
-    report = agreement_report(Database(args.database))
-    if args.format == "json":
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    else:
-        text = render(report, args.format, f"Agreement in {args.database.name}")
+    text = render(agreement_report(Database(args.database)), args.format, f"Agreement in {args.database.name}")
     if args.output is None:
         sys.stdout.write(text)
     else:

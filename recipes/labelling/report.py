@@ -1,5 +1,6 @@
 """Agreement figures for people to read: as text, or as one HTML file with its plots inside."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -72,8 +73,10 @@ def labeler_table(report: dict) -> list[list[Cell]]:
 
 
 def render(report: dict, format: str, title: str = "") -> str:
-    """As text, or as a self-contained HTML page: nothing is loaded, and everything that labelers or models wrote is
-    escaped."""
+    """As JSON, as text, or as a self-contained HTML page: nothing is loaded, and everything that labelers or models
+    wrote is escaped."""
+    if format == "json":
+        return json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     summary = f"{counted(report['rankings'], 'ranking')} of {counted(report['prompts'], 'prompt')}; ranked by several "
     summary += f"labelers (attention tasks apart): {counted(report['prompts_shared'], 'prompt')}."
     if not report["prompts_shared"]:

@@ -184,22 +184,19 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.last_answer = self.loop.time()
-        self.loop.call_later(ANSWER_SECONDS, self.close_if_idle)
+        self.wait_for_answer()
         soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if len(self.connections) > min(MAX_CONNECTIONS, soft_limit // 2):
             connections: set[Any] = self.connections  # all of them of this class
-            oldest = min(connections, key=lambda connection: connection.last_answer)
+            oldest = min(connections, key=lambda connection: connection.waits_since)
             self.connections.discard(oldest)
             oldest.transport.abort()
 
-    def on_response_complete(self):
-        self.last_answer = self.loop.time()
-        super().on_response_complete()
+    def wait_for_answer(self):
+        self.waits_since = self.loop.time()
+        self.patience = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
 
-    def close_if_idle(self):
-        left = self.last_answer + ANSWER_SECONDS - self.loop.time()
-        if left <= 0:
-            self.transport.abort()
-        elif not self.transport.is_closing():
-            self.loop.call_later(left, self.close_if_idle)
+    def on_response_complete(self):
+        self.patience.cancel()
+        self.wait_for_answer()
+        super().on_response_complete()

@@ -3,11 +3,15 @@
 import re
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 from recipes.cli.errors import visible
 from recipes.labelling.answers import AnswerError, Flag, Submission, is_blank
 from recipes.labelling.store import ConflictError, Store, Task
+
+with suppress(ImportError):
+    import readline  # noqa: F401 (`input` then takes lines of any length; the terminal itself cuts them at 4,095 bytes)
 
 COMMANDS = ("skip", "flag", "undo", "guidelines", "quit")
 FLAG_LETTERS: dict[str, Flag] = {"h": "harmful", "u": "untruthful", "n": "did_not_answer"}

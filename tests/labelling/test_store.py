@@ -8,6 +8,7 @@ import os
 import pty
 import random
 import re
+import select
 import sqlite3
 import subprocess
 import sys
@@ -784,6 +785,24 @@ def test_a_comment_that_is_refused_does_not_spoil_the_ranking(make, monkeypatch,
     monkeypatch.setattr("builtins.input", lambda question: next(typed))
     assert rank_in_terminal(job, ann) == 1
     assert capsys.readouterr().out.count("at most 4000") == 1
+
+
+def test_a_long_line_in_a_terminal_is_whole():
+    """It was cut at 4,095 bytes, without a word."""
+    main, side = pty.openpty()
+    code = "from recipes.labelling import terminal\nprint(len(input('? ')))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=side, stdout=side, cwd=SCRIPT.parents[1])
+    printed, typed = b"", b"x" * 6000 + b"\n"
+    while process.poll() is None:
+        readable, writable, _ = select.select([main], [main] if typed and b"? " in printed else [], [], 0.1)
+        if readable:
+            printed += os.read(main, 4096)
+        if writable:
+            typed = typed[os.write(main, typed[:100]) :]
+    while select.select([main], [], [], 0)[0]:
+        printed += os.read(main, 4096)
+    os.close(main), os.close(side)
+    assert printed.split()[-1] == b"6000"
 
 
 def test_ranking_in_a_terminal_from_draft_to_export(tmp_path):
