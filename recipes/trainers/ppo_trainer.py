@@ -22,6 +22,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.data_utils import is_conversational
 
+from recipes.cli.checkpoints import last_good_state
 from recipes.cli.errors import UserError, first_line, refusals_in_one_line
 from recipes.models.adapters import AdapterEMA, adapter_parameters, float32_adapters, model_with_adapter, use_role
 from recipes.models.heads import add_score_forward, base_of
@@ -241,9 +242,14 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         """Raw rewards of all processes, (B * processes, functions); `rollout.scores` gets their weighted sum, (B,)."""
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except UserError as error:
+            last = last_good_state(self.args.output_dir)
+            raise UserError(f"After step {self.state.global_step}: {error} {last}") from error
         scores = rewards.clone()
         if self._has_reward_model:
+            self._check_finite("the sum of scores", rewards[:, 0].sum(), {"the reward model": rewards[:, :1]})
             scores[:, 0] = (scores[:, 0] - (self.args.score_mean or 0)) / (self.args.score_std or 1)
         weights, first = self.reward_weights.to(scores.device), self.accelerator.process_index * len(prompts)
         unscored = (scores.isnan() | (weights == 0)).all(1)  # a function may pass over a response
