@@ -62,9 +62,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
     the update. `log` and `_get_eval_sampler` (in [`PPOLogging`]) make completions readable and each count once.
     `_save`, `_load_from_checkpoint` and `_load_best_model` (in [`PPOSaving`]) make a run go on where it was.
 
-    Raises:
-        UserError: fewer prompts than one rollout, a reward model with several labels, an adapter that cannot share its
-            base, a score or a loss that is not a finite number.
+    A UserError says what does not fit: too few prompts, a reward model with several labels, an adapter that cannot
+    share its base, a score or a loss that is not finite.
     """
 
     _tag_names = ["trl", "ppo"]
@@ -132,9 +131,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         self._prepare_models(ref_model)
         self._kl_coef, self._update_stopped, self._ptx = args.kl_coef, False, None
         if args.ptx_coef > 0:
-            batch_size, max_length = args.per_device_train_batch_size, args.ptx_max_length
-            options = self.chat_template_kwargs
-            self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed, **options)
+            sizes = args.per_device_train_batch_size, args.ptx_max_length
+            self._ptx = PtxBatches(ptx_dataset, self._tokenizer, *sizes, args.seed, **self.chat_template_kwargs)
         self._start_logging(ratio_tolerance=1e-3 if self._in_float32 else 0.05)
 
     def _rewards(self, model, tokenizer, policy_tokenizer, reward_funcs, columns) -> list[Callable]:
