@@ -99,14 +99,14 @@ def _local_splits(source: str, name: str | None, data_files=None) -> Splits | No
             raise DataError(f"{source} is one file, and has no configuration {name!r}")
         files_by_split = {"train": [path]}
     elif source and path.is_dir():
-        config = _configuration(path, name)
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        if not name and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
             import datasets
 
             with failures_as_data_error(path):
                 saved = datasets.load_from_disk(str(path))
             by_split = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
             return {split: partial(_numbered, str(path), by_split[split]) for split in by_split}
+        config = _configuration(path, name)
         files_by_split = _files_by_split(path / config.get("data_dir", ""), config.get("data_files"))
     elif suffix_of(path) in SUFFIXES or not _HUB_NAME.fullmatch(source):  # a path must not become a look-up on the Hub
         raise DataError(f"{source or 'an empty name'}: no such file or folder{did_you_mean(source)}")
@@ -185,10 +185,10 @@ def _numbered(file: str, dataset: Any) -> Iterator[Row]:
         dataset = dataset.decode(False)
     # Whose numbers say nothing without their names: 0 may be "good".
     features = dataset.features or {}
-    classes = {name: features[name] for name in LABELS & features.keys() if hasattr(features[name], "names")}
+    classes = {name: features[name].names for name in LABELS & features.keys() if hasattr(features[name], "names")}
     with failures_as_data_error(file):
         for number, data in enumerate(dataset, 1):
-            named = {name: classes[name].int2str(data[name]) for name in classes if data[name] is not None}
+            named = {name: names[data[name]] for name, names in classes.items() if data[name] in range(len(names))}
             yield Row(file, number, _plain(data | named))
 
 

@@ -213,7 +213,8 @@ def prompt_messages(row: Cells, column: str, roles: Roles) -> Messages:
     """
     value = row.get(column)
     if isinstance(value, str) and column in ("instruction", "question"):
-        parts = (row.text(column), row.optional_text("input"), row.optional_text("context"))
+        asked = read_messages(row, column, roles, "user")[0]["content"]
+        parts = (asked, row.optional_text("input"), row.optional_text("context"))
         return [message("user", "\n\n".join(filter(None, parts)))]
     if isinstance(value, str) and value.lstrip().startswith("Human:") and value.rstrip().endswith("\n\nAssistant:"):
         transcript = value.rstrip().removesuffix("Assistant:")

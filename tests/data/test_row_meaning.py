@@ -360,6 +360,8 @@ def test_messages_in_pythons_notation_are_no_text():
         row = {"prompt": "q", "chosen": "a", "rejected": "b", column: str([assistant("it's")])}
         with pytest.raises(DataError, match=rf"rows:1:{column}: found the text .*expected messages that json.dumps"):
             format_dataset([row], "preference")
+    with pytest.raises(DataError, match="rows:1:instruction: found the text .*expected messages that json.dumps"):
+        format_dataset([{"instruction": str(TURNS), "output": "a"}], "sft")
 
 
 @pytest.mark.parametrize(
