@@ -99,15 +99,13 @@ def run_serve(args):
     from recipes.labelling.server import serve
 
     store = open_store(args)
-    known = labelers(store)
-    if not known:
-        print(f"First labeler {USER!r}, log in with this token (shown only now): {add_labeler(store, USER)}")
-    else:
+    if known := labelers(store):
         print(f"Labelers: {', '.join(labeler.name for labeler in known)}. This makes a first or another token:")
         print(f"  python scripts/rank_responses.py add-labeler NAME --new_token --database {args.database}")
+    else:
+        print(f"First labeler {USER!r}, log in with this token (shown only now): {add_labeler(store, USER)}")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
-        print(f"Warning: {args.host} is open to other machines, and plain HTTP can be read on the way: see")
-        print("docs/labelling.md for a tunnel or a proxy with TLS.")
+        print("Warning: plain HTTP can be read on its way. docs/labelling.md has a tunnel, and a proxy with TLS.")
     serve(store, args.host, args.port)
 
 

@@ -30,7 +30,7 @@ def is_write_error(error: BaseException) -> bool:
 
 def sync_tree(folder: str) -> None:
     """Wait until everything below a folder is on the disk."""
-    for path in (*Path(folder).rglob("*"), folder):
+    for path in [Path(folder), *Path(folder).rglob("*")]:
         sync(path)
 
 

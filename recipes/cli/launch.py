@@ -7,7 +7,6 @@ request is read from the command line of `accelerate launch`, the parent of this
 import os
 import shlex
 from dataclasses import dataclass
-from itertools import pairwise
 
 import psutil
 import torch
@@ -56,11 +55,12 @@ def requested() -> Request | None:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return None
-    names = [os.path.basename(word) for word in words]
-    for place, (before, name) in enumerate(pairwise(["", *names])):
+    before = ""
+    for place, name in enumerate(map(os.path.basename, words), 1):
         whole = name in ("accelerate-launch", "accelerate.commands.launch")
         if whole or (name == "launch" and before.startswith("accelerate")):
-            return read_request(words[place + 1 :])
+            return read_request(words[place:])
+        before = name
     return None
 
 
@@ -96,7 +96,7 @@ def check_gpus() -> None:
         raise UserError(
             f"Launched: {request}. No GPU was found: launch with accelerate_configs/{instead} and --use_cpu true."
         )
-    if request and request.gpu_ids != "all":  # Accelerate puts them in the place of what the environment allows
+    if gpus and request and request.gpu_ids != "all":  # which Accelerate puts in the place of what is allowed
         ours = psutil.Process(os.getppid()).environ().get("CUDA_VISIBLE_DEVICES", request.gpu_ids)
         if not {*request.gpu_ids.split(",")} <= {*ours.split(",")}:
             raise UserError(
@@ -132,12 +132,11 @@ def check_hub(token: str | None) -> None:
 
 def check_launch(training_args: TrainingArguments) -> None:
     """Refuse services that do not answer, and a run by other processes or devices than asked for; print both."""
-    if getattr(training_args, "activation_offloading", False) and training_args.device.type == "cpu":
-        raise UserError("activation_offloading moves activations off a GPU, and this runs on a CPU: leave it out.")
-    if "wandb" in training_args.report_to:
-        check_wandb()
-    if training_args.push_to_hub:
-        check_hub(training_args.hub_token)
+    if training_args.process_index == 0:  # it logs and pushes, and other machines may have no keys
+        if "wandb" in training_args.report_to:
+            check_wandb()
+        if training_args.push_to_hub:
+            check_hub(training_args.hub_token)
     state = training_args.distributed_state
     kind = state.distributed_type.value
     running = f"{count(state.num_processes)} on {training_args.device.type} ({PLAIN.get(kind, kind)})"

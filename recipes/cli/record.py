@@ -161,9 +161,8 @@ def fixed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def same(was: Any, value: Any) -> bool:
     """Whether two values of an argument are equal, or two paths of the same file."""
-    if was == value or not (isinstance(was, str) and isinstance(value, str)):
-        return was == value
-    return os.path.exists(was) and os.path.exists(value) and os.path.samefile(was, value)
+    paths = isinstance(was, str) and isinstance(value, str) and os.path.exists(was) and os.path.exists(value)
+    return was == value or (paths and os.path.samefile(was, value))
 
 
 def refuse_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any], folder: str) -> None:
@@ -188,7 +187,7 @@ def plain(value):
     """`value` in types that YAML knows, without the entries whose names say that they are secret."""
 
     def simpler(other):
-        return dataclasses.asdict(other) if dataclasses.is_dataclass(other) else str(other)
+        return vars(other) if dataclasses.is_dataclass(other) else str(other)
 
     def without_secrets(entries):
         return {name: entry for name, entry in entries.items() if not SECRETS.search(name)}

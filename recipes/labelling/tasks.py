@@ -83,8 +83,7 @@ def _task(row: Cells, gold: bool, default_id: int) -> tuple[SampledPrompt, int]:
             responses[id] = Response(id, _name(cells, index), text, model, sampling)
     if len(responses) > MAX_RESPONSES:
         raise RowError(f"found {len(responses)}, and a person can rank at most {MAX_RESPONSES}", "responses")
-    tiers = tiers_of(ranks) if gold else None
-    task = SampledPrompt(prompt_id, _name(row, default_id), messages, [*responses.values()], tiers)
+    task = SampledPrompt(prompt_id, _name(row, default_id), messages, [*responses.values()], tiers_of(ranks) or None)
     return task, len(given) - len(responses)
 
 

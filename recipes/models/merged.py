@@ -15,6 +15,7 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationMethod
 
 from recipes.models.heads import base_of
 
@@ -29,6 +30,9 @@ def unmergeable(model: PreTrainedModel | PeftModel) -> str | None:
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     if base.config.get_text_config().tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
         return "LoRA on one of two tied embeddings"  # one matrix would have to hold two
+    method = getattr(base, "quantization_method", QuantizationMethod.BITS_AND_BYTES)
+    if method != QuantizationMethod.BITS_AND_BYTES:  # weights beside scales, which only its own layers put together
+        return f"a base in {method.value}"
     for layer in base.modules():
         if isinstance(layer, LoraLayer) and "default" in layer.lora_variant:  # as DoRA, which is more than B A
             return type(layer.lora_variant["default"]).__name__
@@ -70,7 +74,9 @@ def merged_parameters(module: nn.Module, path: str, dtype: torch.dtype) -> Itera
     else:
         for name, parameter in module.named_parameters(recurse=False):
             weight = dequantize_module_weight(module) if name == "weight" else parameter
-            yield f"{path}{name}", weight if weight is parameter else weight.to(dtype)
+            if weight is not parameter:  # on a CPU PEFT puts another there, without the scales of its 8 bits
+                module.weight, weight = parameter, weight.to(dtype)
+            yield f"{path}{name}", weight
         for name, child in module.named_children():
             yield from merged_parameters(child, f"{path}{name}.", dtype)
 

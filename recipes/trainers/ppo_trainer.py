@@ -33,6 +33,7 @@ from recipes.trainers.ppo_roles import PPORoles, check_room
 from recipes.trainers.ppo_saving import PPOSaving
 from recipes.trainers.ppo_tracking import PPOLogging
 from recipes.trainers.ptx import PtxBatches
+from recipes.trainers.replaced import replaced
 from recipes.trainers.reward_functions import checked
 from recipes.trainers.rollout import Rollout, sequences
 
@@ -178,18 +179,17 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
 
     def _generate(self, prompts: list):
         """TRL's sampling of B prompts, whose ids the steps after it need."""
-        of_base, training = self._base.generation_config, self.model.training
+        training = self.model.training
         # Without the filters of the base's generation_config.json, which would make another policy of it.
-        self._base.generation_config = GenerationConfig()
+        unfiltered = replaced(self._base, generation_config=GenerationConfig())
         try:
-            with self._fast.sampling(), self._phase("sample"):
+            with unfiltered, self._fast.sampling(), self._phase("sample"):
                 samples = super()._generate(prompts)
         except (UserError, RuntimeError) as error:
             if not not_finite(self._policy):
                 raise
             self.stop(f"nothing can be sampled ({first_line(error)})")
         finally:
-            self._base.generation_config = of_base
             self.model.train(training)  # continuous batching leaves it in training mode
         self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
         return samples
@@ -248,10 +248,9 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         weights, first = self.reward_weights.to(scores.device), self.accelerator.process_index * len(prompts)
         unscored = (scores.isnan() | (weights == 0)).all(1)  # a function may pass over a response
         if unscored.any():
-            row, names = int(unscored.nonzero()[0]), ", ".join(self.reward_func_names)
-            raise UserError(
-                f"Step {self.state.global_step}: row {row} of the rollout has no reward that counts, of {names}."
-            )
+            row, weighed = int(unscored.nonzero()[0]), zip(self.reward_func_names, weights, strict=True)
+            names = ", ".join(name for name, weight in weighed if weight)
+            raise UserError(f"After step {self.state.global_step}: row {row} of the rollout has no reward of {names}.")
         self._rollout.scores = (scores * weights).nansum(1)[first : first + len(prompts)]
         return rewards
 

@@ -169,8 +169,12 @@ def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_hub_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
+    training_args = TrainingArguments(str(tmp_path), use_cpu=True, push_to_hub=True, report_to="none")
     with pytest.raises(UserError, match="push_to_hub true: the Hub .*HF_HUB_OFFLINE is set"):
-        check_launch(TrainingArguments(str(tmp_path), use_cpu=True, push_to_hub=True, report_to="none"))
+        check_launch(training_args)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingArguments, "process_index", 1)
+        check_launch(training_args)  # which pushes nothing
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     with pytest.raises(UserError, match="the Hub does not let this machine in"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils.quantization_config import QuantizationMethod
 
 from recipes.models.adapters import adapter_parameters, add_copy, add_score_roles
 from recipes.models.loading import never_pack
@@ -50,6 +51,13 @@ def test_lora_on_one_of_two_tied_embeddings_is_left_out(target):
     assert unmergeable(policy) is None
 
 
+def test_a_base_of_another_kind_of_quantisation_is_left_out():
+    """Those of FP8 were sampled from without their scales."""
+    policy = get_peft_model(models.causal_lm(), LoraConfig(target_modules=["q_proj"], r=4))
+    policy.get_base_model().quantization_method = QuantizationMethod.FP8
+    assert unmergeable(policy) == "a base in fp8"
+
+
 @pytest.mark.parametrize(
     "lora",
     [
@@ -94,4 +102,5 @@ def test_quantised_layers_that_no_adapter_changes_are_whole_in_the_copy(tmp_path
     with torch.no_grad():
         expected = policy(input_ids=ids).logits.float()
         found = merged_copy(policy, torch.bfloat16)(input_ids=ids).logits.float()
+        assert torch.equal(policy(input_ids=ids).logits.float(), expected), "the base is left as it was"
     assert (found - expected).norm() < 0.03 * expected.norm()

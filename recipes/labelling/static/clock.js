@@ -23,7 +23,7 @@ export function takeSeconds() {
   return taken;
 }
 
-export function tick() {
+function tick() {
   untakenSeconds();
   clock.textContent = `${Math.floor(total / 60)}:${String(Math.floor(total % 60)).padStart(2, "0")}`;
 }

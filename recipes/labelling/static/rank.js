@@ -1,13 +1,11 @@
 // Mouse, touch and keys on the ranking page. order.js holds the ranking, saving.js sends it.
 
-import { tick } from "./clock.js";
 import { cards, list, moveTo, refresh, tiers, toggleTie } from "./order.js";
 import { isPending, isUnsaved, save, saveAll, saveOnLeaving, sendWhatWasLeft, touch } from "./saving.js";
 
 const task = document.getElementById("task"); // a fieldset: nothing in it can be used while it is disabled
 const header = document.querySelector("header");
 const comment = document.getElementById("comment");
-const shown = task.dataset.shown;
 const cardOf = (node) => node.closest?.(".card");
 
 // A text of which something can be seen; the server asks the same, in answers.py.
@@ -28,7 +26,7 @@ function problem(action) {
     const letters = empty.map((field) => cardOf(field).dataset.letter).join(", ");
     return { text: `Not submitted: give a reason for ${letters}.`, field: empty[0] };
   }
-  if (!confirmed && !task.dataset.standing && tiers().map((tier) => tier.join("=")).join(" ") === shown) {
+  if (!confirmed && !task.dataset.standing && tiers().map((tier) => tier.join("=")).join(" ") === task.dataset.shown) {
     return { text: "One question: the order is as it was shown. If that is your ranking, submit again." };
   }
   return {};
@@ -117,10 +115,7 @@ document.addEventListener("keydown", (event) => {
   if (handled) event.preventDefault();
 });
 
-document.addEventListener("visibilitychange", () => {
-  tick();
-  if (document.hidden) saveOnLeaving();
-});
+document.addEventListener("visibilitychange", () => { if (document.hidden) saveOnLeaving(); });
 window.addEventListener("pagehide", saveOnLeaving);
 window.addEventListener("beforeunload", (event) => {
   saveOnLeaving();

@@ -54,8 +54,8 @@ export const isPending = () => !stopped && (dirty || outbox.length > 0);
 
 // Whether leaving the page now may lose something.
 export function isUnsaved() {
-  if (!isPending()) return false;
-  return dirty || trouble.textContent !== "" || outbox.length > 1 || !fitsKeepalive(JSON.stringify(outbox[0]));
+  const isSentOnLeaving = outbox.length === 1 && trouble.textContent === "" && fitsKeepalive(JSON.stringify(outbox[0]));
+  return isPending() && (dirty || !isSentOnLeaving);
 }
 
 function snapshot(action) {

@@ -25,11 +25,6 @@ def fits_beside(copy_bytes: int, free_bytes: int) -> bool:
     return 2 * copy_bytes <= free_bytes
 
 
-def copy_bytes(base: PreTrainedModel, dtype: torch.dtype) -> int:
-    """What a copy takes at most; weights that it shares with the base are counted too."""
-    return empty_copy(base, dtype).num_parameters() * dtype.itemsize
-
-
 def free_bytes(device: torch.device) -> int:
     """What torch can still give on a GPU."""
     free, _ = torch.cuda.mem_get_info(device)
@@ -40,7 +35,9 @@ def free_bytes(device: torch.device) -> int:
 def sampling_from_copy(policy: PreTrainedModel | PeftModel, dtype: torch.dtype):
     """Let the policy generate from a copy; where that does not fit, from the policy itself."""
     base = base_of(policy)
-    if base.device.type == "cuda" and not fits_beside(copy_bytes(base, dtype), free_bytes(base.device)):
+    on_gpu = base.device.type == "cuda"
+    # What it shares with the base is counted too.
+    if on_gpu and not fits_beside(empty_copy(base, dtype).num_parameters() * dtype.itemsize, free_bytes(base.device)):
         logger.warning_once("A merged copy of the policy does not fit beside it: sampling is slower without.")
         yield
         return
