@@ -96,7 +96,7 @@ def check_gpus() -> None:
         raise UserError(
             f"Launched: {request}. No GPU was found: launch with accelerate_configs/{instead} and --use_cpu true."
         )
-    if request and request.gpu_ids != "all":  # Accelerate puts them in the place of what the environment allows
+    if gpus and request and request.gpu_ids != "all":  # which Accelerate puts in the place of what is allowed
         ours = psutil.Process(os.getppid()).environ().get("CUDA_VISIBLE_DEVICES", request.gpu_ids)
         if not {*request.gpu_ids.split(",")} <= {*ours.split(",")}:
             raise UserError(

@@ -15,7 +15,7 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel, TrainerCallback
@@ -227,6 +227,8 @@ def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
     for role, folder in adapters.items():
         if folder is None:
             add_copy(model, "default", role, seq_cls_config(model.peft_config["default"]))
+            if isinstance(lm_head, ModulesToSaveWrapper):  # no score comes from it: DDP would wait for its gradients
+                lm_head.delete_adapter(role, ["default"])
         else:
             result = model.load_adapter(folder, role)
             if lost := [*result.unexpected_keys, *result.missing_keys]:
