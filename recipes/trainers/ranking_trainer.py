@@ -8,7 +8,7 @@ made their reward model overfit in a single epoch.
 import functools
 import json
 import textwrap
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,7 +169,7 @@ class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
     use for is a UserError; that no row has two responses of unequal rank within `max_length` is a ValueError.
     """
 
-    kept: ClassVar = (*WholeCheckpoints.kept, "_rankings")
+    kept: tuple[str, ...] = (*WholeCheckpoints.kept, "_rankings")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
