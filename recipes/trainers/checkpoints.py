@@ -38,7 +38,7 @@ class WholeCheckpoints(Trainer):
     """
 
     # Attributes that a checkpoint holds beside what Trainer saves
-    kept: ClassVar = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+    kept: ClassVar[tuple] = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
     card: Callable[[], str] | None = None  # of a recipe; TRL's own card knows neither data nor numbers
     _saving = _stopping = False
     _resumed_state: dict[str, Any] | None = None
