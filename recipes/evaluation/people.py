@@ -63,6 +63,7 @@ def people_outcomes(
         if signs.size and a != b:
             shares[row] = [(signs == outcome).mean() for outcome in (1, 0, -1)]
     equal = np.flatnonzero([a == b for a, b in zip(texts_a, texts_b, strict=True)])
-    ranked = np.isfinite(shares[:, 0]).sum() / max(1, len(prompts) - len(equal))
+    others = len(prompts) - len(equal)
+    ranked = np.isfinite(shares[:, 0]).sum() / others if others else 1.0
     shares[equal[: round(ranked * len(equal))]] = [0, 1, 0]
     return shares

@@ -291,6 +291,8 @@ def test_people_judge_blind(tmp_path):
     two_ties = [texts["ppo"] + ["same"], texts["sft"] + ["same"]]
     half = people_outcomes(dict([read_people(str(rankings)).popitem()]), prompts + prompts[2:], *two_ties)
     assert half[1:3].tolist() == [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]] and np.isnan(half[[0, 3]]).all(), "half of both"
+    alike = people_outcomes(read_people(str(rankings)), prompts, texts["ppo"], texts["ppo"])
+    assert alike.tolist() == [[0.0, 1.0, 0.0]] * 3, "also where every text is, as of one policy that was given twice"
     rankings.write_text('{"prompt": "p"}\n')
     with pytest.raises(UserError, match="rankings.jsonl:1: not a ranking"):
         read_people(str(rankings))
