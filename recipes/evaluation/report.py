@@ -112,8 +112,10 @@ def about_reward_model(quality: dict | None) -> list[str]:
     pairs, longer = counted(quality["n_pairs"], "pair"), quality["longer_wins_baseline"]
     lines = [
         f"The reward model orders {estimate(quality['accuracy'])} of {pairs} as they were labelled. Preferring the "
-        f"longer response is right on {longer:.2f}. {no_better_than_length(quality['accuracy']['mean'], longer)}"
+        f"longer response is right on {longer:.2f}."
     ]
+    if warning := no_better_than_length(quality["accuracy"]["mean"], longer):
+        lines.append(warning)
     if seen := quality["trained_on"]:
         shown = ", ".join(dict.fromkeys(seen[:3])) + (", …" if len(seen) > 3 else "")
         lines.append(
