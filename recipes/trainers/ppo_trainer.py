@@ -22,6 +22,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.data_utils import is_conversational
 
+from recipes.cli.checkpoints import last_good_state
 from recipes.cli.errors import UserError, first_line, refusals_in_one_line
 from recipes.models.adapters import AdapterEMA, adapter_parameters, float32_adapters, model_with_adapter, use_role
 from recipes.models.heads import add_score_forward, base_of
@@ -61,9 +62,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
     the update. `log` and `_get_eval_sampler` (in [`PPOLogging`]) make completions readable and each count once.
     `_save`, `_load_from_checkpoint` and `_load_best_model` (in [`PPOSaving`]) make a run go on where it was.
 
-    Raises:
-        UserError: fewer prompts than one rollout, a reward model with several labels, an adapter that cannot share its
-            base, a score or a loss that is not a finite number.
+    A UserError says what does not fit: too few prompts, a reward model with several labels, an adapter that cannot
+    share its base, a score or a loss that is not finite.
     """
 
     _tag_names = ["trl", "ppo"]
@@ -131,9 +131,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         self._prepare_models(ref_model)
         self._kl_coef, self._update_stopped, self._ptx = args.kl_coef, False, None
         if args.ptx_coef > 0:
-            batch_size, max_length = args.per_device_train_batch_size, args.ptx_max_length
-            options = self.chat_template_kwargs
-            self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed, **options)
+            sizes = args.per_device_train_batch_size, args.ptx_max_length
+            self._ptx = PtxBatches(ptx_dataset, self._tokenizer, *sizes, args.seed, **self.chat_template_kwargs)
         self._start_logging(ratio_tolerance=1e-3 if self._in_float32 else 0.05)
 
     def _rewards(self, model, tokenizer, policy_tokenizer, reward_funcs, columns) -> list[Callable]:
@@ -241,9 +240,14 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         """Raw rewards of all processes, (B * processes, functions); `rollout.scores` gets their weighted sum, (B,)."""
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except UserError as error:
+            last = last_good_state(self.args.output_dir)
+            raise UserError(f"After step {self.state.global_step}: {error} {last}") from error
         scores = rewards.clone()
         if self._has_reward_model:
+            self._check_finite("the sum of scores", rewards[:, 0].sum(), {"the reward model": rewards[:, :1]})
             scores[:, 0] = (scores[:, 0] - (self.args.score_mean or 0)) / (self.args.score_std or 1)
         weights, first = self.reward_weights.to(scores.device), self.accelerator.process_index * len(prompts)
         unscored = (scores.isnan() | (weights == 0)).all(1)  # a function may pass over a response

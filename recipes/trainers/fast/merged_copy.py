@@ -2,8 +2,7 @@
 
 Sampling on a GPU is limited by the number of small kernels: about 2,900 a token of a 0.6B model with adapters, 1,700
 without. And a float32 base would sample in float32, as `generate` runs outside of autocast. The copy is made anew for
-each rollout, from new tensors, and freed before the update; its samples' log-probabilities are computed by
-the training model.
+each rollout, and freed before the update; the log-probabilities of its samples are the training model's.
 """
 
 import contextlib
