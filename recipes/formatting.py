@@ -83,9 +83,7 @@ def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int) -> "
 class RowArguments:
     """How the rows of a dataset are read; docs/datasets.md explains more."""
 
-    dataset_schema: str = field(
-        default="auto", metadata={"help": "Name of the schema (docs/datasets.md lists them), or auto to detect it."}
-    )
+    dataset_schema: str = field(default="auto", metadata={"help": "A schema of docs/datasets.md; auto detects it."})
     dataset_mapping: list[str] | None = field(
         default=None,
         metadata={
@@ -93,18 +91,12 @@ class RowArguments:
             "chosen=best rejected=worst; dots reach into objects, and roles.NAME=user adds a role."
         },
     )
-    on_error: Literal["raise", "skip"] = field(
-        default="raise", metadata={"help": "Stop at rows that cannot be used, or leave them out."}
-    )
-    max_error_rate: float = field(
-        default=0.01, metadata={"help": "With on_error=skip, the share of bad rows that is still accepted."}
-    )
+    on_error: Literal["raise", "skip"] = field(default="raise", metadata={"help": "Stop at bad rows, or skip them."})
+    max_error_rate: float = field(default=0.01, metadata={"help": "Share of bad rows that on_error=skip accepts."})
     on_special: Literal["flag", "drop", "fail"] = field(
         default="flag", metadata={"help": "Report, leave out or refuse rows that hold the text of a control token."}
     )
-    dedup: Literal["flag", "drop"] = field(
-        default="flag", metadata={"help": "Report repeated rows, or leave them out."}
-    )
+    dedup: Literal["flag", "drop"] = field(default="flag", metadata={"help": "Report or leave out repeated rows."})
 
     def options(self) -> dict[str, Any]:
         """As keyword arguments of `format_dataset`."""

@@ -76,9 +76,6 @@ def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -
     sources = [*filter(None, [script_args.reward_model_name_or_path]), *(script_args.reward_funcs or [])]
     if not sources:
         raise UserError("There is nothing to score with: set --reward_model_name_or_path, --reward_funcs or both.")
-    scaled = [name for name in ("score_mean", "score_std") if getattr(training_args, name) is not None]
-    if scaled and script_args.reward_model_name_or_path is None:
-        raise UserError(f"--{scaled[0]} is about the reward model's score: set --reward_model_name_or_path.")
     weights = training_args.reward_weights
     if weights is not None and len(weights) != len(sources):
         raise UserError(

@@ -96,7 +96,7 @@ def check_gpus() -> None:
         raise UserError(
             f"Launched: {request}. No GPU was found: launch with accelerate_configs/{instead} and --use_cpu true."
         )
-    if request and request.gpu_ids != "all":  # Accelerate puts them in the place of what the environment allows
+    if gpus and request and request.gpu_ids != "all":  # which Accelerate puts in the place of what is allowed
         ours = psutil.Process(os.getppid()).environ().get("CUDA_VISIBLE_DEVICES", request.gpu_ids)
         if not {*request.gpu_ids.split(",")} <= {*ours.split(",")}:
             raise UserError(
@@ -132,8 +132,6 @@ def check_hub(token: str | None) -> None:
 
 def check_launch(training_args: TrainingArguments) -> None:
     """Refuse services that do not answer, and a run by other processes or devices than asked for; print both."""
-    if getattr(training_args, "activation_offloading", False) and training_args.device.type == "cpu":
-        raise UserError("activation_offloading moves activations off a GPU, and this runs on a CPU: leave it out.")
     if training_args.process_index == 0:  # it logs and pushes, and other machines may have no keys
         if "wandb" in training_args.report_to:
             check_wandb()

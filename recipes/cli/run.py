@@ -46,10 +46,7 @@ class RunFolder:
     - `auto`: the same, or a new run where there is none, for schedulers that start one line again and again;
     - a path: that checkpoint.
 
-    Raises:
-        UserError: the folder holds something else, is in use or has no whole checkpoint, or the run was started with
-            other arguments.
-        RunEnded: there is nothing left to do.
+    Where the run was started with other arguments it is refused, and where nothing is left to do it ends.
     """
 
     def __init__(self, recipe: str, *arguments):
@@ -263,8 +260,7 @@ def check_steps(trainer: Trainer) -> None:
 def run(main: Callable, argument_types: tuple[type, ...] = ()) -> None:
     """Run `main` with these dataclasses, read from the command line.
 
-    What the user can mend is one line and exit code 1; a bug keeps its traceback; a run that is stopped or has nothing
-    to do says so.
+    What the user can mend is one line and exit code 1; a bug keeps its traceback.
     """
     code, text = 0, ""
     signals.die_with_launcher()

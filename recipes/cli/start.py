@@ -22,9 +22,7 @@ NOISY_LOGGERS = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functi
 def begin(command: str, *more: str) -> None:
     """Answer `--help`, end with one line where the command line has a mistake, and make libraries quiet.
 
-    Args:
-        command: file of a recipe or script; with a tuple `ARGUMENTS` of dataclasses, its flags are those.
-        more: other such files whose flags it takes too, and whose help lists them.
+    The flags are those of the dataclasses in the tuple `ARGUMENTS` of the file `command`, and of the files `more`.
     """
     sys.path.insert(0, "")  # the working directory, as for `python -m`: a user's modules come first
     sys.argv[1:] = map(expand_home, sys.argv[1:])

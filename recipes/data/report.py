@@ -98,7 +98,6 @@ class Report:
         return error
 
     def errors_text(self) -> str:
-        """The first errors with their places, and how many there are."""
         total = self.counts["errors"].total()
         lines = [f"{self.source}: {total} of {counted(self.rows_in, 'row')} cannot be used for task {self.task!r}"]
         for entry in self.errors[:SHOWN]:

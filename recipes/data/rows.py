@@ -80,7 +80,6 @@ def or_error(read: Callable[..., dict], *arguments) -> dict | RowProblem:
 
 
 def join_names(names: Iterable) -> str:
-    """Names for a message, separated by commas."""
     return ", ".join(str(name) or "(no name)" for name in names)
 
 

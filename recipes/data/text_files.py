@@ -131,7 +131,7 @@ def _read_json_list(text: TextIO) -> Places:
             depth += _DEPTH.get(mark, 0)
             if (mark, depth) in (("[", 1), (",", 1), ("]", 0)):
                 element = part[start:at]
-                if not element.isspace() and element:
+                if element.strip():
                     yield line + _lines_before(element), or_error(_json_row, element.lstrip())
                 line, start = line + element.count("\n"), token.end()
         else:

@@ -53,8 +53,8 @@ def people_outcomes(
 ) -> np.ndarray:
     """Wins, ties and losses of a, (prompts, 3), over the labelers of each prompt; NaN where nobody ranked them.
 
-    Equal texts are a tie, which nobody has to rank. Where only a part of the others was ranked, as large a part of the
-    ties counts, so that they weigh what they weigh in all prompts.
+    Equal texts are a tie, which nobody has to rank. Where people ranked only a share of the other prompts, the same
+    share of the ties counts, so that ties weigh as much as they do over all prompts.
     """
     shares = np.full((len(prompts), 3), np.nan)
     for row, (prompt, a, b) in enumerate(zip(prompts, texts_a, texts_b, strict=True)):
@@ -63,6 +63,7 @@ def people_outcomes(
         if signs.size and a != b:
             shares[row] = [(signs == outcome).mean() for outcome in (1, 0, -1)]
     equal = np.flatnonzero([a == b for a, b in zip(texts_a, texts_b, strict=True)])
-    ranked = np.isfinite(shares[:, 0]).sum() / max(1, len(prompts) - len(equal))
+    others = len(prompts) - len(equal)
+    ranked = np.isfinite(shares[:, 0]).sum() / others if others else 1.0
     shares[equal[: round(ranked * len(equal))]] = [0, 1, 0]
     return shares

@@ -15,7 +15,7 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel, TrainerCallback
@@ -175,9 +175,9 @@ def checkpoint_under_roles(model: PreTrainedModel | PeftModel) -> None:
         return contextlib.nullcontext(), use_role(model, active_role(model))
 
     def enable_under_roles(activation_checkpointing_kwargs=None, **kwargs):
-        own = {**(activation_checkpointing_kwargs or {})}
+        own = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if isinstance(model, PeftModel):
-            if own.setdefault("use_reentrant", False):
+            if own["use_reentrant"]:
                 raise UserError("PPO's roles need activation_checkpointing_kwargs without use_reentrant: true.")
             own["context_fn"] = recompute_under_role
         # transformers adds one more hook to the embeddings each time, and TRL turns this on anew for every rollout.
@@ -227,6 +227,8 @@ def add_score_roles(model: PeftModel, adapters: dict[str, str | None]) -> None:
     for role, folder in adapters.items():
         if folder is None:
             add_copy(model, "default", role, seq_cls_config(model.peft_config["default"]))
+            if isinstance(lm_head, ModulesToSaveWrapper):  # no score comes from it: DDP would wait for its gradients
+                lm_head.delete_adapter(role, ["default"])
         else:
             result = model.load_adapter(folder, role)
             if lost := [*result.unexpected_keys, *result.missing_keys]:

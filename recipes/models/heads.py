@@ -77,7 +77,7 @@ def add_state_forward(model: PreTrainedModel, temperature: float = 1.0, frozen_h
         outputs = causal_lm_forward(input_ids=input_ids, labels=labels, fused_lm_head=True)
         return outputs.log_probs[states], outputs.entropy[states] if compute_entropy else None
 
-    replace_forward(model, causal_lm_forward, at_states)
+    replace_forward(model, at_states)
 
 
 def add_score_forward(model: PreTrainedModel) -> None:
@@ -86,11 +86,12 @@ def add_score_forward(model: PreTrainedModel) -> None:
     `model(input_ids=ids, states=(rows, columns))` gives (N,) float32.
     """
     use_float32_head(model)
-    replace_forward(model, model.forward, functools.partial(scores_at, model))
+    replace_forward(model, functools.partial(scores_at, model))
 
 
-def replace_forward(model: PreTrainedModel, plain: Callable, at_states: Callable) -> None:
-    """Send calls with `states` to `at_states` and others to `plain`, by `forward`, where DDP and FSDP see them."""
+def replace_forward(model: PreTrainedModel, at_states: Callable) -> None:
+    """Send calls with `states` to `at_states`, by `forward`, where DDP and FSDP see them."""
+    plain = model.forward
 
     # Keep the original signature: `generate` validates its model kwargs against it.
     @functools.wraps(type(model).forward)

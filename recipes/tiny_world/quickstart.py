@@ -121,11 +121,11 @@ class Quickstart:
             raise UserError(
                 f"{output} was made by another command ({shlex.join(before)}): choose another --output_dir."
             )
-        if stage.name in self.seconds:
-            if not output.exists():  # what was made from it would be shown beside what is made now
-                raise UserError(f"{output} has been removed after it was made: choose another --output_dir.")
+        if stage.name in self.seconds and output.exists():
             print(f"\n{stage.title}\n  finished before, in {self.seconds[stage.name]:.0f} s: {output}", flush=True)
             return
+        if stage.name in [*self.seconds][:-1]:  # what was made from it would be shown beside what is made now
+            raise UserError(f"{output} has been removed after it was made: choose another --output_dir.")
         self.note(self.commands, stage.name, command)
         if output.exists() and not stage.continues:
             aside = output.with_name(f"{output.name}.stopped{time.time():.0f}")

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import gather_object
@@ -30,15 +30,12 @@ class WholeCheckpoints(Trainer):
     deleted after that. It also holds, for each process, what Trainer keeps in memory alone (`running_state`), so a
     resumed run logs what an uninterrupted one logs.
 
-    A loss, gradient or weight that is not a finite number ends the run before it reaches the disk.
-
-    Raises:
-        UserError: a checkpoint cannot be written (the older ones are untouched); a number is not finite.
-        RunEnded: a signal came, and the checkpoint of this step is saved.
+    A loss, gradient or weight that is not finite ends the run with a UserError before it reaches the disk; so does a
+    checkpoint that cannot be written (older ones are untouched). A signal ends it with RunEnded, after a checkpoint.
     """
 
     # Attributes that a checkpoint holds beside what Trainer saves
-    kept: ClassVar = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+    kept: tuple[str, ...] = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
     card: Callable[[], str] | None = None  # of a recipe; TRL's own card knows neither data nor numbers
     _saving = _stopping = False
     _resumed_state: dict[str, Any] | None = None
@@ -50,8 +47,7 @@ class WholeCheckpoints(Trainer):
         super().__init__(*args, **kwargs)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
-            # Accelerate rounds all that a sharded module gives (scores, values, log-probabilities), and gradients
-            # before it sums them over processes.
+            # Accelerate rounds scores, values and log-probabilities, and gradients before it sums them over processes.
             exact = {"output_dtype": None, "reduce_dtype": torch.float32}
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
 
@@ -222,12 +218,10 @@ class WholeCheckpoints(Trainer):
             kwargs["steps_trained_in_current_epoch"] = steps * self.args.gradient_accumulation_steps
         sampler = innermost_sampler(train_dataloader)
         if hasattr(sampler, "set_epoch"):
-            # Where a resumed run skips batches and several processes share them, Trainer does not get through to it,
-            # and rows come in the order of the first epoch.
+            # Trainer does not get through to it where a resumed run skips batches that several processes share.
             sampler.set_epoch(epoch)
         elif hasattr(sampler, "generator"):
-            # An order by the seed and the epoch: that of its own generator, or of torch's, depends on what was drawn
-            # before, which a resumed run does not repeat.
+            # By seed and epoch: a resumed run does not repeat what another generator has drawn before.
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler.generator = torch.Generator().manual_seed(seed + epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, start_time=start_time, **kwargs)

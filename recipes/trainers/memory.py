@@ -33,8 +33,7 @@ GIB = 2**30
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 # Tensors of (batch, vocabulary) in float32 alive when a token is drawn: logits, and the buffer of all passes over them
 SAMPLING_TENSORS = 2
-# Bytes a weight takes in bitsandbytes' formats, with a float32 scale for 64 weights (8-bit: for a row, not counted),
-# or an 8-bit one where the scales are quantised too (2305.14314, section 3)
+# Bytes of a weight and its scale in bitsandbytes (2305.14314, section 3): float32 for 64 weights, or 8 bits (nested)
 QUANTIZED = {"4bit": 0.5 + 4 / 64, "4bit nested": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 # Bytes of optimizer state a trained parameter takes, per byte of the parameter or (8-bit) per parameter
 OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "adafactor": 0, "sgd": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}
@@ -297,8 +296,7 @@ def update_parts(setting: Setting, model: nn.Module, critic: PreTrainedModel | N
             torch.stack(losses).sum().backward()
     backward = live.peak - kept
     if setting.step != "reward":
-        # The gradients of states, and of a trained head, are float32: beside a tile, then beside what they are rounded
-        # to.
+        # Gradients of states and of a trained head are float32: beside a tile, then beside what they are rounded to.
         head = base_of(model).get_output_embeddings().weight
         states = setting.rows * (setting.response_tokens or setting.tokens) * head.size(1)
         gradients = states + head.numel() * head.requires_grad

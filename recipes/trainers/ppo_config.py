@@ -112,18 +112,14 @@ class PPOConfig(GRPOConfig):
     total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
 
     # Speed
-    local_rollout_forward_batch_size: int | None = field(
-        default=None, metadata={"help": "Responses a device scores at a time. Default: per_device_train_batch_size."}
-    )
+    local_rollout_forward_batch_size: int | None = field(default=None, metadata={"help": "Rows scored at a time."})
     fast_paths: list[str] = field(
-        default_factory=lambda: list(FAST_PATHS),
-        metadata={"help": f"What makes PPO fast, with the same numbers: {', '.join(FAST_PATHS)}."},
+        default_factory=lambda: list(FAST_PATHS), metadata={"help": f"Same numbers, faster: {', '.join(FAST_PATHS)}."}
     )
 
     def __post_init__(self):
         self._check_values()
-        # Policy and critic are two forwards before one backward, which DDP's search for unused parameters and its
-        # buffer broadcast both break.
+        # Both break where two forwards, of policy and critic, come before one backward.
         self.ddp_find_unused_parameters = self.ddp_find_unused_parameters or False
         self.ddp_broadcast_buffers = self.ddp_broadcast_buffers or False
         if self.num_generations == 1:

@@ -103,8 +103,7 @@ def policy_losses(
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
-    """Ziegler's proportional controller (1909.08593, section 2.2): too much KL raises the coefficient, too little
-    lowers it.
+    """Ziegler's proportional controller (1909.08593, section 2.2): the coefficient rises where there is too much KL.
 
     `kl` is nats a response of the last rollout, and `episodes` is what that held on all processes.
     """

@@ -1,7 +1,6 @@
 """What PPO saves, and how a run goes on: policy, critic, average, and the place in its rollout."""
 
 import os
-from typing import ClassVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -17,7 +16,7 @@ from recipes.trainers.checkpoints import WholeCheckpoints
 class PPOSaving(WholeCheckpoints, GRPOTrainer):
     """The part of `PPOTrainer` that saves and resumes."""
 
-    kept: ClassVar = (*WholeCheckpoints.kept, "_step", "_buffered_inputs", "_kl_coef", "_update_stopped")
+    kept: tuple[str, ...] = (*WholeCheckpoints.kept, "_step", "_buffered_inputs", "_kl_coef", "_update_stopped")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As Trainer saves, but only what PPO trains: reference and reward model come from the run's inputs.

@@ -111,7 +111,6 @@ class PPOLogging(GRPOTrainer):
         # Of a response that `mask_truncated_completions` leaves out nothing is known: it is NaN here and in no mean.
         left_out = mask.sum(1) == 0
         kl, entropy = (x.sum(1).masked_fill(left_out, torch.nan) for x in (rollout.kl, -rollout.logps * mask))
-        stops = torch.tensor(self.eos_token_ids, device=mask.device)
         own = {  # (B,) each
             "objective/kl": kl,
             "objective/entropy": entropy,
@@ -121,7 +120,6 @@ class PPOLogging(GRPOTrainer):
             "prompts": kl.new_tensor([*map(len, rollout.prompt_ids)]),
             "lengths": kl.new_tensor([*map(len, rollout.completion_ids)]),
             "unfinished": rollout.is_unfinished(self.eos_token_ids),
-            "eos": (torch.isin(rollout.ids[:, -mask.size(1) :], stops) * mask).sum(1),
         }
         # In an evaluation, prompts that fill the last batch up count once.
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
@@ -132,7 +130,8 @@ class PPOLogging(GRPOTrainer):
                 metrics[name].extend(values.tolist() if mode == "eval" else [values.nanmean().item()])
         scores = everywhere["objective/scores"]
         found = describe(rollout, scores, everywhere["prompts"], self._sum_over_processes)
-        found |= {"objective/kl_coef": kl_coef, "val/num_eos_tokens": everywhere["eos"].sum().item()}
+        ended = len(scores) - everywhere["unfinished"].sum().item()  # each by one stop token
+        found |= {"objective/kl_coef": kl_coef, "val/num_eos_tokens": ended}
         for name, number in found.items():
             metrics[name].append(number)
         if mode == "train":

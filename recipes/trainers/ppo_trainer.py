@@ -22,6 +22,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.data_utils import is_conversational
 
+from recipes.cli.checkpoints import last_good_state
 from recipes.cli.errors import UserError, first_line, refusals_in_one_line
 from recipes.models.adapters import AdapterEMA, adapter_parameters, float32_adapters, model_with_adapter, use_role
 from recipes.models.heads import add_score_forward, base_of
@@ -33,6 +34,7 @@ from recipes.trainers.ppo_roles import PPORoles, check_room
 from recipes.trainers.ppo_saving import PPOSaving
 from recipes.trainers.ppo_tracking import PPOLogging
 from recipes.trainers.ptx import PtxBatches
+from recipes.trainers.replaced import replaced
 from recipes.trainers.reward_functions import checked
 from recipes.trainers.rollout import Rollout, sequences
 
@@ -60,9 +62,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
     the update. `log` and `_get_eval_sampler` (in [`PPOLogging`]) make completions readable and each count once.
     `_save`, `_load_from_checkpoint` and `_load_best_model` (in [`PPOSaving`]) make a run go on where it was.
 
-    Raises:
-        UserError: fewer prompts than one rollout, a reward model with several labels, an adapter that cannot share its
-            base, a score or a loss that is not a finite number.
+    A UserError says what does not fit: too few prompts, a reward model with several labels, an adapter that cannot
+    share its base, a score or a loss that is not finite.
     """
 
     _tag_names = ["trl", "ppo"]
@@ -130,9 +131,8 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         self._prepare_models(ref_model)
         self._kl_coef, self._update_stopped, self._ptx = args.kl_coef, False, None
         if args.ptx_coef > 0:
-            batch_size, max_length = args.per_device_train_batch_size, args.ptx_max_length
-            options = self.chat_template_kwargs
-            self._ptx = PtxBatches(ptx_dataset, self._tokenizer, batch_size, max_length, args.seed, **options)
+            sizes = args.per_device_train_batch_size, args.ptx_max_length
+            self._ptx = PtxBatches(ptx_dataset, self._tokenizer, *sizes, args.seed, **self.chat_template_kwargs)
         self._start_logging(ratio_tolerance=1e-3 if self._in_float32 else 0.05)
 
     def _rewards(self, model, tokenizer, policy_tokenizer, reward_funcs, columns) -> list[Callable]:
@@ -178,18 +178,17 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
 
     def _generate(self, prompts: list):
         """TRL's sampling of B prompts, whose ids the steps after it need."""
-        of_base, training = self._base.generation_config, self.model.training
+        training = self.model.training
         # Without the filters of the base's generation_config.json, which would make another policy of it.
-        self._base.generation_config = GenerationConfig()
+        unfiltered = replaced(self._base, generation_config=GenerationConfig())
         try:
-            with self._fast.sampling(), self._phase("sample"):
+            with unfiltered, self._fast.sampling(), self._phase("sample"):
                 samples = super()._generate(prompts)
         except (UserError, RuntimeError) as error:
             if not not_finite(self._policy):
                 raise
             self.stop(f"nothing can be sampled ({first_line(error)})")
         finally:
-            self._base.generation_config = of_base
             self.model.train(training)  # continuous batching leaves it in training mode
         self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
         return samples
@@ -241,17 +240,21 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         """Raw rewards of all processes, (B * processes, functions); `rollout.scores` gets their weighted sum, (B,)."""
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except UserError as error:
+            last = last_good_state(self.args.output_dir)
+            raise UserError(f"After step {self.state.global_step}: {error} {last}") from error
         scores = rewards.clone()
         if self._has_reward_model:
+            self._check_finite("the sum of scores", rewards[:, 0].sum(), {"the reward model": rewards[:, :1]})
             scores[:, 0] = (scores[:, 0] - (self.args.score_mean or 0)) / (self.args.score_std or 1)
         weights, first = self.reward_weights.to(scores.device), self.accelerator.process_index * len(prompts)
         unscored = (scores.isnan() | (weights == 0)).all(1)  # a function may pass over a response
         if unscored.any():
-            row, names = int(unscored.nonzero()[0]), ", ".join(self.reward_func_names)
-            raise UserError(
-                f"Step {self.state.global_step}: row {row} of the rollout has no reward that counts, of {names}."
-            )
+            row, weighed = int(unscored.nonzero()[0]), zip(self.reward_func_names, weights, strict=True)
+            names = ", ".join(name for name, weight in weighed if weight)
+            raise UserError(f"After step {self.state.global_step}: row {row} of the rollout has no reward of {names}.")
         self._rollout.scores = (scores * weights).nansum(1)[first : first + len(prompts)]
         return rewards
 

@@ -8,7 +8,7 @@ made their reward model overfit in a single epoch.
 import functools
 import json
 import textwrap
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,14 +165,11 @@ def ranking_metrics(rankings: list[torch.Tensor]) -> dict[str, float]:
 class RankingRewardTrainer(WholeCheckpoints, RewardTrainer):
     """TRL's `RewardTrainer` on rows `{"prompt": messages, "completions": [messages], "ranks": [number]}`.
 
-    `per_device_train_batch_size` counts prompts. All other arguments are `RewardTrainer`'s. It logs `ranking_metrics`.
-
-    Raises:
-        ValueError: no row has two responses of unequal rank within `max_length`.
-        UserError: an argument of Trainer that rankings have no use for.
+    `per_device_train_batch_size` counts prompts; all other arguments are `RewardTrainer`'s. One that rankings have no
+    use for is a UserError; that no row has two responses of unequal rank within `max_length` is a ValueError.
     """
 
-    kept: ClassVar = (*WholeCheckpoints.kept, "_rankings")
+    kept: tuple[str, ...] = (*WholeCheckpoints.kept, "_rankings")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

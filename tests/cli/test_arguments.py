@@ -260,6 +260,12 @@ def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
         ),
         ("", ("--adaptive_kl_horizon", "50"), "adaptive_kl_horizon is not used while adaptive_kl_target is None"),
         ("", ("--ptx_dataset_split", "test"), "ptx_dataset_split is not used while ptx_dataset_name is None"),
+        ("", ("--score_std", "2"), "score_std is not used while reward_model_name_or_path is None"),
+        (
+            "separate_reward_model: true",
+            (),
+            "separate_reward_model is not used while reward_model_name_or_path is None",
+        ),
         ("max_error_rate: 0.2", (), "max_error_rate is not used while on_error is raise"),
         ("learning_rate: {a: 1}", (), "--learning_rate {'a': 1}: expected 0 or more"),
         ("top_k: []", (), r"--top_k \[\]: expected 0 or more"),

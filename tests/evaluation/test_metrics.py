@@ -17,7 +17,7 @@ from recipes.evaluation.measure import Evaluation, Measured, same_for_same
 from recipes.evaluation.parts import Parts, identity
 from recipes.evaluation.people import people_outcomes, read_people, write_ranking_task
 from recipes.evaluation.policies import PolicySpec
-from recipes.evaluation.report import table, verdict, write_report
+from recipes.evaluation.report import about_reward_model, table, verdict, write_report
 from recipes.evaluation.rewards import read_pairs
 from recipes.evaluation.summary import Curves, over_optimization, summarise
 from recipes.formatting import FormattingArguments, RowArguments
@@ -244,6 +244,16 @@ def test_reward_model_accuracy_and_its_baseline():
     assert quality(sources)["by_source"]["b"]["accuracy"]["mean"] == 0.5
 
 
+def test_a_reward_model_that_is_no_better_than_length_or_knows_the_pairs_is_warned_of():
+    found = quality([pair(1.0, 4), pair(-1.0, -4), pair(2.0, 4, "h"), pair(0.5, -2, "i")])
+    (right,) = about_reward_model(found | {"trained_on": []})
+    assert right.startswith("The reward model orders 0.75 [") and right.endswith("longer response is right on 0.50.")
+    worse = quality([pair(-1.0, 4), pair(1.0, 4, "h")] * 2) | {"trained_on": ["a:1", "a:2", "a:3", "a:4"]}
+    _, length, known = about_reward_model(worse)
+    assert length.startswith("Warning: that is no better than preferring the longer response")
+    assert "was trained on the prompts of 4 of 4 pairs (a:1, a:2, a:3, …)" in known
+
+
 def test_calibration_of_a_model_that_is_as_right_as_it_says():
     rng = RNG(4)
     truth = rng.normal(0, 1.5, 20_000)
@@ -291,6 +301,8 @@ def test_people_judge_blind(tmp_path):
     two_ties = [texts["ppo"] + ["same"], texts["sft"] + ["same"]]
     half = people_outcomes(dict([read_people(str(rankings)).popitem()]), prompts + prompts[2:], *two_ties)
     assert half[1:3].tolist() == [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]] and np.isnan(half[[0, 3]]).all(), "half of both"
+    alike = people_outcomes(read_people(str(rankings)), prompts, texts["ppo"], texts["ppo"])
+    assert alike.tolist() == [[0.0, 1.0, 0.0]] * 3, "also where every text is, as of one policy that was given twice"
     rankings.write_text('{"prompt": "p"}\n')
     with pytest.raises(UserError, match="rankings.jsonl:1: not a ranking"):
         read_people(str(rankings))

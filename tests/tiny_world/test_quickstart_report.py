@@ -268,12 +268,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
 
 def test_a_result_that_was_removed_is_not_made_again_beside_what_was_made_from_it(tmp_path):
     """PPO was trained anew, by an edited YAML, and the report showed the old evaluation."""
-    stage = quickstart.Stage("ppo", "PPO", "touch {folder}/{output}", "ppo")
-    state = quickstart.Quickstart(tmp_path, 0)
-    state.run(stage)
+    stages = [quickstart.Stage(name, name, "touch {folder}/{output}", name) for name in ("ppo", "evaluation")]
+    for stage in stages:
+        quickstart.Quickstart(tmp_path, 0).run(stage)
+    (tmp_path / "evaluation").unlink()  # nothing was made from it
+    quickstart.Quickstart(tmp_path, 0).run(stages[1])
+    assert (tmp_path / "evaluation").exists()
     (tmp_path / "ppo").unlink()
     with pytest.raises(UserError, match="ppo has been removed after it was made"):
-        quickstart.Quickstart(tmp_path, 0).run(stage)
+        quickstart.Quickstart(tmp_path, 0).run(stages[0])
 
 
 @pytest.mark.parametrize("order", [1, -1])

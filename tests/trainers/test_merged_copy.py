@@ -106,8 +106,7 @@ def test_what_runs_on_a_gpu(world, tmp_path):
 def test_a_copy_that_does_not_fit_is_not_made(world, monkeypatch):
     policy = shared_base_policy(world)
     base = policy.get_base_model()
-    needed = merged_copy.copy_bytes(base, torch.bfloat16)
-    assert needed == 2 * sum(p.numel() for p in models.causal_lm().parameters())
+    needed = 2 * sum(p.numel() for p in models.causal_lm().parameters())
     monkeypatch.setattr(type(base), "device", property(lambda self: torch.device("cuda")))
     monkeypatch.setattr(merged_copy, "merged_copy", lambda *args: pytest.fail("it was made"))
     monkeypatch.setattr(type(base), "generate", lambda self, *args: "the policy's own")

@@ -771,7 +771,7 @@ def test_a_bad_score_stops_with_the_row(world, tmp_path):
         return [math.inf if i == 2 else 0.0 for i in range(len(prompts))]
 
     trainer = make_trainer(world, tmp_path, trainer_kwargs={"reward_funcs": broken})
-    with pytest.raises(UserError, match=r"'broken' returned inf for completion 2; expected a list of 16 numbers"):
+    with pytest.raises(UserError, match=r"After step 0: .*'broken' returned inf for completion 2; .* There is no"):
         trainer.train()
 
 
@@ -781,7 +781,7 @@ def test_a_reward_model_that_gives_nan_stops_even_beside_a_function(world, tmp_p
     trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_funcs": lucky_word})
     with pytest.raises(
         UserError,
-        match=r"After step 0: the sum of rewards is nan, by scores of the reward model of rows \[0, 1, .*, 15\]",
+        match=r"After step 0: the sum of scores is nan, by the reward model of rows \[0, 1, .*, 15\]",
     ):
         trainer.train()
 

@@ -143,6 +143,22 @@ def test_a_resumed_run_has_the_same_weights_of_each_kind(paths, tmp_path):
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
 
 
+def test_a_critic_without_a_reward_adapter_has_no_lm_head_to_train(world, tmp_path):
+    """It gets no gradient, for which DDP waits."""
+    base = models.causal_lm(tie_word_embeddings=False)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(base, config)
+    rewards = {"reward_funcs": [lambda completions, **kwargs: [float(len(each)) for each in completions]]}
+    trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs=rewards, max_steps=1)
+    seen = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda _, name=name: seen.setdefault(name))
+    trainer.train()
+    trainer.save_model()
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == seen.keys()
+
+
 def test_convolutions_follow_the_role():
     base = torch.nn.Sequential(torch.nn.Conv1d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 2))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))

@@ -14,9 +14,7 @@ from recipes.trainers.replaced import replaced
 class PreallocatedLayer(DynamicLayer):
     """A `DynamicLayer` that grows by a quarter at a time; the plain one copies all it holds for every token."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.buffers = None
+    buffers: list[torch.Tensor] | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
@@ -49,9 +47,7 @@ class DropFinishedSampler:
 
     # Selecting rows copies the cache, so it waits until this share of the batch has finished.
     IDLE_SHARE = 1 / 8
-
-    def __init__(self):
-        self.logps: torch.Tensor | None = None
+    logps: torch.Tensor | None = None
 
     def installed(self, model: PreTrainedModel) -> contextlib.AbstractContextManager:
         """Let `model.generate` sample with this loop."""

@@ -2,8 +2,7 @@
 
 Sampling on a GPU is limited by the number of small kernels: about 2,900 a token of a 0.6B model with adapters, 1,700
 without. And a float32 base would sample in float32, as `generate` runs outside of autocast. The copy is made anew for
-each rollout, from new tensors, and freed before the update; its samples' log-probabilities are computed by
-the training model.
+each rollout, and freed before the update; the log-probabilities of its samples are the training model's.
 """
 
 import contextlib
@@ -25,11 +24,6 @@ def fits_beside(copy_bytes: int, free_bytes: int) -> bool:
     return 2 * copy_bytes <= free_bytes
 
 
-def copy_bytes(base: PreTrainedModel, dtype: torch.dtype) -> int:
-    """What a copy takes at most; weights that it shares with the base are counted too."""
-    return empty_copy(base, dtype).num_parameters() * dtype.itemsize
-
-
 def free_bytes(device: torch.device) -> int:
     """What torch can still give on a GPU."""
     free, _ = torch.cuda.mem_get_info(device)
@@ -40,7 +34,9 @@ def free_bytes(device: torch.device) -> int:
 def sampling_from_copy(policy: PreTrainedModel | PeftModel, dtype: torch.dtype):
     """Let the policy generate from a copy; where that does not fit, from the policy itself."""
     base = base_of(policy)
-    if base.device.type == "cuda" and not fits_beside(copy_bytes(base, dtype), free_bytes(base.device)):
+    on_gpu = base.device.type == "cuda"
+    # What it shares with the base is counted too.
+    if on_gpu and not fits_beside(empty_copy(base, dtype).num_parameters() * dtype.itemsize, free_bytes(base.device)):
         logger.warning_once("A merged copy of the policy does not fit beside it: sampling is slower without.")
         yield
         return
