@@ -300,8 +300,8 @@ def save_reward_statistics(folder: str, scores: list[float], source: str) -> dic
     if not 0 < std < math.inf:
         say(
             f"No {STATISTICS} is stored: the scores of {counted(len(scores), 'conversation')} of {source} have the "
-            f"standard deviation {std}, and PPO cannot divide by it. It takes them as they are, or by --score_mean and "
-            "--score_std."
+            f"standard deviation {std}, and PPO cannot divide by it. It takes them as they are, or by --score_mean "
+            "and --score_std."
         )
         return None
     statistics = {"mean": values.mean().item(), "std": std, "n": len(scores), "source": source}
