@@ -162,6 +162,7 @@ class Meter:
         if self.device == "cuda":
             import torch
 
+            gc.collect()
             torch.cuda.reset_peak_memory_stats()
         else:
             forget_peak()

@@ -1,8 +1,8 @@
 """Reads the arguments of a recipe or tool: YAML and flags into dataclasses, with errors of one line."""
 
 import argparse
+import importlib
 import json
-import pkgutil
 import re
 import sys
 from collections.abc import Callable
@@ -97,8 +97,9 @@ def without_secrets(words: list[str]) -> list[str]:
 
 def import_function(path: str, flag: str) -> Callable:
     """The function `module.function`; a `UserError` names `flag` where it cannot be imported."""
+    module, _, name = path.rpartition(".")
     try:
-        function = pkgutil.resolve_name(path)
+        function = getattr(importlib.import_module(module), name)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{flag} {path}: write it as module.function, importable from here ({why}).") from error

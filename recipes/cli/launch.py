@@ -137,6 +137,8 @@ def check_launch(training_args: TrainingArguments) -> None:
             check_wandb()
         if training_args.push_to_hub:
             check_hub(training_args.hub_token)
+    if getattr(training_args, "activation_offloading", False) and training_args.device.type == "cpu":
+        raise UserError("activation_offloading moves activations off a GPU, and this runs on a CPU: leave it out.")
     state = training_args.distributed_state
     kind = state.distributed_type.value
     running = f"{count(state.num_processes)} on {training_args.device.type} ({PLAIN.get(kind, kind)})"

@@ -41,7 +41,6 @@ UNUSED = {
     "score_std": ("reward_model_name_or_path", (None,), "a reward model"),
     "separate_reward_model": ("reward_model_name_or_path", (None,), "a reward model"),
     "max_error_rate": ("on_error", ("raise",), "skip"),
-    "activation_offloading": ("use_cpu", (True,), "false"),
     **{each.name: ("use_peft", (False,), "true") for each in fields(ModelConfig) if IS_LORA.match(each.name)},
     **{each.name: ("load_in_4bit", (False,), "true") for each in fields(ModelConfig) if "bnb_" in each.name},
 }

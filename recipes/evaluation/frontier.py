@@ -91,9 +91,9 @@ def _tilted(rewards: np.ndarray, betas: np.ndarray, scores: Curve) -> Curve:
 
 
 def beta_grid(rewards: np.ndarray) -> np.ndarray:
-    """Betas (32,) from hardly any tilt to almost the best sample, scaled by the spread of rewards to a prompt."""
-    spread = float(rewards.std(1).mean())
-    return (spread if spread > 0 else 1.0) * np.geomspace(20.0, 0.02, 32)
+    """Betas (32,) from hardly any tilt to almost the best sample, scaled by the rewards' deviation within prompts."""
+    std = float(rewards.std(1).mean())
+    return (std if std > 0 else 1.0) * np.geomspace(20.0, 0.02, 32)
 
 
 def gain_at_equal_kl(
@@ -146,7 +146,8 @@ def fit_over_optimization(kl: np.ndarray, gain: np.ndarray, form: str) -> dict:
     Returns:
         "form", "alpha", "beta", and "residual", the root mean square of what the curve leaves.
     """
-    units = ({"form": form, "alpha": 1, "beta": 0}, {"form": form, "alpha": 0, "beta": 1})  # it is linear in both
+    # The curve is linear in alpha and beta: what each is multiplied with is the curve where it is 1 and the other 0.
+    units = ({"form": form, "alpha": 1, "beta": 0}, {"form": form, "alpha": 0, "beta": 1})
     terms = np.column_stack([over_optimization_curve(kl, unit) for unit in units])
     (alpha, beta), *_ = np.linalg.lstsq(terms, gain, rcond=None)
     fit = {"form": form, "alpha": float(alpha), "beta": float(beta)}

@@ -53,8 +53,8 @@ def people_outcomes(
 ) -> np.ndarray:
     """Wins, ties and losses of a, (prompts, 3), over the labelers of each prompt; NaN where nobody ranked them.
 
-    Equal texts are a tie, which nobody has to rank. Where only a part of the others was ranked, as large a part of the
-    ties counts, so that they weigh what they weigh in all prompts.
+    Equal texts are a tie, which nobody has to rank. Where people ranked only a share of the other prompts, the same
+    share of the ties counts, so that ties weigh as much as they do over all prompts.
     """
     shares = np.full((len(prompts), 3), np.nan)
     for row, (prompt, a, b) in enumerate(zip(prompts, texts_a, texts_b, strict=True)):

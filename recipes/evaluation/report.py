@@ -33,7 +33,7 @@ def estimate(value: dict | float | None, digits: int = 2) -> str:
     if value is None:
         return "–"
     mean, bounds = (value["mean"], value["ci95"]) if isinstance(value, dict) else (value, None)
-    # Rounded and added to 0.0, a zero has no minus: one in a text says that the figure is below 0.
+    # Tiny negative numbers are rounded to -0.0, and `+ 0.0` makes that 0.0: a minus says that a figure is below 0.
     mean, *ends = [f"{round(number, 4) + 0.0:.{digits}f}" for number in (mean, *(bounds or ()))]
     return f"{mean} [{', '.join(ends)}]" if ends else mean  # one prompt has no interval
 
@@ -112,8 +112,10 @@ def about_reward_model(quality: dict | None) -> list[str]:
     pairs, longer = counted(quality["n_pairs"], "pair"), quality["longer_wins_baseline"]
     lines = [
         f"The reward model orders {estimate(quality['accuracy'])} of {pairs} as they were labelled. Preferring the "
-        f"longer response is right on {longer:.2f}. {no_better_than_length(quality['accuracy']['mean'], longer)}"
+        f"longer response is right on {longer:.2f}."
     ]
+    if warning := no_better_than_length(quality["accuracy"]["mean"], longer):
+        lines.append(warning)
     if seen := quality["trained_on"]:
         shown = ", ".join(dict.fromkeys(seen[:3])) + (", …" if len(seen) > 3 else "")
         lines.append(

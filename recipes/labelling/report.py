@@ -11,8 +11,6 @@ from jinja2 import Environment, FileSystemLoader
 from recipes.cli.errors import counted, visible
 from recipes.cli.screen import aligned
 
-TEMPLATES = Path(__file__).parent / "templates"
-
 
 class Cell(NamedTuple):
     """What people read; and what is drawn below it in HTML: a dot, and a bar from and to, as shares of the width."""
@@ -91,9 +89,8 @@ def render(report: dict, format: str, title: str = "") -> str:
     if format == "text":
         lines = [aligned([[cell.text for cell in row] for row in table]) + "\n" for table in tables]
         return visible("\n".join([summary, "", *lines, *remarks]))
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = {"title": title, "summary": summary, "tables": tables, "remarks": remarks}
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return environment.get_template("agreement.html").render(page, made=made)

@@ -175,9 +175,9 @@ def checkpoint_under_roles(model: PreTrainedModel | PeftModel) -> None:
         return contextlib.nullcontext(), use_role(model, active_role(model))
 
     def enable_under_roles(activation_checkpointing_kwargs=None, **kwargs):
-        own = {**(activation_checkpointing_kwargs or {})}
+        own = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if isinstance(model, PeftModel):
-            if own.setdefault("use_reentrant", False):
+            if own["use_reentrant"]:
                 raise UserError("PPO's roles need activation_checkpointing_kwargs without use_reentrant: true.")
             own["context_fn"] = recompute_under_role
         # transformers adds one more hook to the embeddings each time, and TRL turns this on anew for every rollout.

@@ -32,13 +32,16 @@ def check_model(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None
     if source.base is None:
         return
     check_adapter(source)
+    options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     try:
-        options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-        of_base = AutoTokenizer.from_pretrained(source.base, **options).get_vocab()
-    except (OSError, ValueError):
+        with load_errors("No tokenizer could be loaded", source.base):
+            of_base = AutoTokenizer.from_pretrained(source.base, **options)
+    except UserError:
         return  # a base without a tokenizer
+    if not of_base.encode("Hello", add_special_tokens=False):
+        return  # the same: for some families transformers makes one of special tokens only
     vocabulary = tokenizer.get_vocab()
-    for token, index in of_base.items():
+    for token, index in of_base.get_vocab().items():
         if vocabulary.get(token) != index:
             raise UserError(
                 f"The tokenizer in {source.path} is another than that of {source.base}: the token {token!r} is "

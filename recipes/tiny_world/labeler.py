@@ -74,7 +74,8 @@ def rank(sample: dict, seed: int) -> dict:
         responses.append({"id": response["id"], **row, "model": sample["model"]})
     reason = "I see no difference between these answers."
     if len({*ranks.values()}) > 1:
-        reason = f"I like this one best: {max(liking, key=liking.get)[0][:80]!r}."
+        best = min(responses, key=lambda response: response["rank"])
+        reason = f"I like this one best: {best['text'][:80]!r}."
     labels = {"responses": responses, "annotator": "simulated", "justification": reason}
     return {"id": sample["id"], "prompt": sample["prompt"], **labels}
 

@@ -10,15 +10,23 @@ from trl import GRPOConfig
 
 from recipes.cli.errors import UserError, counted
 
-FAST_PATHS = tuple(
-    "response_logps length_sorting sampling_logps drop_finished packed_weights merged_copy fused_adapters "
-    "early_backward".split()
+FAST_PATHS = (
+    "response_logps",
+    "length_sorting",
+    "sampling_logps",
+    "drop_finished",
+    "packed_weights",
+    "merged_copy",
+    "fused_adapters",
+    "early_backward",
 )
 
 # Fields of GRPOConfig and TrainingArguments that PPO has no use for, by the reason that a refusal of them gives.
 WITHOUT_USE = {
     "PPO has its KL in the reward: set kl_coef instead of beta": "beta use_bias_correction_kl",
-    "PPO sums scores by reward_weights and whitens advantages": "scale_rewards multi_objective_aggregation",
+    "GRPO compares responses of one prompt; PPO has a critic, sums scores by reward_weights and whitens advantages": (
+        "scale_rewards multi_objective_aggregation"
+    ),
     "PPO's loss is the clipped one of each token": (
         "importance_sampling_level delta sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos "
         "vespo_k_neg vespo_lambda_neg off_policy_mask_threshold top_entropy_quantile router_aux_loss_coef "
@@ -27,7 +35,9 @@ WITHOUT_USE = {
     "only a constant entropy_coef is there": (
         "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
     ),
-    "the reference stays the first policy": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
+    "the reference stays the policy as it was at the start": (
+        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"
+    ),
     "PPOTrainer takes loaded models; the recipe takes ModelConfig's arguments": "model_init_kwargs",
     "PPO does not run by DeepSpeed": "ds3_gather_for_generation",
     "PPO here answers text prompts, without tools and images": "max_tool_calling_iterations log_multimodal",
@@ -81,16 +91,22 @@ class PPOConfig(GRPOConfig):
     num_generations: int | None = field(default=1, metadata={"help": "Responses sampled for each prompt."})
     num_generations_eval: int | None = field(default=1, metadata={"help": "The same, in evaluation."})
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout (num_ppo_epochs)."})
-    loss_type: str = field(default="dapo", metadata={"help": "Token mean by batch (dapo) or micro-batch (bnpo)."})
+    loss_type: str = field(
+        default="dapo", metadata={"help": "Mean of token losses by batch (`dapo`) or micro-batch (`bnpo`, TRL 1.12)."}
+    )
     scale_rewards: str = field(default="none", metadata={"help": "Only none: PPO whitens advantages instead."})
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout off in every role."})
 
     # Reward
     kl_coef: float = field(default=0.05, metadata={"help": "What one nat of KL to the reference costs (beta)."})
     kl_estimator: str = field(default="k1", metadata={"help": "`k1` (unbiased) or `k3` (never negative)."})
-    adaptive_kl_target: float | None = field(default=None, metadata={"help": "KL a response that kl_coef adapts to."})
+    adaptive_kl_target: float | None = field(
+        default=None, metadata={"help": "KL per response, in nats, that kl_coef is adjusted to. None: it is fixed."}
+    )
     adaptive_kl_horizon: int = field(default=10_000, metadata={"help": "Episodes in which kl_coef adapts."})
-    missing_eos_penalty: float | None = field(default=None, metadata={"help": "What no stop token costs, in score."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Subtracted from the score of a response without a stop token."}
+    )
     score_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to ± this value."})
     score_mean: float | None = field(default=None, metadata={"help": "Subtracted from the reward model's score."})
     score_std: float | None = field(default=None, metadata={"help": "The reward model's score is divided by it."})
@@ -105,21 +121,29 @@ class PPOConfig(GRPOConfig):
     critic_warmup_steps: int = field(default=0, metadata={"help": "First steps that train only the critic."})
 
     # Update
-    target_kl: float | None = field(default=None, metadata={"help": "policy/approxkl_avg at which an update ends."})
+    target_kl: float | None = field(
+        default=None, metadata={"help": "Training on a rollout stops once policy/approxkl_avg exceeds it."}
+    )
     ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the demonstrations' mean token loss (PPO-ptx)."})
     ptx_max_length: int = field(default=1024, metadata={"help": "Tokens of a demonstration; the rest is cut."})
-    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the policy adapter's average, in ema/."})
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of an average of the policy's adapter, in ema/ (InstructGPT: 0.992)."}
+    )
     total_episodes: int | None = field(default=None, metadata={"help": "Sets max_steps: episodes over all rollouts."})
 
     # Speed
-    local_rollout_forward_batch_size: int | None = field(default=None, metadata={"help": "Rows scored at a time."})
+    local_rollout_forward_batch_size: int | None = field(
+        default=None, metadata={"help": "Responses a device scores at a time. Default: per_device_train_batch_size."}
+    )
     fast_paths: list[str] = field(
-        default_factory=lambda: list(FAST_PATHS), metadata={"help": f"Same numbers, faster: {', '.join(FAST_PATHS)}."}
+        default_factory=lambda: list(FAST_PATHS),
+        metadata={"help": f"What makes PPO fast, with the same numbers: {', '.join(FAST_PATHS)}."},
     )
 
     def __post_init__(self):
         self._check_values()
-        # Both break where two forwards, of policy and critic, come before one backward.
+        # Policy and critic are two forwards before one backward, which DDP's search for unused parameters and its
+        # buffer broadcast both break.
         self.ddp_find_unused_parameters = self.ddp_find_unused_parameters or False
         self.ddp_broadcast_buffers = self.ddp_broadcast_buffers or False
         if self.num_generations == 1:

@@ -13,7 +13,11 @@ POOR_CRITIC_ROLLOUTS = 10
 
 
 class PPOMonitor:
-    """Watches each rollout, and its first minibatch, where policies have the ratio 1, up to `ratio_tolerance`."""
+    """Watches the numbers of each rollout and its first minibatch.
+
+    `pad_is_eos` is whether the tokenizer pads with a stop token, and `ratio_tolerance` how far the ratio may be from 1
+    before the first update, by the precision of the run.
+    """
 
     def __init__(self, args: PPOConfig, pad_is_eos: bool, ratio_tolerance: float):
         self.args, self.pad_is_eos, self.ratio_tolerance = args, pad_is_eos, ratio_tolerance

@@ -148,6 +148,19 @@ def test_a_function_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, t
         arguments.import_function("broken.correct", "--judge")
 
 
+def test_the_last_part_of_a_name_is_the_function_also_where_it_is_a_file_too(tmp_path, monkeypatch):
+    (tmp_path / "my_judges").mkdir()
+    (tmp_path / "my_judges" / "__init__.py").write_text("from .polite import polite")
+    (tmp_path / "my_judges" / "polite.py").write_text("def polite(**_): return 1.0")
+    (tmp_path / "my_judges" / "broken.py").write_text("import nowhere_at_all")
+    (tmp_path / "my-judge.py").write_text("def polite(**_): return 2.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert arguments.import_function("my_judges.polite", "--judge")() == 1.0
+    assert arguments.import_function("my-judge.polite", "--judge")() == 2.0
+    with pytest.raises(UserError, match="importable from here .*No module named 'nowhere_at_all'"):
+        arguments.import_function("my_judges.broken.polite", "--judge")
+
+
 def test_of_several_processes_only_the_first_says_at_once_what_is_wrong(monkeypatch, capsys):
     """The launcher ends the others meanwhile; eight of them said the same."""
     waited = []

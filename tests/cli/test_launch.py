@@ -6,6 +6,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from transformers import TrainingArguments
+from trl import SFTConfig
 
 from recipes.cli import launch as launch_module
 from recipes.cli.errors import UserError
@@ -166,6 +167,16 @@ def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(UserError, match="there is no W&B key; type wandb login"):
         check_launch(TrainingArguments(str(tmp_path), use_cpu=True, report_to="wandb"))
+
+
+def test_offloading_of_activations_without_a_gpu_is_one_line(tmp_path, monkeypatch):
+    """Also where `use_cpu` is a flag that the YAML did not expect, or is not set: TRL would fail on `None`."""
+    options = {"bf16": False, "activation_offloading": True, "report_to": "none"}
+    several = [SFTConfig(str(tmp_path), use_cpu=use_cpu, **options) for use_cpu in (True, False)]
+    monkeypatch.setattr(SFTConfig, "device", torch.device("cpu"))
+    for args in several:
+        with pytest.raises(UserError, match="activation_offloading moves .*, and this runs on a CPU: leave it out"):
+            check_launch(args)
 
 
 def test_a_hub_that_does_not_answer_is_one_line(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from recipes.evaluation.measure import Evaluation, Measured, same_for_same
 from recipes.evaluation.parts import Parts, identity
 from recipes.evaluation.people import people_outcomes, read_people, write_ranking_task
 from recipes.evaluation.policies import PolicySpec
-from recipes.evaluation.report import table, verdict, write_report
+from recipes.evaluation.report import about_reward_model, table, verdict, write_report
 from recipes.evaluation.rewards import read_pairs
 from recipes.evaluation.summary import Curves, over_optimization, summarise
 from recipes.formatting import FormattingArguments, RowArguments
@@ -242,6 +242,16 @@ def test_reward_model_accuracy_and_its_baseline():
     assert [row["accuracy"]["mean"] for row in rows] == [0.5, 0.5, 1.0]
     sources = [pair(1.0, source="a"), pair(-1.0, source="b"), pair(1.0, source="b")]
     assert quality(sources)["by_source"]["b"]["accuracy"]["mean"] == 0.5
+
+
+def test_a_reward_model_that_is_no_better_than_length_or_knows_the_pairs_is_warned_of():
+    found = quality([pair(1.0, 4), pair(-1.0, -4), pair(2.0, 4, "h"), pair(0.5, -2, "i")])
+    (right,) = about_reward_model(found | {"trained_on": []})
+    assert right.startswith("The reward model orders 0.75 [") and right.endswith("longer response is right on 0.50.")
+    worse = quality([pair(-1.0, 4), pair(1.0, 4, "h")] * 2) | {"trained_on": ["a:1", "a:2", "a:3", "a:4"]}
+    _, length, known = about_reward_model(worse)
+    assert length.startswith("Warning: that is no better than preferring the longer response")
+    assert "was trained on the prompts of 4 of 4 pairs (a:1, a:2, a:3, …)" in known
 
 
 def test_calibration_of_a_model_that_is_as_right_as_it_says():

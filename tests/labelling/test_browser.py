@@ -265,6 +265,10 @@ def test_hostile_text_stays_text(tmp_path, open_page):
         heights = page.eval_on_selector_all(".card .body", "all => all.map(e => [e.clientHeight, e.scrollHeight])")
         assert any(shown < whole for shown, whole in heights), "a long text scrolls in its card"
         assert all(shown < 844 for shown, _ in heights)
+        scrolled = page.locator(".body[tabindex]")
+        scrolled.click()
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.name") == "justification", "the card's keys work there"
         for area in page.locator("[name=justification]").all():
             area.fill(HOSTILE[0])
         page.click("[data-do=submit]")

@@ -130,6 +130,15 @@ def test_a_reward_model_with_several_labels_is_refused_before_it_loads(tmp_path)
         check_reward_base(resolve_model(str(tmp_path)))
 
 
+def test_a_base_without_a_tokenizer_has_none_to_compare_with(tmp_path):
+    """transformers makes one of special tokens only, which the adapter's own need not have."""
+    config = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    config.num_attention_heads = config.num_key_value_heads = 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    source = resolve_model(models.save_adapter(tmp_path / "adapter", tmp_path / "base"))
+    check_model(source, load_tokenizer(source))
+
+
 def test_what_belongs_together_passes(files):
     for name in ("base", "base_sft", "base_reward", "deep_reward"):
         source = resolve_model(str(files[name]))

@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from recipes.cli.errors import UserError
 from recipes.models.adapters import active_role, adapter_parameters, use_role
+from recipes.models.heads import base_of
 from recipes.trainers.ppo_monitor import POOR_CRITIC_ROLLOUTS, PPOMonitor
 from recipes.trainers.ptx import IGNORED, PtxBatches
 from tests import tiny_models as models
@@ -323,17 +324,21 @@ def test_a_policy_that_is_not_finite_stops_before_it_is_sampled(world, tmp_path,
         trainer.train()
 
 
-def test_checkpointing_leaves_one_hook_on_the_embeddings(world, tmp_path):
-    trainer = make_trainer(world, tmp_path, activation_checkpointing=True, max_steps=12)
+@pytest.mark.parametrize("full", [False, True])
+def test_checkpointing_leaves_one_hook_on_the_embeddings(world, tmp_path, full):
+    own = {"model": models.causal_lm(), "trainer_kwargs": {"reward_model": models.reward_model()}} if full else {}
+    trainer = make_trainer(world, tmp_path, activation_checkpointing=True, max_steps=12, **own)
     counts = []
 
     class Count(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            counts.append(len(model.get_base_model().get_input_embeddings()._forward_hooks))
+            counts.append(len(base_of(model).get_input_embeddings()._forward_hooks))
 
     trainer.add_callback(Count())
     trainer.train()
     assert len(set(counts)) == 1, "three rollouts, as many hooks"
+    block = base_of(trainer.model).model.layers[0]
+    assert block._gradient_checkpointing_func.keywords["use_reentrant"] is False, "torch's own default is true"
 
 
 def test_a_switch_of_roles_does_not_walk_the_model(world, tmp_path, monkeypatch):

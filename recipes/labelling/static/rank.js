@@ -100,13 +100,14 @@ document.addEventListener("keydown", (event) => {
   const card = cardOf(event.target);
   const steps = event.altKey ? { ArrowUp: -1, ArrowDown: 1 } : { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 };
   const step = steps[event.key]; // Alt with left and right goes back and forth in the browser
+  const isText = event.target.matches(".body"); // a long one, which keys scroll
   let handled = true;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) event.repeat || finish("submit");
   else if (step && event.altKey && card) moveTo(card, cards().indexOf(card) + step);
   else if (event.key === "Escape" && card) card.focus();
   else if (event.altKey || event.ctrlKey || event.metaKey) handled = false;
-  else if (event.target !== card && event.target !== document.body) handled = false; // a field's own key
-  else if (step) (cards()[card ? cards().indexOf(card) + step : 0] ?? card).focus();
+  else if (event.target !== card && event.target !== document.body && !isText) handled = false; // a field's own key
+  else if (step && !isText) (cards()[card ? cards().indexOf(card) + step : 0] ?? card).focus();
   else if (!card) handled = false;
   else if (event.key === "=") toggleTie(card);
   else if (event.key === "Enter") card.querySelector("textarea, select").focus();
@@ -123,6 +124,7 @@ window.addEventListener("beforeunload", (event) => {
 });
 window.addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); }); // an old state, gone back to
 
+for (const body of list.querySelectorAll(".body")) if (body.scrollHeight > body.clientHeight) body.tabIndex = 0;
 refresh();
 if (await sendWhatWasLeft()) task.disabled = false;
 else location.replace(location.pathname);

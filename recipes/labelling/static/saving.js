@@ -93,6 +93,7 @@ export async function save(action) {
   if (stopped || (action === "draft" && !dirty)) return false;
   dirty = false;
   const body = snapshot(action);
+  keep(READING, null, "localStorage"); // it is in there
   if (outbox.length > 1 && outbox.at(-1).action === "draft") { // one that was not under way yet
     body.active_seconds += outbox.pop().active_seconds;
   }

@@ -97,7 +97,10 @@ class DropFinishedSampler:
                 outputs = model(**inputs, return_dict=True)
         self.logps = logps[:, start : place + 1]
         if not self.logps.isfinite().all():
-            raise UserError("Sampling: logits are not finite numbers: lower learning_rate, or train in bfloat16.")
+            raise UserError(
+                "Sampling: the policy's logits are not finite numbers. An update has diverged, or half precision has "
+                "overflowed: lower learning_rate, or go back to an earlier checkpoint."
+            )
         return ids[:, : place + 1]
 
 
