@@ -58,7 +58,8 @@ class PPOScriptArguments(ScriptArguments):
     )
     ptx_dataset_split: str = field(default="train", metadata={"help": "Split of the demonstrations for --ptx_coef."})
     normalize_scores: bool = field(
-        default=True, metadata={"help": "Standardise scores by the mean and spread that recipes/reward.py stored."}
+        default=True,
+        metadata={"help": "Standardise scores by the mean and standard deviation that recipes/reward.py stored."},
     )
 
 
