@@ -68,7 +68,11 @@ def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int) -> "
     columns = formatter.features()
     folder = datasets.fingerprint.get_temporary_cache_files_directory()
     path = os.path.join(folder, f"formatted-{os.urandom(8).hex()}.arrow")
-    outputs = (columns.encode_example(output) for _, output in formatter(rows, report, num_proc))
+    outputs = (output for _, output in formatter(rows, report, num_proc))
+    if (
+        formatter.task == "sft" or formatter.keep_columns
+    ):  # there is free JSON; encoding other rows would only copy them
+        outputs = (datasets.features.features.encode_nested_example(columns, output) for output in outputs)
     with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, columns.arrow_schema) as writer:
         while batch := list(islice(outputs, BATCH)):
             writer.write_table(pyarrow.Table.from_pylist(batch, columns.arrow_schema))

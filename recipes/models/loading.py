@@ -293,14 +293,15 @@ def score_conversations(
 def save_reward_statistics(folder: str, scores: list[float], source: str) -> dict | None:
     """Store mean and standard deviation of reference scores with a reward model, for PPO's normalisation.
 
-    Scores without a spread, as that of one conversation, are not stored, and a line says so.
+    Scores whose standard deviation is 0 or unknown, as that of one conversation, are not stored, and a line says so.
     """
     values = torch.tensor(scores, dtype=torch.float64)
     std = values.std().item() if len(scores) > 1 else math.nan
     if not 0 < std < math.inf:
         say(
-            f"No {STATISTICS} is stored: the spread of {counted(len(scores), 'conversation')} of {source} is {std}, "
-            "and PPO cannot divide scores by it. It takes them as they are, or by --score_mean and --score_std."
+            f"No {STATISTICS} is stored: the scores of {counted(len(scores), 'conversation')} of {source} have the "
+            f"standard deviation {std}, and PPO cannot divide by it. It takes them as they are, or by --score_mean "
+            "and --score_std."
         )
         return None
     statistics = {"mean": values.mean().item(), "std": std, "n": len(scores), "source": source}
@@ -313,7 +314,7 @@ def read_reward_statistics(name: str) -> dict | None:
     path = find_file(name, STATISTICS)
     if path is None:
         return None
-    what = f"{path} has no mean and no spread above 0 to standardise scores with (--normalize_scores false uses none)"
+    what = f"{path} has no mean and no std above 0 to standardise scores with (--normalize_scores false uses none)"
     with load_errors(what, name):
         statistics = json.loads(Path(path).read_text(encoding="utf-8"))
         if not (math.isfinite(statistics["mean"]) and 0 < statistics["std"] < math.inf):
