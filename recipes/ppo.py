@@ -11,6 +11,7 @@ At launch `begin` answers `--help` and mistyped flags before slow imports, and `
 whose `folder.train` trains with `PPOTrainer`: the four steps of recipes/trainers/ppo_trainer.py.
 """
 
+import math
 import os
 import sys
 
@@ -57,7 +58,8 @@ class PPOScriptArguments(ScriptArguments):
     )
     ptx_dataset_split: str = field(default="train", metadata={"help": "Split of the demonstrations for --ptx_coef."})
     normalize_scores: bool = field(
-        default=True, metadata={"help": "Standardise scores by the mean and spread that recipes/reward.py stored."}
+        default=True,
+        metadata={"help": "Standardise scores by the mean and standard deviation that recipes/reward.py stored."},
     )
 
 
@@ -114,11 +116,13 @@ def main(
     prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
     training_args.check_prompts(prompts)
     updates = prompts // rollout * training_args.micro_batches_per_rollout // training_args.gradient_accumulation_steps
-    steps = training_args.max_steps if training_args.max_steps > 0 else int(updates * training_args.num_train_epochs)
+    steps = training_args.max_steps
+    if steps <= 0:
+        steps = math.ceil(updates * training_args.num_train_epochs)  # as Trainer counts
     if 0 < steps <= training_args.critic_warmup_steps:
         raise UserError(
-            f"--critic_warmup_steps {training_args.critic_warmup_steps}: the run has {steps} steps, and none would "
-            "train the policy."
+            f"--critic_warmup_steps {training_args.critic_warmup_steps}: the run has "
+            f"{counted(steps, 'step')}, and none would train the policy."
         )
     if left := prompts % rollout:
         say(f"Each epoch leaves out {left} of {counted(prompts, 'prompt')}, other ones each time.")

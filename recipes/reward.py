@@ -55,8 +55,8 @@ class RewardScriptArguments(ScriptArguments):
     reference_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Demonstrations whose mean score and spread are stored for PPO's normalisation (InstructGPT sets "
-            "their mean to 0). Default: the ranked responses that were trained."
+            "help": "Demonstrations: mean and standard deviation of their scores are stored for PPO's normalisation "
+            "(InstructGPT sets their mean to 0). Default: the ranked responses that were trained."
         },
     )
 

@@ -105,7 +105,8 @@ def run_serve(args):
     else:
         print(f"First labeler {USER!r}, log in with this token (shown only now): {add_labeler(store, USER)}")
     if args.host not in ("127.0.0.1", "localhost", "::1"):
-        print("Warning: plain HTTP can be read on its way. docs/labelling.md has a tunnel, and a proxy with TLS.")
+        print(f"Warning: {args.host} is open to other machines, and plain HTTP can be read on the way: see")
+        print("docs/labelling.md for a tunnel or a proxy with TLS.")
     serve(store, args.host, args.port)
 
 

@@ -69,6 +69,7 @@ RANGES = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "max_length"), AT_LEAST_1),
     **dict.fromkeys(("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"), AT_LEAST_1),
     **dict.fromkeys(("lora_r", "lora_alpha", "num_prompts", "num_checkpoints", "num_generations"), AT_LEAST_1),
+    "pad_to_multiple_of": AT_LEAST_1,
     **dict.fromkeys(("curve_generations", "eval_batch_size", "prompt_tokens", "responses_per_prompt"), AT_LEAST_1),
     "max_completion_length": AT_LEAST_1,
     "best_of_n": (2, math.inf, "2 or more"),
@@ -105,6 +106,8 @@ def check_ranges(given: Mapping[str, Any]) -> None:
     """Refuse a number that libraries take for another wish, or refuse after everything has loaded."""
     for name in RANGES.keys() & given.keys():
         value, (least, most, wanted) = given[name], RANGES[name]
+        if name == "pad_to_multiple_of" and isinstance(value, str):  # TRL reads the number in it, and knows "auto"
+            value = int(value) if re.fullmatch(r"-?\d+", value) else None
         is_number = isinstance(value, int | float) and math.isfinite(value)  # no list or mapping of a YAML
         if is_set(name, value) and not (is_number and least <= value <= most):
             raise UserError(f"--{name} {value}: expected {wanted}.")

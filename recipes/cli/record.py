@@ -132,10 +132,13 @@ def read_record(path: str) -> dict[str, Any] | None:
 def arguments_of(folder: str) -> dict[str, Any]:
     """The arguments of the run that a model, a checkpoint or its `ema/` is of; empty where they are not known."""
     path = os.path.abspath(folder)
-    while re.fullmatch(r"ema|checkpoint-\d+", os.path.basename(path)):
+    while True:
+        record = read_record(os.path.join(path, RESULT)) or read_record(os.path.join(path, RECORD))
+        if record is not None:
+            return record["arguments"]
+        if not re.fullmatch(r"ema|checkpoint-\d+", os.path.basename(path)):
+            return {}
         path = os.path.dirname(path)
-    record = read_record(os.path.join(path, RESULT)) or read_record(os.path.join(path, RECORD))
-    return record["arguments"] if record else {}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

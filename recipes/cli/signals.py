@@ -37,8 +37,8 @@ def stops_after_a_step() -> Iterator[None]:
         if os.getpid() != owner or (_received and time.monotonic() - first > SAME_SIGNAL_SECONDS):
             end(number)  # in a worker that was forked from this process, or a second time
         elif not _received:
+            first = time.monotonic()  # before it is noted: the other signal may interrupt this function here
             _received.append(signal.Signals(number))
-            first = time.monotonic()
             text = f"\n{_received[0].name}: stopping after this step, with a checkpoint; once more ends at once.\n"
             os.write(2, text.encode() if os.environ.get("RANK", "0") == "0" else b"")
 

@@ -123,13 +123,9 @@ def check_row(value: Any) -> dict:
 
 
 def check_text(value: Any, column: str | None = None) -> None:
-    """Raises RowError for text that UTF-8 cannot store, on which `datasets` would fail much later."""
+    """Raises RowError for half a UTF-16 pair, which UTF-8 cannot store: `datasets` would fail much later."""
     try:
         ENCODER.encode(value).encode("utf-8")
     except UnicodeEncodeError as error:
-        found = error.object[error.start]
-        if NOT_UTF8.match(found):
-            what = f"not UTF-8 (byte 0x{ord(found) - 0xDC00:02x}), perhaps of Windows"
-            raise RowError(f"{what}; convert the file, e.g. iconv -f CP1252 -t UTF-8", column) from None
-        half = f"\\u{ord(found):04x}"
+        half = f"\\u{ord(error.object[error.start]):04x}"
         raise RowError(f"the text holds half a character ({half}, a lone surrogate); repair it", column) from None

@@ -16,6 +16,7 @@ from recipes.data.cells import decode_json
 from recipes.data.messages import json_messages
 from recipes.data.rows import (
     DECODER,
+    NOT_UTF8,
     DataError,
     LostRows,
     Row,
@@ -23,7 +24,6 @@ from recipes.data.rows import (
     RowProblem,
     Skip,
     check_row,
-    check_text,
     failures_as_data_error,
     or_error,
 )
@@ -34,8 +34,15 @@ CHUNK = 2**16  # characters of a JSON list that are read at a time; more where a
 LIMIT = 2**26  # characters of a line, a cell of CSV or an element of a JSON list; memory has to hold them
 TOO_LONG = f"longer than {LIMIT >> 20} MiB, which no row may be"
 LOST = "nothing after it was read"
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|["\[\]{},]', re.DOTALL)  # of JSON: a text, or a quote that is left open
-_DEPTH = {"[": 1, "{": 1, "]": -1, "}": -1}
+# Of JSON: a text, a bracket or a comma, or a quote that is left open. Without alternatives in the repeated part, which
+# would take three times as long.
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|(["\[\]{},])', re.DOTALL)
+_DEPTH = {"[": 1, "{": 1, "]": -1, "}": -1, ",": 0}
+_NEXT_ROW = re.compile(r"\}\s*,\s*\{")  # between two elements of a list; in a text where a quote is missing
+# Messages that break off, as Excel cuts a cell after 32,767 characters; as JSON or in Python's notation.
+_CUT_OFF = re.compile(
+    r"""\s*(\[\s*\{(?!.*\}\s*\])|\{(?!.*\}))\s*["'](role|content|from|value|tool_calls)["']\s*:""", re.DOTALL
+)
 
 Places = Iterator[tuple[int, dict | RowProblem]]  # lines of the file, and what `Row.data` is there
 
@@ -46,7 +53,11 @@ def suffix_of(path: Path) -> str:
 
 
 def read_text_file(path: Path) -> Iterator[Row]:
-    """The rows of a .jsonl, .ndjson, .json, .csv or .txt file; DataError where nothing of it can be read."""
+    """The rows of a .jsonl, .ndjson, .json, .csv or .txt file, compressed or not.
+
+    Raises:
+        DataError: nothing of the file can be read, or its compressed form is damaged.
+    """
     from fsspec.compression import compr
 
     packing = COMPRESSED.get(path.suffix.lower())
@@ -57,12 +68,12 @@ def read_text_file(path: Path) -> Iterator[Row]:
         head = stream.read(CHUNK)
         _check_is_text(path, head)
         stream.seek(0)
-        # Bytes that are not UTF-8 become surrogates, which `check_text` finds.
+        # Bytes that are not UTF-8 become surrogates, which `_check_utf8` finds.
         text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n")
         if suffix == ".csv":
             rows = _read_csv(text)
         elif suffix == ".txt":
-            rows = _read_lines(text, lambda line: check_row({"prompt": line}))
+            rows = _read_lines(text, lambda line: {"prompt": _check_utf8(line)})
         elif re.match(rb"(\xef\xbb\xbf)?\s*\[", head):
             rows = _read_json_list(text)
         else:
@@ -83,7 +94,11 @@ def _check_is_text(path: Path, head: bytes) -> None:
 
 
 def _lines(text: TextIO) -> Iterator[str]:
-    """The lines of a file, up to one that is longer than LIMIT, which is never held as a whole."""
+    """The lines of a file.
+
+    Raises:
+        LostRows: a line is longer than LIMIT; it is never held as a whole.
+    """
     while line := text.readline(LIMIT + 1):
         if len(line) > LIMIT:
             raise LostRows(f"the line is {TOO_LONG}; {LOST}")
@@ -102,37 +117,70 @@ def _read_lines(text: TextIO, read: Callable[[str], dict]) -> Places:
         yield number + 1, error
 
 
+def _check_utf8(text: str, column: str | None = None) -> str:
+    """The text itself, unless it holds bytes that are not UTF-8: then raises RowError."""
+    if bad := NOT_UTF8.search(text):
+        what = f"not UTF-8 (byte 0x{ord(bad[0]) - 0xDC00:02x}), perhaps of Windows"
+        raise RowError(f"{what}; convert the file, e.g. iconv -f CP1252 -t UTF-8", column)
+    return text
+
+
 def _json_row(text: str) -> dict:
+    """The row that a line of JSON Lines holds."""
     try:
-        return check_row(DECODER.decode(text))
+        return check_row(DECODER.decode(_check_utf8(text)))
     except (ValueError, RecursionError) as error:
-        check_text(text)
+        hint = "is the file cut off, or a row on many lines? Write each on one line, or all in one list"
+        raise RowError(f"{_not_json(error)}; {hint}") from None
+
+
+def _json_element(text: str) -> dict:
+    """The row that an element of a JSON list holds.
+
+    Raises:
+        LostRows: a quote or a comma is missing, so that what was cut out of the list as one element may be many.
+    """
+    try:
+        return check_row(DECODER.decode(_check_utf8(text)))
+    except (ValueError, RecursionError) as error:
+        after_an_end = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        if after_an_end or any(_NEXT_ROW.search(token[0]) for token in _TOKEN.finditer(text)):
+            raise LostRows(f"{_not_json(error)}; is a quote or a comma missing? {LOST}") from None
         raise RowError(_not_json(error)) from None
 
 
 def _not_json(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
         line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
-        hint = "is the file cut off, or a row on many lines? Write each on one line, or all in one list"
-        return f"not valid JSON at {line}character {error.colno}: {error.msg}; {hint}"
+        return f"not valid JSON at {line}character {error.colno}: {error.msg}"
     return "the JSON is nested too deeply" if isinstance(error, RecursionError) else f"not usable as JSON: {error}"
 
 
 def _read_json_list(text: TextIO) -> Places:
-    """The elements of one JSON list, each at the line it starts on. Not by `ijson`, which gives no lines."""
+    """The elements of one JSON list, each at the line it starts on.
+
+    They are cut at the commas of the list, so that a broken element is one bad row; where the brackets or quotes do
+    not match, the rest is lost. Not by `ijson`, which gives no lines.
+    """
     part, at, depth = "", 0, 0  # what is in memory, how far it was looked at, and the brackets that are open there
     line = 1
     while more := text.read(max(CHUNK, len(part))):
         part, start = part + more, 0
         for token in _TOKEN.finditer(part, at):
-            mark, at = token[0], token.start()
+            mark = token[1]
+            if mark is None:  # a text
+                continue
+            at = token.start()
             if mark == '"':  # its text goes on in what is not read yet
                 break
-            depth += _DEPTH.get(mark, 0)
+            depth += _DEPTH[mark]
             if (mark, depth) in (("[", 1), (",", 1), ("]", 0)):
                 element = part[start:at]
                 if element.strip():
-                    yield line + _lines_before(element), or_error(_json_row, element.lstrip())
+                    data = or_error(_json_element, element.lstrip())
+                    yield line + _lines_before(element), data
+                    if isinstance(data, LostRows):
+                        return
                 line, start = line + element.count("\n"), token.end()
         else:
             at = len(part)
@@ -171,10 +219,11 @@ def _read_csv(text: TextIO) -> Places:
 
 
 def _check_header(header: list[str]) -> None:
-    try:
-        check_text(header)
-    except RowError as error:
-        raise LostRows(error.message) from None
+    for name in header:
+        try:
+            _check_utf8(name)
+        except RowError as error:
+            raise LostRows(error.message) from None
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         named = f"are called {twice!r}" if twice else "have no name: delete them, or name them"
@@ -191,6 +240,6 @@ def _csv_row(header: list[str], cells: list[str]) -> dict:
         raise Skip("the header again, as where files were joined")
     row = dict(zip(header, cells, strict=True))
     for column, cell in row.items():
-        if json_messages(cell):
-            row[column] = decode_json(cell, column, "messages")
-    return check_row(row)
+        if json_messages(_check_utf8(cell, column)) or _CUT_OFF.match(cell):
+            row[column] = decode_json(cell, column, "messages that json.dumps wrote")
+    return row

@@ -91,9 +91,9 @@ def _tilted(rewards: np.ndarray, betas: np.ndarray, scores: Curve) -> Curve:
 
 
 def beta_grid(rewards: np.ndarray) -> np.ndarray:
-    """Betas (32,) from hardly any tilt to almost the best sample, scaled by the spread of rewards to a prompt."""
-    spread = float(rewards.std(1).mean())
-    return (spread if spread > 0 else 1.0) * np.geomspace(20.0, 0.02, 32)
+    """Betas (32,) from hardly any tilt to almost the best sample, scaled by the rewards' deviation within prompts."""
+    std = float(rewards.std(1).mean())
+    return (std if std > 0 else 1.0) * np.geomspace(20.0, 0.02, 32)
 
 
 def gain_at_equal_kl(

@@ -82,8 +82,8 @@ def kendalls_w(ranks: np.ndarray) -> float | None:
 
     `ranks`: (labelers, responses), as of `mean_ranks`. None if everything is tied.
     """
-    spread = len(ranks) * ranks.var(axis=1).sum()
-    return float(ranks.sum(axis=0).var() / spread) if spread else None
+    most = len(ranks) * ranks.var(axis=1).sum()
+    return float(ranks.sum(axis=0).var() / most) if most else None
 
 
 def agreement_report(database: Database) -> dict:

@@ -141,7 +141,7 @@ def without_critic(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedMod
 def save_trained(model: PreTrainedModel | PeftModel, folder: str, state_dict: dict | None = None) -> None:
     """`save_pretrained` of what PPO trains: the policy, loadable by plain peft or transformers, `critic/` and `ema/`.
 
-    `state_dict` has the whole weights, where the model holds shares of them (FSDP).
+    `state_dict` has the whole weights, where the model is sharded (FSDP).
     """
     weights = model.state_dict() if state_dict is None else state_dict
     prefix, adapters = "critic.", {}

@@ -37,8 +37,10 @@ TRAINED_PROMPTS = "trained_prompts.txt"
 STATISTICS = "reward_statistics.json"  # of a reward model's scores, in its folder
 
 
-def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, fresh=(), **kwargs) -> PreTrainedModel:
-    """The model with the weights of `source`, which have to hold all but those named `fresh`."""
+def _from_pretrained(
+    auto_class, source: ModelSource, model_args: ModelConfig, **kwargs
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model with the weights of `source`, and the names of those that are not there and so are random."""
     with load_errors(f"The model {source.weights} could not be loaded", source.weights):
         dtype = (source.config.dtype or torch.float32) if model_args.dtype == "auto" else model_args.dtype
         quantization_config = get_quantization_config(replace(model_args, dtype=dtype))
@@ -54,12 +56,17 @@ def _from_pretrained(auto_class, source: ModelSource, model_args: ModelConfig, f
             output_loading_info=True,
             **kwargs,
         )
-    if lost := sorted({name for name, _ in model.named_parameters()} & {*found["missing_keys"]} - {*fresh}):
+    return never_pack(model), {name for name, _ in model.named_parameters()} & {*found["missing_keys"]}
+
+
+def refuse_random_weights(model: PreTrainedModel, names: set[str], source: ModelSource) -> None:
+    """Refuse a model with weights that its files should hold and do not, of which transformers only warns."""
+    if names:
         raise UserError(
-            f"{source.weights} has no {lost[0]} for its {type(model).__name__}, which would start from random numbers "
-            f"({counted(len(lost), 'weight')} in all): its files are not whole, or not of the kind in its config.json."
+            f"{source.weights} has no {min(names)} for its {type(model).__name__}, which would start from random "
+            f"numbers ({counted(len(names), 'weight')} in all): its files are not whole, or not of the kind in its "
+            "config.json."
         )
-    return never_pack(model)
 
 
 def _load_classifier(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel:
@@ -70,11 +77,11 @@ def _load_classifier(source: ModelSource, model_args: ModelConfig) -> PreTrained
         for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
             setattr(model_class, name, {*(getattr(model_class, name) or ()), "score"})
     has_head = source.base is None and source.has_score_head
-    options = {"fresh": () if has_head else ("score.weight",), "num_labels": 1}
     with contextlib.nullcontext() if has_head else suppress_seqcls_warning():
-        model = _from_pretrained(AutoModelForSequenceClassification, source, model_args, **options)
+        model, missing = _from_pretrained(AutoModelForSequenceClassification, source, model_args, num_labels=1)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{type(model).__name__} has no linear `score` head, which the reward model and PPO need.")
+    refuse_random_weights(model, missing if has_head else missing - {"score.weight"}, source)
     use_float32_head(model)
     return model
 
@@ -118,7 +125,8 @@ def load_policy(source: ModelSource, model_args: ModelConfig) -> PreTrainedModel
         raise UserError(f"--lora_task_type {model_args.lora_task_type} is for reward models: leave it out.")
     refuse_other_adapter(source, model_args)
     check_policy(source)
-    model = _from_pretrained(AutoModelForCausalLM, source, model_args)
+    model, missing = _from_pretrained(AutoModelForCausalLM, source, model_args)
+    refuse_random_weights(model, missing, source)
     disable_router_logits(model)
     if source.base is not None:
         trained = model_args.use_peft
@@ -285,14 +293,15 @@ def score_conversations(
 def save_reward_statistics(folder: str, scores: list[float], source: str) -> dict | None:
     """Store mean and standard deviation of reference scores with a reward model, for PPO's normalisation.
 
-    Scores without a spread, as that of one conversation, are not stored, and a line says so.
+    Scores whose standard deviation is 0 or unknown, as that of one conversation, are not stored, and a line says so.
     """
     values = torch.tensor(scores, dtype=torch.float64)
     std = values.std().item() if len(scores) > 1 else math.nan
     if not 0 < std < math.inf:
         say(
-            f"No {STATISTICS} is stored: the spread of {counted(len(scores), 'conversation')} of {source} is {std}, "
-            "and PPO cannot divide scores by it. It takes them as they are, or by --score_mean and --score_std."
+            f"No {STATISTICS} is stored: the scores of {counted(len(scores), 'conversation')} of {source} have the "
+            f"standard deviation {std}, and PPO cannot divide by it. It takes them as they are, or by --score_mean "
+            "and --score_std."
         )
         return None
     statistics = {"mean": values.mean().item(), "std": std, "n": len(scores), "source": source}
@@ -305,7 +314,7 @@ def read_reward_statistics(name: str) -> dict | None:
     path = find_file(name, STATISTICS)
     if path is None:
         return None
-    what = f"{path} has no mean and no spread above 0 to standardise scores with (--normalize_scores false uses none)"
+    what = f"{path} has no mean and no std above 0 to standardise scores with (--normalize_scores false uses none)"
     with load_errors(what, name):
         statistics = json.loads(Path(path).read_text(encoding="utf-8"))
         if not (math.isfinite(statistics["mean"]) and 0 < statistics["std"] < math.inf):

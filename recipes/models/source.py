@@ -55,8 +55,10 @@ class ModelSource:
         """The configuration of the weights; copy it before changing it."""
         trusted, what = self.trust_remote_code, f"The configuration of {self.weights} could not be loaded"
         if self.base is not None:
-            where = "base_model_name_or_path of its adapter_config.json"
-            what = f"{self.path} is an adapter on the base {self.base} ({where}), which could not be loaded"
+            what = (
+                f"{self.path} is an adapter on the base {self.base}, which could not be loaded (run from where that "
+                "path is valid, or correct base_model_name_or_path in its adapter_config.json)"
+            )
         with load_errors(what, self.weights):
             return AutoConfig.from_pretrained(self.weights, revision=self.revision, trust_remote_code=trusted)
 

@@ -1,4 +1,4 @@
-"""What PPO tells the trackers beside its losses: spreads, gradient norms, times, memory, histograms, completions."""
+"""What PPO tells the trackers beside its losses: means, gradient norms, times, memory, histograms, completions."""
 
 import contextlib
 import itertools
@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 def describe(rollout: Rollout, scores: torch.Tensor, prompts: torch.Tensor, reduce: Callable) -> dict[str, float]:
-    """Mean and spread of what a rollout is trained on; `reduce` sums over processes.
+    """Mean and standard deviation of what a rollout is trained on; `reduce` sums over processes.
 
     `scores` and `prompts` are the final scores and prompt lengths of the responses of all processes, (B * processes,).
     """
@@ -34,7 +34,7 @@ def describe(rollout: Rollout, scores: torch.Tensor, prompts: torch.Tensor, redu
         "prompts/mean_length": prompts.mean(),
         "prompts/max_length": prompts.max(),
     }
-    # Advantages before whitening, which makes their mean 0 and spread 1: they are what the critic missed.
+    # Advantages before whitening, which makes their mean 0 and deviation 1: they are what the critic missed.
     advantages = rollout.returns - rollout.values
     by_token = {"advantages": advantages, "returns": rollout.returns, "values": rollout.values}
     variances = {}
@@ -141,7 +141,7 @@ class PPOLogging(GRPOTrainer):
             self._monitor.rollout(everywhere["objective/kl"], scores, unfinished, found["val/explained_variance"])
             rollouts = self._step // self.args.micro_batches_per_rollout + 1
             metrics["episode"] = [rollouts * self.args.generation_batch_size]
-        # GRPO's view of the rewards, by groups of one: its spread is always 0 and its sum misses PPO's normalisation.
+        # GRPO's view of the rewards, by groups of one: its std is always 0 and its sum misses PPO's normalisation.
         for name in ("reward", "reward_std", "frac_reward_zero_std"):
             metrics.pop(name, None)
         advantages = gather_object((rollout.advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist())

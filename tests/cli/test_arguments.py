@@ -281,6 +281,8 @@ def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
         ),
         ("max_error_rate: 0.2", (), "max_error_rate is not used while on_error is raise"),
         ("learning_rate: {a: 1}", (), "--learning_rate {'a': 1}: expected 0 or more"),
+        ("", ("--pad_to_multiple_of", "0"), "--pad_to_multiple_of 0: expected 1 or more"),
+        ("pad_to_multiple_of: -8", (), "--pad_to_multiple_of -8: expected 1 or more"),
         ("top_k: []", (), r"--top_k \[\]: expected 0 or more"),
         (f"{BEST}\nsave_strategy: epoch", (), "requires the save and eval strategy to match"),
         ("load_in_4bit: true", ("--load_in_8bit", "true"), "8 bit and 4 bit"),

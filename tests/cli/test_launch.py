@@ -171,9 +171,10 @@ def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
 
 def test_offloading_of_activations_without_a_gpu_is_one_line(tmp_path, monkeypatch):
     """Also where `use_cpu` is a flag that the YAML did not expect, or is not set: TRL would fail on `None`."""
+    options = {"bf16": False, "activation_offloading": True, "report_to": "none"}
+    several = [SFTConfig(str(tmp_path), use_cpu=use_cpu, **options) for use_cpu in (True, False)]
     monkeypatch.setattr(SFTConfig, "device", torch.device("cpu"))
-    for use_cpu in (True, False):
-        args = SFTConfig(str(tmp_path), use_cpu=use_cpu, bf16=False, activation_offloading=True, report_to="none")
+    for args in several:
         with pytest.raises(UserError, match="activation_offloading moves .*, and this runs on a CPU: leave it out"):
             check_launch(args)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -497,6 +498,22 @@ def test_one_signal_is_noted_and_a_second_one_ends_the_process(tmp_path, monkeyp
     assert ended == [signal.SIGUSR1, signal.SIGTERM], "what comes after the last step is not lost"
     assert signal.getsignal(signal.SIGTERM) is before
     assert capfd.readouterr().err.count("SIGTERM: stopping after this step") == 1
+
+
+def test_another_signal_while_the_first_is_noted_is_not_a_second_wish(monkeypatch):
+    monkeypatch.setattr(signals, "SIGNALS", (signal.SIGTERM, signal.SIGUSR1))
+    ended, waiting, clock = [], [signal.SIGUSR1], signals.time.monotonic
+
+    def interrupted() -> float:
+        if waiting:
+            signal.raise_signal(waiting.pop())
+        return clock()
+
+    monkeypatch.setattr(signals, "end", ended.append)
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=interrupted))
+    with signals.stops_after_a_step():
+        signal.raise_signal(signal.SIGTERM)
+        assert not waiting and signals.received() is not None and ended == []
 
 
 def test_a_manifest_lists_every_file_of_every_folder(tmp_path):

@@ -44,6 +44,8 @@ def read(path, **options):
         (b'{"prompt": "half \\ud83d"}\n', [(1, "the text holds half a character (\\ud83d, a lone surrogate)")]),
         (b'{"messages": [{"content": "\\uDC00"}]}\n', [(1, "the text holds half a character (\\udc00")]),
         (b'{"prompt": "caf\xe9"}\n' + GOOD, [(1, "not UTF-8 (byte 0xe9), perhaps of Windows"), (2, {"prompt": "q"})]),
+        (b'{"caf\xe9": "x"}\n' + GOOD, [(1, "not UTF-8 (byte 0xe9), perhaps of Windows"), (2, {"prompt": "q"})]),
+        (b'{"prompt": "\\udc80"}\n', [(1, "the text holds half a character (\\udc80")]),
         (b'{"rank": NaN}\n', [(1, "NaN is not valid JSON")]),
         (
             b'{"a": ' + b"1" * 5000 + b"}\n" + GOOD,
@@ -82,6 +84,8 @@ def check(found, expected):
         (b'[{"a": 1},\n {"a": ', [(1, {"a": 1}), (2, "the list does not end")]),
         (b'[{"a": 1}\n {"a": 2}]', [(1, "not valid JSON at line 2 of the row, character 2: Extra data")]),
         (b'[{"a": 1},\n{"a": 1 2},\n{"a": 2}]', [(1, {"a": 1}), (2, "not valid JSON at character 9"), (3, {"a": 2})]),
+        (b'[{"a": "x "y" z"},\n{"a": 2}]', [(1, "not valid JSON at character 11"), (2, {"a": 2})]),
+        (b'[{"a": "}, {", "b": 1 2},\n{"a": 2}]', [(1, "not valid JSON at character 22: Expecting ',' delim")]),
         (b'[{"a": 1},]', [(1, {"a": 1})]),
         (b'[{"a": 1}]\nmore', [(1, {"a": 1}), (2, "the list does not end, or something follows it")]),
         (b'[{"a": 1},\n{"a": "\xe9"},{"a": 2}]', [(1, {"a": 1}), (2, "not UTF-8 (byte 0xe9)"), (2, {"a": 2})]),
@@ -569,6 +573,16 @@ def test_a_large_element_of_a_json_list_does_not_slow_those_after_it(tmp_path):
     start = time.process_time()
     assert read(path)[1:] == [(1, row) for row in small]
     assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize("wrong", ['"x"y"}, ', '"x"} '])
+def test_rows_that_a_broken_list_hides_in_one_element_are_not_skipped_as_one(tmp_path, wrong):
+    """Between two missing quotes, or before a missing comma."""
+    path = tmp_path / "data.json"
+    rows = '{"prompt": "q"}, ' * 50
+    path.write_text(f'[{rows}{{"prompt": {wrong}{rows}{{"prompt": {wrong}{rows}{{"prompt": "q"}}]')
+    with pytest.raises(DataError, match="is a quote or a comma missing\\? nothing after it(.|\n)*mend the file"):
+        format_dataset(load_rows(path), "prompt", on_error="skip")
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 2**20])

@@ -97,7 +97,16 @@ def test_yes_and_no_are_understood_in_csv(tmp_path):
     assert [(entry["line"], entry["reason"]) for entry in report.skipped] == [(4, "deleted")]
 
 
-@pytest.mark.parametrize("cell", ["[{'role': 'user', 'content': 'q'}]", '[{"role": "user", "content": "q"}'])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "[{'role': 'user', 'content': 'q'}]",
+        '[{"role": "user", "content": "q"}',
+        '[{"role": "user", "content": "q [1]"}, {"role": "assistant", "content": "cut',  # by Excel
+        "[{'role': 'user', 'content': 'cut",
+        '{"role": "user", "content": "cut',
+    ],
+)
 def test_messages_in_csv_that_are_not_json_are_no_prompt(tmp_path, cell):
     path = tmp_path / "data.csv"
     with path.open("w", newline="") as file:

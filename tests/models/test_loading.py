@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma3Config,
+    ModernBertDecoderConfig,
+)
 from trl import ModelConfig
 
 from recipes.cli.errors import UserError
@@ -85,6 +90,16 @@ def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path, load, lost
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=rf"has no {lost} for its Llama.*random numbers \(1 weight in all\)"):
         load(resolve_model(str(tmp_path)), ModelConfig(use_peft=True, dtype="float32"))
+
+
+def test_a_classifier_with_a_head_of_another_kind_is_named(tmp_path):
+    """Its missing head is no fault of the base's files."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1}
+    config = ModernBertDecoderConfig(**sizes, **tokens, num_attention_heads=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="ModernBertDecoderForSequenceClassification has no linear `score` head"):
+        load_reward_trainee(resolve_model(str(tmp_path)), ModelConfig(dtype="float32"))
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,17 @@ CASES = [
     ("ppo", {"reward_weights": [1, 2, 3]}, r"--reward_weights has 3 values for 1 reward:"),
     ("ppo", {"load_in_4bit": "true", "use_peft": "false"}, r"freeze the base: set use_peft: true"),
     ("ppo", {"critic_warmup_steps": "4", "max_steps": "4"}, r"has 4 steps, and none would train the policy"),
+    (
+        "ppo",
+        {
+            "critic_warmup_steps": "2",
+            "num_train_epochs": "1.5",  # of one step each
+            "per_device_train_batch_size": "64",
+            "gradient_accumulation_steps": "1",
+            "num_iterations": "1",
+        },
+        r"has 2 steps, and none would train the policy",
+    ),
     ("ppo", {"critic_warmup_steps": "9000"}, r"has \d+ steps, and none would train the policy"),
     ("ppo", {"kl_coef": "-1"}, r"kl_coef must be at least 0"),
     ("ppo", {"beta": "0.1"}, r"set kl_coef instead of beta"),

@@ -1,4 +1,4 @@
-"""Mean and spread of a reward model's scores: stored, found in a folder or on the Hub, given, refused, and said."""
+"""Mean and standard deviation of a reward model's scores: stored, found, given, refused, and said."""
 
 import json
 import math
@@ -61,12 +61,12 @@ def test_statistics_of_a_reward_model_on_the_hub_are_found(stored, tmp_path, mon
 def test_scores_without_a_spread_are_not_stored(tmp_path, capsys, scores):
     assert save_reward_statistics(str(tmp_path), scores, "rankings.jsonl") is None
     assert not (tmp_path / "reward_statistics.json").exists()
-    assert f"the spread of {counted(len(scores), 'conversation')} of rankings.jsonl is" in capsys.readouterr().err
+    assert f"the scores of {counted(len(scores), 'conversation')} of rankings.jsonl have" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("std", [0, -1, math.nan, None, "wide"])
 def test_a_stored_spread_that_cannot_divide_is_refused(tmp_path, std):
     (tmp_path / "reward_statistics.json").write_text(json.dumps({"mean": 0.0, "std": std}))
-    with pytest.raises(UserError, match="reward_statistics.json has no mean and no spread above 0"):
+    with pytest.raises(UserError, match="reward_statistics.json has no mean and no std above 0"):
         settled(tmp_path, tmp_path)
     assert settled(tmp_path, tmp_path, score_mean=0.0, score_std=1.0) == (0.0, 1.0)

@@ -87,7 +87,8 @@ def test_what_would_lose_something_is_refused(folders, tmp_path, capsys):
     shutil.copytree(folders / "policy", tmp_path / "qlora")
     record = {"recipe": "sft", "arguments": {"load_in_4bit": True}}
     (tmp_path / "qlora" / "train_config.yaml").write_text(yaml.safe_dump(record))
-    for part in (".", "checkpoint-3", "ema", "checkpoint-3/ema"):  # the record is in the folder of the run
+    shutil.copytree(tmp_path / "qlora", tmp_path / "ema")  # a run whose own folder has this name
+    for part in (".", "checkpoint-3", "ema", "checkpoint-3/ema", "../ema"):  # the record is in the folder of the run
         shutil.copytree(folders / "policy", tmp_path / "qlora" / part, dirs_exist_ok=True)
         with pytest.raises(UserError, match="trained on a quantised base.*--allow_quantized_merge true"):
             merge(tmp_path / "qlora" / part, tmp_path / "merged")

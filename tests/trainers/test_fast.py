@@ -141,9 +141,9 @@ def test_scoring_takes_more_rows_at_a_time_where_they_are_short(world, tmp_path)
 
     with torch.no_grad():
         assert fast.map_rows(run, lengths)[0].tolist() == [*range(10)]
-        fast.in_shares = True
+        fast.is_sharded = True
         fast.map_rows(run, lengths)
-    fast.in_shares = False
+    fast.is_sharded = False
     fast.map_rows(run, lengths)
     assert taken == [[1] * 9, [10], *[[1, 1]] * 4, [1, 10], [1] * 9 + [10]]
 

@@ -69,11 +69,24 @@ function finish(action) {
   freezeDuring(save(action), () => location.assign("/"));
 }
 
+// Keys can scroll what has the focus. Texts that need no scrolling are left out of the way of Tab.
+function offerScrolling() {
+  for (const body of list.querySelectorAll(".body")) {
+    if (body.scrollHeight > body.clientHeight) body.tabIndex = 0;
+    else body.removeAttribute("tabindex");
+  }
+}
+
+function toggleRaw(card, button) {
+  button.setAttribute("aria-pressed", card.classList.toggle("raw"));
+  offerScrolling();
+}
+
 const ACTIONS = {
   up: (card) => moveTo(card, cards().indexOf(card) - 1),
   down: (card) => moveTo(card, cards().indexOf(card) + 1),
   tie: toggleTie,
-  raw: (card, button) => button.setAttribute("aria-pressed", card.classList.toggle("raw")),
+  raw: toggleRaw,
   submit: () => finish("submit"),
   skip: () => finish("skip"),
   flag: () => finish("flag"),
@@ -123,8 +136,9 @@ window.addEventListener("beforeunload", (event) => {
   if (isUnsaved()) event.preventDefault();
 });
 window.addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); }); // an old state, gone back to
+window.addEventListener("resize", offerScrolling);
 
-for (const body of list.querySelectorAll(".body")) if (body.scrollHeight > body.clientHeight) body.tabIndex = 0;
+offerScrolling();
 refresh();
 if (await sendWhatWasLeft()) task.disabled = false;
 else location.replace(location.pathname);

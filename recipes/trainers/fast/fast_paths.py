@@ -35,7 +35,7 @@ class FastPaths:
         self.args, self.accelerator, self.policy, self.base = args, accelerator, policy, base_of(policy)
         on_cpu, is_alone = accelerator.device.type == "cpu", accelerator.distributed_type == "NO"
         # Processes that share a model must make as many passes as each other.
-        self.in_shares = accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU")
+        self.is_sharded = accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU")
         halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
         self.compute_dtype = halves.get(accelerator.mixed_precision, self.base.dtype)
         copy_differs = isinstance(policy, PeftModel) or self.compute_dtype != self.base.dtype
@@ -44,10 +44,10 @@ class FastPaths:
         fits = {
             # A GPU has TRL's kernels for the head, and only they have gradients of the entropy.
             "response_logps": on_cpu and not args.entropy_coef,
-            "drop_finished": not self.in_shares and not args.generation_kwargs,  # beams are transformers' own work
-            "packed_weights": not self.in_shares and on_cpu,
-            "fused_adapters": not self.in_shares,
-            "merged_copy": not self.in_shares and copy_differs and copy_helps and not unmergeable(policy),
+            "drop_finished": not self.is_sharded and not args.generation_kwargs,  # beams are transformers' own work
+            "packed_weights": not self.is_sharded and on_cpu,
+            "fused_adapters": not self.is_sharded,
+            "merged_copy": not self.is_sharded and copy_differs and copy_helps and not unmergeable(policy),
             "early_backward": is_alone,  # DDP reduces gradients once, in one backward
         }
         self.on = {path for path in args.fast_paths if fits.get(path, True)}
@@ -104,7 +104,7 @@ class FastPaths:
         have; with gradients the rows are a micro-batch already.
         """
         with_gradients, most = torch.is_grad_enabled(), self.args.local_rollout_forward_batch_size
-        if "length_sorting" in self.on and not self.in_shares:
+        if "length_sorting" in self.on and not self.is_sharded:
             budget = math.inf if with_gradients else most * int(lengths.max())
             buckets = length_buckets.length_buckets(lengths, budget, self.overhead)
         else:
