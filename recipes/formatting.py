@@ -69,9 +69,7 @@ def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int) -> "
     folder = datasets.fingerprint.get_temporary_cache_files_directory()
     path = os.path.join(folder, f"formatted-{os.urandom(8).hex()}.arrow")
     outputs = (output for _, output in formatter(rows, report, num_proc))
-    if (
-        formatter.task == "sft" or formatter.keep_columns
-    ):  # there is free JSON; encoding other rows would only copy them
+    if formatter.task == "sft" or formatter.keep_columns:  # only these have free JSON; others would only be copied
         outputs = (datasets.features.features.encode_nested_example(columns, output) for output in outputs)
     with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, columns.arrow_schema) as writer:
         while batch := list(islice(outputs, BATCH)):
@@ -87,7 +85,9 @@ def _write(formatter: Formatter, rows: Rows, report: Report, num_proc: int) -> "
 class RowArguments:
     """How the rows of a dataset are read; docs/datasets.md explains more."""
 
-    dataset_schema: str = field(default="auto", metadata={"help": "A schema of docs/datasets.md; auto detects it."})
+    dataset_schema: str = field(
+        default="auto", metadata={"help": "Name of the schema (docs/datasets.md lists them), or auto to detect it."}
+    )
     dataset_mapping: list[str] | None = field(
         default=None,
         metadata={
@@ -95,8 +95,12 @@ class RowArguments:
             "chosen=best rejected=worst; dots reach into objects, and roles.NAME=user adds a role."
         },
     )
-    on_error: Literal["raise", "skip"] = field(default="raise", metadata={"help": "Stop at bad rows, or skip them."})
-    max_error_rate: float = field(default=0.01, metadata={"help": "Share of bad rows that on_error=skip accepts."})
+    on_error: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "Stop at rows that cannot be used, or leave them out."}
+    )
+    max_error_rate: float = field(
+        default=0.01, metadata={"help": "With on_error=skip, the share of bad rows that is still accepted."}
+    )
     on_special: Literal["flag", "drop", "fail"] = field(
         default="flag", metadata={"help": "Report, leave out or refuse rows that hold the text of a control token."}
     )
@@ -131,12 +135,17 @@ class FormattingArguments(RowArguments):
 
 
 class FormattedDatasets(dict):
+    """Datasets by split ("train", perhaps "eval"), and `reports` on their rows."""
+
     def __init__(self):
         self.reports: dict[str, Report] = {}
 
 
 def has_test_split(source, split: str, name: str | None = None) -> bool:
-    """Whether a source has the split to evaluate on, perhaps a slice; says where it has not, unless it is "test"."""
+    """Whether a source has the split to evaluate on, which may be a slice such as `train[0:100]`.
+
+    A line on stderr says where it has not, unless the split is the default "test".
+    """
     found = split.partition("[")[0] in list_splits(source, name)
     if not found and split != "test":
         say(f"{source} has no split {split!r} (--dataset_test_split): rows to evaluate on are from its other splits.")
@@ -152,16 +161,18 @@ def load_formatted(
     seed: int = 0,
     **options,
 ) -> FormattedDatasets:
-    """The datasets of a recipe, "train" and, with `evaluate`, "eval", and `reports` on their rows, which it prints.
+    """The datasets of a recipe: {"train": dataset} and, with `evaluate`, "eval".
 
     "eval" is the source's split `dataset_test_split` or, where it has none and for mixtures, `test_split_size` of the
-    prompts of "train"; a single prompt is not split.
+    prompts of "train"; a single prompt is not split. The first process prints the reports to stderr.
 
     Args:
         script_args: TRL's ScriptArguments: dataset_name, dataset_config, the names of the splits, and
             dataset_streaming, which gives IterableDatasets that are formatted while they are read.
         tokenizer: rows are rendered by its chat template, and searched for its control tokens.
         options: further keyword arguments of `format_dataset`, such as `prompt_completion` or `cut_at`.
+    Raises:
+        DataError: there is no dataset, or it cannot be used.
     """
     streaming = script_args.dataset_streaming
     options = {**format_args.options(), "tokenizer": tokenizer, "streaming": streaming, **options}
@@ -194,8 +205,10 @@ def _sources(script_args, format_args: FormattingArguments, evaluate: bool) -> d
     train = Source(path, name, script_args.dataset_train_split)
     if format_args.datasets:
         if (name, train.split, script_args.dataset_test_split) != (None, "train", "test"):
-            names = "dataset_config, dataset_train_split and dataset_test_split"
-            raise DataError(f"datasets: a source of a mixture has its own name and split; leave out {names}")
+            raise DataError(
+                "datasets: a source of a mixture has its own name and split, and rows to evaluate on are held out: "
+                "leave out dataset_config, dataset_train_split and dataset_test_split"
+            )
         sources = {"train": parse_sources(format_args.datasets)}
     elif path is None:
         raise DataError("no dataset: set --dataset_name to a file, a folder or a Hub name")

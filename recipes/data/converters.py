@@ -45,7 +45,8 @@ class Dialogue:
 class Ranking:
     """Responses (message lists that continue `prompt`) and their ranks: 1 is best, equal ranks are ties.
 
-    `margin` says by how much the first of two is better, if it is known; `dropped` why some or all were left out.
+    `margin` says by how much the first of two responses is better, if the source tells it. `dropped` lists why some
+    responses, or all, were left out; the prompt and the others can still be used.
     """
 
     prompt: Messages
@@ -62,6 +63,7 @@ Verdict = Callable[[Cells], tuple[int, float | None]]  # the better of two respo
 
 
 def dialogue(column: str) -> Converter:
+    """For a list of messages."""
     return lambda row, roles: Dialogue(conversation(row, column, roles))
 
 

@@ -53,7 +53,10 @@ class Kept(NamedTuple):
 
 @dataclass
 class Formatter:
-    """Turns rows into the rows of a task and fills in a report; `RowArguments` says more of what it shares with it."""
+    """Turns rows into the output rows of a task and fills in a report.
+
+    `recipes.formatting.RowArguments` says what schema, mapping, on_error, max_error_rate, on_special and dedup are.
+    """
 
     task: str  # one of `TASKS`; `recipes.data.tasks` lists their columns
     schema: str = "auto"
@@ -99,7 +102,11 @@ class Formatter:
         self._left_out = {} if self.tokenizer is None else left_out(self.tokenizer)
 
     def __call__(self, rows: Rows | Iterable[dict], report: Report, num_proc: int = 1) -> Iterator[tuple[Row, dict]]:
-        """Yields each output row and the place of its source row; DataError at the end if rows cannot be used."""
+        """Yields each output row together with the row of the source that it comes from, without its data.
+
+        Raises:
+            DataError: no schema fits; or, at the end, rows that cannot be used, or no usable row at all.
+        """
         report.clear()  # each epoch of a stream reads all rows again
         rows = as_rows(rows)
         report.schema, report.reason = self._choose_schema(rows, report)
@@ -221,7 +228,12 @@ class Formatter:
         return [*skips, Kept(output, digest, flags, tokens)]
 
     def _measure(self, output: dict, flags: list[str]) -> tuple[list[Skip], int]:
-        """What is left out of a row because it is too long, and the tokens of the rest; may shorten a ranking."""
+        """What is left out of a row because it is too long, and the tokens of the rest; may shorten a ranking.
+
+        Raises:
+            RowError: the chat template refuses the row, or the model has no room for it.
+            Skip: nothing of it can be trained.
+        """
         self._check_left_out(output, flags)
         found = list(sequences(output, self.tokenizer))
         first, longest, cut_at = found[0], max(len(sequence.ids) for sequence in found), self.cut_at

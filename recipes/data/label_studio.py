@@ -53,7 +53,10 @@ def _annotations(row: Cells, task: str) -> Iterator[dict | RowProblem]:
 
 
 def _results(found: Cells) -> list[dict]:
-    """The results, {type, value, to_name}, of an annotation, or of the columns of JSON-MIN, which are the values."""
+    """The results, {type, value, to_name}, of an annotation at a place, or in the columns of JSON-MIN.
+
+    There a column has the value, or a list of values, of a tag; written texts are plain columns.
+    """
     if found.place:
         if found.flag("was_cancelled"):
             raise Skip("cancelled", found.place)

@@ -51,6 +51,8 @@ def load_rows(source, split: str = "train", name: str | None = None, data_files=
         name: the configuration of a Hub dataset or of a copy of one.
         data_files: pattern, list of patterns or mapping from split to them, relative to the folder or Hub repository.
         streaming: read a Hub dataset while it is iterated instead of downloading it first.
+    Raises:
+        DataError: nothing is there, or nothing that can be read.
     """
     match = _SPLIT.fullmatch(split)
     if match is None:

@@ -27,10 +27,13 @@ def parse_mapping(items: list[str] | str | Mapping | None) -> dict[str, Any] | N
     for item in joined.split():
         if not re.fullmatch(r"[^=]+=[^=]+", item):
             raise DataError(f"--dataset_mapping: {item!r} is not KEY=COLUMN, e.g. prompt=question.text")
-    pairs = [item.split("=") for item in joined.split()]
-    if len(dict(pairs)) < len(pairs):
-        raise DataError(f"--dataset_mapping {joined}: a column is given twice")
-    return dict(pairs)
+    result: dict[str, Any] = {}
+    for item in joined.split():
+        name, column = item.split("=")
+        if name in result:
+            raise DataError(f"--dataset_mapping: {name} is given twice, as {result[name]} and {column}")
+        result[name] = column
+    return result
 
 
 class ColumnMapping:

@@ -12,7 +12,10 @@ from recipes.data.rows import DataError, join_names
 
 @dataclass
 class Source:
-    """One source of a mixture, with the names of TRL's `DatasetConfig`; `fraction` is its share, on any scale."""
+    """One source of a mixture. Fields are named as in TRL's `DatasetConfig`, where it has them.
+
+    `fraction` is the share of the source in the mixture, on any scale; all sources have one, or none.
+    """
 
     path: str
     name: str | None = None

@@ -13,8 +13,8 @@ def conversation_trees(rows: Iterable[Row], task: str) -> Iterator[Row]:
 
     sft: one conversation per tree, by the best ranked reply (rank 0) at each step, up to the last of an assistant.
     prompt: the first message of each tree. preference, ranking: the ranked replies to each message of a user. Messages
-    that are deleted or failed review are left out with all replies. A result has the line of its first message or, for
-    rankings, of the message that was replied to.
+    that are deleted or failed review are left out with all replies to them. The whole table is held in memory. A
+    result has the line of its first message or, for rankings, of the message that was replied to.
     """
     replies: dict[str | None, list[Row]] = defaultdict(list)  # to a message; those to none begin a tree
     for row in rows:

@@ -16,7 +16,10 @@ _work: Callable | None = None  # of a worker process
 
 
 def map_in_order(work: Callable[[Any], Any], rows: Iterable, num_proc: int) -> Iterator:
-    """`map(work, rows)` by forked processes, which know the schemas that were registered in this one."""
+    """`map(work, rows)` by `num_proc` processes.
+
+    They are forked, as by `datasets`: they know the schemas that were registered in this one.
+    """
     if num_proc < 2:
         yield from map(work, rows)
         return

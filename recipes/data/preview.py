@@ -28,7 +28,11 @@ class Sequence(NamedTuple):
 
 
 def sequences(row: dict, tokenizer) -> Iterator[Sequence]:
-    """The sequences of a row: its prompt, or the prompt with each response; RowError if the template refuses it."""
+    """The sequences of a row: its prompt, or the prompt with each response.
+
+    Raises:
+        RowError: the chat template refuses the conversation.
+    """
     tools = json.loads(row["tools"]) if row.get("tools") else None
     responses = [(column, row[column]) for column in ("completion", "chosen", "rejected") if column in row]
     ranked = zip(row.get("ranks", ()), row.get("completions", ()), strict=True)

@@ -16,7 +16,10 @@ SHOWN = 5  # errors in the text of a DataError
 
 @dataclass
 class Report:
-    """What became of the rows of one source. Each entry names file and line; lists end after 10,000 entries."""
+    """What became of the rows of one source. Each entry names file and line; lists end after 10,000 entries.
+
+    `used`, after training: the rows, responses and tokens that a recipe trained ("train") and evaluated on ("eval").
+    """
 
     source: str
     task: str
@@ -25,7 +28,7 @@ class Report:
     rows_in: int = 0
     rows_out: int = 0
     tokens: int | None = None  # of the rows that came out, where there is a tokenizer
-    used: dict[str, dict] = field(default_factory=dict)  # what a recipe trained ("train") and evaluated on ("eval")
+    used: dict[str, dict] = field(default_factory=dict)
     skipped: list[dict] = field(default_factory=list)
     flags: list[dict] = field(default_factory=list)
     errors: list[dict] = field(default_factory=list)
@@ -41,6 +44,7 @@ class Report:
         vars(self).update(vars(Report(self.source, self.task)))
 
     def add(self, kind: str, row: Row, what: str, column: str | None = None) -> None:
+        """`kind` is "skipped", "flags" or "errors"."""
         entries = getattr(self, kind)
         counts = self.counts[kind]
         # messages quote values, so there may be many different ones

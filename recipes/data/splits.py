@@ -35,8 +35,10 @@ def _prompt_digests(dataset: "Dataset") -> numpy.ndarray:
 def split_by_group(dataset: "Dataset", test_size: float, seed: int = 0) -> tuple["Dataset", "Dataset | None"]:
     """Splits into (train, test) so that all rows of one prompt fall on the same side.
 
-    `test_size` is a share of the prompts. The side of a prompt depends on nothing but the prompt and the seed, so it
-    stays when rows are added; but of two prompts or more, at least one goes to each side. A single one is not split.
+    Args:
+        test_size: share of the prompts, between 0 and 1, that goes to test. The side of a prompt depends on nothing
+            but the prompt and the seed, so it stays when rows are added; but of two prompts or more, at least one goes
+            to each side. A single prompt cannot be split: test is `None`.
     """
     if not 0 < test_size < 1:
         raise DataError(f"the share of the test split is {test_size}; expected a number between 0 and 1")

@@ -22,7 +22,12 @@ from recipes.data.rows import RowError, Skip
 def outputs(
     example: Dialogue | Ranking, task: str, prompt_completion: bool, margin: bool, assistant_only_loss: bool
 ) -> Iterator[dict | Skip]:
-    """The rows for a task, and a `Skip` for each part of the example that is left out; raises one for all of it."""
+    """The rows for a task, and a `Skip` for each part of the example that is left out.
+
+    Raises:
+        Skip: the whole example is left out.
+        RowError: `margin` is set, and the example has none.
+    """
     if task == "prompt":
         yield {"prompt": _prompt(example)}
     elif task == "sft":
@@ -133,7 +138,7 @@ def _best_first(example: Ranking, prompt: Messages) -> list[tuple[Messages, floa
 
 
 def _once(best_first: list[tuple[Messages, float]]) -> list[tuple[Messages, float]]:
-    """Without responses whose text a better one has: it would win and lose against those between."""
+    """The responses but those whose text a better one has, which would win and lose against those between."""
     best: dict[tuple, float] = {}  # of each text, the best rank
     texts = [tuple(turn["content"].strip() for turn in response) for response, _ in best_first]
     ranked = zip(texts, best_first, strict=True)

@@ -52,18 +52,27 @@ def figures(report: dict) -> list[list[Cell]]:
     ]
 
 
+def _tenths(labeler: dict) -> np.ndarray:
+    """The seconds that a tenth of the labeler's rankings took less than, and a tenth more."""
+    return np.quantile(labeler["seconds"] or [0], [0.1, 0.9])
+
+
+def longest_seconds(report: dict) -> float:
+    """Where the axis of times ends."""
+    return max([1.0, *(float(_tenths(labeler)[1]) for labeler in report["labelers"].values())])
+
+
 def labeler_table(report: dict) -> list[list[Cell]]:
     """A header and one row per labeler."""
     titles = "labeler,ranked,skipped,flagged,median s,tied,left as shown,with others,with attention tasks"
     table = [[Cell(title) for title in titles.split(",")]]
-    tenths = {name: np.quantile(each["seconds"] or [0], [0.1, 0.9]) for name, each in report["labelers"].items()}
-    longest = max([1, *(high for _, high in tenths.values())])
+    longest = longest_seconds(report)
     for name, labeler in report["labelers"].items():
         counts = [str(labeler[count]) for count in ("ranked", "skipped", "flagged")]
         time, gold = Cell("–"), labeler["gold"]
         if labeler["seconds"]:
             median = labeler["median_seconds"]
-            time = Cell(f"{median:.0f}", median / longest, (tenths[name] / longest).tolist())
+            time = Cell(f"{median:.0f}", median / longest, (_tenths(labeler) / longest).tolist())
         habits = [Cell(percent(labeler[habit])) for habit in ("tied", "left_as_shown")]
         others = [share(labeler["with_others"]), share(gold, f" of {gold['tasks']}")]
         table.append([*map(Cell, [name, *counts]), time, *habits, *others])
@@ -92,5 +101,6 @@ def render(report: dict, format: str, title: str = "") -> str:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = {"title": title, "summary": summary, "tables": tables, "remarks": remarks}
+    page["longest"] = longest_seconds(report)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return environment.get_template("agreement.html").render(page, made=made)

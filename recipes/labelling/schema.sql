@@ -83,7 +83,7 @@ CREATE TABLE IF NOT EXISTS task_state ( -- where a labeler stands with a prompt
     event_id INTEGER REFERENCES event (id), -- the answer that counts: the last not undone; null while open
     kind TEXT,                       -- of that event
     touched REAL NOT NULL,           -- server time of the last sign of the labeler
-    active_seconds REAL NOT NULL,    -- sum over events
+    active_seconds REAL NOT NULL,    -- sum over events, and over `reading`, a table that earlier databases have
     PRIMARY KEY (prompt_id, labeler_id),
     FOREIGN KEY (prompt_id, labeler_id) REFERENCES assignment (prompt_id, labeler_id)
 ) WITHOUT ROWID;

@@ -17,7 +17,10 @@ COMMANDS = ("skip", "flag", "undo", "guidelines", "quit")
 FLAG_LETTERS: dict[str, Flag] = {"h": "harmful", "u": "untruthful", "n": "did_not_answer"}
 IDLE_SECONDS = 300  # somebody who takes longer over one question has left the keyboard
 HELP = f"Best first, `=` for a tie: B > A = C > D. Or a word: {', '.join(COMMANDS)}."
-MARKS = "Ratings 1-7 and problems, h(armful) u(ntruthful) n(o answer), as in A6 B2u; Enter submits: "
+MARKS = (
+    "Ratings 1-7 and problems, h(armful) u(ntruthful) n(o answer), as in A6 B2u\n"
+    f"(Enter submits; or a word: {', '.join(COMMANDS)}): "
+)
 
 
 class _Command(Exception):

@@ -75,6 +75,8 @@ def set_chat_template(
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
         else:
             other = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
+            if other.chat_template is None:
+                raise UserError(f"--chat_template_path {path}: its tokenizer has no chat template.")
             tokenizer.chat_template = other.get_chat_template()
     if not is_file:
         known = tokenizer.get_vocab()

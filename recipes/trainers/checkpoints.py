@@ -245,6 +245,11 @@ class WholeCheckpoints(Trainer):
             return
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def _determine_best_metric(self, *args, **kwargs) -> bool:
+        """Also true, with `--save_strategy best`, where a signal asks for a checkpoint."""
+        is_best = super()._determine_best_metric(*args, **kwargs)
+        return is_best or self._stopping
+
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal; all processes ask together and get the same answer."""
         self._stopping = self._stopping or signals.received() is not None
@@ -261,6 +266,7 @@ class WholeCheckpoints(Trainer):
             newest, _ = newest_whole(self._get_output_dir(trial))
             rest = f"--resume_from_checkpoint true goes on from {newest}" if newest else "Nothing to resume is saved"
             raise RunEnded(f"Stopped by {number.name} after step {self.state.global_step}. {rest}.", 128 + number)
+        self._last_step = 0
         self._initial_global_step = 0  # a resumed run reports loss and speed of all its steps
         return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
 

@@ -92,10 +92,11 @@ class PPOLogging(GRPOTrainer):
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Count the seconds within for `time/<name>`, in training, without those of phases in it."""
+        training = self.model.training  # continuous batching leaves another mode
         started, outer, self._inner_seconds = time.perf_counter(), self._inner_seconds, 0.0
         yield
         spent = time.perf_counter() - started
-        if self.model.training:
+        if training:
             self._seconds[name] += spent - self._inner_seconds
         self._inner_seconds = outer + spent
 

@@ -185,13 +185,19 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
             with unfiltered, self._fast.sampling(), self._phase("sample"):
                 samples = super()._generate(prompts)
         except (UserError, RuntimeError) as error:
-            if not not_finite(self._policy):
-                raise
-            self.stop(f"nothing can be sampled ({first_line(error)})")
+            if not_finite(self._policy):
+                self.stop(f"nothing can be sampled ({first_line(error)})")
+            if isinstance(error, UserError):
+                raise self._with_step(error) from error
+            raise
         finally:
             self.model.train(training)  # continuous batching leaves it in training mode
         self._rollout = Rollout(samples[0], samples[1], is_conversational({"prompt": prompts[0]}))
         return samples
+
+    def _with_step(self, error: UserError) -> UserError:
+        """The error of a rollout, with the step and what can be gone on from."""
+        return UserError(f"After step {self.state.global_step}: {error} {last_good_state(self.args.output_dir)}")
 
     def _tokenize_prompts(self, prompts: list):
         """TRL's token ids of B prompts, each with room for a response, and what else it makes of them."""
@@ -243,8 +249,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         try:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         except UserError as error:
-            last = last_good_state(self.args.output_dir)
-            raise UserError(f"After step {self.state.global_step}: {error} {last}") from error
+            raise self._with_step(error) from error
         scores = rewards.clone()
         if self._has_reward_model:
             self._check_finite("the sum of scores", rewards[:, 0].sum(), {"the reward model": rewards[:, :1]})

@@ -72,9 +72,8 @@ def majority_rankings(dataset: Dataset) -> Dataset:
     for (_, *keys), group in rankings.items():
         ahead = np.zeros((len(keys), len(keys)))  # how many prefer one response to another, minus those who do not
         for row in group:
-            by_text = dict(zip(map(json.dumps, row["completions"]), row["ranks"], strict=True))
-            given = np.array([by_text[key] for key in keys])
-            ahead += np.sign(given - given[:, None])
+            given, which = np.array(row["ranks"]), [keys.index(json.dumps(each)) for each in row["completions"]]
+            np.add.at(ahead, np.ix_(which, which), np.sign(given - given[:, None]))  # a text may come twice
         won = np.sign(ahead).sum(1)
         order = np.argsort(-won, kind="stable")
         ranks = [float(1 + (won > won[i]).sum()) for i in order]

@@ -25,10 +25,14 @@ def checked(function: Callable, columns: Iterable[str] | None = None) -> Callabl
     title = f"The reward function {name!r}"
     try:
         if columns is not None:
-            inspect.signature(function).bind(**dict.fromkeys({*KEYWORDS, *columns} - {"prompt", "completion"}))
+            signature = inspect.signature(function, follow_wrapped=False)  # a decorator may pass on less than it takes
+            signature.bind(**dict.fromkeys({*KEYWORDS, *columns} - {"prompt", "completion"}))
+    except ValueError:  # code that is not Python has no signature
+        pass
     except TypeError as error:
         form = f"{name}(prompts, completions, **kwargs)"
-        raise UserError(f"{title} cannot be called by TRL: {error}. Write it as {form}.") from error
+        needed = "--keep_columns passes it columns of the prompts"
+        raise UserError(f"{title} cannot be called by TRL: {error}. Write it as {form}; {needed}.") from error
 
     def call(**kwargs):
         return check_rewards(function(**kwargs), title, len(kwargs["completions"]))

@@ -56,7 +56,8 @@ def sequences(batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def right_align(ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Move all padding of `ids` (B, L) to the right and cut it at the longest row: (B, longest).
 
-    Such rows need no attention mask in a causal model and no positions of their own.
+    Such rows need no attention mask in a causal model and no positions of their own: no real token attends to what
+    comes after it.
     """
     order = torch.argsort((attention_mask == 0).int(), dim=1, stable=True)
     return ids.gather(1, order)[:, : int(attention_mask.sum(1).max())]

@@ -4,6 +4,7 @@ import pytest
 from huggingface_hub import constants
 from transformers import AutoTokenizer
 
+from recipes.cli.errors import UserError
 from recipes.data.control_tokens import control_tokens
 from recipes.models.source import resolve_model
 from recipes.models.tokenization import PLAIN_CHAT_TEMPLATE, load_tokenizer, set_chat_template
@@ -82,6 +83,18 @@ def test_a_template_file_from_windows_begins_with_its_first_word(load, tmp_path)
     path.write_bytes(b"\xef\xbb\xbf" + PLAIN_CHAT_TEMPLATE.encode())
     set_chat_template(tokenizer, resolve_model(str(tmp_path / "tokenizer")), str(path), may_add_tokens=False)
     assert tokenizer.chat_template == PLAIN_CHAT_TEMPLATE
+
+
+def test_a_folder_of_a_tokenizer_without_a_template_is_no_template(tmp_path):
+    """It needs no config.json: what it misses is the template."""
+    tokenizer = models.word_tokenizer()
+    source = resolve_model(models.save_base(tmp_path / "base"))
+    tokenizer.save_pretrained(tmp_path / "with")
+    set_chat_template(models.word_tokenizer(), source, str(tmp_path / "with"), may_add_tokens=False)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "without")
+    with pytest.raises(UserError, match=r"--chat_template_path .*without: its tokenizer has no chat template\."):
+        set_chat_template(models.word_tokenizer(), source, str(tmp_path / "without"), may_add_tokens=False)
 
 
 def test_a_special_token_of_white_space_is_no_text_to_look_for():

@@ -181,6 +181,8 @@ def test_only_a_plain_frozen_head_takes_the_short_way():
     soft_capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **tokens, head_dim=16, final_logit_softcapping=0.1))
     soft_capped.lm_head.weight.data.normal_()
     assert not has_frozen_linear_head(soft_capped.requires_grad_(False))
+    gpt2.lm_head.bias = torch.nn.Parameter(torch.full((40,), 0.5), requires_grad=False)
+    assert not has_frozen_linear_head(gpt2)
     scaled = CohereForCausalLM(CohereConfig(**sizes, **heads, **tokens, logit_scale=4.0))
     scaled.lm_head.weight.data.normal_()
     assert not has_frozen_linear_head(scaled.requires_grad_(False))

@@ -315,6 +315,15 @@ def test_a_role_that_gives_nan_stops_before_the_first_update(world, tmp_path, ro
     assert all(torch.equal(trainer.model.get_parameter(name), value) for name, value in weights.items())
 
 
+def test_logits_that_are_not_finite_stop_with_the_step(world, tmp_path):
+    """Of weights that are, as where half precision overflows."""
+    trainer = make_trainer(world, tmp_path, fast_paths=["drop_finished"])
+    head = base_of(trainer.model).lm_head
+    head.register_forward_hook(lambda _, args, logits: logits.masked_fill(logits == logits.max(), math.inf))
+    with pytest.raises(UserError, match="After step 0: Sampling: the policy's logits are .* There is no checkpoint"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("fast_paths", [["drop_finished"], []], ids=["our loop", "transformers' loop"])
 def test_a_policy_that_is_not_finite_stops_before_it_is_sampled(world, tmp_path, fast_paths):
     trainer = make_trainer(world, tmp_path, fast_paths=fast_paths)

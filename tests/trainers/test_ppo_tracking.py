@@ -40,6 +40,14 @@ def test_phases_add_up_and_an_inner_one_is_not_counted_twice(monkeypatch):
     assert not trainer._seconds and not trainer._sampled, "once a rollout"
 
 
+def test_an_evaluation_is_in_no_phase_though_sampling_leaves_the_model_in_training():
+    trainer = logging_trainer()
+    trainer.model.training = False
+    with PPOLogging._phase(trainer, "sample"):
+        trainer.model.training = True
+    assert not trainer._seconds
+
+
 def test_trackers_get_histograms(tmp_path):
     tracker = TensorBoardCallback(SummaryWriter(tmp_path))
     trainer = logging_trainer([tracker])

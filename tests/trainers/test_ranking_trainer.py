@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import signal
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
-from recipes.cli.errors import UserError
+from recipes.cli.errors import RunEnded, UserError
 from recipes.trainers.ranking_trainer import (
     RankingRewardTrainer,
     accuracy_in_words,
@@ -176,6 +177,20 @@ def test_a_smaller_batch_does_not_begin_again_with_trained_weights(tmp_path, mon
         assert trainer._train_batch_size < failures[0]
 
 
+def test_a_signal_saves_also_where_only_the_best_is_saved(tmp_path, monkeypatch):
+    options = {
+        "eval_strategy": "epoch",
+        "save_strategy": "best",
+        "metric_for_best_model": "loss",
+        "num_train_epochs": 2,
+    }
+    trainer = trainer_of(RankingRewardTrainer, tmp_path, rankings(), per_device_train_batch_size=8, **options)
+    monkeypatch.setattr("recipes.cli.signals.received", lambda: signal.SIGTERM)
+    monkeypatch.setattr(RankingRewardTrainer, "evaluate", lambda self, **kwargs: {"eval_loss": math.inf})
+    with pytest.raises(RunEnded, match=r"after step 1\. --resume_from_checkpoint true goes on from .*checkpoint-1"):
+        trainer.train()
+
+
 def test_accuracy_weighs_every_pair_the_same(tmp_path):
     """One batch with 6 pairs, one with 3: a mean of batch means would differ."""
     dataset = rankings([RANKS[0], RANKS[2]])
@@ -225,6 +240,8 @@ def test_majority_of_labelers():
     ]
     cycle = [{**rows[0], "ranks": r} for r in ([1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [2.0, 3.0, 1.0])]
     assert majority_rankings(Dataset.from_list(cycle))[0]["ranks"] == [1.0, 1.0, 1.0]
+    unsure = {**rows[0], "completions": [*words[:2], words[0]]}  # the first text is both better and worse
+    assert majority_rankings(Dataset.from_list([unsure]))[0]["ranks"] == [1.0, 1.0]
     later = [[{"role": "assistant", "content": f"w{i}"}] for i in (7, 8)]
     rounds = [rows[0], {**rows[0], "completions": later, "ranks": [1.0, 2.0]}]
     assert [r["ranks"] for r in majority_rankings(Dataset.from_list(rounds))] == [[1, 2, 3], [1, 2]]  # no pair across

@@ -1,6 +1,7 @@
 """What a Python reward function may return: one number or None for each completion, and anything else is one line."""
 
 import asyncio
+import functools
 import inspect
 import math
 import re
@@ -60,6 +61,15 @@ def test_a_function_that_cannot_be_called_is_one_line_before_the_first_rollout(f
     with pytest.raises(UserError, match=f"cannot be called by TRL: {shown}"):
         checked(function, ["prompt", "answer"])
     checked(lambda completions, answer, **kwargs: [], ["prompt", "answer"])
+
+
+def test_what_takes_all_keywords_or_shows_none_is_no_wrong_signature():
+    @functools.wraps(lambda completions: completions)
+    def decorated(completions, **kwargs):
+        return [0.0 for _ in completions]
+
+    assert checked(decorated, ["prompt", "answer"])(completions=["w1"], answer=["w2"]) == [0.0]
+    checked(max, ["prompt"])  # inspect knows no signature of it
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

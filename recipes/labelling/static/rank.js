@@ -69,11 +69,24 @@ function finish(action) {
   freezeDuring(save(action), () => location.assign("/"));
 }
 
+// A text that is longer than its card can have the focus, so that keys scroll it, and says that it goes on.
+function offerScrolling() {
+  for (const body of list.querySelectorAll(".body")) {
+    body.removeAttribute("tabindex"); // without what page.css adds to it
+    if (body.scrollHeight > body.clientHeight) body.tabIndex = 0;
+  }
+}
+
+function toggleRaw(card, button) {
+  button.setAttribute("aria-pressed", card.classList.toggle("raw"));
+  offerScrolling();
+}
+
 const ACTIONS = {
   up: (card) => moveTo(card, cards().indexOf(card) - 1),
   down: (card) => moveTo(card, cards().indexOf(card) + 1),
   tie: toggleTie,
-  raw: (card, button) => button.setAttribute("aria-pressed", card.classList.toggle("raw")),
+  raw: toggleRaw,
   submit: () => finish("submit"),
   skip: () => finish("skip"),
   flag: () => finish("flag"),
@@ -123,8 +136,9 @@ window.addEventListener("beforeunload", (event) => {
   if (isUnsaved()) event.preventDefault();
 });
 window.addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); }); // an old state, gone back to
+window.addEventListener("resize", offerScrolling);
 
-for (const body of list.querySelectorAll(".body")) if (body.scrollHeight > body.clientHeight) body.tabIndex = 0;
+offerScrolling();
 refresh();
 if (await sendWhatWasLeft()) task.disabled = false;
 else location.replace(location.pathname);

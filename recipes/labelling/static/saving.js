@@ -15,7 +15,7 @@ const KEEPALIVE_BYTES = 60000; // browsers let 64 kB outlive a closed page, and 
 const task = document.getElementById("task");
 const OUTBOX = `outbox ${task.dataset.account}`;
 const REVISION = `revision ${task.dataset.account} ${task.dataset.prompt}`;
-const READING = `reading ${task.dataset.account}`;
+const READING = `reading ${task.dataset.account} ${task.dataset.prompt}`; // seconds that no request has carried
 const outbox = kept(OUTBOX) ?? [];
 let revision = Number(task.dataset.revision);
 let dirty = false; // changed since the last snapshot
@@ -25,7 +25,8 @@ let draftTimer = null, sending = null;
 // What outlives the page. There may be no room for it, or it may not be allowed: then it lives as long as the page.
 function keep(name, value, storage = "sessionStorage") {
   try {
-    window[storage].setItem(name, JSON.stringify(value));
+    if (value) window[storage].setItem(name, JSON.stringify(value));
+    else window[storage].removeItem(name);
   } catch { /* as said */ }
 }
 
@@ -93,7 +94,7 @@ export async function save(action) {
   if (stopped || (action === "draft" && !dirty)) return false;
   dirty = false;
   const body = snapshot(action);
-  keep(READING, null, "localStorage"); // it is in there
+  keep(READING, 0, "localStorage"); // they are in there
   if (outbox.length > 1 && outbox.at(-1).action === "draft") { // one that was not under way yet
     body.active_seconds += outbox.pop().active_seconds;
   }
@@ -111,7 +112,7 @@ export async function saveAll() {
 // Before the page is left: what has changed, and the time spent since, which the next change of this task carries.
 export function saveOnLeaving() {
   if (dirty) save("draft");
-  keep(READING, { prompt: task.dataset.prompt, seconds: untakenSeconds() }, "localStorage");
+  if (!stopped) keep(READING, untakenSeconds(), "localStorage");
 }
 
 // Resolves to the keys that were stored, once the outbox is empty.
@@ -177,8 +178,7 @@ async function post(answer) {
 // Sends what the page before could not wait for, and resolves to whether this page still shows what is stored.
 export async function sendWhatWasLeft() {
   const rendered = revision, isOld = isOutdated();
-  const reading = kept(READING, "localStorage");
-  if (reading?.prompt === task.dataset.prompt) addSeconds(reading.seconds);
+  addSeconds(kept(READING, "localStorage") ?? 0);
   if (!outbox.length) return !isOld;
   await send();
   stopped = dirty = false; // a refusal was of what the page before was based on; this one is new

@@ -84,6 +84,8 @@ def has_frozen_linear_head(model: PreTrainedModel) -> bool:
     weight = getattr(head, "weight", None)
     if type(head) is not nn.Linear or type(weight) is not nn.Parameter or weight.requires_grad or not weight.numel():
         return False
+    if head.bias is not None:  # a small one would not show beside such states
+        return False
     ids = torch.tensor([[0, 1]], device=weight.device)
     was_training = model.training
     model.eval()  # dropout would draw twice
