@@ -89,7 +89,12 @@ def show(command: str, flags: dict[str, Flag], everything: bool) -> str:
         words = flag.help if everything else re.split(r"\.(?= [A-Z]|$)", flag.help)[0]
         words += " (required)" if flag.required else f" (default: {flag.default})" if flag.default != "None" else ""
         words = words if everything else textwrap.shorten(words, width - 44, placeholder=" …")
-        shown = textwrap.wrap(f"{f'  --{flag.name} {flag.kind}':43} {words}", width, subsequent_indent=" " * 44)
+        head, column = f"  --{flag.name} {flag.kind}", " " * 44
+        shown = textwrap.wrap(words, width, initial_indent=column, subsequent_indent=column) or [""]
+        if len(head) < len(column):
+            shown[0] = head + shown[0][len(head) :]
+        else:
+            shown.insert(0, head)
         groups.setdefault("Most used" if few else flag.owner, []).extend(shown)
     for title, shown in groups.items():
         lines += ["", f"{title}:", *shown]

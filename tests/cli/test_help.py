@@ -48,6 +48,14 @@ def answer(command: str, *words, cwd=ROOT, code=None) -> tuple[int, list[str]]:
     return result.returncode, [*result.stdout.splitlines(), *lines]
 
 
+def test_what_flags_say_stands_in_one_column_below_one_that_is_too_long():
+    command = str(ROOT / "scripts" / "sample_responses.py")
+    text = help.show(command, help.read_flags(command), True)
+    lines = text.split("\nRowArguments:\n")[1].split("\n\n")[0].split("\n")
+    lines.remove("  --on_special Literal['flag', 'drop', 'fail']")
+    assert len(lines) > 5 and {line[42:44] for line in lines} == {"  "}
+
+
 @pytest.mark.parametrize("command", [*RECIPES, *SCRIPTS])
 def test_help_needs_no_torch(command):
     code, lines = answer(command, "--help")

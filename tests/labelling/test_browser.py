@@ -266,6 +266,8 @@ def test_hostile_text_stays_text(tmp_path, open_page):
         assert any(shown < whole for shown, whole in heights), "a long text scrolls in its card"
         assert all(shown < 844 for shown, _ in heights)
         scrolled = page.locator(".body[tabindex]")
+        sign = scrolled.evaluate("body => getComputedStyle(body, '::after').content")
+        assert "scroll to read all" in sign, "without a scrollbar a text that is cut off would look whole"
         scrolled.click()
         page.keyboard.press("Enter")
         assert page.evaluate("document.activeElement.name") == "justification", "the card's keys work there"

@@ -69,11 +69,11 @@ function finish(action) {
   freezeDuring(save(action), () => location.assign("/"));
 }
 
-// Keys can scroll what has the focus. Texts that need no scrolling are left out of the way of Tab.
+// A text that is longer than its card can have the focus, so that keys scroll it, and says that it goes on.
 function offerScrolling() {
   for (const body of list.querySelectorAll(".body")) {
+    body.removeAttribute("tabindex"); // without what page.css adds to it
     if (body.scrollHeight > body.clientHeight) body.tabIndex = 0;
-    else body.removeAttribute("tabindex");
   }
 }
 
