@@ -22,7 +22,7 @@ from recipes.trainers.rollout import Results, response_states, right_align
 def check_room(model: PreTrainedModel, name: str, tokens: int) -> None:
     """Refuse sequences of more tokens than `model` has positions for; on a GPU they would be a failed assertion."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and tokens > positions:
+    if positions and 0 < positions < tokens:  # -1 stands for no limit
         raise UserError(
             f"A prompt and its response have {tokens} tokens for {name}, which has positions for {positions}: leave "
             "out long prompts, or lower max_completion_length."

@@ -1,6 +1,7 @@
 """PPOTrainer against models that share nothing, by hand, and against its own invariances."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,14 +13,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    BloomConfig,
     GPT2Config,
     GPT2LMHeadModel,
     TrainerCallback,
+    XLNetConfig,
 )
 
 from recipes.cli.errors import UserError
 from recipes.models.adapters import adapter_parameters, add_score_roles
 from recipes.models.loading import never_pack
+from recipes.trainers.ppo_roles import check_room
 from recipes.trainers.ppo_trainer import PPOTrainer
 from recipes.trainers.rollout import Rollout
 from tests import tiny_models as models
@@ -457,6 +461,11 @@ def test_a_prompt_beyond_the_positions_of_the_policy_is_one_line(world, tmp_path
     trainer = make_trainer(world, tmp_path, model=model, trainer_kwargs={"reward_model": models.reward_model()})
     with pytest.raises(UserError, match="tokens for the policy, which has positions for 8: leave out long"):
         rollout(trainer)
+
+
+def test_a_model_may_have_positions_for_everything():
+    for unlimited in (XLNetConfig(), BloomConfig()):
+        check_room(SimpleNamespace(config=unlimited), "the policy", 10_000)
 
 
 def test_an_empty_prompt_is_one_line(world, tmp_path):
@@ -937,6 +946,8 @@ def test_chat_is_scored_by_another_vocabulary_without_the_space_before_an_answer
     answers = [[{"role": "assistant", "content": text}] for text in ("w2", " w2")]
     clean, spaced = trainer.score_responses(models.prompts(1) * 2, answers, trainer._rollout.completion_ids)
     assert clean == spaced and answers[1][0]["content"] == " w2"
+    parsed = [[{"role": "assistant", "reasoning_content": "w2"}]] * 2  # TRL's, of an answer cut while it thinks
+    assert len(trainer.score_responses(models.prompts(1) * 2, parsed, trainer._rollout.completion_ids)) == 2
 
 
 def test_a_four_bit_base_plays_all_roles(world, tmp_path):
