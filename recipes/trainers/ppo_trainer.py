@@ -269,7 +269,7 @@ class PPOTrainer(PPORoles, PPOLogging, PPOSaving):
         if not (self._other_vocabulary or rollout.is_chat and self._other_template):
             return self.score_sampled_ids(rollout)
         if rollout.is_chat:  # without the space that the policy's template may have before an answer
-            answers = [[{**answer, "content": answer["content"].strip()}] for (answer,) in completions]
+            answers = [[{**answer, "content": (answer.get("content") or "").strip()}] for (answer,) in completions]
             texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
             rows = tokenizer.apply_chat_template(texts, return_dict=False, **self.chat_template_kwargs)
         else:  # as RewardTrainer reads text: with BOS, and EOS after a finished one
