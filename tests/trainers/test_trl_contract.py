@@ -58,6 +58,7 @@ CHECKPOINTS = {
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_run_epoch": ["model", "epoch", "train_dataloader", "..."],
     "_maybe_log_save_evaluate": ["..."],
+    "_determine_best_metric": ["..."],
     "_finalize_training": ["trial", "num_train_samples", "start_time"],
 }
 
