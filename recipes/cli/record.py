@@ -190,6 +190,8 @@ def plain(value):
     """`value` in types that YAML knows, without the entries whose names say that they are secret."""
 
     def simpler(other):
+        if isinstance(other, set):
+            return sorted(other, key=str)  # its own order differs from one start to the next
         return vars(other) if dataclasses.is_dataclass(other) else str(other)
 
     def without_secrets(entries):

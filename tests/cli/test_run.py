@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from transformers import TrainerState, TrainingArguments
+from trl import ModelConfig
 
 from recipes.cli import lock, record, signals
 from recipes.cli.checkpoints import newest_whole, problem, put_in_place, recover, rotate, unfinished
@@ -403,6 +404,12 @@ class Secretive:
     wandb_api_key: str = "key_secret"
     eos_token: str = "<|end|>"
     model_init_kwargs: dict = field(default_factory=lambda: {"token": "inner_secret", "x": (1, 2)})
+
+
+def test_a_set_is_recorded_in_an_order(training_args):
+    modules = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    found = record.describe("sft", (training_args(), ModelConfig(lora_target_modules=modules)))
+    assert found["arguments"]["lora_target_modules"] == sorted(modules)
 
 
 def test_the_record_of_a_run_is_complete_and_holds_no_secret(training_args, tmp_path):
