@@ -100,7 +100,6 @@ def render(report: dict, format: str, title: str = "") -> str:
         return visible("\n".join([summary, "", *lines, *remarks]))
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = {"title": title, "summary": summary, "tables": tables, "remarks": remarks}
-    page["longest"] = longest_seconds(report)
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return environment.get_template("agreement.html").render(page, made=made)
+    page = environment.get_template("agreement.html")
+    made, longest = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), longest_seconds(report)
+    return page.render(title=title, summary=summary, tables=tables, remarks=remarks, longest=longest, made=made)
