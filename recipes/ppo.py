@@ -11,7 +11,6 @@ At launch `begin` answers `--help` and mistyped flags before slow imports, and `
 whose `folder.train` trains with `PPOTrainer`: the four steps of recipes/trainers/ppo_trainer.py.
 """
 
-import math
 import os
 import sys
 
@@ -78,6 +77,9 @@ def check_arguments(script_args: PPOScriptArguments, training_args: PPOConfig) -
     sources = [*filter(None, [script_args.reward_model_name_or_path]), *(script_args.reward_funcs or [])]
     if not sources:
         raise UserError("There is nothing to score with: set --reward_model_name_or_path, --reward_funcs or both.")
+    of_reward_model = [name for name in ("score_mean", "score_std") if getattr(training_args, name) is not None]
+    if of_reward_model and script_args.reward_model_name_or_path is None:
+        raise UserError(f"--{of_reward_model[0]} is about the reward model's score: set --reward_model_name_or_path.")
     weights = training_args.reward_weights
     if weights is not None and len(weights) != len(sources):
         raise UserError(
@@ -115,15 +117,7 @@ def main(
     settle_evaluation(training_args, datasets)
     prompts, rollout = len(datasets["train"]), training_args.generation_batch_size // training_args.num_generations
     training_args.check_prompts(prompts)
-    updates = prompts // rollout * training_args.micro_batches_per_rollout // training_args.gradient_accumulation_steps
-    steps = training_args.max_steps
-    if steps <= 0:
-        steps = math.ceil(updates * training_args.num_train_epochs)  # as Trainer counts
-    if 0 < steps <= training_args.critic_warmup_steps:
-        raise UserError(
-            f"--critic_warmup_steps {training_args.critic_warmup_steps}: the run has "
-            f"{counted(steps, 'step')}, and none would train the policy."
-        )
+    training_args.check_warmup(prompts)
     if left := prompts % rollout:
         say(f"Each epoch leaves out {left} of {counted(prompts, 'prompt')}, other ones each time.")
     if script_args.ptx_dataset_name is not None:

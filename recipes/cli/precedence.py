@@ -37,8 +37,6 @@ UNUSED = {
     "adaptive_kl_horizon": ("adaptive_kl_target", (None,), "a KL in nats"),
     "ptx_max_length": ("ptx_dataset_name", (None,), "demonstrations"),
     "ptx_dataset_split": ("ptx_dataset_name", (None,), "demonstrations"),
-    "score_mean": ("reward_model_name_or_path", (None,), "a reward model"),
-    "score_std": ("reward_model_name_or_path", (None,), "a reward model"),
     "separate_reward_model": ("reward_model_name_or_path", (None,), "a reward model"),
     "max_error_rate": ("on_error", ("raise",), "skip"),
     **{each.name: ("use_peft", (False,), "true") for each in fields(ModelConfig) if IS_LORA.match(each.name)},

@@ -236,3 +236,16 @@ class PPOConfig(GRPOConfig):
             f"One rollout is {counted(rollout, 'prompt')} and the dataset has {prompts} to train on: "
             f"get more prompts, or set {flags}."
         )
+
+    def check_warmup(self, prompts: int) -> None:
+        """Refuse a warm-up of the critic as long as the run on so many prompts, which would train no policy."""
+        steps = self.max_steps
+        if steps <= 0:  # as Trainer counts them
+            rollouts = prompts // (self.generation_batch_size // self.num_generations)
+            updates = rollouts * self.micro_batches_per_rollout // self.gradient_accumulation_steps
+            steps = math.ceil(updates * self.num_train_epochs)
+        if 0 < steps <= self.critic_warmup_steps:
+            raise UserError(
+                f"--critic_warmup_steps {self.critic_warmup_steps}: the run has {counted(steps, 'step')}, and none "
+                "would train the policy."
+            )

@@ -273,7 +273,6 @@ def test_two_names_of_one_thing_in_one_place_are_refused(tmp_path, pair):
         ),
         ("", ("--adaptive_kl_horizon", "50"), "adaptive_kl_horizon is not used while adaptive_kl_target is None"),
         ("", ("--ptx_dataset_split", "test"), "ptx_dataset_split is not used while ptx_dataset_name is None"),
-        ("", ("--score_std", "2"), "score_std is not used while reward_model_name_or_path is None"),
         (
             "separate_reward_model: true",
             (),

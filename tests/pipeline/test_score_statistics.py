@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from recipes.cli.errors import UserError, counted
 from recipes.models.loading import load_score_statistics, read_reward_statistics, save_reward_statistics
 from recipes.models.source import ModelSource
+from recipes.ppo import PPOScriptArguments, check_arguments
 from tests.trainers.conftest import config
 
 
@@ -70,3 +71,9 @@ def test_a_stored_spread_that_cannot_divide_is_refused(tmp_path, std):
     with pytest.raises(UserError, match="reward_statistics.json has no mean and no std above 0"):
         settled(tmp_path, tmp_path)
     assert settled(tmp_path, tmp_path, score_mean=0.0, score_std=1.0) == (0.0, 1.0)
+
+
+def test_a_spread_without_a_reward_model_is_refused(tmp_path):
+    script_args = PPOScriptArguments(dataset_name="x", reward_funcs=["module.function"])
+    with pytest.raises(UserError, match="--score_std is about the reward model's score"):
+        check_arguments(script_args, config(tmp_path, score_std=2.0))
